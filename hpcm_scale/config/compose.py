@@ -1,0 +1,141 @@
+"""From `conf/` and a command line to a checked `Config`, by Hydra; mistakes become one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hpcm_scale.config.schema import Config, ModelConfig
+from hpcm_scale.errors import UserError
+
+CONFIG_NAME = "config"
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@cache
+def config_folder() -> Path:
+    """The folder `conf/`: beside the package in a checkout, inside it when installed as a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / f"{CONFIG_NAME}.yaml").is_file():
+            return folder
+    raise UserError("the folder conf/ is missing; install hpcm_scale again")
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration of one run, from Hydra overrides such as `model=nano` or `train.steps=80`.
+
+    Raises UserError for an unknown key or group, or a value of the wrong type.
+    """
+    check_overrides(overrides)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return translated(lambda: typed(hydra_compose(CONFIG_NAME, list(overrides))))
+
+
+def compose_model(name: str) -> ModelConfig:
+    """The preset `conf/model/<name>.yaml`."""
+    return compose([f"model={name}"]).model
+
+
+def preset_names(group: str) -> list[str]:
+    """The names that `group=…` may take, for example `model`."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def typed(config: DictConfig) -> Config:
+    """Hydra's composed configuration as dataclasses."""
+    return OmegaConf.to_object(config)
+
+
+def from_yaml(path: str | Path) -> Config:
+    """The configuration that `to_yaml` wrote, for example a run folder's config.yaml."""
+    return translated(
+        lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: object) -> dict:
+    """A configuration dataclass as plain JSON-able values, enums by name."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def model_from_dict(values: dict) -> ModelConfig:
+    """The inverse of `to_dict` for a model's configuration."""
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.create(values))
+    return OmegaConf.to_object(merged)
+
+
+def translated(action: Callable[[], Config]) -> Config:
+    """Run `action`; Hydra's and OmegaConf's complaints become a UserError."""
+    try:
+        return action()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_sentence(error)) from error
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse keys that do not exist, naming the nearest one that does."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(f"an argument cannot be read: {_one_sentence(error)}") from error
+    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+    known = set(_keys(Config)) | groups
+    for override in parsed:
+        key = override.key_or_group
+        if key in groups and not override.is_delete():
+            _check_choice(key, override.input_line, override.value())
+        if key in known or key.startswith(("hydra.", "hydra/", "engine.options.")):
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "the keys are in hpcm_scale/config/schema.py."
+        raise UserError(f"unknown key {key} in {override.input_line}; {hint}")
+
+
+def _check_choice(group: str, line: str, value: object) -> None:
+    """Refuse `group=value` where conf/group has no such file; sweeps (`a,b`) are checked part by part."""
+    choices = preset_names(group)
+    picked = value.list if isinstance(value, ChoiceSweep) else [value]
+    for choice in picked:
+        if choice is not None and str(choice) not in choices:
+            near = difflib.get_close_matches(str(choice), choices, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}."
+            raise UserError(f"{line} names no file in conf/{group}; {hint}")
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass."""
+    hints = get_type_hints(kind)
+    keys = []
+    for entry in fields(kind):
+        keys.append(f"{prefix}{entry.name}")
+        if is_dataclass(hints[entry.name]):
+            keys += _keys(hints[entry.name], f"{prefix}{entry.name}.")
+    return keys
+
+
+def _one_sentence(error: Exception) -> str:
+    """The first lines of Hydra's message, without its traceback advice."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    lines = [line.strip() for text in (cause, error) if text for line in str(text).splitlines()]
+    noise = ("reference_type", "object_type", "See ", "full_key")
+    kept = [line for line in lines if line and not line.startswith(noise)]
+    return "; ".join(dict.fromkeys(kept))

@@ -1,0 +1,227 @@
+"""The typed configuration: every key a run can be given, its type, unit and default.
+
+Hydra composes these dataclasses from `conf/`; nothing below `config/` knows about Hydra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class HyperPlacement(Enum):
+    """Where the hyper parameters land on the half-resolution grid (s2) of the context model."""
+
+    aligned = "aligned"
+    """Where they belong."""
+    upstream = "upstream"
+    """Shifted as in the public implementation; needed for its checkpoints."""
+
+
+class Fusion(Enum):
+    """How the context network's output becomes the next step's context."""
+
+    attention = "attention"
+    """Window cross-attention from the new parameters to the old context."""
+    none = "none"
+    """The new parameters are the next context (phi-context and 1B models)."""
+
+
+class Precision(Enum):
+    """Arithmetic of convolutions and context networks; rates and distortions are fp32 always."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class EngineName(Enum):
+    """Who runs the processes."""
+
+    deepspeed = "deepspeed"
+    accelerate = "accelerate"
+
+
+class WandbMode(Enum):
+    """Where the wandb view of the journal goes."""
+
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class PriorConfig:
+    """Depth of one prior network of the context model (residual blocks of depthwise convolutions)."""
+
+    before: int = 2
+    """Blocks before the step's channel scale q."""
+    after: int = 1
+    """Blocks between q and the 1×1 convolution to scales and means."""
+    refine: int = 0
+    """Blocks after that convolution."""
+
+
+@dataclass
+class ModelConfig:
+    """One HPCM; the sizes are in `conf/model/`."""
+
+    name: str = "68m"
+    channels: list[int] = field(default_factory=lambda: [96, 192, 384])
+    """c1, c2, c3: channels of the transforms at 1/2, 1/4 and 1/8 resolution."""
+    latent_channels: int = 320
+    """M: channels of y, at 1/16 resolution; a multiple of 8 (the coding order's channel groups)."""
+    hyper_latent_channels: int = 256
+    """N: channels of z, at 1/64 resolution."""
+    hyper_channels: int = 256
+    """h: channels of the hyper transforms between y and z."""
+    stem_kernel: int = 4
+    """Kernel of the first and last convolution: 4 (stride 2, pad 1) or 2 (stride 2)."""
+    g_a_blocks: list[int] = field(default_factory=lambda: [2, 2, 4, 0])
+    """Residual blocks after each downsampling, fine to coarse: at c1, c2, c3, M."""
+    g_s_blocks: list[int] = field(default_factory=lambda: [0, 4, 2, 2])
+    """Residual blocks before each upsampling, coarse to fine: at M, c3, c2, c1."""
+    hyper_blocks: list[int] = field(default_factory=lambda: [1, 3])
+    """a, b: blocks of the hyper transforms at 1/16 and at 1/32 resolution."""
+    prior_s1_s2: PriorConfig = field(default_factory=PriorConfig)
+    prior_s3: PriorConfig = field(default_factory=lambda: PriorConfig(before=3, after=2))
+    adaptor_blocks: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Blocks of each step's adaptor at scales s1, s2, s3; 0: one 1×1 convolution."""
+    fusion: Fusion = Fusion.attention
+    attention_heads: int = 32
+    """Heads of the window cross-attention over 2M channels."""
+    partial_ratio: int = 4
+    """r: the partial 3×3 convolution sees the first C/r channels."""
+    expansion: int = 4
+    """m: the residual blocks of the transforms widen C to mC."""
+    hyper_placement: HyperPlacement = HyperPlacement.aligned
+
+
+@dataclass
+class DataConfig:
+    """Where the training photos come from and how they are cut."""
+
+    shards: str | None = None
+    """Folder or URL (http, https, any fsspec scheme) that holds index.json and the shards."""
+    crop: int = 256
+    """Side of the square training crop, pixels; a multiple of 128 (256 with fusion=attention)."""
+    flip: bool = True
+    """Mirror half of the crops, seeded per image."""
+    workers: int = 2
+    """Data worker processes per training process; 0 decodes in the training process."""
+    prefetch: int = 4
+    """Micro-batches each worker keeps ready."""
+    cache: str | None = None
+    """Folder that keeps whole shards fetched from a URL."""
+    retries: int = 5
+    """Tries for one read from a URL, with exponential back-off, before the run ends."""
+    timeout: float = 30.0
+    """Seconds before one read from a URL counts as failed."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Rate-distortion trade-off: λ·255²·MSE + bits per pixel."""
+
+    lmbda: float = 0.013
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run: piecewise constant after an optional linear warm-up."""
+
+    learning_rate: float = 1e-4
+    boundaries: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.95])
+    """Where the rate drops: fractions of train.steps (all ≤ 1) or steps (all > 1)."""
+    factors: list[float] = field(default_factory=lambda: [1.0, 0.3, 0.1, 0.01])
+    """Multiples of learning_rate before, between and after the boundaries."""
+    warmup: int = 0
+    """Steps of linear warm-up from 0."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 2_000_000
+    """Optimizer steps of the whole schedule."""
+    stop_after: int | None = None
+    """Stop, with a checkpoint, at this step; the schedule is still that of `steps`."""
+    batch_size: int = 32
+    """Images per optimizer step over all processes and accumulation rounds."""
+    micro_batch_size: int | None = None
+    """Images per process and forward pass; unset: batch_size / processes, no accumulation."""
+    seed: int = 0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    max_skipped: int = 10
+    """Steps skipped in a row for non-finite losses or gradients before the run ends."""
+    checkpoint_every: int = 5000
+    """Steps between resumable checkpoints; one is always written when training ends or stops."""
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation while training."""
+
+    images: str | None = None
+    """Folder of images; unset: no evaluation."""
+    every: int = 5000
+    """Steps between evaluations; the last step is always evaluated."""
+    limit: int | None = None
+    """Use only the first so many images, in name order."""
+
+
+@dataclass
+class EngineConfig:
+    """Processes, sharding and arithmetic."""
+
+    name: EngineName = EngineName.deepspeed
+    zero_stage: int = 2
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights sharded."""
+    offload: bool = False
+    """Keep optimizer state and weights in host memory (stage 3)."""
+    precision: Precision = Precision.fp32
+    world_size: int | None = None
+    """Processes; training checks it against the launcher, `hpcm estimate` plans for it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Merged into DeepSpeed's own configuration, for what has no key here."""
+
+
+@dataclass
+class LogConfig:
+    """Journal and wandb."""
+
+    every: int = 1
+    """Steps per journal line; the line holds the mean over them."""
+    wandb: WandbMode = WandbMode.offline
+    project: str = "hpcm_scale"
+    images: int = 4
+    """Reconstructions shown in wandb at each evaluation."""
+
+
+@dataclass
+class RunConfig:
+    """The run folder."""
+
+    dir: str | None = None
+    """Unset: runs/<model.name>, or runs/<sweep>/<what was swept> in a multirun."""
+    sweep: str | None = None
+    """Name of the sweep this run belongs to: wandb's group."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,1 @@
+"""HPCM: transforms, coding order, context model, and weights in and out."""

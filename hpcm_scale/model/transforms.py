@@ -1,0 +1,62 @@
+"""Analysis and synthesis: image to latent y, y to hyper-latent z, and back."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from hpcm_scale.config.schema import ModelConfig
+from hpcm_scale.model.layers import down, partial_block, up
+
+
+def analysis(config: ModelConfig) -> nn.Sequential:
+    """g_a: image (B, 3, H, W) to y (B, M, H/16, W/16), fp32."""
+    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    widths = [3, *config.channels, config.latent_channels]
+    layers: list[nn.Module] = []
+    for level, count in enumerate(config.g_a_blocks):
+        inputs, outputs = widths[level], widths[level + 1]
+        kernel = config.stem_kernel if level == 0 else 2
+        layers.append(down(inputs, outputs, kernel=kernel, fp32=level == 3))
+        layers += [block(outputs) for _ in range(count)]
+    return nn.Sequential(*layers)
+
+
+def synthesis(config: ModelConfig) -> nn.Sequential:
+    """g_s: ŷ (B, M, H/16, W/16) to the reconstruction (B, 3, H, W), fp32, not clamped."""
+    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    widths = [config.latent_channels, *reversed(config.channels), 3]
+    layers: list[nn.Module] = []
+    for level, count in enumerate(config.g_s_blocks):
+        inputs, outputs = widths[level], widths[level + 1]
+        kernel = config.stem_kernel if level == 3 else 2
+        layers += [block(inputs) for _ in range(count)]
+        layers.append(up(inputs, outputs, kernel=kernel, fp32=level == 3))
+    return nn.Sequential(*layers)
+
+
+def hyper_analysis(config: ModelConfig) -> nn.Sequential:
+    """h_a: y (B, M, H/16, W/16) to z (B, N, H/64, W/64), fp32."""
+    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    outer, inner = config.hyper_blocks
+    y, middle, z = config.latent_channels, config.hyper_channels, config.hyper_latent_channels
+    return nn.Sequential(
+        *(block(y) for _ in range(outer)),
+        down(y, middle),
+        *(block(middle) for _ in range(inner)),
+        down(middle, z, fp32=True),
+    )
+
+
+def hyper_synthesis(config: ModelConfig) -> nn.Sequential:
+    """h_s: ẑ (B, N, H/64, W/64) to the hyper parameters (B, 2M, H/16, W/16), fp32: scales, then means."""
+    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    outer, inner = config.hyper_blocks
+    y, middle, z = config.latent_channels, config.hyper_channels, config.hyper_latent_channels
+    return nn.Sequential(
+        up(z, middle),
+        *(block(middle) for _ in range(inner)),
+        up(middle, 2 * y, fp32=True),
+        *(block(2 * y) for _ in range(outer)),
+    )

@@ -1,0 +1,22 @@
+"""Fixtures every room's tests may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared(project: Path) -> Path:
+    """Real images, reference outputs and known answers that lie beside the checkout."""
+    folder = project.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("../shared is not beside this checkout")
+    return folder
