@@ -9,7 +9,13 @@ from functools import wraps
 
 
 class UserError(Exception):
-    """A mistake the user can mend: its text is one sentence that names the cause and the mend."""
+    """A mistake the user can mend: its text is one sentence that names the cause and the mend.
+
+    Every process meets the same one, and the first one tells it, unless it is `local`.
+    """
+
+    local = False
+    """Met by this process, perhaps by no other: it must speak itself."""
 
 
 def is_first_process() -> bool:
@@ -25,7 +31,7 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, **keywords)
         except UserError as error:
-            if is_first_process():
+            if error.local or is_first_process():
                 sys.stderr.write(f"hpcm: {' '.join(str(error).split())}\n")
             raise SystemExit(2) from None
         except KeyboardInterrupt:

@@ -26,8 +26,7 @@ class Positions(nn.Module):
         assert len(offsets) == GROUPS and len({len(group) for group in offsets}) == 1
         self.cell, self.offsets = cell, offsets
         planes = [g * cell**2 + row * cell + col for g, group in enumerate(offsets) for row, col in group]
-        with torch.device("cpu"):
-            self.register_buffer("planes", torch.tensor(planes), persistent=False)
+        self.register_buffer("planes", torch.tensor(planes), persistent=False)
 
     def take(self, x: Tensor) -> Tensor:
         """The packed values of a grid."""
@@ -120,7 +119,9 @@ def _steps_s1() -> list[tuple]:
 
 def _steps_s2() -> list[tuple]:
     corner = {"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (1, 1)}
-    return [tuple((corner[rows[group // 2]],) for group in range(GROUPS)) for rows in ("dcba", "cdab", "badc")]
+    return [
+        tuple((corner[rows[group // 2]],) for group in range(GROUPS)) for rows in ("dcba", "cdab", "badc")
+    ]
 
 
 def _steps_s3() -> list[tuple]:

@@ -16,21 +16,6 @@ Code = Callable[[int, Tensor, Tensor], Tensor]
 """(step, scales, means) to ŷ at the step's positions; all packed as `Positions` says."""
 
 
-class Prior(nn.Module):
-    """context and ŷ so far (B, 3M, H, W) to the parameters (B, 2M, H, W), fp32: scales, then means."""
-
-    def __init__(self, latent_channels: int, depth: PriorConfig) -> None:
-        super().__init__()
-        wide, narrow = 3 * latent_channels, 2 * latent_channels
-        self.before = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.before)))
-        self.after = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.after)))
-        self.project = Conv2d(wide, narrow, 1)
-        self.refine = nn.Sequential(*(depthwise_block(narrow) for _ in range(depth.refine)))
-
-    def forward(self, x: Tensor, q: ChannelScale) -> Tensor:
-        return self.refine(self.project(self.after(q(self.before(x)))))
-
-
 class WindowFusion(nn.Module):
     """Cross-attention from new parameters to the old context within non-overlapping windows.
 
@@ -71,15 +56,16 @@ class ContextModel(nn.Module):
         self.aligned = config.hyper_placement == HyperPlacement.aligned
         self._without_network = (1, 0, 0)  # the very first step is coded with the hyper parameters alone
         networks = [
-            len(scale.steps) - bare for scale, bare in zip(self.order.scales, self._without_network, strict=True)
+            len(scale.steps) - bare
+            for scale, bare in zip(self.order.scales, self._without_network, strict=True)
         ]
         self.adaptors = nn.ModuleList(
             nn.ModuleList(_adaptor(3 * latent, blocks) for _ in range(count))
             for count, blocks in zip(networks, config.adaptor_blocks, strict=True)
         )
         self.q = nn.ModuleList(ChannelScale(3 * latent) for _ in range(sum(networks)))
-        self.prior_s1_s2 = Prior(latent, config.prior_s1_s2)
-        self.prior_s3 = Prior(latent, config.prior_s3)
+        self.prior_s1_s2 = _prior(latent, config.prior_s1_s2)
+        self.prior_s3 = _prior(latent, config.prior_s3)
         self.merge = nn.ModuleList(nn.Conv2d(2 * latent, 2 * latent, 1) for _ in range(2))
         self.fusion = nn.ModuleList()
         if config.fusion == Fusion.attention:
@@ -87,8 +73,8 @@ class ContextModel(nn.Module):
                 WindowFusion(2 * latent, config.attention_heads, window) for window in (4, 8, 8)
             )
 
-    def forward(self, hyper_parameters: Tensor, code: Code) -> Tensor:
-        """Traverse y in coding order.
+    def traverse(self, hyper_parameters: Tensor, code: Code) -> Tensor:
+        """Walk through y in coding order.
 
         hyper_parameters: (B, 2M, H, W) fp32, scales then means. `code` is called once per step with the
         packed scales and means and answers ŷ there: by quantizing y, or from a stream.
@@ -107,7 +93,7 @@ class ContextModel(nn.Module):
                 if step > 0:
                     adaptor = self.adaptors[level][index - self._without_network[level]]
                     adapted = adaptor(torch.cat([context, y_hat], dim=1))
-                    parameters = prior(adapted, self.q[step - 1])
+                    parameters = prior.after(self.q[step - 1](prior.before(adapted)))
                     context = self.fusion[level](parameters, context) if self.fusion else parameters
                 scales, means = (positions.take(part) for part in parameters.chunk(2, dim=1))
                 y_hat = positions.put(code(step, scales, means), y_hat)
@@ -122,7 +108,7 @@ class ContextModel(nn.Module):
     def _refine_context(self, scale: Scale, level: int, context: Tensor, hyper: Tensor) -> Tensor:
         """The coarser context on its positions of this scale, hyper parameters on the others."""
         parts = []
-        for coarse, fine in zip(context.float().chunk(2, dim=1), hyper.chunk(2, dim=1), strict=True):
+        for coarse, fine in zip(context.to(hyper.dtype).chunk(2, dim=1), hyper.chunk(2, dim=1), strict=True):
             placed = fine if self.aligned or level == 2 else misplaced(fine)
             parts.append(scale.refine(coarse, placed))
         return torch.cat(parts, dim=1)
@@ -132,3 +118,19 @@ def _adaptor(channels: int, blocks: int) -> nn.Module:
     if blocks == 0:
         return nn.Conv2d(channels, channels, 1)
     return nn.Sequential(*(depthwise_block(channels) for _ in range(blocks)))
+
+
+def _prior(latent_channels: int, depth: PriorConfig) -> nn.Module:
+    """context and ŷ so far (3M channels) to the parameters (2M, fp32: scales, then means).
+
+    Two halves, `before` and `after` the step's channel scale q.
+    """
+    wide, narrow = 3 * latent_channels, 2 * latent_channels
+    halves = nn.Module()
+    halves.before = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.before)))
+    halves.after = nn.Sequential(
+        *(depthwise_block(wide) for _ in range(depth.after)),
+        Conv2d(wide, narrow, 1),
+        *(depthwise_block(narrow) for _ in range(depth.refine)),
+    )
+    return halves

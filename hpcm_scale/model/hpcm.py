@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.checks import side_multiple
-from hpcm_scale.config.schema import ModelConfig
+from hpcm_scale.config.schema import ModelConfig, Precision
 from hpcm_scale.entropy.generalized_gaussian import bits
 from hpcm_scale.model.context import ContextModel
-from hpcm_scale.model.layers import full_precision
+from hpcm_scale.model.layers import full_precision, reduced_precision
 from hpcm_scale.model.transforms import analysis, hyper_analysis, hyper_synthesis, synthesis
 
 
-@dataclass
-class Coded:
+class Coded(NamedTuple):
     """What a forward pass through the codec gives; all fp32."""
 
     x_hat: Tensor
@@ -27,8 +26,7 @@ class Coded:
     """(B,) estimated bits of z per image."""
 
 
-@dataclass
-class Noise:
+class Noise(NamedTuple):
     """Uniform noise in [−½, ½) for the training likelihoods, shaped as the latents."""
 
     y: Tensor
@@ -59,13 +57,16 @@ class HyperPrior(nn.Module):
 class HPCM(nn.Module):
     """The codec: `forward` estimates rate and reconstruction; nothing in it depends on data.
 
+    `precision` is that of convolutions and context networks; weights, latents, rates and pictures are fp32.
     `formula` picks the likelihood's arithmetic (`entropy.generalized_gaussian`); "public" is for
     comparison with the public implementation only.
     """
 
-    def __init__(self, config: ModelConfig, *, formula: str = "survival") -> None:
+    def __init__(
+        self, config: ModelConfig, *, precision: Precision = Precision.fp32, formula: str = "survival"
+    ) -> None:
         super().__init__()
-        self.config, self.formula = config, formula
+        self.config, self.precision, self.formula = config, precision, formula
         self.g_a, self.g_s = analysis(config), synthesis(config)
         self.h_a, self.h_s = hyper_analysis(config), hyper_synthesis(config)
         self.hyper_prior = HyperPrior(config.hyper_latent_channels)
@@ -88,6 +89,10 @@ class HPCM(nn.Module):
         With `noise` the likelihoods are those of training (additive uniform noise); without, those of
         the rounded symbols. The values that go on are rounded in both.
         """
+        with reduced_precision(x, self.precision):
+            return self._code(x, noise)
+
+    def _code(self, x: Tensor, noise: Noise | None) -> Coded:
         y = self.g_a(x)
         z = self.h_a(y)
         with full_precision(x):
@@ -104,5 +109,5 @@ class HPCM(nn.Module):
                 step_bits.append(bits(coded, scales, formula=self.formula).sum(dim=(0, 2, 3, 4)))
                 return rounded + means
 
-        y_hat = self.context(self.h_s(z_hat), quantize)
+        y_hat = self.context.traverse(self.h_s(z_hat), quantize)
         return Coded(self.g_s(y_hat), torch.stack(step_bits).sum(dim=0), bits_z)

@@ -7,6 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from hpcm_scale.config.schema import Precision
+
+
+def reduced_precision(x: Tensor, precision: Precision) -> AbstractContextManager[None]:
+    """Autocast for convolutions and context networks, where the configuration asks for it."""
+    if precision == Precision.fp32 or not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, torch.bfloat16)
+
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Leave autocast for the places that are fp32 always: y, z, scales, means, rates, pictures."""

@@ -33,12 +33,12 @@ def public_name(name: str, config: ModelConfig) -> str:
         block, _, inner = leaf.partition(".")
         leaf = f"{block}.{_leaf(inner, _CONTEXT_BLOCK)}" if inner else leaf
         return f"y_spatial_prior_adaptor_list_s{int(level) + 1}.{_rotated(level, index)}.{leaf}"
-    return f"y_spatial_{part}.{_prior_layer(rest, part, config)}"
+    return f"y_spatial_{part}.{_prior_layer(rest)}"
 
 
 def _leaf(leaf: str, block: dict[str, str]) -> str:
     layer, _, parameter = leaf.partition(".")
-    return f"{block[layer]}.{parameter}" if parameter else leaf
+    return f"{block[layer]}.{parameter}" if parameter else leaf  # a plain convolution has no layers
 
 
 def _rotated(level: str, index: str) -> int:
@@ -47,14 +47,10 @@ def _rotated(level: str, index: str) -> int:
     return (int(index) - 1) % count
 
 
-def _prior_layer(rest: str, part: str, config: ModelConfig) -> str:
-    depth = getattr(config, part)
-    stage, _, leaf = rest.partition(".")
-    if stage == "project":
-        return f"branch_2.{depth.after}.{leaf}"
-    index, _, leaf = leaf.partition(".")
-    branch, offset = {"before": (1, 0), "after": (2, 0), "refine": (2, depth.after + 1)}[stage]
-    return f"branch_{branch}.{int(index) + offset}.{_leaf(leaf, _CONTEXT_BLOCK)}"
+def _prior_layer(rest: str) -> str:
+    half, index, leaf = rest.split(".", 2)
+    branch = {"before": "branch_1", "after": "branch_2"}[half]
+    return f"{branch}.{index}.{_leaf(leaf, _CONTEXT_BLOCK)}"
 
 
 def _layer(room: str, index: int, config: ModelConfig) -> str:

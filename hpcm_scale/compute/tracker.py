@@ -1,0 +1,97 @@
+"""Counts what a run has spent and how fast it goes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+PETA = 1e15
+
+
+@dataclass
+class ComputeTracker:
+    """Cumulative compute, images and time of one run; goes on over resumes.
+
+    `flops_per_image`: model FLOPs of one training image, forward and backward. `peak`: FLOP/s of all
+    devices together, None where it is not known.
+    """
+
+    flops_per_image: float
+    device: torch.device
+    peak: float | None = None
+    images: int = 0
+    seconds: float = 0.0
+    """Training time so far, as of the last `step`."""
+    _started: float = field(default_factory=time.perf_counter)
+    _steps: int = 0
+    _images: int = 0
+    _window: float = 0.0
+    _waited: float = 0.0
+
+    @property
+    def pflops(self) -> float:
+        """Model PFLOPs (1e15 floating-point operations) spent so far; recomputation is not counted."""
+        return self.images * self.flops_per_image / PETA
+
+    def start_clock(self) -> None:
+        """Training begins now; what went before is not counted."""
+        self._started = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Time since the last `step` was not training (evaluation, checkpoint): do not rate it."""
+        now = time.perf_counter()
+        self.seconds += now - self._started
+        self._started = now
+
+    def step(self, images: int, waited: float) -> None:
+        """One optimizer step over `images` (all processes) is done; `waited` seconds went by for data."""
+        now = time.perf_counter()
+        self.images += images
+        self.seconds += now - self._started
+        self._window += now - self._started
+        self._started = now
+        self._steps += 1
+        self._images += images
+        self._waited += waited
+
+    def position(self) -> dict[str, float]:
+        """Where the run is: the keys every journal line has, but `step`."""
+        return {
+            "time": round(self.seconds, 3),
+            "train/images": self.images,
+            "compute/pflops": self.pflops,
+        }
+
+    def rates(self) -> dict[str, float]:
+        """Speed since the last call: seconds per step, images/s, seconds waited for data, GB, MFU."""
+        steps, seconds = max(self._steps, 1), max(self._window, 1e-9)
+        rates = {
+            "perf/step_seconds": seconds / steps,
+            "perf/images_per_second": self._images / seconds,
+            "perf/data_seconds": self._waited / steps,
+            "perf/memory_gb": peak_memory(self.device) / 1e9,
+        }
+        if self.peak:
+            rates["perf/mfu"] = self._images * self.flops_per_image / seconds / self.peak
+        self._steps, self._images, self._window, self._waited = 0, 0, 0.0, 0.0
+        return rates
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must keep."""
+        return {"images": self.images, "seconds": self.seconds}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint's `state`."""
+        self.images, self.seconds = int(state["images"]), state["seconds"]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024

@@ -1,0 +1,44 @@
+"""Images of a folder, whole, for evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hpcm_scale.data.images import EXTENSIONS, decode, to_array
+from hpcm_scale.data.sources import files_below
+from hpcm_scale.errors import UserError
+
+
+class ImageSet:
+    """The JPEG, PNG and WebP files below a folder, in order of name.
+
+    `names` are their paths below the folder. Raises `UserError` if the folder is missing or holds none.
+    """
+
+    def __init__(self, folder: str | Path, limit: int | None = None) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"there is no folder {folder}; set eval.images to a folder of images")
+        names = sorted(
+            path.relative_to(self.folder).as_posix()
+            for path in files_below(self.folder)
+            if path.suffix.lower().lstrip(".") in EXTENSIONS
+        )
+        if not names:
+            raise UserError(
+                f"there is no JPEG, PNG or WebP in {folder}; set eval.images to a folder of images"
+            )
+        self.names = names[:limit]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, i: int) -> torch.Tensor:
+        """Image `i` as RGB, uint8 (3, H, W). Raises `UserError` if it is broken."""
+        path = self.folder / self.names[i]
+        try:
+            return torch.from_numpy(to_array(decode(path.read_bytes())))
+        except (ValueError, OSError) as error:
+            raise UserError(f"cannot read {path} ({error}); mend or remove it from eval.images") from error

@@ -1,0 +1,120 @@
+"""The index beside the shards: where every photo lies, so that any one is read in any order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hpcm_scale.data.storage import open_storage
+from hpcm_scale.errors import UserError
+
+INDEX = "index.json"
+FORMAT = "hpcm_scale shards"
+VERSION = 1
+UNFINISHED = "unfinished"
+"""Folder inside the set that holds everything until all of it is whole."""
+COLUMNS = ("shard", "offset", "length", "width", "height", "crc32")
+"""Integer columns of the samples; beside them `key` and `extension`, both strings."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class ShardIndex:
+    """Shards and, for each sample in order, its place and size.
+
+    Integer columns are int64 arrays (N,): `shard`, `offset` and `length` (bytes of the image file inside
+    the tar), `width` and `height` (pixels, upright), `crc32` (of the image file). `keys` and `extensions`
+    are lists of N strings. `built` says from what the set was built.
+    """
+
+    def __init__(self, shards: Sequence[Shard], samples: dict[str, Sequence], built: dict) -> None:
+        """Raises `ValueError` if the columns do not fit together."""
+        self.shards = list(shards)
+        self.built = built
+        self.keys: list[str] = list(samples["key"])
+        self.extensions: list[str] = list(samples["extension"])
+        self.shard, self.offset, self.length, self.width, self.height, self.crc32 = (
+            np.asarray(samples[column], dtype=np.int64) for column in COLUMNS
+        )
+        columns = (self.extensions, *(getattr(self, column) for column in COLUMNS))
+        if any(len(column) != len(self) for column in columns):
+            raise ValueError("its columns differ in length")
+        if len(self) and not 0 <= self.shard.min() <= self.shard.max() < len(self.shards):
+            raise ValueError("it names shards that it does not list")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def smaller_sides(self) -> np.ndarray:
+        """The smaller side of each photo, pixels, int64 (N,)."""
+        return np.minimum(self.width, self.height)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all photos together."""
+        return int((self.width * self.height).sum())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards together."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the samples in their order, hexadecimal: two sets with one digest train alike."""
+        content = json.dumps([self.keys, self.length.tolist(), self.crc32.tolist()])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        samples = {"key": self.keys, "extension": self.extensions}
+        samples |= {column: getattr(self, column).tolist() for column in COLUMNS}
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "built": self.built,
+            "shards": [asdict(shard) for shard in self.shards],
+            "samples": samples,
+        }
+        return json.dumps(content, separators=(",", ":"))
+
+
+def load_index(location: str, *, retries: int = 5, timeout: float = 30.0) -> ShardIndex:
+    """Read the index of the shards in a folder or at a URL of any fsspec scheme.
+
+    Raises `UserError` if there is none, if it cannot be read, or if it is of another format version.
+    """
+    storage = open_storage(location, retries=retries, timeout=timeout)
+    try:
+        text = storage.read(INDEX)
+    except (FileNotFoundError, NotADirectoryError):
+        command = f"with `hpcm shards build PHOTOS --out {location}`"
+        if Path(location, UNFINISHED).is_dir():
+            raise UserError(f"the shards at {location} are unfinished; go on {command}") from None
+        raise UserError(f"there are no shards at {location}; build them {command}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {storage.describe(INDEX)}: {error.strerror}") from None
+    finally:
+        storage.close()
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT or content["version"] != VERSION:
+            raise ValueError(f"it is not of format version {VERSION}")
+        shards = [Shard(**shard) for shard in content["shards"]]
+        return ShardIndex(shards, content["samples"], content["built"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the index of the shards at {location} cannot be used ({error}); build the shards again"
+        ) from None

@@ -1,0 +1,65 @@
+"""Worker processes that leave decisions to their parent and do not outlive it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
+from typing import TypeVar
+
+from hpcm_scale.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def follow(stop: Connection | None = None) -> None:
+    """Make this worker ignore Ctrl-C and SIGTERM, and end with its parent or when `stop` can be read.
+
+    Launchers send SIGTERM to the whole process tree; whether to stop is for the parent to decide.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    awaited = [multiprocessing.parent_process().sentinel, *([] if stop is None else [stop])]
+    threading.Thread(target=_end_after, args=(awaited,), daemon=True).start()
+
+
+def _end_after(awaited: list) -> None:
+    wait(awaited)
+    os._exit(0)
+
+
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`map` over processes: results in order, and few of them waiting at any time.
+
+    Raises `UserError` if a worker dies.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=follow)
+    try:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process died, most likely for want of memory; call again with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,145 @@
+"""Proving a set of shards whole: every hash, every tar header, every photo decoded."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+from zlib import crc32
+
+from hpcm_scale.data.images import decode
+from hpcm_scale.data.index import Shard, ShardIndex
+from hpcm_scale.data.processes import parallel_map
+from hpcm_scale.data.shard_writer import BLOCK, padding
+from hpcm_scale.data.storage import sha256_of
+
+PHOTOS_PER_JOB = 32
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not as the index says."""
+
+    shard: str
+    what: str
+    sample: str | None = None
+    """Its key; None if it is not one sample that is damaged."""
+
+    def __str__(self) -> str:
+        return f"{self.shard}: " + (f"sample {self.sample}: " if self.sample else "") + self.what
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index says of one sample."""
+
+    key: str
+    extension: str
+    offset: int
+    length: int
+    width: int
+    height: int
+    crc32: int
+
+
+def verify_shards(folder: str | Path, index: ShardIndex, *, workers: int, progress: Callable) -> list[Damage]:
+    """Check every shard and every photo of a set in a local folder; returns all damage found.
+
+    `progress` is as in `build_shards`.
+    """
+    folder = Path(folder)
+    listed = {shard.name for shard in index.shards}
+    damages = [
+        Damage(path.name, "not in the index")
+        for path in sorted(folder.glob("shard-*.tar"))
+        if path.name not in listed
+    ]
+    checks = parallel_map(run, jobs(folder, index), workers)
+    with progress(total=len(index), description="verifying", unit="photo") as bar, closing(checks):
+        for photos, found in checks:
+            bar.update(photos)
+            damages += found
+    return without_repetition(damages)
+
+
+def jobs(folder: Path, index: ShardIndex) -> Iterator[partial]:
+    """Checks of shards and of runs of samples, each returning (photos checked, damage found)."""
+    for number, shard in enumerate(index.shards):
+        yield partial(check_shard, folder, shard)
+        samples = (index.shard == number).nonzero()[0]
+        for start in range(0, len(samples), PHOTOS_PER_JOB):
+            entries = [entry_of(index, sample) for sample in samples[start : start + PHOTOS_PER_JOB]]
+            yield partial(check_samples, folder, shard, entries)
+
+
+def entry_of(index: ShardIndex, sample: int) -> Entry:
+    numbers = (index.offset, index.length, index.width, index.height, index.crc32)
+    return Entry(index.keys[sample], index.extensions[sample], *(int(column[sample]) for column in numbers))
+
+
+def run(job: partial) -> tuple[int, list[Damage]]:
+    return job()
+
+
+def check_shard(folder: Path, shard: Shard) -> tuple[int, list[Damage]]:
+    """Presence, size and hash of one shard."""
+    path = folder / shard.name
+    if not path.is_file():
+        return 0, [Damage(shard.name, "missing")]
+    size = path.stat().st_size
+    if size != shard.bytes:
+        return 0, [Damage(shard.name, f"{size} bytes instead of {shard.bytes}")]
+    if sha256_of(path) != shard.sha256:
+        return 0, [Damage(shard.name, HASH_DIFFERS)]
+    return 0, []
+
+
+HASH_DIFFERS = "its sha256 differs, although every photo in it is whole"
+
+
+def check_samples(folder: Path, shard: Shard, entries: list[Entry]) -> tuple[int, list[Damage]]:
+    """Tar header, bytes, decoding and size of some samples of one shard."""
+    path = folder / shard.name
+    if not path.is_file():
+        return len(entries), []
+    with path.open("rb") as handle:
+        damages = [
+            Damage(shard.name, what, entry.key) for entry in entries if (what := problem(handle, entry))
+        ]
+    return len(entries), damages
+
+
+def problem(handle: BinaryIO, entry: Entry) -> str | None:
+    """What is wrong with one sample in an open shard, or None."""
+    handle.seek(entry.offset - BLOCK)
+    header, data = handle.read(BLOCK), handle.read(entry.length)
+    zeros = handle.read(padding(entry.length))
+    if len(data) < entry.length:
+        return "cut off"
+    if crc32(data) != entry.crc32:
+        return "its bytes are damaged"
+    try:
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return f"its tar header is damaged ({error})"
+    if (member.name, member.size) != (f"{entry.key}.{entry.extension}", entry.length):
+        return f"the tar has {member.name} of {member.size} bytes in its place"
+    if any(zeros):
+        return "the padding after it is damaged"
+    try:
+        size = decode(data).size
+    except ValueError as error:
+        return str(error)
+    if size != (entry.width, entry.height):
+        return f"{size[0]}×{size[1]} pixels instead of {entry.width}×{entry.height}"
+    return None
+
+
+def without_repetition(damages: list[Damage]) -> list[Damage]:
+    """Leave out that a shard's hash differs where its damaged samples are named."""
+    named = {damage.shard for damage in damages if damage.sample}
+    return [damage for damage in damages if damage.what != HASH_DIFFERS or damage.shard not in named]

@@ -1,0 +1,1 @@
+"""Entropy models: how many bits a quantized latent costs."""

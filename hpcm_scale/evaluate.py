@@ -1,0 +1,89 @@
+"""Command: estimated rate and distortion of exported weights on a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from hpcm_scale.errors import UserError, one_line
+
+
+@one_line
+def main() -> None:
+    """Entry point of `hpcm evaluate` and `python -m hpcm_scale.evaluate`."""
+    parser = argparse.ArgumentParser(
+        prog="hpcm evaluate",
+        description="Bits per pixel (estimated from the likelihoods), PSNR and loss of exported weights, per image "
+        "and mean: the mean over images of each, the PSNR on pixels rounded to 8 bits.",
+    )
+    parser.add_argument("--weights", required=True, help="a run folder's weights.safetensors")
+    parser.add_argument("--images", required=True, help="folder of JPEG, PNG or WebP images")
+    parser.add_argument("--out", help="folder for evaluation.json and reconstructions.png")
+    parser.add_argument("--limit", type=int, help="use only the first so many images")
+    parser.add_argument(
+        "--pictures", type=int, default=3, help="rows of reconstructions.png (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
+    arguments = parser.parse_args()
+    if arguments.pictures < 1:
+        raise UserError(f"--pictures {arguments.pictures} must be at least 1")
+
+    import torch
+
+    from hpcm_scale.data.image_set import ImageSet
+    from hpcm_scale.evaluation.estimate import evaluate
+    from hpcm_scale.evaluation.pictures import draw_reconstructions
+    from hpcm_scale.files import write_text
+    from hpcm_scale.model.weights import load_weights
+    from hpcm_scale.tracking.progress import progress
+
+    images = ImageSet(arguments.images, arguments.limit)
+    model, facts = load_weights(arguments.weights)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    evaluation = evaluate(
+        model.to(device),
+        images,
+        multiple=model.multiple,
+        lmbda=facts["lmbda"],
+        device=device,
+        keep=arguments.pictures if arguments.out else 0,
+        progress=partial(progress, description="evaluating", unit="image"),
+    )
+    mean = evaluation.mean()
+    _print_table(evaluation, mean)
+    if arguments.out:
+        out = Path(arguments.out)
+        result = {
+            "weights": arguments.weights,
+            "model": model.config.name,
+            "facts": facts,
+            "rate": "estimated",
+            "mean": mean,
+            "images": [asdict(image) for image in evaluation.images],
+        }
+        write_text(out / "evaluation.json", json.dumps(result, indent=1))
+        title = f"{model.config.name} after {facts['step']:,} steps ({facts['pflops']:.3g} PFLOPs), λ = {facts['lmbda']}"
+        draw_reconstructions(evaluation.reconstructions, out / "reconstructions.png", title)
+        print(f"{out / 'evaluation.json'}, {out / 'reconstructions.png'}")
+
+
+def _print_table(evaluation, mean: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("image", "size", "loss", "bpp (estimated)", "PSNR (dB)"):
+        table.add_column(heading, justify="left" if heading == "image" else "right")
+    for image in evaluation.images:
+        size = f"{image.width}×{image.height}"
+        table.add_row(image.name, size, f"{image.loss:.4f}", f"{image.bpp:.4f}", f"{image.psnr:.2f}")
+    table.add_section()
+    table.add_row("mean", "", f"{mean['loss']:.4f}", f"{mean['bpp']:.4f}", f"{mean['psnr']:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Estimated rate and distortion of a codec on a set of images, shared out over the processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.model.hpcm import Coded
+from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+
+Codec = Callable[[Tensor], Coded]
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One image: rates per own pixel; PSNR on 8-bit rounded pixels; loss with the unrounded error."""
+
+    name: str
+    width: int
+    height: int
+    loss: float
+    """λ·255²·MSE + bpp, the reconstruction neither clamped nor rounded, as in training."""
+    bpp: float
+    bpp_y: float
+    bpp_z: float
+    mse: float
+    psnr: float
+    """dB, the reconstruction clamped and rounded to 8 bits."""
+
+
+class Reconstruction(NamedTuple):
+    """An image beside what the codec made of it, both uint8 (3, H, W)."""
+
+    original: Tensor
+    reconstruction: Tensor
+    result: ImageResult
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of a set, in its order, and the reconstructions this process kept."""
+
+    images: list[ImageResult]
+    reconstructions: list[Reconstruction]
+
+    def mean(self) -> dict[str, float]:
+        """Means over the images; the PSNR is the mean of the images' PSNRs, the field's habit."""
+        keys = ("loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr")
+        return {
+            key: math.fsum(asdict(image)[key] for image in self.images) / len(self.images) for key in keys
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    codec: Codec,
+    images: ImageSet,
+    *,
+    multiple: int,
+    lmbda: float,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce: Callable[[Tensor], Tensor] = lambda values: values,
+    keep: int = 0,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda turns: turns,
+) -> Evaluation:
+    """Code every image once and measure it; every process calls it and gets all results.
+
+    Images are padded at the right and bottom, by replication, to multiples of `multiple` pixels, and
+    counted by their own pixels. Each process takes every `world_size`-th image and calls the codec equally
+    often (a sharded model needs all of them at every call); `reduce` sums a tensor over the processes. Up
+    to `keep` of this process's images come back with their reconstructions.
+    """
+    table = torch.zeros(len(images), 8, dtype=torch.float64)
+    kept: list[tuple[int, Tensor, Tensor]] = []
+    for turn in progress(range(math.ceil(len(images) / world_size))):
+        index = turn * world_size + rank
+        surplus = index >= len(images)  # fewer images than processes in the last turn: code one for company
+        pixels = images.load(0 if surplus else index)
+        x = pixels.to(device)[None].float() / 255
+        coded = codec(pad(x, multiple))
+        if surplus:
+            continue
+        height, width = pixels.shape[1:]
+        x_hat = coded.x_hat[..., :height, :width]
+        measured = rate_distortion_loss(x, x_hat, coded.bits_y, coded.bits_z, lmbda)
+        rounded = (x_hat[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        values = [measured.loss, measured.bpp, measured.bpp_y, measured.bpp_z, measured.mse]
+        psnr = peak_signal_to_noise(pixels, rounded)
+        table[index] = torch.tensor([width, height, *(value.item() for value in values), psnr])
+        if len(kept) < keep:
+            kept.append((index, pixels, rounded))
+    results = [
+        ImageResult(name, int(width), int(height), *values)
+        for name, (width, height, *values) in zip(images.names, reduce(table).tolist(), strict=True)
+    ]
+    return Evaluation(results, [Reconstruction(x, x_hat, results[i]) for i, x, x_hat in kept])
+
+
+def pad(x: Tensor, multiple: int) -> Tensor:
+    """Replicate the last row and column of (1, 3, H, W) until both sides are multiples of `multiple`."""
+    height, width = x.shape[2:]
+    return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def peak_signal_to_noise(x: Tensor, y: Tensor) -> float:
+    """PSNR in dB of two uint8 images; that of one wrong level in one value for identical ones."""
+    errors = (x.to(torch.int32) - y.to(torch.int32)).square().sum().item()
+    return 10 * math.log10(255**2 * x.numel() / max(errors, 1))

@@ -1,0 +1,58 @@
+"""Weights for use: one safetensors file with its configuration inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpcm_scale.config.compose import model_from_dict, to_dict
+from hpcm_scale.config.schema import ModelConfig
+from hpcm_scale.errors import UserError
+from hpcm_scale.files import whole_file
+from hpcm_scale.model.hpcm import HPCM
+
+_FORMAT = "hpcm_scale weights 1"
+
+
+def save_weights(
+    path: str | Path, state: dict[str, Tensor], config: ModelConfig, facts: dict[str, Any]
+) -> None:
+    """Write a state dict and its model's configuration; `facts` (λ, step, …) are plain JSON values."""
+    metadata = {
+        "format": _FORMAT,
+        "model": json.dumps(to_dict(config)),
+        "facts": json.dumps(facts),
+    }
+    with whole_file(path) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished, metadata)
+
+
+def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
+    """The model of a weights file, on the CPU and in evaluation mode, and the facts beside it.
+
+    Raises UserError if the file is missing, is no such file, or does not fit its own configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there are no weights at {path}; training leaves them in its run folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); export it again") from error
+    if metadata.get("format") != _FORMAT:
+        raise UserError(f"{path} was not written by hpcm_scale; give a run folder's weights.safetensors")
+    model = HPCM(model_from_dict(json.loads(metadata["model"])))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"the tensors in {path} do not fit the model it describes; export it again"
+        ) from error
+    return model.eval(), json.loads(metadata["facts"])

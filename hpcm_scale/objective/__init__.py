@@ -1,0 +1,1 @@
+"""Training objectives: rate against distortion."""

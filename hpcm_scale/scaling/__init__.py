@@ -1,0 +1,1 @@
+"""What scale buys: runs read back from their folders, and figures of loss against compute."""

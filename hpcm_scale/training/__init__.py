@@ -1,0 +1,1 @@
+"""Training: the loop, the engines, resumable checkpoints, schedules, stop signals."""

@@ -1,0 +1,59 @@
+"""Resumable checkpoints: folders that count only once their completion marker is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.files import sync_folder, write_text
+from hpcm_scale.training.engine import Engine
+
+_MARKER = "complete.json"
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: `step_00000040/` holds the engine's files and the marker.
+
+    The marker is written last, when every process has written its files, and holds the loop's state.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def complete(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(marker.parent for marker in self.folder.glob(f"step_*/{_MARKER}"))
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest complete checkpoint and the loop's state in it."""
+        complete = self.complete()
+        if not complete:
+            return None
+        marker = complete[-1] / _MARKER
+        try:
+            return complete[-1], json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{marker} is damaged; remove {complete[-1]} to go on from the one before"
+            ) from error
+
+    def save(self, engine: Engine, state: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint of step `state["step"]` and remove all but the newest `keep`."""
+        folder = self.folder / f"step_{state['step']:08d}"
+        if engine.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
+            folder.mkdir(parents=True)
+        engine.barrier()
+        engine.save(folder)
+        engine.barrier()
+        if engine.rank == 0:
+            write_text(folder / _MARKER, json.dumps(state, indent=1))
+            sync_folder(self.folder)
+            for path in sorted(self.folder.glob("step_*")):
+                if path not in self.complete()[-keep:]:
+                    (path / _MARKER).unlink(missing_ok=True)
+                    shutil.rmtree(path)
+        engine.barrier()

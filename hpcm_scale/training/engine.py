@@ -1,0 +1,88 @@
+"""The engine: the only thing that knows about processes. The loop reads the same with either of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hpcm_scale.config.schema import Config, EngineName
+
+
+class Stepped(NamedTuple):
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global 2-norm of the gradients before clipping."""
+    skipped: bool
+    """Whether the step was left out, on all processes together, for a gradient that is not finite."""
+
+
+class Engine(ABC):
+    """Processes, sharding and the optimizer of one training."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    module: nn.Module
+    """The prepared model: call it as the model itself, on all processes alike."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> None:
+        """Take over a model (same weights on every process): place, wrap or shard it."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's mean loss, a scalar.
+
+        A loss that is not finite makes every gradient not finite, so that the step is skipped.
+        """
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> Stepped:
+        """Clip and apply the accumulated gradients, or skip them if they are not finite; clear them."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer to `folder`; every process calls it."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; every process calls it, as many as saved it."""
+
+    @abstractmethod
+    def reduce(self, values: Tensor) -> Tensor:
+        """The sum over all processes of a tensor, which itself stays as it is."""
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.reduce(torch.zeros(1))
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor] | None:
+        """The whole fp32 state dict in host memory on rank 0, None elsewhere; every process calls it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model. The process group stays for another run of the same processes."""
+
+
+def create_engine(config: Config) -> Engine:
+    """The engine that the configuration names; joins the process group."""
+    # The two libraries are slow to import and each brings its own logging: load only the one in use.
+    if config.engine.name == EngineName.deepspeed:
+        from hpcm_scale.training.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config)
+    from hpcm_scale.training.accelerate_engine import AccelerateEngine
+
+    return AccelerateEngine(config)
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss, or, where it is not finite, one whose gradients are all NaN; needs no look at its value."""
+    value = loss.detach()
+    return loss * torch.where(value.isfinite(), torch.ones_like(value), torch.full_like(value, torch.nan))

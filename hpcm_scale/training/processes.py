@@ -1,0 +1,44 @@
+"""What the launcher told this process, and what it forgot."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+import torch
+
+
+def world_size() -> int:
+    """Processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among all processes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
+    """The user's arguments: the DeepSpeed launcher adds --local_rank=N, which Hydra would refuse."""
+    return [argument for argument in arguments if not argument.startswith("--local_rank")]
+
+
+def complete_environment() -> None:
+    """Fill in what a process started without a launcher lacks, so that every run looks alike."""
+    if "RANK" not in os.environ:
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(defaults, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        # CPU processes of one machine share its cores instead of fighting for them.
+        neighbours = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // neighbours))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,73 @@
+"""Where a run's numbers go: the journal, wandb, the terminal. The first process records, others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hpcm_scale.config.compose import to_dict
+from hpcm_scale.config.schema import Config
+from hpcm_scale.evaluation.estimate import Reconstruction
+from hpcm_scale.tracking.journal import Journal
+from hpcm_scale.tracking.progress import progress
+from hpcm_scale.tracking.wandb_view import WandbView
+from hpcm_scale.training.run_folder import RunFolder
+
+
+class Recorder:
+    """The recording of one run; on processes other than the first every call does nothing."""
+
+    def __init__(
+        self, folder: RunFolder, config: Config, *, first: bool, step: int, facts: dict[str, Any]
+    ) -> None:
+        self._first = first
+        if not first:
+            return
+        self._journal = Journal(folder.journal_file)
+        self._journal.resume(step)
+        self._wandb = WandbView.open(folder.path, config.log, config.run, config=to_dict(config), facts=facts)
+        self._bar = progress(
+            total=config.train.steps, initial=step, description=folder.path.name, unit="step"
+        )
+
+    def line(self, record: dict[str, Any]) -> None:
+        """Append one journal line."""
+        if self._first:
+            self._journal.append(record)
+
+    def advance(self, loss: float | None) -> None:
+        """One step more on the progress bar."""
+        if self._first:
+            self._bar.set_postfix_str("" if loss is None else f"loss {loss:.4f}", refresh=False)
+            self._bar.update(1)
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, beside the bar."""
+        if self._first:
+            self._bar.write(text)
+
+    def pictures(self, step: int, reconstructions: Sequence[Reconstruction]) -> None:
+        """Show original and reconstruction side by side; before the evaluation's journal line."""
+        if self._first and reconstructions:
+            self._wandb.images(step, [_picture(item) for item in reconstructions])
+
+    def sync(self) -> None:
+        """What was recorded so far survives a power cut."""
+        if self._first:
+            self._journal.sync()
+
+    def close(self, exit_code: int = 0) -> None:
+        """Let go of journal, wandb and terminal."""
+        if self._first:
+            self._bar.close()
+            self._journal.close()
+            self._wandb.close(exit_code)
+
+
+def _picture(item: Reconstruction) -> tuple[str, Any, str]:
+    original, reconstruction, result = item
+    caption = f"{result.name}: original, {result.bpp:.3f} bpp at {result.psnr:.2f} dB"
+    wide = original.shape[1] < original.shape[2]  # put wide pictures above each other
+    return result.name, torch.cat([original, reconstruction], dim=1 if wide else 2), caption

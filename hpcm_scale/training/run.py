@@ -1,0 +1,149 @@
+"""One training run, from a checked configuration to exported weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hpcm_scale.compute.hardware import peak_flops
+from hpcm_scale.compute.tracker import PETA, ComputeTracker
+from hpcm_scale.config.checks import check, micro_batch_size
+from hpcm_scale.config.schema import Config, EngineName, Precision
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.index import load_index
+from hpcm_scale.data.stream import open_stream
+from hpcm_scale.errors import UserError, is_first_process
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.weights import save_weights
+from hpcm_scale.tracking.environment import environment
+from hpcm_scale.training import processes
+from hpcm_scale.training.costs import on_meta, parameter_count, parameters_by_part, training_flops_per_image
+from hpcm_scale.training.engine import Engine, create_engine
+from hpcm_scale.training.loop import Trainer
+from hpcm_scale.training.recorder import Recorder
+from hpcm_scale.training.run_folder import Resume, RunFolder
+from hpcm_scale.training.signals import StopRequest
+
+
+def run(config: Config) -> None:
+    """Train, or go on training, what the configuration describes, in the folder `run.dir`.
+
+    Every process of the launch calls it. All that can be refused is refused before they start to talk to
+    each other: UserError, one sentence.
+    """
+    world_size = processes.world_size()
+    check(config, world_size)
+    if config.data.shards is None:
+        raise UserError("data.shards is not set; name the folder that `hpcm shards build` made")
+    index = load_index(config.data.shards, retries=config.data.retries, timeout=config.data.timeout)
+    images = ImageSet(config.eval.images, config.eval.limit) if config.eval.images else None
+    folder = RunFolder(run_directory(config))
+    resume = folder.resume(config, world_size, index.digest)
+    if resume.step == config.train.steps and folder.weights_file.is_file():
+        tell(f"{folder.path} is finished at step {resume.step}; a larger train.steps would lengthen it")
+        return
+    processes.complete_environment()
+    try:
+        _train(config, folder, resume, images, index.digest)
+    except UserError as error:
+        error.local = True  # from here on a process may fail alone
+        raise
+
+
+def run_directory(config: Config) -> Path:
+    """`run.dir`, or runs/<model> where it is not set."""
+    return Path(config.run.dir or f"runs/{config.model.name}")
+
+
+def tell(text: str) -> None:
+    """Say something to the user, once."""
+    if is_first_process():
+        print(text, flush=True)
+
+
+def _train(config: Config, folder: RunFolder, resume: Resume, images: ImageSet | None, digest: str) -> None:
+    shapes = on_meta(config.model)
+    flops = training_flops_per_image(shapes, config.data.crop)
+    parameters = parameter_count(shapes)
+    engine = create_engine(config)
+    torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32
+    torch.manual_seed(config.train.seed)
+    model = HPCM(config.model, precision=config.engine.precision)
+    engine.prepare(model)
+    peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
+    tracker = ComputeTracker(flops, engine.device, peak and peak * engine.world_size)
+    tell(_opening(config, folder, resume, engine, parameters, flops))
+    if engine.rank == 0:
+        folder.write_facts(config)
+    facts = {"parameters": parameters, "parameters_by_part": parameters_by_part(shapes)}
+    facts |= {"environment": environment()}
+    recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=facts)
+    trainer = Trainer(config, engine, model, folder, recorder, tracker, images, digest, StopRequest())
+    stream = None
+    failed = True
+    try:
+        if resume.checkpoint:
+            engine.load(resume.checkpoint)
+            trainer.load_state(resume.state)
+        stream = open_stream(
+            config.data,
+            seed=config.train.seed,
+            first_image=trainer.step * config.train.batch_size,
+            last_image=None,
+            batch_size=config.train.batch_size,
+            micro_batch_size=micro_batch_size(config, engine.world_size),
+            rank=engine.rank,
+            world_size=engine.world_size,
+        )
+        tracker.start_clock()
+        trainer.train(stream)
+        _finish(trainer, engine)
+        failed = False
+    finally:
+        trainer.stop.close()
+        if stream is not None:
+            stream.close()
+        recorder.close(exit_code=int(failed))
+        engine.close()
+
+
+def _finish(trainer: Trainer, engine: Engine) -> None:
+    """Export the weights of a finished run, or say how a stopped one goes on."""
+    config, folder, step = trainer.config, trainer.folder, trainer.step
+    if step < config.train.steps:
+        if config.train.stop_after == step:
+            trainer.recorder.say(
+                f"stopped at step {step} of {config.train.steps}; without train.stop_after the same command goes on"
+            )
+        return
+    state = engine.weights()
+    if state is not None:
+        facts = {
+            "lmbda": config.objective.lmbda,
+            "step": step,
+            "images": trainer.tracker.images,
+            "pflops": trainer.tracker.pflops,
+        }
+        save_weights(folder.weights_file, state, config.model, facts)
+    trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")
+
+
+def _opening(
+    config: Config, folder: RunFolder, resume: Resume, engine: Engine, parameters: int, flops: int
+) -> str:
+    """What is about to happen, and what it will cost."""
+    stage = f"ZeRO {config.engine.zero_stage}" if config.engine.name == EngineName.deepspeed else "accelerate"
+    lines = [
+        f"{folder.path}: {config.model.name}, {parameters:,} parameters, λ = {config.objective.lmbda}, {stage} on "
+        f"{engine.world_size} × {engine.device.type}, {config.train.steps:,} steps of "
+        f"{config.train.batch_size} images, {config.train.steps * config.train.batch_size * flops / PETA:.4g} PFLOPs"
+    ]
+    if resume.checkpoint:
+        lines.append(f"going on from step {resume.step} ({resume.checkpoint.name})")
+    if resume.previous and resume.previous.train.steps != config.train.steps:
+        lines.append(
+            f"train.steps changes from {resume.previous.train.steps} to {config.train.steps}: the learning-rate "
+            "schedule, where it is in fractions of the run, changes with it"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""The stream as the training loop meets it: small photos, damage, signals, and ways to end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from hpcm_scale.config.schema import DataConfig
+from hpcm_scale.data.build import build_shards
+from hpcm_scale.data.crop import cut
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.images import decode
+from hpcm_scale.data.index import load_index
+from hpcm_scale.data.order import sample_at
+from hpcm_scale.data.storage import LocalStorage
+from hpcm_scale.data.stream import Source, collate, hand_over_errors, open_stream, prepare
+from hpcm_scale.errors import UserError
+from hpcm_scale.tracking.progress import progress
+
+ONE_PROCESS = {"batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1}
+
+
+def stream_of(folder, *, last=None, seed=0, **data):
+    config = DataConfig(**({"shards": str(folder), "crop": 64, "workers": 0} | data))
+    return open_stream(config, seed=seed, first_image=0, last_image=last, **ONE_PROCESS)
+
+
+def test_crops_are_cut_from_the_stored_photos(small_set, photo_folder):
+    index = load_index(str(small_set))
+    files = dict(zip(index.keys, sorted(p for p in photo_folder.rglob("*") if p.is_file()), strict=True))
+    for batch in stream_of(small_set, last=48, crop=80):
+        for image, key, pixels in zip(batch.image_index.tolist(), batch.keys, batch.images, strict=True):
+            photo = decode(files[key].read_bytes())
+            sample = sample_at(0, image, 23)
+            square, _ = cut(photo, 80, True, seed=0, epoch=image // 23, sample=sample)
+            assert (np.asarray(square) == pixels.permute(1, 2, 0).numpy()).all()
+
+
+def test_small_photos_are_scaled_up_and_counted(small_set):
+    index = load_index(str(small_set))
+    small = dict(zip(index.keys, index.smaller_sides < 160, strict=True))
+    assert 0 < sum(small.values()) < 23
+    total = 0
+    for batch in stream_of(small_set, last=92, crop=160):
+        assert batch.upscaled == sum(small[key] for key in batch.keys)
+        total += batch.upscaled
+    assert total == 4 * sum(small.values())
+
+
+def test_all_kinds_of_images_train(packaged_photos, tmp_path):
+    with Image.open(packaged_photos[1]) as chelsea:
+        photo = chelsea.convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for mode in ("L", "LA", "P", "RGBA", "1"):
+        photo.convert(mode).save(tmp_path / f"{mode}.png")
+    grey = np.asarray(photo.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(tmp_path / "sixteen.png")
+    built = build_shards(
+        [tmp_path], tmp_path / "set", min_side=0, shard_size=10**9, workers=1, progress=progress
+    )
+    assert len(built.index) == 8
+    for batch in stream_of(tmp_path / "set", last=8, crop=256, flip=False):
+        assert batch.upscaled == 0
+        for key, image, pixels in zip(batch.keys, batch.image_index.tolist(), batch.images, strict=True):
+            reference = photo.transpose(Image.Transpose.ROTATE_270) if key == "turned" else photo
+            sample = sample_at(0, image, 8)
+            square, _ = cut(reference, 256, False, seed=0, epoch=0, sample=sample)
+            luma = (np.asarray(square) @ [0.299, 0.587, 0.114]).mean()
+            assert abs((pixels.permute(1, 2, 0).numpy() @ [0.299, 0.587, 0.114]).mean() - luma) < 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loop_s_random_numbers_are_left_alone(small_set, workers):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    stream = stream_of(small_set, workers=workers)
+    next(stream)
+    stream.close()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_missing_shards_are_told_before_iterating(tmp_path):
+    with pytest.raises(UserError, match=r"no shards at .*; build them with `hpcm shards build PHOTOS --out"):
+        stream_of(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["flip", "missing"])
+def test_damage_is_one_sentence_that_names_shard_and_sample(small_set, tmp_path, workers, damage):
+    folder = shutil.copytree(small_set, tmp_path / "set")
+    index = load_index(str(folder))
+    sample = sample_at(0, 9, 23)  # in the third batch
+    shard = folder / index.shards[index.shard[sample]].name
+    if damage == "flip":
+        with shard.open("r+b") as handle:
+            handle.seek(index.offset[sample] + 100)
+            handle.write(b"damage")
+        named = f"sample {index.keys[sample]} in {shard} is damaged"
+    else:
+        shard.unlink()
+        named = f"cannot read {shard}"
+    stream = stream_of(folder, workers=workers)
+    with pytest.raises(UserError) as caught:
+        for batch in stream:
+            assert damage == "missing" or batch.image_index[0] < 8
+    assert str(caught.value).startswith(named)
+    assert "Traceback" not in str(caught.value)
+
+
+def worker_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_workers_ignore_signals_and_end_at_once_when_closed(small_set):
+    before = set(worker_processes())
+    stream = stream_of(small_set, workers=2)
+    next(stream)
+    workers = [child for child in worker_processes() if child not in before]
+    assert len(workers) == 2
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+        worker.send_signal(signal.SIGINT)
+    found = [next(stream).image_index[0].item() for _ in range(30)]
+    assert found == list(range(4, 124, 4))
+    began = time.perf_counter()
+    stream.close()
+    assert not psutil.wait_procs(workers, timeout=3)[1]
+    assert time.perf_counter() - began < 3
+
+
+PROGRAM = """
+import multiprocessing, sys
+from hpcm_scale.config.schema import DataConfig
+from hpcm_scale.data.stream import open_stream
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    config = DataConfig(shards=sys.argv[1], crop=64, workers=2)
+    stream = open_stream(config, seed=0, first_image=0, last_image=None,
+                         batch_size=4, micro_batch_size=4, rank=0, world_size=1)
+    print(next(stream).keys, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def program(small_set, tmp_path):
+    """A program with two workers that waits for a line and then leaves without closing its stream."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = []
+
+    def start(method: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+        command = [sys.executable, str(tmp_path / "program.py"), str(small_set), method]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        started.append(process)
+        assert "piece_" in process.stdout.readline()
+        return process, psutil.Process(process.pid).children(recursive=True)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_workers_end_when_their_parent_is_killed(program):
+    process, workers = program("fork")
+    assert len(workers) == 2
+    process.kill()
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_program_leaves_promptly_without_closing(program, method):
+    process, workers = program(method)
+    began = time.perf_counter()
+    process.communicate("\n", timeout=20)
+    assert process.returncode == 0
+    assert time.perf_counter() - began < 4
+    assert not psutil.wait_procs(workers, timeout=3)[1]
+
+
+def test_stages_can_be_sent_to_other_processes(small_set):
+    config = DataConfig(shards=str(small_set), crop=64)
+    pipeline = wds.DataPipeline(
+        Source(config, load_index(str(small_set)), 0, range(0, 8, 4), 4),
+        wds.map(partial(prepare, crop=64, flip=True, seed=0)),
+        wds.batched(4, collation_fn=collate, partial=False),
+        hand_over_errors,
+    )
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (remote,) = pool.map(list, [pickle.loads(pickle.dumps(pipeline))])
+    assert [batch.keys for batch in remote] == [batch.keys for batch in stream_of(small_set, last=8)]
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalStorage, "OPEN_FILES", 3)
+    for number in range(10):
+        (tmp_path / f"{number}").write_bytes(bytes([number]) * 9)
+    storage = LocalStorage(tmp_path)
+    before = psutil.Process().num_fds()
+    for number in [0, 5, 9, 0, 1, 2, 3, 0, 7, 0]:
+        assert storage.read(str(number), 2, 5) == bytes([number]) * 3
+        assert psutil.Process().num_fds() <= before + 3
+    storage.close()
+    assert psutil.Process().num_fds() == before
+
+
+def test_an_image_set_is_a_folder_in_order_of_name(photo_folder, packaged_photos, tmp_path):
+    images = ImageSet(photo_folder)
+    assert len(images) == 23 and images.names == sorted(images.names)
+    first = images.load(0)
+    assert first.dtype == torch.uint8 and first.shape == (3, 250, 90)
+    assert (first.permute(1, 2, 0).numpy() == np.asarray(Image.open(photo_folder / images.names[0]))).all()
+    assert ImageSet(photo_folder, limit=5).names == images.names[:5]
+    with pytest.raises(UserError, match=r"no folder .*eval\.images"):
+        ImageSet(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no JPEG, PNG or WebP .*eval\.images"):
+        ImageSet(tmp_path)
+    (tmp_path / "broken.png").write_bytes(packaged_photos[0].read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"cannot read .*broken\.png"):
+        ImageSet(tmp_path).load(0)
+
+
+def test_kodak(shared):
+    images = ImageSet(shared / "data" / "kodak")
+    assert images.names == [f"kodim{number:02d}.png" for number in range(1, 25)]
+    assert images.load(0).shape == (3, 512, 768)

@@ -1,0 +1,46 @@
+"""What ../shared/reference holds, and models filled as it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.schema import HyperPlacement
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.public_names import public_name
+
+PRESETS = {"base": "68m", "phi": "64m_phi", "large": "90m", "1b": "1b"}
+
+
+class Reference:
+    """One variant of the public implementation: its outputs, and our model with its weights."""
+
+    def __init__(self, folder: Path, variant: str) -> None:
+        self.facts = json.loads((folder / f"{variant}.json").read_text())
+        self.outputs = np.load(folder / f"{variant}.npz")
+        self.parameters = {entry["name"]: entry for entry in self.facts["parameters"]}
+        config = compose_model(PRESETS[variant])
+        config.hyper_placement = HyperPlacement.upstream
+        self.model = HPCM(config, formula="public")
+        self.names = {name: public_name(name, config) for name in self.model.state_dict()}
+        state = {name: _filled(self.parameters[public]) for name, public in self.names.items()}
+        self.model.load_state_dict(state, assign=True)
+
+    def image(self) -> torch.Tensor:
+        """The crop, fp32 (1, 3, 256, 256) in [0, 1]."""
+        return torch.from_numpy(self.outputs["image"]).permute(2, 0, 1)[None].float() / 255
+
+    def output(self, key: str) -> torch.Tensor:
+        """One recorded tensor, with a batch dimension of 1."""
+        tensor = torch.from_numpy(self.outputs[key].astype(np.float32))
+        return tensor if tensor.dim() == 4 else tensor[None]
+
+
+def _filled(entry: dict) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(entry["seed"])
+    tensor = torch.randn(entry["shape"], generator=generator) * entry["std"] + entry["mean"]
+    return tensor.abs() if entry["name"] == "scales_hyper" else tensor
