@@ -31,9 +31,7 @@ def main() -> None:
     check(config, world_size)
     peak = peak_of(arguments.gpu, config.engine.precision == Precision.bf16)
     if peak is None:
-        raise UserError(
-            f"the peak rate of --gpu {arguments.gpu} is not known; see hpcm_scale/compute/hardware.py"
-        )
+        raise UserError(f"the peak rate of --gpu {arguments.gpu} is not known; see hpcm_scale/compute/hardware.py")
     if not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu {arguments.mfu} must lie between 0 and 1")
     _print(config, world_size, arguments.gpu, peak, arguments.mfu)
@@ -47,9 +45,7 @@ def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -
 
     needs = estimate(config, world_size)
     memory, engine = needs.memory, config.engine
-    stage = (
-        f"{engine.name.value} ZeRO {engine.zero_stage}" if engine.name.value == "deepspeed" else "accelerate"
-    )
+    stage = f"{engine.name.value} ZeRO {engine.zero_stage}" if engine.name.value == "deepspeed" else "accelerate"
     print(
         f"{config.model.name}: {needs.parameters:,} parameters, {stage}, {engine.precision.value}, {world_size} "
         f"processes with one {gpu} each, {micro_batch_size(config, world_size)} crops of {config.data.crop}×"

@@ -23,9 +23,7 @@ def main() -> None:
     parser.add_argument("--images", required=True, help="folder of JPEG, PNG or WebP images")
     parser.add_argument("--out", help="folder for evaluation.json and reconstructions.png")
     parser.add_argument("--limit", type=int, help="use only the first so many images")
-    parser.add_argument(
-        "--pictures", type=int, default=3, help="rows of reconstructions.png (default: %(default)s)"
-    )
+    parser.add_argument("--pictures", type=int, default=3, help="rows of reconstructions.png (default: %(default)s)")
     parser.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
     arguments = parser.parse_args()
     if arguments.pictures < 1:
@@ -65,7 +63,8 @@ def main() -> None:
             "images": [asdict(image) for image in evaluation.images],
         }
         write_text(out / "evaluation.json", json.dumps(result, indent=1))
-        title = f"{model.config.name} after {facts['step']:,} steps ({facts['pflops']:.3g} PFLOPs), λ = {facts['lmbda']}"
+        spent = f"{facts['step']:,} steps ({facts['pflops']:.3g} PFLOPs)"
+        title = f"{model.config.name} after {spent}, λ = {facts['lmbda']}"
         draw_reconstructions(evaluation.reconstructions, out / "reconstructions.png", title)
         print(f"{out / 'evaluation.json'}, {out / 'reconstructions.png'}")
 

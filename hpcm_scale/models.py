@@ -23,9 +23,7 @@ def main() -> None:
 
     from hpcm_scale.training.costs import size_row
 
-    rows = sorted(
-        (size_row(compose_model(name)) for name in preset_names("model")), key=lambda row: row.parameters
-    )
+    rows = sorted((size_row(compose_model(name)) for name in preset_names("model")), key=lambda row: row.parameters)
     table = Table(box=SIMPLE_HEAD, caption=_CAPTION, caption_justify="left", pad_edge=False)
     table.add_column("model", no_wrap=True)
     for heading in ("parameters", "g_a", "g_s", "hyper", "context", "kMAC/px", "TFLOP/step"):

@@ -28,15 +28,11 @@ def parser() -> argparse.ArgumentParser:
     )
     building.add_argument("photos", nargs="+", metavar="PHOTOS", help="folders (and all below) or files")
     building.add_argument("--out", required=True, metavar="DIR", help="folder for the set")
-    building.add_argument(
-        "--min-side", type=int, default=0, metavar="PIXELS", help="skip photos with a smaller side"
-    )
+    building.add_argument("--min-side", type=int, default=0, metavar="PIXELS", help="skip photos with a smaller side")
     building.add_argument("--shard-size", type=float, default=256, metavar="MB", help="default: 256")
     building.set_defaults(run=build)
 
-    verifying = subcommands.add_parser(
-        "verify", help="check every hash and decode every photo; exit code 1 on damage"
-    )
+    verifying = subcommands.add_parser("verify", help="check every hash and decode every photo; exit code 1 on damage")
     verifying.add_argument("folder", metavar="DIR")
     verifying.set_defaults(run=verify)
 

@@ -37,9 +37,7 @@ def check(config: Config, world_size: int) -> None:
         if not value > 0:
             raise UserError(f"{key}={value} must be greater than 0")
     if train.stop_after is not None and not 0 < train.stop_after <= train.steps:
-        raise UserError(
-            f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}"
-        )
+        raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas={train.betas} must be two numbers from 0 up to, not including, 1")
     if data.workers < 0:
@@ -93,9 +91,7 @@ def _check_batch(config: Config, world_size: int) -> None:
         if train.micro_batch_size:
             unit += f" × train.micro_batch_size={train.micro_batch_size}"
         near = max(share, round(train.batch_size / share) * share)
-        raise UserError(
-            f"train.batch_size={train.batch_size} does not divide over {unit}; use train.batch_size={near}"
-        )
+        raise UserError(f"train.batch_size={train.batch_size} does not divide over {unit}; use train.batch_size={near}")
 
 
 def _check_engine(config: Config, world_size: int) -> None:
@@ -123,8 +119,6 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     if sorted(boundaries) != list(boundaries) or any(boundary <= 0 for boundary in boundaries):
         raise UserError(f"schedule.boundaries={boundaries} must be positive and rise")
     if boundaries and boundaries[0] <= 1 < boundaries[-1]:
-        raise UserError(
-            f"schedule.boundaries={boundaries} mixes fractions (≤ 1) and steps (> 1); use one of the two"
-        )
+        raise UserError(f"schedule.boundaries={boundaries} mixes fractions (≤ 1) and steps (> 1); use one of the two")
     if not schedule.learning_rate > 0 or schedule.warmup < 0:
         raise UserError("schedule.learning_rate must be greater than 0 and schedule.warmup at least 0")

@@ -62,9 +62,7 @@ def typed(config: DictConfig) -> Config:
 
 def from_yaml(path: str | Path) -> Config:
     """The configuration that `to_yaml` wrote, for example a run folder's config.yaml."""
-    return translated(
-        lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    )
+    return translated(lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))))
 
 
 def to_yaml(config: Config) -> str:

@@ -53,9 +53,7 @@ class Evaluation:
     def mean(self) -> dict[str, float]:
         """Means over the images; the PSNR is the mean of the images' PSNRs, the field's habit."""
         keys = ("loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr")
-        return {
-            key: math.fsum(asdict(image)[key] for image in self.images) / len(self.images) for key in keys
-        }
+        return {key: math.fsum(asdict(image)[key] for image in self.images) / len(self.images) for key in keys}
 
 
 @torch.no_grad()

@@ -87,16 +87,14 @@ class CodingOrder(nn.Module):
     def split(self, y: Tensor) -> list[Tensor]:
         """The values of y (B, M, H, W) in coding order: one packed tensor per step."""
         grids = self.grids(y)
-        return [
-            step.take(grid) for scale, grid in zip(self.scales, grids, strict=True) for step in scale.steps
-        ]
+        return [step.take(grid) for scale, grid in zip(self.scales, grids, strict=True) for step in scale.steps]
 
     def join(self, packed: list[Tensor]) -> Tensor:
         """The inverse of `split`."""
         values, grid = iter(packed), None
         for scale in self.scales:
             first = next(values)
-            planes, batch, channels, height, width = first.shape
+            _, batch, channels, height, width = first.shape
             cell = scale.steps[0].cell
             shape = (batch, GROUPS * channels, height * cell, width * cell)
             empty = first.new_zeros(shape)
@@ -119,9 +117,7 @@ def _steps_s1() -> list[tuple]:
 
 def _steps_s2() -> list[tuple]:
     corner = {"a": (0, 0), "b": (0, 1), "c": (1, 0), "d": (1, 1)}
-    return [
-        tuple((corner[rows[group // 2]],) for group in range(GROUPS)) for rows in ("dcba", "cdab", "badc")
-    ]
+    return [tuple((corner[rows[group // 2]],) for group in range(GROUPS)) for rows in ("dcba", "cdab", "badc")]
 
 
 def _steps_s3() -> list[tuple]:

@@ -56,8 +56,7 @@ class ContextModel(nn.Module):
         self.aligned = config.hyper_placement == HyperPlacement.aligned
         self._without_network = (1, 0, 0)  # the very first step is coded with the hyper parameters alone
         networks = [
-            len(scale.steps) - bare
-            for scale, bare in zip(self.order.scales, self._without_network, strict=True)
+            len(scale.steps) - bare for scale, bare in zip(self.order.scales, self._without_network, strict=True)
         ]
         self.adaptors = nn.ModuleList(
             nn.ModuleList(_adaptor(3 * latent, blocks) for _ in range(count))
@@ -69,9 +68,7 @@ class ContextModel(nn.Module):
         self.merge = nn.ModuleList(nn.Conv2d(2 * latent, 2 * latent, 1) for _ in range(2))
         self.fusion = nn.ModuleList()
         if config.fusion == Fusion.attention:
-            self.fusion.extend(
-                WindowFusion(2 * latent, config.attention_heads, window) for window in (4, 8, 8)
-            )
+            self.fusion.extend(WindowFusion(2 * latent, config.attention_heads, window) for window in (4, 8, 8))
 
     def traverse(self, hyper_parameters: Tensor, code: Code) -> Tensor:
         """Walk through y in coding order.

@@ -19,9 +19,7 @@ from hpcm_scale.model.hpcm import HPCM
 _FORMAT = "hpcm_scale weights 1"
 
 
-def save_weights(
-    path: str | Path, state: dict[str, Tensor], config: ModelConfig, facts: dict[str, Any]
-) -> None:
+def save_weights(path: str | Path, state: dict[str, Tensor], config: ModelConfig, facts: dict[str, Any]) -> None:
     """Write a state dict and its model's configuration; `facts` (λ, step, …) are plain JSON values."""
     metadata = {
         "format": _FORMAT,
@@ -52,7 +50,5 @@ def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(
-            f"the tensors in {path} do not fit the model it describes; export it again"
-        ) from error
+        raise UserError(f"the tensors in {path} do not fit the model it describes; export it again") from error
     return model.eval(), json.loads(metadata["facts"])

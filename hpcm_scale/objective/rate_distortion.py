@@ -27,9 +27,7 @@ class RateDistortion(NamedTuple):
         return RateDistortion(*(quantity.mean() for quantity in self))
 
 
-def rate_distortion_loss(
-    x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tensor, lmbda: float
-) -> RateDistortion:
+def rate_distortion_loss(x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tensor, lmbda: float) -> RateDistortion:
     """λ·255²·MSE(x, x̂) + bits per pixel of each image (the papers' objective; λ on the scale of 8-bit MSE).
 
     All is worked out in fp32, under autocast too. The images of a batch have one size, so the mean loss is

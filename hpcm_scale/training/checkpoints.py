@@ -36,9 +36,7 @@ class Checkpoints:
         try:
             return complete[-1], json.loads(marker.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(
-                f"{marker} is damaged; remove {complete[-1]} to go on from the one before"
-            ) from error
+            raise UserError(f"{marker} is damaged; remove {complete[-1]} to go on from the one before") from error
 
     def save(self, engine: Engine, state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint of step `state["step"]` and remove all but the newest `keep`."""

@@ -129,9 +129,7 @@ def _finish(trainer: Trainer, engine: Engine) -> None:
     trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")
 
 
-def _opening(
-    config: Config, folder: RunFolder, resume: Resume, engine: Engine, parameters: int, flops: int
-) -> str:
+def _opening(config: Config, folder: RunFolder, resume: Resume, engine: Engine, parameters: int, flops: int) -> str:
     """What is about to happen, and what it will cost."""
     stage = f"ZeRO {config.engine.zero_stage}" if config.engine.name == EngineName.deepspeed else "accelerate"
     lines = [

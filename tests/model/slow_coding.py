@@ -75,9 +75,7 @@ def step_map(channels: int, height: int, width: int) -> Tensor:
     for level in range(3):
         shrink = 2 ** (2 - level)
         for step in range(steps_of(level)):
-            for channel, row, col in product(
-                range(channels), range(height // shrink), range(width // shrink)
-            ):
+            for channel, row, col in product(range(channels), range(height // shrink), range(width // shrink)):
                 group = group_of(channel, channels)
                 if coded_now(level, step, group, row, col):
                     place = (channel, *to_y(level, group, row, col))
@@ -141,16 +139,13 @@ def _finer(level, y_hat, context, hyper, channels, upstream):
     for channel in range(hyper.shape[0]):
         group = group_of(channel % channels, channels)
         coarse = {
-            to_finer(level - 1, group, row, col): (row, col)
-            for row, col in product(range(rows // 2), range(cols // 2))
+            to_finer(level - 1, group, row, col): (row, col) for row, col in product(range(rows // 2), range(cols // 2))
         }
         remaining = [place for place in product(range(rows), range(cols)) if place not in coarse]
         source = remaining
         if upstream and level == 1:
             wrong = (0, 0) if group < 4 else (0, 1)
-            source = [
-                place for place in product(range(rows), range(cols)) if (place[0] % 2, place[1] % 2) != wrong
-            ]
+            source = [place for place in product(range(rows), range(cols)) if (place[0] % 2, place[1] % 2) != wrong]
         for place, value_at in zip(remaining, source, strict=True):
             fine[(channel, *place)] = hyper[(channel, *value_at)]
         for place, origin in coarse.items():
