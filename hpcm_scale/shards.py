@@ -54,14 +54,18 @@ def parser() -> argparse.ArgumentParser:
 def build(arguments: argparse.Namespace) -> None:
     if arguments.min_side < 0 or arguments.shard_size <= 0:
         raise UserError("--min-side and --shard-size are sizes; give positive numbers")
-    built = build_shards(
-        arguments.photos,
-        arguments.out,
-        min_side=arguments.min_side,
-        shard_size=round(arguments.shard_size * BYTES_PER_MB),
-        workers=arguments.workers,
-        progress=progress,
-    )
+    try:
+        built = build_shards(
+            arguments.photos,
+            arguments.out,
+            min_side=arguments.min_side,
+            shard_size=round(arguments.shard_size * BYTES_PER_MB),
+            workers=arguments.workers,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("hpcm: interrupted; the same command goes on from here\n")
+        raise
     summary = f"{counted(len(built.index), 'photo')} in {counted(len(built.index.shards), 'shard')}"
     skipped = built.index.built["skipped"]
     summary += f", {skipped:,} skipped (see {built.report})" if skipped else ", none skipped"

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folder, translated, typed
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import name_run
-from hpcm_scale.errors import one_line
+from hpcm_scale.errors import UserError, one_line
 from hpcm_scale.training.processes import without_launcher_arguments
 
 
@@ -27,11 +27,21 @@ def main() -> None:
     check_overrides([argument for argument in arguments if not argument.startswith("-")])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
     sys.argv = [sys.argv[0], *arguments]
-    decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=CONFIG_NAME)
-    translated(decorate(_job))
+    errors: list[UserError] = []
+
+    @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=CONFIG_NAME)
+    def job(composed: DictConfig) -> None:
+        try:
+            _run(composed)
+        except UserError as error:  # kept from Hydra, which would print more than its one line
+            errors.append(error)
+
+    translated(job)
+    if errors:
+        raise errors[0]
 
 
-def _job(composed: DictConfig) -> None:
+def _run(composed: DictConfig) -> None:
     config: Config = typed(composed)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         name_run(config, list(HydraConfig.get().overrides.task), sys.argv[1:])

@@ -76,9 +76,7 @@ def build_shards(
     if (out / INDEX).exists():
         index = load_index(str(out))
         if index.built["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{out} holds a finished set of other photos or options; choose another --out or remove it"
-            )
+            raise UserError(f"{out} holds a finished set of other photos or options; choose another --out or remove it")
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         return BuiltSet(index, out / REPORT, found_finished=True)
     try:
@@ -196,9 +194,11 @@ def record_name(number: int) -> str:
 
 
 def move_up(path: Path, out: Path) -> None:
-    if path.exists():  # else an interrupted call has moved it
+    if path.exists():
         path.replace(out / path.name)
         sync_folder(out)
+    elif not (out / path.name).exists():  # else an interrupted call has moved it
+        raise UserError(f"{path} has vanished; remove {out} and build again")
 
 
 def finish(out: Path, records: list[dict], built: dict) -> ShardIndex:
@@ -211,8 +211,7 @@ def finish(out: Path, records: list[dict], built: dict) -> ShardIndex:
     ):
         csv.writer(handle).writerows([("file", "reason"), *skipped])
     samples = {
-        column: [value for record in records for value in record["samples"][column]]
-        for column in records[0]["samples"]
+        column: [value for record in records for value in record["samples"][column]] for column in records[0]["samples"]
     }
     shards = [Shard(**record["shard"]) for record in records if record["shard"]]
     index = ShardIndex(shards, samples, built | {"skipped": len(skipped)})

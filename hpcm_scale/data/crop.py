@@ -7,9 +7,7 @@ from PIL import Image, ImageOps
 from hpcm_scale.data.order import AUGMENTATION, random_words
 
 
-def cut(
-    image: Image.Image, crop: int, flip: bool, *, seed: int, epoch: int, sample: int
-) -> tuple[Image.Image, bool]:
+def cut(image: Image.Image, crop: int, flip: bool, *, seed: int, epoch: int, sample: int) -> tuple[Image.Image, bool]:
     """A random square of side `crop` pixels, mirrored half of the time if `flip`.
 
     Position and mirroring are a pure function of (seed, epoch, sample). Of an image with a side shorter

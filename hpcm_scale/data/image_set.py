@@ -27,9 +27,7 @@ class ImageSet:
             if path.suffix.lower().lstrip(".") in EXTENSIONS
         )
         if not names:
-            raise UserError(
-                f"there is no JPEG, PNG or WebP in {folder}; set eval.images to a folder of images"
-            )
+            raise UserError(f"there is no JPEG, PNG or WebP in {folder}; set eval.images to a folder of images")
         self.names = names[:limit]
 
     def __len__(self) -> int:

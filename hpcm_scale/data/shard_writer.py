@@ -26,9 +26,7 @@ class ShardWriter:
         self.size = 0
         """Bytes of the photos, with headers and padding."""
         self._file = HashingFile(path)
-        self._tar = wds.TarWriter(
-            self._file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False
-        )
+        self._tar = wds.TarWriter(self._file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)
 
     def __enter__(self) -> ShardWriter:
         return self

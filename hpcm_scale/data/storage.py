@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -60,7 +61,7 @@ class RemoteStorage:
         self.url = url.rstrip("/")
         self.retries = retries
         self.timeout = timeout
-        options = {}
+        options = {"skip_instance_cache": True}  # closed when this storage is
         if self.url.startswith(("http://", "https://")):
             stalled = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
             options["client_kwargs"] = {"timeout": stalled}
@@ -105,7 +106,12 @@ class RemoteStorage:
         return f"{self.url}/{name}"
 
     def close(self) -> None:
-        """Nothing to release: fsspec keeps connections for the life of the process."""
+        """Close the connections, for a process forked from this one would disturb them as it drops them.
+
+        fsspec closes them when a file system is collected, and every file system refers to itself.
+        """
+        self.files = None
+        gc.collect()
 
     def _persist(self, name: str, action: Callable[[], Result]) -> Result:
         for attempt in count(1):

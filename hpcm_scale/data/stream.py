@@ -187,6 +187,12 @@ def deliver(loader: wds.WebLoader, stop: Connection) -> Iterator[Batch]:
             if isinstance(item, UserError):
                 raise item
             yield item
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise UserError(
+            f"a data worker died ({error}); if memory ran out, lower data.workers or data.prefetch"
+        ) from error
     finally:
         atexit.unregister(end_workers)
         end_workers()

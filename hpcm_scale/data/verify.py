@@ -54,9 +54,7 @@ def verify_shards(folder: str | Path, index: ShardIndex, *, workers: int, progre
     folder = Path(folder)
     listed = {shard.name for shard in index.shards}
     damages = [
-        Damage(path.name, "not in the index")
-        for path in sorted(folder.glob("shard-*.tar"))
-        if path.name not in listed
+        Damage(path.name, "not in the index") for path in sorted(folder.glob("shard-*.tar")) if path.name not in listed
     ]
     checks = parallel_map(run, jobs(folder, index), workers)
     with progress(total=len(index), description="verifying", unit="photo") as bar, closing(checks):
@@ -107,9 +105,7 @@ def check_samples(folder: Path, shard: Shard, entries: list[Entry]) -> tuple[int
     if not path.is_file():
         return len(entries), []
     with path.open("rb") as handle:
-        damages = [
-            Damage(shard.name, what, entry.key) for entry in entries if (what := problem(handle, entry))
-        ]
+        damages = [Damage(shard.name, what, entry.key) for entry in entries if (what := problem(handle, entry))]
     return len(entries), damages
 
 

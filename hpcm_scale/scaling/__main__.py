@@ -23,9 +23,7 @@ def parser() -> Parser:
     """The command line."""
     main = Parser(prog="hpcm scaling", description="What runs, finished or running, tell about scale.")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    curves = commands.add_parser(
-        "curves", help="draw loss against compute", description="Draw loss against compute."
-    )
+    curves = commands.add_parser("curves", help="draw loss against compute", description="Draw loss against compute.")
     curves.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of runs")
     curves.add_argument(
         "--out",

@@ -38,9 +38,7 @@ class Run:
     def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Cumulative PFLOPs and values of `metric`, float64, where the journal has a (finite) value."""
         points = [
-            (record["compute/pflops"], record[metric])
-            for record in self.records
-            if record.get(metric) is not None
+            (record["compute/pflops"], record[metric]) for record in self.records if record.get(metric) is not None
         ]
         compute, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
         return compute, values

@@ -11,7 +11,6 @@ others; online, points logged after the checkpoint cannot be taken back. As the 
 from __future__ import annotations
 
 import os
-import select
 import shutil
 import signal
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from json import loads
 from pathlib import Path
+from threading import Event, Thread
+from time import sleep
 from typing import Any, TextIO
 
 from PIL import Image
@@ -31,7 +32,7 @@ AXES = ("compute/pflops", "train/images")
 """What curves are read against; the first unless the reader chooses."""
 POLL_SECONDS = 1.0
 FINISH_SECONDS = 3600
-"""Longest life of this process after training has ended."""
+"""Longest life of this process after training."""
 
 
 def picture_folder(run_dir: Path, step: int) -> Path:
@@ -46,17 +47,24 @@ def off(error: BaseException, terminal: TextIO) -> None:
     terminal.flush()
 
 
-class Trainer:
-    """The training process, seen from here: it lives as long as the other end of stdin is open."""
+class Trainer(Thread):
+    """The training process, seen from here: it lives as long as the other end of stdin is open.
 
-    exit_code: int | None = None
+    A thread of its own, for wandb can block every other one for ever: then nothing outlives training by
+    more than FINISH_SECONDS.
+    """
 
-    def has_ended(self, within: float) -> bool:
-        """Wait at most so many seconds for its end; without a word about its exit code it was killed."""
-        if self.exit_code is None and select.select([0], [], [], within)[0]:
-            self.exit_code = int(os.read(0, 16) or 1)
-            signal.alarm(FINISH_SECONDS)
-        return self.exit_code is not None
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.exit_code = 1
+        """What training ended with; 1 when it was killed and could not tell."""
+        self.ended = Event()
+
+    def run(self) -> None:
+        self.exit_code = int(os.read(0, 16) or 1)
+        self.ended.set()
+        sleep(FINISH_SECONDS)
+        os._exit(1)
 
 
 def mirror(order: dict[str, Any], trainer: Trainer) -> None:
@@ -87,7 +95,7 @@ def mirror(order: dict[str, Any], trainer: Trainer) -> None:
     with (run_dir / FILE_NAME).open("rb") as journal:
         ended = False
         while not ended:
-            ended = trainer.has_ended(within=POLL_SECONDS)
+            ended = trainer.ended.wait(POLL_SECONDS)
             for record in unseen(new_records(journal), shown):
                 row = {key: value for key, value in record.items() if value is not None}
                 if "eval/loss" in record:
@@ -107,9 +115,7 @@ def unseen(records: Iterator[dict[str, Any]], shown: dict[str, Any]) -> Iterator
     step an evaluation that an interruption kept from it."""
     for record in records:
         step, evaluation = shown.get("step", -1), shown.get("eval/loss")
-        if record["step"] > step or (
-            record["step"] == step and record.get("eval/loss", evaluation) != evaluation
-        ):
+        if record["step"] > step or (record["step"] == step and record.get("eval/loss", evaluation) != evaluation):
             yield record
 
 
@@ -153,10 +159,11 @@ def main() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    trainer = Trainer()
+    trainer.start()
     try:
-        mirror(order, Trainer())
+        mirror(order, trainer)
     except Exception as error:
-        signal.alarm(FINISH_SECONDS)
         with suppress(OSError):
             off(error, terminal)
     os.close(life)

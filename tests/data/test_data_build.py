@@ -171,9 +171,7 @@ def test_what_a_user_can_do_wrong(photo_folder, tmp_path):
 def test_two_builds_do_not_meet(photo_folder, tmp_path):
     hold = tmp_path / "unfinished" / "lock"
     hold.parent.mkdir()
-    script = (
-        f"import fcntl, time; f = open({str(hold)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
-    )
+    script = f"import fcntl, time; f = open({str(hold)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
     holder = subprocess.Popen([sys.executable, "-c", script + "; time.sleep(60)"], stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
@@ -185,8 +183,8 @@ def test_two_builds_do_not_meet(photo_folder, tmp_path):
     assert len(build([photo_folder], tmp_path).index) == 23
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_goes_on_to_the_same_bytes(shared, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "blow"), [(1, signal.SIGINT), (2, signal.SIGKILL)])
+def test_an_interrupted_build_goes_on_to_the_same_bytes(shared, tmp_path, workers, blow):
     photos = tmp_path / "photos"
     photos.mkdir()
     for photo in sorted((shared / "data" / "photos" / "train").iterdir())[::2]:
@@ -194,15 +192,18 @@ def test_a_killed_build_goes_on_to_the_same_bytes(shared, tmp_path, workers):
     options = ["--shard-size", "2", "--workers", str(workers)]
     command = [sys.executable, "-m", "hpcm_scale.shards", "build", str(photos), *options]
     out = tmp_path / "broken"
-    process = subprocess.Popen([*command, "--out", str(out)])
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
     try:
         while not (out / "unfinished" / "record-000001.json").exists():
             assert process.poll() is None
             time.sleep(0.002)
         workers_alive = psutil.Process(process.pid).children(recursive=True)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(blow)
+        said = process.communicate(timeout=60)[1]
+    if blow == signal.SIGINT:
+        assert process.returncode == 130
+        assert said == "hpcm: interrupted; the same command goes on from here\n"
     assert [path.name for path in out.iterdir()] == ["unfinished"]
     with pytest.raises(UserError, match="unfinished; go on"):
         load_index(str(out))

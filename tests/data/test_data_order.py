@@ -82,9 +82,7 @@ def assert_same(left: dict, right: dict) -> None:
     steps=st.integers(1, 4),
     data=st.data(),
 )
-def test_any_division_and_any_resumption_give_the_global_order(
-    small_set, seed, world, micro, rounds, steps, data
-):
+def test_any_division_and_any_resumption_give_the_global_order(small_set, seed, world, micro, rounds, steps, data):
     config = DataConfig(shards=str(small_set), crop=32, workers=0)
     batch = world * micro * rounds
     whole = read(config, 0, steps * batch, batch, batch, 1, seed)

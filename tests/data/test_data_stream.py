@@ -72,9 +72,7 @@ def test_all_kinds_of_images_train(packaged_photos, tmp_path):
         photo.convert(mode).save(tmp_path / f"{mode}.png")
     grey = np.asarray(photo.convert("L")).astype(np.uint16) * 257
     Image.fromarray(grey).save(tmp_path / "sixteen.png")
-    built = build_shards(
-        [tmp_path], tmp_path / "set", min_side=0, shard_size=10**9, workers=1, progress=progress
-    )
+    built = build_shards([tmp_path], tmp_path / "set", min_side=0, shard_size=10**9, workers=1, progress=progress)
     assert len(built.index) == 8
     for batch in stream_of(tmp_path / "set", last=8, crop=256, flip=False):
         assert batch.upscaled == 0
@@ -146,6 +144,15 @@ def test_workers_ignore_signals_and_end_at_once_when_closed(small_set):
     assert time.perf_counter() - began < 3
 
 
+def test_a_worker_that_dies_is_one_sentence(small_set):
+    stream = stream_of(small_set, workers=1)
+    next(stream)
+    worker_processes()[-1].kill()
+    with pytest.raises(UserError, match=r"a data worker died .*lower data\.workers"):
+        for _ in range(1000):
+            next(stream)
+
+
 PROGRAM = """
 import multiprocessing, sys
 from hpcm_scale.config.schema import DataConfig
@@ -170,9 +177,7 @@ def program(small_set, tmp_path):
 
     def start(method: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
         command = [sys.executable, str(tmp_path / "program.py"), str(small_set), method]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         started.append(process)
         assert "piece_" in process.stdout.readline()
         return process, psutil.Process(process.pid).children(recursive=True)

@@ -1,0 +1,40 @@
+"""A user's mistakes: one line, exit code 2, before any process group starts."""
+
+from __future__ import annotations
+
+import pytest
+
+MISTAKES = {
+    "modle=nano": "did you mean model?",
+    "train.stesp=10": "did you mean train.steps?",
+    "model=nanno": "did you mean nano?",
+    "train.steps=many": "could not be converted to Integer",
+    "train.batch_size=3": "does not divide over 2 processes; use train.batch_size=4",
+    "data.crop=200": "use data.crop=256",
+    "data.shards=nowhere": "hpcm shards build",
+    "eval.images=nowhere": "eval.images",
+    "engine.world_size=4": "the launcher started 2 processes",
+    "train.stop_after=0": "train.stop_after=0",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_line_and_exit_code_2(mistake, launch, shards):
+    """As a process of a launch of two sees it."""
+    defaults = {"model": "model=nano", "data.shards": f"data.shards={shards}", "train.batch_size": "train.batch_size=4"}
+    overrides = [value for key, value in defaults.items() if key != mistake.split("=")[0]]
+    result = launch(*overrides, mistake, "run.dir=refused", processes=1, WORLD_SIZE="2", RANK="0")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("hpcm: ") and result.stderr.count("\n") == 1
+    assert MISTAKES[mistake] in result.stderr
+    assert result.stdout == ""
+    assert not (launch.folder / "refused").exists()
+
+
+@pytest.mark.launch
+def test_the_launcher_passes_the_line_and_the_code_on(launch, shards):
+    result = launch("model=nano", f"data.shards={shards}", "data.crop=200", "run.dir=refused")
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
+    assert len(lines) == 1 and "data.crop=200" in lines[0]
+    assert "Traceback" not in result.stdout + result.stderr
