@@ -20,16 +20,17 @@ convolution forgets the groups, which overstates this family by about 40 %. Coun
 
 aten = torch.ops.aten
 _MOVEMENT = {aten.index_copy, aten.copy_}
+_PRODUCTS = {aten.mv, aten.addmv, aten.dot, aten.vdot}  # of vectors; torch has no formula for them
 
 
 class _RefuseUnknown(TorchDispatchMode):
-    """An operation on several matrices that has no formula must not count as nothing."""
+    """An operation on several matrices, or a product, that has no formula must not count as nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         packet = func._overloadpacket
         free = torch.Tag.pointwise in func.tags or func.is_view or packet in _MOVEMENT
         matrices = sum(isinstance(argument, Tensor) and argument.dim() > 1 for argument in args)
-        if not free and matrices > 1 and packet not in flop_registry:
+        if packet in _PRODUCTS or (not free and matrices > 1 and packet not in flop_registry):
             raise ValueError(f"{func} has no FLOP formula; add it to hpcm_scale/compute/flops.py")
         return func(*args, **(kwargs or {}))
 

@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
+import math
+from operator import attrgetter
+
 from hpcm_scale.config.schema import Config, EngineName, Fusion, ModelConfig, ScheduleConfig
 from hpcm_scale.errors import UserError
+
+# The smallest value of each key that counts something; unset optional keys pass.
+_LEAST = {
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1,
+    "train.max_skipped": 1,
+    "train.seed": 0,
+    "eval.every": 1,
+    "eval.limit": 1,
+    "log.every": 1,
+    "log.images": 0,
+    "data.retries": 1,
+    "data.prefetch": 1,
+    "data.workers": 0,
+    "schedule.warmup": 0,
+    "engine.world_size": 1,
+}
+_POSITIVE = ("train.clip_norm", "objective.lmbda", "schedule.learning_rate", "data.timeout")
+_MODEL_LEAST = {
+    "channels": 1,
+    "latent_channels": 8,
+    "hyper_latent_channels": 1,
+    "hyper_channels": 1,
+    "g_a_blocks": 0,
+    "g_s_blocks": 0,
+    "hyper_blocks": 0,
+    "prior_s1_s2.before": 0,
+    "prior_s1_s2.after": 0,
+    "prior_s1_s2.refine": 0,
+    "prior_s3.before": 0,
+    "prior_s3.after": 0,
+    "prior_s3.refine": 0,
+    "adaptor_blocks": 0,
+    "attention_heads": 1,
+    "expansion": 1,
+}
+# What a key of DeepSpeed's own, given in engine.options, would set behind the back of a key of ours.
+_GENERATED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "train.betas and schedule",
+    "scheduler": "schedule",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+}
 
 
 def check(config: Config, world_size: int) -> None:
     """Raise UserError, naming the key and the mend, for a configuration that cannot be trained."""
     check_model(config.model)
+    for key, least in _LEAST.items():
+        value = attrgetter(key)(config)
+        if value is not None and value < least:
+            raise UserError(f"{key}={value} must be at least {least}")
+    for key in _POSITIVE:
+        value = attrgetter(key)(config)
+        if not 0 < value < math.inf:
+            raise UserError(f"{key}={value} must be greater than 0, and finite")
     _check_batch(config, world_size)
     _check_engine(config, world_size)
     _check_schedule(config.schedule)
-    train, data, evaluation = config.train, config.data, config.eval
+    train, data = config.train, config.data
     multiple = side_multiple(config.model)
     if data.crop < multiple or data.crop % multiple:
         mend = max(multiple, round(data.crop / multiple) * multiple)
@@ -20,28 +83,10 @@ def check(config: Config, world_size: int) -> None:
             f"data.crop={data.crop} does not fit model={config.model.name}, whose inputs are multiples "
             f"of {multiple} pixels; use data.crop={mend}"
         )
-    for key, value in {
-        "train.steps": train.steps,
-        "train.batch_size": train.batch_size,
-        "train.checkpoint_every": train.checkpoint_every,
-        "train.keep_checkpoints": train.keep_checkpoints,
-        "train.max_skipped": train.max_skipped,
-        "eval.every": evaluation.every,
-        "log.every": config.log.every,
-        "data.retries": data.retries,
-        "data.prefetch": data.prefetch,
-    }.items():
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
-    for key, value in {"train.clip_norm": train.clip_norm, "objective.lmbda": config.objective.lmbda}.items():
-        if not value > 0:
-            raise UserError(f"{key}={value} must be greater than 0")
     if train.stop_after is not None and not 0 < train.stop_after <= train.steps:
         raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas={train.betas} must be two numbers from 0 up to, not including, 1")
-    if data.workers < 0:
-        raise UserError(f"data.workers={data.workers} must be 0 or more")
 
 
 def side_multiple(model: ModelConfig) -> int:
@@ -65,6 +110,10 @@ def check_model(model: ModelConfig) -> None:
     for key, length in lengths.items():
         if len(getattr(model, key)) != length:
             raise UserError(f"model.{key}={getattr(model, key)} must be a list of {length} numbers")
+    for key, least in _MODEL_LEAST.items():
+        value = attrgetter(key)(model)
+        if min(value if isinstance(value, list) else [value]) < least:
+            raise UserError(f"model.{key}={value} must be at least {least}")
     if model.latent_channels % 8:
         raise UserError(f"model.latent_channels={model.latent_channels} must be a multiple of 8")
     if model.fusion == Fusion.attention and 2 * model.latent_channels % model.attention_heads:
@@ -83,8 +132,6 @@ def check_model(model: ModelConfig) -> None:
 
 def _check_batch(config: Config, world_size: int) -> None:
     train = config.train
-    if train.micro_batch_size is not None and train.micro_batch_size < 1:
-        raise UserError(f"train.micro_batch_size={train.micro_batch_size} must be at least 1")
     share = world_size * (train.micro_batch_size or 1)
     if train.batch_size % share:
         unit = f"{world_size} processes"
@@ -102,6 +149,11 @@ def _check_engine(config: Config, world_size: int) -> None:
         raise UserError(f"engine.offload needs engine.zero_stage=3, not {engine.zero_stage}")
     if engine.name == EngineName.accelerate and engine.zero_stage:
         raise UserError("engine.name=accelerate does not shard; use engine=accelerate or engine.zero_stage=0")
+    if engine.name == EngineName.accelerate and engine.options:
+        raise UserError("engine.options are DeepSpeed's; leave them out with engine=accelerate")
+    for key in engine.options:
+        if key in _GENERATED:
+            raise UserError(f"engine.options.{key} is generated from {_GENERATED[key]}; set that instead")
     if engine.world_size not in (None, world_size):
         raise UserError(
             f"engine.world_size={engine.world_size}, but the launcher started {world_size} processes; "
@@ -116,9 +168,9 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
             f"schedule.factors has {len(schedule.factors)} entries for {len(boundaries)} "
             "schedule.boundaries; it needs one more than they are"
         )
-    if sorted(boundaries) != list(boundaries) or any(boundary <= 0 for boundary in boundaries):
+    if sorted(boundaries) != list(boundaries) or not all(boundary > 0 for boundary in boundaries):
         raise UserError(f"schedule.boundaries={boundaries} must be positive and rise")
     if boundaries and boundaries[0] <= 1 < boundaries[-1]:
         raise UserError(f"schedule.boundaries={boundaries} mixes fractions (≤ 1) and steps (> 1); use one of the two")
-    if not schedule.learning_rate > 0 or schedule.warmup < 0:
-        raise UserError("schedule.learning_rate must be greater than 0 and schedule.warmup at least 0")
+    if not all(0 <= factor < math.inf for factor in schedule.factors):
+        raise UserError(f"schedule.factors={schedule.factors} must be 0 or greater, and finite")

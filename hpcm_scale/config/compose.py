@@ -13,15 +13,17 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from hpcm_scale.config.schema import Config, ModelConfig
 from hpcm_scale.errors import UserError
 
 CONFIG_NAME = "config"
+_OPTIONAL_GROUPS = ("experiment", "debug")
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -61,8 +63,18 @@ def typed(config: DictConfig) -> Config:
 
 
 def from_yaml(path: str | Path) -> Config:
-    """The configuration that `to_yaml` wrote, for example a run folder's config.yaml."""
-    return translated(lambda: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))))
+    """The configuration that `to_yaml` wrote, for example a run folder's config.yaml.
+
+    Raises UserError if the file is damaged or holds keys that there are no more.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: it is no YAML; choose another run.dir, or mend it") from error
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), loaded))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no configuration of this version ({_one_sentence(error)})") from error
 
 
 def to_yaml(config: Config) -> str:
@@ -91,15 +103,11 @@ def translated(action: Callable[[], Config]) -> Config:
 
 def check_overrides(overrides: Sequence[str]) -> None:
     """Refuse keys that do not exist, naming the nearest one that does."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(f"an argument cannot be read: {_one_sentence(error)}") from error
     groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
     known = set(_keys(Config)) | groups
-    for override in parsed:
+    for override in map(_parsed, overrides):
         key = override.key_or_group
-        if key in groups and not override.is_delete():
+        if key in groups and not (override.is_delete() and key in _OPTIONAL_GROUPS):
             _check_choice(key, override.input_line, override.value())
         if key in known or key.startswith(("hydra.", "hydra/", "engine.options.")):
             continue
@@ -108,12 +116,23 @@ def check_overrides(overrides: Sequence[str]) -> None:
         raise UserError(f"unknown key {key} in {override.input_line}; {hint}")
 
 
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(
+            f"{override} cannot be read ({_one_sentence(error)}); write key=value, and quote a value with "
+            "other characters than letters, digits and /:-._ inside the shell's quotes: 'key=\"value\"'"
+        ) from error
+
+
 def _check_choice(group: str, line: str, value: object) -> None:
     """Refuse `group=value` where conf/group has no such file; sweeps (`a,b`) are checked part by part."""
     choices = preset_names(group)
-    picked = value.list if isinstance(value, ChoiceSweep) else [value]
-    for choice in picked:
-        if choice is not None and str(choice) not in choices:
+    if isinstance(value, Glob):
+        return
+    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+        if str(choice) not in choices:
             near = difflib.get_close_matches(str(choice), choices, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}."
             raise UserError(f"{line} names no file in conf/{group}; {hint}")
@@ -131,9 +150,9 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
 
 
 def _one_sentence(error: Exception) -> str:
-    """The first lines of Hydra's message, without its traceback advice."""
+    """Hydra's message in one line, without its traceback advice: first what cannot be set, then why."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-    lines = [line.strip() for text in (cause, error) if text for line in str(text).splitlines()]
+    lines = [line.strip() for text in (error, cause) if text for line in str(text).splitlines()]
     noise = ("reference_type", "object_type", "See ", "full_key")
-    kept = [line for line in lines if line and not line.startswith(noise)]
-    return "; ".join(dict.fromkeys(kept))
+    kept = [line.strip(".") for line in lines if line and not line.startswith(noise)]
+    return "; ".join(dict.fromkeys(kept)).replace("Error merging override", "cannot set")

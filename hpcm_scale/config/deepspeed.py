@@ -13,6 +13,8 @@ LIVE_PARAMETERS = 100_000_000
 """Parameters that ZeRO-3 keeps gathered on a device at a time."""
 PREFETCHED_PARAMETERS = 50_000_000
 """Parameters that ZeRO-3 gathers ahead of their use."""
+REDUCED_PARAMETERS = 50_000_000
+"""Gradients that the processes add up at a time; stages 1 and 2 keep two buffers of this size, stage 3 one."""
 
 
 def deepspeed_dictionary(config: Config, world_size: int) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def deepspeed_dictionary(config: Config, world_size: int) -> dict[str, Any]:
     model; bf16 arithmetic is autocast inside the model. Stage 0 clips and guards in our optimizer.
     """
     engine = config.engine
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    # DeepSpeed's default, 5e8, would take 4 GB of every device, whatever the size of the model.
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": REDUCED_PARAMETERS}
     if engine.zero_stage in (1, 2):
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
     if engine.zero_stage == 3:

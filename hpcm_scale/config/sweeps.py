@@ -16,6 +16,8 @@ def name_run(config: Config, job: Sequence[str], arguments: Sequence[str]) -> No
     the keys it varies, the run after their values: runs/sweep_model/model=nano.
     """
     swept = swept_keys(arguments)
+    if not swept:
+        return  # one job alone is a run like any other
     config.run.sweep = config.run.sweep or "sweep_" + "_".join(key.replace("/", ".") for key in swept)
     chosen = [override for override in job if override.split("=")[0].lstrip("+") in swept]
     if config.run.dir is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from multiprocessing.connection import Connection
 from zlib import crc32
 
@@ -70,7 +71,7 @@ def open_stream(
     index = load_index(config.shards, retries=config.retries, timeout=config.timeout)
     stride = micro_batch_size * world_size
     start = first_image + rank * micro_batch_size
-    starts = count(start, stride) if last_image is None else range(start, last_image, stride)
+    starts = range(start, sys.maxsize if last_image is None else last_image, stride)
     pipeline = wds.DataPipeline(
         Source(config, index, seed, starts, micro_batch_size),
         wds.map(partial(prepare, crop=config.crop, flip=config.flip, seed=seed)),
@@ -96,7 +97,7 @@ class Source:
     config: DataConfig
     index: ShardIndex
     seed: int
-    starts: Iterable[int]
+    starts: range
     """First global image of each micro-batch of this process."""
     micro_batch_size: int
 
@@ -187,12 +188,6 @@ def deliver(loader: wds.WebLoader, stop: Connection) -> Iterator[Batch]:
             if isinstance(item, UserError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise UserError(
-            f"a data worker died ({error}); if memory ran out, lower data.workers or data.prefetch"
-        ) from error
     finally:
         atexit.unregister(end_workers)
         end_workers()

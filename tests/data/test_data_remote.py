@@ -59,6 +59,12 @@ def test_a_url_gives_the_same_as_the_folder(server, expected, workers):
     assert sum(count for name, count in server.requests.items() if name != "index.json") == 24
 
 
+def test_worker_processes_do_not_disturb_the_connections_of_their_parent(server, expected):
+    for _ in range(4):
+        assert_same(read(server.url, workers=2), expected)
+    assert server.requests["index.json"] == 4  # none timed out and was asked for again
+
+
 def test_any_scheme_of_fsspec_will_do(small_set, expected):
     fsspec.filesystem("memory").put(str(small_set), "/remote/set", recursive=True)
     assert_same(read("memory://remote/set"), expected)

@@ -144,15 +144,6 @@ def test_workers_ignore_signals_and_end_at_once_when_closed(small_set):
     assert time.perf_counter() - began < 3
 
 
-def test_a_worker_that_dies_is_one_sentence(small_set):
-    stream = stream_of(small_set, workers=1)
-    next(stream)
-    worker_processes()[-1].kill()
-    with pytest.raises(UserError, match=r"a data worker died .*lower data\.workers"):
-        for _ in range(1000):
-            next(stream)
-
-
 PROGRAM = """
 import multiprocessing, sys
 from hpcm_scale.config.schema import DataConfig

@@ -20,6 +20,7 @@ class Reference:
     """One variant of the public implementation: its outputs, and our model with its weights."""
 
     def __init__(self, folder: Path, variant: str) -> None:
+        self.variant = variant
         self.facts = json.loads((folder / f"{variant}.json").read_text())
         self.outputs = np.load(folder / f"{variant}.npz")
         self.parameters = {entry["name"]: entry for entry in self.facts["parameters"]}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from public_reference import Reference
 
+from hpcm_scale.entropy.generalized_gaussian import bits
 from hpcm_scale.model.hpcm import Noise
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 
@@ -36,7 +37,16 @@ def trace(reference):
             return symbols[-1] + means
 
         y_hat = model.context.traverse(hyper, code)
+        z = model.h_a(y) - model.hyper_prior.means
+        rates = {}
+        for formula in ("public", "survival"):
+            of_step = [
+                bits(symbol, scale, formula=formula).sum()
+                for symbol, scale in zip(symbols, scales_of_step, strict=True)
+            ]
+            rates[formula] = sum(of_step), bits(z.round(), model.hyper_prior.scales, formula=formula).sum()
         return {
+            "rates": rates,
             "y": y,
             "z_hat": z_hat,
             "hyper_params": hyper,
@@ -76,17 +86,25 @@ def test_reconstruction(reference, trace):
 
 
 @pytest.mark.parametrize("formula, tolerance", [("public", 1e-4), ("survival", 5e-3)])
-def test_rate_and_loss(reference, formula, tolerance):
-    model, x, theirs = reference.model, reference.image(), reference.facts["eval"]
-    model.formula = formula
-    with torch.no_grad():
-        coded = model(x)
-    model.formula = "public"
-    ours = rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, LMBDA).mean()
+def test_rate_and_loss(reference, trace, formula, tolerance):
+    x, theirs = reference.image(), reference.facts["eval"]
+    bits_y, bits_z = (total[None] for total in trace["rates"][formula])
+    ours = rate_distortion_loss(x, trace["x_hat"], bits_y, bits_z, LMBDA).mean()
     assert ours.bpp_y.item() == pytest.approx(theirs["y_bpp"], rel=tolerance)
     assert ours.bpp_z.item() == pytest.approx(theirs["z_bpp"], rel=tolerance)
     assert ours.mse.item() == pytest.approx(theirs["mse"], rel=1e-3)
     assert ours.loss.item() == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_the_forward_pass_is_that_traversal(reference, trace):
+    if reference.variant != "base":
+        pytest.skip("shown once: every size is the same class")
+    with torch.no_grad():
+        coded = reference.model(reference.image())
+    assert torch.equal(coded.x_hat, trace["x_hat"])
+    bits_y, bits_z = trace["rates"]["public"]
+    assert coded.bits_y.item() == pytest.approx(bits_y.item(), rel=1e-6)
+    assert coded.bits_z.item() == pytest.approx(bits_z.item(), rel=1e-6)
 
 
 def test_training_loss_and_gradients_without_noise(reference):
@@ -105,4 +123,4 @@ def test_training_loss_and_gradients_without_noise(reference):
         squares[reference.names[name].split(".")[0]] += parameter.grad.double().square().sum().item()
     model.zero_grad()
     norms = {module: value**0.5 for module, value in squares.items()}
-    assert norms == pytest.approx(theirs["grad_norm"], rel=2e-3)
+    assert norms == pytest.approx(theirs["grad_norm"], rel=1e-3)

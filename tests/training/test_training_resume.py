@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -46,6 +49,20 @@ def test_a_resumed_run_has_the_unbroken_journal_in_every_digit(unbroken, resumed
     assert "going on from step 3" in went_on
     times = [record["time"] for record in records]
     assert times == sorted(times)
+
+
+def test_wandb_holds_one_run_with_the_journals_curves(resumed, launch):
+    [file] = (launch.folder / "resumed" / "wandb").glob("offline-run-*/*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    output = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in output.splitlines()]
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    axis_of = {metric["name"]: metric.get("step_metric") for metric in metrics}
+    assert axis_of["train/loss"] == axis_of["eval/loss"] == "compute/pflops"
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    for curve in ("train/loss", "eval/loss"):
+        points = [(row["compute/pflops"], row[curve]) for row in history if curve in row]
+        assert points == [(line["compute/pflops"], line[curve]) for line in resumed[0] if curve in line]
 
 
 def test_every_line_has_the_keys_of_the_contract(unbroken):
@@ -99,7 +116,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch,
     while not (journal.is_file() and journal.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as Slurm and a terminal do: to the launcher and its processes
     stdout, stderr = process.communicate(timeout=120)
     assert "asked to stop: checkpoint at step" in stdout, stdout + stderr
     stopped_at = json.loads(journal.read_text().splitlines()[-1])["step"]
