@@ -20,6 +20,7 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """What `hpcm --help` says."""
     lines = [f"hpcm {__version__}: learned image codecs at scale", "", "usage: hpcm COMMAND …", ""]
     lines += [f"  {name:10s} {purpose}" for name, purpose in COMMANDS.items()]
     lines += ["", "hpcm COMMAND --help says more; python -m hpcm_scale.COMMAND does the same."]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-from hpcm_scale.compute.hardware import peak_of
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config, Precision
@@ -19,7 +18,7 @@ def main() -> None:
     """Entry point of `hpcm estimate` and `python -m hpcm_scale.estimate`."""
     parser = argparse.ArgumentParser(
         prog="hpcm estimate",
-        description="Memory per process by kind, FLOPs of the run, and its time at a stated utilisation. Takes the "
+        description="Memory per GPU by kind, FLOPs of the run, and its time at a stated utilisation. Takes the "
         "same overrides as training, for example model=1b engine=zero3 engine.world_size=8.",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -29,9 +28,14 @@ def main() -> None:
     config = compose(arguments.overrides)
     world_size = config.engine.world_size or 1
     check(config, world_size)
+    from hpcm_scale.compute.hardware import peak_of  # after the arguments: torch takes seconds to import
+
     peak = peak_of(arguments.gpu, config.engine.precision == Precision.bf16)
     if peak is None:
-        raise UserError(f"the peak rate of --gpu {arguments.gpu} is not known; see hpcm_scale/compute/hardware.py")
+        raise UserError(
+            f"the peak rate of --gpu {arguments.gpu} is not known; name another, for example A100, H100 or "
+            "'H100 PCIe', or add it to hpcm_scale/compute/hardware.py"
+        )
     if not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu {arguments.mfu} must lie between 0 and 1")
     _print(config, world_size, arguments.gpu, peak, arguments.mfu)
@@ -47,17 +51,16 @@ def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -
     memory, engine = needs.memory, config.engine
     stage = f"{engine.name.value} ZeRO {engine.zero_stage}" if engine.name.value == "deepspeed" else "accelerate"
     print(
-        f"{config.model.name}: {needs.parameters:,} parameters, {stage}, {engine.precision.value}, {world_size} "
-        f"processes with one {gpu} each, {micro_batch_size(config, world_size)} crops of {config.data.crop}×"
-        f"{config.data.crop} per process at a time"
+        f"{config.model.name}: {needs.parameters:,} parameters; {stage}, {engine.precision.value}, "
+        f"{world_size} × {gpu}; {micro_batch_size(config, world_size)} crops of {config.data.crop}² per GPU at a time"
     )
-    table = Table(title="memory per process", title_justify="left")
+    table = Table(title="memory per GPU", title_justify="left")
     table.add_column("kind")
     table.add_column("GB", justify="right")
     for kind in ("weights", "gradients", "optimizer", "activations"):
         table.add_row(kind, f"{getattr(memory, kind) / 1e9:,.2f}")
     table.add_section()
-    table.add_row("on the device, in all", f"{memory.device / 1e9:,.2f}")
+    table.add_row("in all", f"{memory.device / 1e9:,.2f}")
     if memory.host:
         table.add_row("in host memory", f"{memory.host / 1e9:,.2f}")
     Console().print(table)
@@ -68,7 +71,7 @@ def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -
         f"{needs.pflops:,.4g} PFLOPs (1e15 floating-point operations)"
     )
     print(
-        f"at {mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({gpu}, {engine.precision.value}): {hours:,.1f} hours, "
+        f"at {mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({gpu}, {engine.precision.value}): {hours:,.1f} hours, "
         f"{hours * world_size / 24:,.1f} GPU-days"
     )
 

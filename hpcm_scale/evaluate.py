@@ -26,8 +26,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=3, help="rows of reconstructions.png (default: %(default)s)")
     parser.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
     arguments = parser.parse_args()
-    if arguments.pictures < 1:
-        raise UserError(f"--pictures {arguments.pictures} must be at least 1")
+    for name in ("limit", "pictures"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number} must be at least 1")
+    if arguments.out and Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise UserError(f"--out {arguments.out} is a file; name a folder")
 
     import torch
 
@@ -40,9 +44,10 @@ def main() -> None:
 
     images = ImageSet(arguments.images, arguments.limit)
     model, facts = load_weights(arguments.weights)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _place(model, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32, as in training
     evaluation = evaluate(
-        model.to(device),
+        model,
         images,
         multiple=model.multiple,
         lmbda=facts["lmbda"],
@@ -67,6 +72,15 @@ def main() -> None:
         title = f"{model.config.name} after {spent}, λ = {facts['lmbda']}"
         draw_reconstructions(evaluation.reconstructions, out / "reconstructions.png", title)
         print(f"{out / 'evaluation.json'}, {out / 'reconstructions.png'}")
+
+
+def _place(model, name: str):
+    """Move the model to the device of that name."""
+    try:
+        return next(model.to(name).parameters()).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); leave it out, or name cpu") from error
 
 
 def _print_table(evaluation, mean: dict[str, float]) -> None:

@@ -55,7 +55,8 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
     storages: dict[int, tuple[Any, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        owner = tensor if tensor._base is None else tensor._base  # a linear layer saves its weight transposed
+        if not isinstance(owner, nn.Parameter):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = (tensor, storage.nbytes())
         return tensor

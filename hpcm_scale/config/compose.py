@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hpcm_scale.config.checks import check_model
 from hpcm_scale.config.schema import Config, ModelConfig
 from hpcm_scale.errors import UserError
 
@@ -88,9 +89,14 @@ def to_dict(config: object) -> dict:
 
 
 def model_from_dict(values: dict) -> ModelConfig:
-    """The inverse of `to_dict` for a model's configuration."""
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.create(values))
-    return OmegaConf.to_object(merged)
+    """The inverse of `to_dict` for a model's configuration. Raises UserError if it describes no model."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.create(values))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"the model is not described as in this version ({_one_sentence(error)})") from error
+    model = OmegaConf.to_object(merged)
+    check_model(model)
+    return model
 
 
 def translated(action: Callable[[], Config]) -> Config:

@@ -33,6 +33,7 @@ def synthesis(config: ModelConfig) -> nn.Sequential:
         kernel = config.stem_kernel if level == 3 else 2
         layers += [block(inputs) for _ in range(count)]
         layers.append(up(inputs, outputs, kernel=kernel, fp32=level == 3))
+    nn.init.constant_(layers[-1].bias, 0.5)  # an untrained codec answers mid-grey, not black
     return nn.Sequential(*layers)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import HyperPlacement
+from hpcm_scale.model.coding_order import CodingOrder
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.public_names import public_name
 
@@ -26,7 +27,9 @@ class Reference:
         self.parameters = {entry["name"]: entry for entry in self.facts["parameters"]}
         config = compose_model(PRESETS[variant])
         config.hyper_placement = HyperPlacement.upstream
-        self.model = HPCM(config, formula="public")
+        with torch.device("meta"):  # a billion random numbers that nobody needs
+            self.model = HPCM(config, formula="public")
+        self.model.context.order = CodingOrder()
         self.names = {name: public_name(name, config) for name in self.model.state_dict()}
         state = {name: _filled(self.parameters[public]) for name, public in self.names.items()}
         self.model.load_state_dict(state, assign=True)

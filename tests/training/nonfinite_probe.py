@@ -13,31 +13,35 @@ from hpcm_scale.training.engine import create_engine
 
 
 def main() -> None:
-    arguments = processes.without_launcher_arguments(sys.argv[1:])
-    config = compose([*arguments, "train.batch_size=2"])
     processes.complete_environment()
-    engine = create_engine(config)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
-    engine.prepare(model)
+    for name in processes.without_launcher_arguments(sys.argv[1:]):
+        probe(name)
 
-    def step(bad: bool):
+
+def probe(name: str) -> None:
+    engine = create_engine(compose([f"engine={name}", "train.batch_size=2"]))
+    torch.manual_seed(0)
+    engine.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)))
+
+    def step(bad: bool) -> bool:
         loss = engine.module(torch.ones(1, 4, device=engine.device)).square().mean()
         engine.backward(loss * (float("nan") if bad and engine.rank == 1 else 1.0))
-        return engine.step(0.1)
+        return engine.step(0.1).skipped
 
-    report = [step(bad=False).skipped]
+    skipped = [step(bad=False)]
     before = engine.weights()
-    report.append(step(bad=True).skipped)
+    skipped.append(step(bad=True))
     after = engine.weights()
-    report.append(step(bad=False).skipped)
+    skipped.append(step(bad=False))
     last = engine.weights()
+    report = [name, engine.rank, *skipped]
     if engine.rank == 0:
-        report.append(all(torch.equal(before[name], after[name]) for name in before))
+        report.append(all(torch.equal(before[key], after[key]) for key in before))
         report.append(all(bool(tensor.isfinite().all()) for tensor in last.values()))
-        report.append(any(not torch.equal(after[name], last[name]) for name in after))
-    print(f"RANK {engine.rank} {report}", flush=True)
-    engine.reduce(torch.zeros(1))
+        report.append(any(not torch.equal(after[key], last[key]) for key in after))
+    print(*report, flush=True)
+    engine.barrier()
+    engine.close()
 
 
 main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.launch
 
@@ -19,10 +20,14 @@ def baseline(train):
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", "zero3_offload", "accelerate"])
-def test_engines_agree(engine, baseline, train):
+def test_engines_agree(engine, baseline, train, launch):
+    """In losses, gradients and exported weights, whatever is sharded."""
     records = train(engine, f"engine={engine}", f"train.steps={STEPS}", "log.wandb=disabled")
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-5)
     assert curve(records, "train/grad_norm") == pytest.approx(curve(baseline, "train/grad_norm"), rel=1e-4)
+    ours, theirs = (load_file(launch.folder / run / "weights.safetensors") for run in (engine, "zero2"))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 2e-4
 
 
 @pytest.mark.parametrize("workers, micro_batch", [(0, 2), (1, 4)])
@@ -42,17 +47,6 @@ def test_one_process_accumulating_agrees_with_two(workers, micro_batch, baseline
 def test_bf16_trains_close_to_fp32(baseline, train):
     records = train("bf16", "engine=zero2", "engine.precision=bf16", f"train.steps={STEPS}", "log.wandb=disabled")
     assert curve(records) == pytest.approx(curve(baseline), rel=0.02)
-
-
-def test_exported_weights_are_the_trained_ones_under_every_sharding(baseline, train, launch):
-    from safetensors.torch import load_file
-
-    train("zero3", "engine=zero3", f"train.steps={STEPS}", "log.wandb=disabled")
-    whole = load_file(launch.folder / "zero2" / "weights.safetensors")
-    sharded = load_file(launch.folder / "zero3" / "weights.safetensors")
-    assert whole.keys() == sharded.keys()
-    for name, tensor in whole.items():
-        assert (tensor - sharded[name]).abs().max() <= 2e-4, name
 
 
 def test_a_diverging_run_skips_counts_and_stops(launch, shards):

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Trains on every GPU of this machine (CUDA_VISIBLE_DEVICES chooses among them): bash launch/one_node.sh
+# [overrides, such as train.batch_size=64 run.dir=runs/other]. The run's folder is runs/MODEL unless told otherwise.
+# Stopped or cut off, the same command goes on.
+set -euo pipefail
+
+model=68m         # hpcm models lists them
+shards=shards     # folder or URL that `hpcm shards build` made
+images=null       # folder of evaluation images; null: none
+steps=2000000     # optimizer steps of the whole schedule
+engine=zero2      # zero0 zero1 zero2 zero3 zero3_offload
+precision=bf16    # arithmetic of the convolutions: bf16 or fp32
+
+. "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+cd -- "$project"
+exec deepspeed --module hpcm_scale.train model="$model" data.shards="$shards" eval.images="$images" \
+    train.steps="$steps" engine="$engine" engine.precision="$precision" "$@"

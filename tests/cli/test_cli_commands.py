@@ -1,0 +1,221 @@
+"""The commands as a user types them: what they print, and one line with exit code 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from hpcm_scale import __version__
+from hpcm_scale.cli import COMMANDS
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.weights import save_weights
+
+TYPED = [
+    (),
+    ("--help",),
+    ("--version",),
+    ("nonsense",),
+    ("modles",),
+    *((command, "--help") for command in COMMANDS),
+    ("models", "nonsense"),
+    ("estimate", "modle=nano"),
+    ("evaluate", "--weights", "nowhere.safetensors", "--images", "."),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[tuple[str, ...], subprocess.CompletedProcess]:
+    """The console script's answers to all of `TYPED`, two at a time."""
+    script, folder = Path(sys.executable).with_name("hpcm"), tmp_path_factory.mktemp("empty")
+
+    def answer(arguments: tuple[str, ...]) -> subprocess.CompletedProcess:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+        command = [script, *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(TYPED, pool.map(answer, TYPED), strict=True))
+
+
+def test_without_arguments_it_says_what_there_is(answers):
+    for arguments in ((), ("--help",)):
+        assert answers[arguments].returncode == 0
+        for command, purpose in COMMANDS.items():
+            assert re.search(rf"^  {command} +{re.escape(purpose)}$", answers[arguments].stdout, re.MULTILINE)
+    assert answers["--version",].stdout == f"{__version__}\n"
+
+
+def test_every_command_can_be_run_as_a_module(project):
+    for command in COMMANDS:
+        package = project / "hpcm_scale"
+        assert (package / f"{command}.py").is_file() or (package / command / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, answers):
+    result = answers[command, "--help"]
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert command in result.stdout and len(result.stdout.splitlines()) > 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense",), "there is no command `nonsense`; choose one of shards, models"),
+        (("modles",), "there is no command `modles`; did you mean `models`?"),
+        (("estimate", "modle=nano"), "unknown key modle in modle=nano; did you mean model?"),
+        (("evaluate", "--weights", "nowhere.safetensors", "--images", "."), "no weights at nowhere.safetensors"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, answers):
+    result = answers[arguments]
+    assert result.returncode == 2
+    assert result.stderr.startswith("hpcm: ") and message in result.stderr and result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_what_argparse_refuses_is_no_traceback(answers):
+    result = answers["models", "nonsense"]
+    assert result.returncode == 2 and "nonsense" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run(command, *arguments)` in this process: exit code, stdout, stderr."""
+
+    def start(command: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"hpcm {command}", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        code = 0
+        try:
+            import_module(f"hpcm_scale.{command}").main()
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return start
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    torch.manual_seed(0)
+    model = HPCM(compose_model("nano"))
+    path = tmp_path / "run" / "weights.safetensors"
+    save_weights(path, model.state_dict(), model.config, {"lmbda": 0.025, "step": 80, "images": 640, "pflops": 0.9})
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in (("wide.png", (70, 30)), ("high.jpg", (30, 70)), ("zebra.webp", (64, 64))):
+        Image.effect_noise(size, 50).convert("RGB").save(folder / name)
+    return folder
+
+
+def test_evaluate(run, weights, photos, tmp_path):
+    code, out, err = run("evaluate", "--weights", weights, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert re.search(r"wide\.png.*70×30", out) and "mean" in out
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [image["name"] for image in result["images"]] == ["high.jpg", "wide.png", "zebra.webp"]
+    assert result["facts"] == {"lmbda": 0.025, "step": 80, "images": 640, "pflops": 0.9}
+    for image in result["images"]:
+        assert image["loss"] == pytest.approx(0.025 * 255**2 * image["mse"] + image["bpp"], rel=1e-5)
+    mean = sum(image["psnr"] for image in result["images"]) / 3
+    assert result["mean"]["psnr"] == pytest.approx(mean) and f"{mean:.2f}" in out
+    with Image.open(tmp_path / "out" / "reconstructions.png") as picture:
+        assert picture.format == "PNG"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "reconstructions.png"]
+
+
+def test_evaluate_limits_and_writes_nothing_unasked(run, weights, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("evaluate", "--weights", weights, "--images", photos, "--limit", 1, "--device", "cpu")
+    assert code == 0, err
+    assert "high.jpg" in out and "wide.png" not in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "run"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["no weights", "no safetensors", "foreign weights", "no folder", "no image", "limit", "pictures", "device", "out"],
+)
+def test_evaluate_refuses_in_one_line(case, run, weights, photos, tmp_path):
+    arguments = {"--weights": weights, "--images": photos, "--out": tmp_path / "out"}
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "nothing").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    change, message = {
+        "no weights": ({"--weights": tmp_path / "nowhere"}, "there are no weights at"),
+        "no safetensors": ({"--weights": tmp_path / "file"}, "is not a readable safetensors file"),
+        "foreign weights": ({"--weights": tmp_path / "foreign.safetensors"}, "was not written by hpcm_scale"),
+        "no folder": ({"--images": tmp_path / "nowhere"}, "there is no folder"),
+        "no image": ({"--images": tmp_path / "nothing"}, "there is no JPEG, PNG or WebP in"),
+        "limit": ({"--limit": 0}, "--limit 0 must be at least 1"),
+        "pictures": ({"--pictures": 0}, "--pictures 0 must be at least 1"),
+        "device": ({"--device": "abacus"}, "--device abacus cannot be used here"),
+        "out": ({"--out": tmp_path / "file"}, "is a file; name a folder"),
+    }[case]
+    code, out, err = run("evaluate", *(part for pair in (arguments | change).items() for part in pair))
+    assert code == 2
+    assert err.startswith("hpcm: ") and message in err and err.count("\n") == 1
+    assert out == "" and not (tmp_path / "out").exists()
+
+
+def test_estimate_of_the_largest_model_on_eight_gpus(run):
+    code, out, err = run("estimate", "model=1b", "engine=zero3", "engine.world_size=8")
+    assert code == 0, err
+    assert "1,000,328,003 parameters" in out and "8 × H100" in out and "4 crops of 256²" in out
+    kinds = dict(re.findall(r"(weights|gradients|optimizer|activations|in all) +│ +([\d.]+)", out))
+    assert set(kinds) == {"weights", "gradients", "optimizer", "activations", "in all"}
+    # A share of an eighth of 4 GB and, for the weights, what is gathered at a time.
+    assert float(kinds["gradients"]) == 0.50 and float(kinds["optimizer"]) == 1.00
+    assert 0.5 < float(kinds["weights"]) < 1.3
+    assert 10 < float(kinds["activations"]) < 16
+    pflops = 2_000_000 * 96.5165e12 / 1e15
+    assert f"{pflops:,.4g} PFLOPs" in out
+    hours = pflops * 1e15 / (8 * 67e12 * 0.4) / 3600
+    assert f"{hours:,.1f} hours, {hours * 8 / 24:,.1f} GPU-days" in out
+
+
+def test_estimate_at_another_rate(run):
+    arguments = ("model=nano", "engine=zero3_offload", "engine.precision=bf16", "train.steps=100")
+    code, out, err = run("estimate", *arguments, "--gpu", "A100", "--mfu", "0.5")
+    assert code == 0, err
+    assert "at 50% of 312 TFLOP/s (A100, bf16)" in out and "in host memory" in out
+    assert "100 steps of 32 images: 3,200 images" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=nanno"], "did you mean nano?"),
+        (["model=nano", "engine.world_size=3"], "does not divide over 3 processes; use train.batch_size=33"),
+        (["model=nano", "engine.world_size=-8"], "engine.world_size=-8 must be at least 1"),
+        (["model=nano", "data.crop=200"], "use data.crop=256"),
+        (["model=nano", "--gpu", "H300"], "the peak rate of --gpu H300 is not known; name another"),
+        (["model=nano", "--mfu", "1.5"], "--mfu 1.5 must lie between 0 and 1"),
+        (["model=nano", "--mfu", "nan"], "--mfu nan must lie between 0 and 1"),
+    ],
+)
+def test_estimate_refuses_in_one_line(arguments, message, run):
+    code, out, err = run("estimate", *arguments)
+    assert code == 2
+    assert err.startswith("hpcm: ") and message in err and err.count("\n") == 1 and out == ""

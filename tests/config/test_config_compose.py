@@ -1,0 +1,146 @@
+"""Every configuration in conf/ composes and can be trained; every mistake is told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from hpcm_scale.config.checks import check
+from hpcm_scale.config.compose import (
+    check_overrides,
+    compose,
+    compose_model,
+    config_folder,
+    from_yaml,
+    model_from_dict,
+    preset_names,
+    to_dict,
+    to_yaml,
+)
+from hpcm_scale.config.schema import Config, EngineName, Fusion, HyperPlacement, Precision, WandbMode
+from hpcm_scale.errors import UserError
+
+GROUPS = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
+CHOICES = [f"{group}={name}" for group in GROUPS for name in preset_names(group)]
+
+
+def test_the_groups_are_the_documented_ones():
+    assert {"model", "data", "objective", "schedule", "engine", "experiment", "debug"} <= set(GROUPS)
+    assert {"68m", "120m", "246m", "544m", "1b", "64m_phi", "90m"} <= set(preset_names("model"))
+    assert {"nano", "micro", "mini", "small"} <= set(preset_names("model"))
+    assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload", "accelerate"} == set(preset_names("engine"))
+    assert {"hpcm_1b", "quickstart"} <= set(preset_names("experiment"))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_checks_and_comes_back_from_yaml(choice, tmp_path):
+    config = compose([choice])
+    for world_size in (1, 2, 8):
+        check(config, world_size)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(file) == config
+    assert model_from_dict(to_dict(config)["model"]) == config.model
+
+
+@pytest.mark.parametrize("name", preset_names("model"))
+def test_a_model_is_named_after_its_file(name):
+    assert compose_model(name).name == name
+
+
+@pytest.mark.parametrize("experiment", preset_names("experiment"))
+def test_every_experiment_goes_with_every_debug_preset(experiment):
+    for debug in preset_names("debug"):
+        check(compose([f"experiment={experiment}", f"debug={debug}"]), 2)
+
+
+def test_the_defaults_are_the_dataclasses():
+    """conf/ and the schema do not contradict each other; enums, lists and nested classes are typed."""
+    config = compose()
+    assert config == Config()
+    assert isinstance(config.engine.name, EngineName) and isinstance(config.model.fusion, Fusion)
+    assert config.model.hyper_placement is HyperPlacement.aligned
+    assert config.log.wandb is WandbMode.offline and config.engine.precision is Precision.fp32
+    assert dataclasses.is_dataclass(config.model.prior_s3) and config.model.prior_s3.before == 3
+
+
+def test_the_paper_experiment_is_the_papers_training():
+    config = compose(["experiment=hpcm_1b"])
+    train, schedule = config.train, config.schedule
+    assert config.model.name == "1b" and config.objective.lmbda == 0.013 and config.data.crop == 256
+    assert (train.steps, train.batch_size, train.clip_norm, train.betas) == (2_000_000, 32, 1.0, [0.9, 0.999])
+    drops = [round(boundary * train.steps) for boundary in schedule.boundaries]
+    rates = [round(schedule.learning_rate * factor, 10) for factor in schedule.factors]
+    assert drops == [1_600_000, 1_800_000, 1_900_000] and rates == [1e-4, 3e-5, 1e-5, 1e-6]
+
+
+def test_the_command_line_has_the_last_word(tmp_path):
+    overrides = ["experiment=quickstart", "model=micro", "train.steps=7", "data.shards='http://host/a?b=c'"]
+    config = compose(
+        [*overrides, "+engine.options.zero_optimization.stage3_max_live_parameters=5", "log.wandb=disabled"]
+    )
+    assert config.model.name == "micro" and config.train.steps == 7 and config.data.shards == "http://host/a?b=c"
+    assert config.engine.options == {"zero_optimization": {"stage3_max_live_parameters": 5}}
+    assert to_dict(config)["log"]["wandb"] == "disabled"
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+MISTAKES = {
+    "modle=nano": ["modle", "did you mean model?"],
+    "train.stesp=10": ["train.stesp", "did you mean train.steps?"],
+    "+train.warmth=10": ["train.warmth"],
+    "zzz=10": ["zzz", "hpcm_scale/config/schema.py"],
+    "model=nanno": ["model=nanno", "did you mean nano?"],
+    "engine=megatron": ["engine=megatron", "zero2"],
+    "model=null": ["model=null", "68m"],
+    "~model": ["~model", "68m"],
+    "experiment=null": ["experiment=null", "hpcm_1b"],
+    "model=[nano,micro]": ["model=[nano,micro]", "nano"],
+    "train.steps=many": ["train.steps=many", "Integer"],
+    "train.steps=1.5": ["train.steps=1.5", "Integer"],
+    "data.crop=null": ["data.crop", "not Optional"],
+    "data.flip=maybe": ["data.flip=maybe", "bool"],
+    "train.betas=3": ["train.betas=3", "list"],
+    "model.channels=[1,a,3]": ["model.channels=[1,a,3]", "Integer"],
+    "model.prior_s3=3": ["model.prior_s3=3", "PriorConfig"],
+    "engine.precision=fp8": ["engine.precision=fp8", "[fp32, bf16]"],
+    "log.wandb=on": ["log.wandb=on", "[online, offline, disabled]"],
+    "engine.options.foo=1": ["+engine.options.foo=1"],
+    "model=nano,micro": ["model=nano,micro", "--multirun"],
+    "nano": ["nano cannot be read", "key=value"],
+    "data.shards=a=b": ["data.shards=a=b cannot be read", "quote"],
+    "schedule.boundaries=[0.5": ["schedule.boundaries=[0.5 cannot be read"],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_key_and_mend(mistake):
+    with pytest.raises(UserError) as refused:
+        compose(["model=nano", mistake] if "model" not in mistake else [mistake])
+    text = str(refused.value)
+    for part in MISTAKES[mistake]:
+        assert part in text
+    assert "\n" not in text and len(text) < 300
+
+
+def test_a_sweep_is_checked_choice_by_choice():
+    check_overrides(["model=nano,micro", "engine=choice(zero0,zero1)", "train.steps=10,20", "schedule=glob(*)"])
+    with pytest.raises(UserError, match="did you mean micro"):
+        check_overrides(["model=nano,micrro"])
+
+
+def test_a_damaged_or_foreign_configuration_file_is_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    for text, reason in (
+        ("train: {steps: 10", "no YAML"),
+        ("train: {stesp: 10}", "stesp"),
+        ("train: {steps: many}", "many"),
+        ("- a\n- b\n", "no configuration"),
+        ("\x00\x01", "no YAML"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=reason) as refused:
+            from_yaml(file)
+        assert str(file) in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,146 @@
+"""Weights in and out: bit for bit, with their configuration, and never a traceback for a wrong file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hpcm_scale.config.compose import compose_model, preset_names
+from hpcm_scale.config.schema import HyperPlacement, PriorConfig
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.weights import load_weights, save_weights
+from hpcm_scale.training.costs import on_meta
+
+FACTS = {"lmbda": 0.013, "step": 80, "images": 640, "pflops": 0.1234567890123456}
+
+
+@pytest.fixture(scope="module")
+def model() -> HPCM:
+    torch.manual_seed(1)
+    config = replace(compose_model("nano"), hyper_placement=HyperPlacement.upstream, prior_s3=PriorConfig(1, 1, 1))
+    return HPCM(config)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, model.state_dict(), model.config, FACTS)
+    return path
+
+
+def test_there_and_back_bit_for_bit(model, saved):
+    loaded, facts = load_weights(saved)
+    assert facts == FACTS
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    x = torch.rand(1, 3, 256, 256)
+    with torch.no_grad():
+        for ours, theirs in zip(model(x), loaded(x), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_file_tells_what_it_is(model, saved):
+    """Any reader of safetensors sees names, shapes, configuration and facts."""
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+        assert set(file.keys()) == set(model.state_dict())
+    assert metadata["format"].startswith("hpcm_scale weights")
+    assert json.loads(metadata["model"])["latent_channels"] == model.config.latent_channels
+    assert json.loads(metadata["model"])["hyper_placement"] == "upstream"
+    assert json.loads(metadata["facts"]) == FACTS
+
+
+@pytest.mark.parametrize("name", preset_names("model"))
+def test_nothing_but_parameters_is_stored(name):
+    """Index tables of the coding order are code, not weights: a checkpoint of another version still loads."""
+    model = on_meta(compose_model(name))
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+def test_tensors_that_are_views_are_stored_whole(model, tmp_path):
+    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    name = "g_a.0.weight"
+    state[name] = state[name].permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    save_weights(tmp_path / "views.safetensors", state, model.config, FACTS)
+    assert torch.equal(load_weights(tmp_path / "views.safetensors")[0].state_dict()[name], model.g_a[0].weight)
+
+
+def test_an_interrupted_export_leaves_the_old_file(model, saved):
+    before = saved.read_bytes()
+    with pytest.raises(Exception):  # noqa: B017
+        save_weights(saved, {"a": "no tensor"}, model.config, FACTS)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def refusal(path) -> str:
+    with pytest.raises(UserError) as refused:
+        load_weights(path)
+    text = str(refused.value)
+    assert "\n" not in text and str(path) in text
+    return text
+
+
+def test_missing(tmp_path):
+    assert "there are no weights" in refusal(tmp_path / "nowhere.safetensors")
+    assert "there are no weights" in refusal(tmp_path)
+
+
+def test_no_safetensors(tmp_path, saved):
+    path = tmp_path / "picture.safetensors"
+    path.write_bytes(b"\x89PNG\r\n" + bytes(1000))
+    assert "not a readable safetensors file" in refusal(path)
+    path.write_bytes(b"")
+    assert "not a readable safetensors file" in refusal(path)
+    torch.save({"a": torch.zeros(1)}, path)
+    assert "not a readable safetensors file" in refusal(path)
+    path.write_bytes(saved.read_bytes()[:-100])
+    assert "not a readable safetensors file" in refusal(path)
+
+
+def test_foreign(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    assert "was not written by hpcm_scale" in refusal(path)
+    save_file({"a": torch.zeros(1)}, path, {"format": "pt"})
+    assert "was not written by hpcm_scale" in refusal(path)
+
+
+@pytest.mark.parametrize("case", ["missing tensor", "extra tensor", "other shape"])
+def test_tensors_that_do_not_fit(case, model, tmp_path):
+    state = dict(model.state_dict())
+    if case == "missing tensor":
+        del state["g_a.0.bias"]
+    elif case == "extra tensor":
+        state["g_a.99.bias"] = torch.zeros(3)
+    else:
+        state["g_a.0.bias"] = torch.zeros(3)
+    save_weights(tmp_path / "other.safetensors", state, model.config, FACTS)
+    assert "do not fit the model it describes" in refusal(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("case", ["no JSON", "unknown key", "impossible", "no model", "no facts"])
+def test_a_damaged_description(case, model, saved, tmp_path):
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    description = json.loads(metadata["model"])
+    if case == "no JSON":
+        metadata["model"] = metadata["model"][:-5]
+    elif case == "unknown key":
+        metadata["model"] = json.dumps(description | {"of_a_later_version": 1})
+    elif case == "impossible":
+        metadata["model"] = json.dumps(description | {"attention_heads": 7})
+    else:
+        del metadata[case.removeprefix("no ")]
+    path = tmp_path / "damaged.safetensors"
+    save_file(dict(model.state_dict()), path, metadata)
+    refusal(path)
