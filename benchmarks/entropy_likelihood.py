@@ -48,9 +48,7 @@ def main() -> None:
     survival = torch.compile(bits) if options.compile else bits
     for _ in range(3):
         seconds(public, residual, scale), seconds(survival, residual, scale)
-    pairs = [
-        (seconds(public, residual, scale), seconds(survival, residual, scale)) for _ in range(options.rounds)
-    ]
+    pairs = [(seconds(public, residual, scale), seconds(survival, residual, scale)) for _ in range(options.rounds)]
 
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {device}", end=", ")

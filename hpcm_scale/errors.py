@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -18,9 +21,26 @@ class UserError(Exception):
     """Met by this process, perhaps by no other: it must speak itself."""
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is done in here may fail on this process and on no other: its `UserError` is `local`."""
+    try:
+        yield
+    except UserError as error:
+        error.local = True
+        raise
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that speaks to the user (rank 0, or no launcher at all)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are told in one line, too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def one_line(command: Callable[..., None]) -> Callable[..., None]:

@@ -5,18 +5,16 @@ hpcm estimate model=1b engine=zero3 engine.world_size=8 --gpu H100 --mfu 0.4
 
 from __future__ import annotations
 
-import argparse
-
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config, Precision
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import Parser, UserError, one_line
 
 
 @one_line
 def main() -> None:
     """Entry point of `hpcm estimate` and `python -m hpcm_scale.estimate`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hpcm estimate",
         description="Memory per GPU by kind, FLOPs of the run, and its time at a stated utilisation. Takes the "
         "same overrides as training, for example model=1b engine=zero3 engine.world_size=8.",
@@ -57,14 +55,14 @@ def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -
     table = Table(title="memory per GPU", title_justify="left")
     table.add_column("kind")
     table.add_column("GB", justify="right")
-    for kind in ("weights", "gradients", "optimizer", "activations"):
+    for kind in ("weights", "gradients", "optimizer", "activations", "buffers"):
         table.add_row(kind, f"{getattr(memory, kind) / 1e9:,.2f}")
     table.add_section()
     table.add_row("in all", f"{memory.device / 1e9:,.2f}")
     if memory.host:
         table.add_row("in host memory", f"{memory.host / 1e9:,.2f}")
     Console().print(table)
-    print("communication buffers, fragmentation and temporary memory of kernels come on top: 10 to 20 %")
+    print("fragmentation and temporary memory of kernels come on top: 10 to 20 %")
     hours = needs.seconds(peak * world_size, mfu) / 3600
     print(
         f"{config.train.steps:,} steps of {config.train.batch_size} images: {needs.images:,} images, "

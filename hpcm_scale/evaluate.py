@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import Parser, UserError, one_line
 
 
 @one_line
 def main() -> None:
     """Entry point of `hpcm evaluate` and `python -m hpcm_scale.evaluate`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hpcm evaluate",
         description="Bits per pixel (estimated from the likelihoods), PSNR and loss of exported weights, per image "
         "and mean: the mean over images of each, the PSNR on pixels rounded to 8 bits.",
@@ -35,6 +34,7 @@ def main() -> None:
 
     import torch
 
+    from hpcm_scale.config.schema import Precision
     from hpcm_scale.data.image_set import ImageSet
     from hpcm_scale.evaluation.estimate import evaluate
     from hpcm_scale.evaluation.pictures import draw_reconstructions
@@ -45,6 +45,7 @@ def main() -> None:
     images = ImageSet(arguments.images, arguments.limit)
     model, facts = load_weights(arguments.weights)
     device = _place(model, arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.precision = Precision(facts["precision"])  # that of its training, so that the journal's numbers come again
     torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32, as in training
     evaluation = evaluate(
         model,

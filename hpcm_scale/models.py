@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-
 from hpcm_scale.config.compose import compose_model, preset_names
-from hpcm_scale.errors import one_line
+from hpcm_scale.errors import Parser, one_line
 
 
 @one_line
 def main() -> None:
     """Entry point of `hpcm models` and `python -m hpcm_scale.models`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hpcm models",
         description="Parameters by part, multiply-accumulates per pixel (forward, 256×256) and FLOPs of a "
         "training step of 32 crops of 256×256 for every size in conf/model.",

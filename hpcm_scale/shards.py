@@ -10,14 +10,15 @@ from hpcm_scale.data.describe import counted, describe
 from hpcm_scale.data.index import load_index
 from hpcm_scale.data.processes import available_cores
 from hpcm_scale.data.verify import verify_shards
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import Parser, UserError, one_line
 from hpcm_scale.tracking.progress import progress
 
 BYTES_PER_MB = 1_000_000
 
 
-def parser() -> argparse.ArgumentParser:
-    commands = argparse.ArgumentParser(prog="hpcm shards", description=__doc__.split(": ")[1])
+def parser() -> Parser:
+    """The command line."""
+    commands = Parser(prog="hpcm shards", description=__doc__.split(": ")[1])
     subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     building = subcommands.add_parser(
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(arguments: argparse.Namespace) -> None:
+    """`hpcm shards build`."""
     if arguments.min_side < 0 or arguments.shard_size <= 0:
         raise UserError("--min-side and --shard-size are sizes; give positive numbers")
     try:
@@ -73,6 +75,7 @@ def build(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
+    """`hpcm shards verify`: exit code 1 on damage."""
     if "://" in arguments.folder:
         raise UserError("verify reads every byte: call it where the shards lie, with their folder")
     index = load_index(arguments.folder)
@@ -87,6 +90,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def info(arguments: argparse.Namespace) -> None:
+    """`hpcm shards info`."""
     print(describe(arguments.folder, load_index(arguments.folder)))
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -24,7 +25,7 @@ from hpcm_scale.training.processes import without_launcher_arguments
 def main() -> None:
     """Entry point of `hpcm train` and `python -m hpcm_scale.train`."""
     arguments = without_launcher_arguments(sys.argv[1:])
-    check_overrides([argument for argument in arguments if not argument.startswith("-")])
+    check_overrides(get_args_parser().parse_args(arguments).overrides)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
     sys.argv = [sys.argv[0], *arguments]
     errors: list[UserError] = []

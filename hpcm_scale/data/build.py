@@ -190,10 +190,12 @@ def write_shard(
 
 
 def record_name(number: int) -> str:
+    """The file that tells what a finished shard holds, while others are still being written."""
     return f"record-{number:06d}.json"
 
 
 def move_up(path: Path, out: Path) -> None:
+    """Move a file to the folder of the set, if it is there."""
     if path.exists():
         path.replace(out / path.name)
         sync_folder(out)

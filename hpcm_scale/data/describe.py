@@ -31,4 +31,5 @@ def describe(location: str, index: ShardIndex) -> str:
 
 
 def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 photo, 1,234 photos."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

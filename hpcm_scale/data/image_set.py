@@ -10,6 +10,8 @@ from hpcm_scale.data.images import EXTENSIONS, decode, to_array
 from hpcm_scale.data.sources import files_below
 from hpcm_scale.errors import UserError
 
+MEND = "name a folder of images (eval.images in training, --images in evaluation)"
+
 
 class ImageSet:
     """The JPEG, PNG and WebP files below a folder, in order of name.
@@ -20,14 +22,14 @@ class ImageSet:
     def __init__(self, folder: str | Path, limit: int | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"there is no folder {folder}; set eval.images to a folder of images")
+            raise UserError(f"there is no folder {folder}; {MEND}")
         names = sorted(
             path.relative_to(self.folder).as_posix()
             for path in files_below(self.folder)
             if path.suffix.lower().lstrip(".") in EXTENSIONS
         )
         if not names:
-            raise UserError(f"there is no JPEG, PNG or WebP in {folder}; set eval.images to a folder of images")
+            raise UserError(f"there is no JPEG, PNG or WebP in {folder}; {MEND}")
         self.names = names[:limit]
 
     def __len__(self) -> int:
@@ -39,4 +41,4 @@ class ImageSet:
         try:
             return torch.from_numpy(to_array(decode(path.read_bytes())))
         except (ValueError, OSError) as error:
-            raise UserError(f"cannot read {path} ({error}); mend or remove it from eval.images") from error
+            raise UserError(f"cannot read {path} ({error}); mend or remove it") from error

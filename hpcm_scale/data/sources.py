@@ -41,6 +41,7 @@ def files_below(folder: Path, without: Path | None = None) -> Iterator[Path]:
 
 
 def refuse(error: OSError) -> None:
+    """A folder that cannot be read ends the search."""
     raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions")
 
 
@@ -83,6 +84,7 @@ def unique_key(name: str, taken: dict[str, int]) -> str:
 
 
 def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if it cannot be told."""
     try:
         return path.stat().st_size
     except OSError:  # a link to nothing: reported when it is read

@@ -158,6 +158,7 @@ def prepare(sample: dict, *, crop: int, flip: bool, seed: int) -> dict:
 
 
 def collate(samples: list[dict]) -> Batch:
+    """Samples to a batch."""
     return Batch(
         images=torch.stack([sample["pixels"] for sample in samples]),
         image_index=torch.tensor([sample["image"] for sample in samples]),
@@ -175,6 +176,7 @@ def hand_over_errors(batches: Iterator[Batch]) -> Iterator[Batch | UserError]:
 
 
 def start_worker(stop: Connection, _worker: int) -> None:
+    """Have a data worker end with its trainer."""
     follow(stop)
 
 

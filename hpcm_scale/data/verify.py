@@ -75,11 +75,13 @@ def jobs(folder: Path, index: ShardIndex) -> Iterator[partial]:
 
 
 def entry_of(index: ShardIndex, sample: int) -> Entry:
+    """What the index says of a sample."""
     numbers = (index.offset, index.length, index.width, index.height, index.crc32)
     return Entry(index.keys[sample], index.extensions[sample], *(int(column[sample]) for column in numbers))
 
 
 def run(job: partial) -> tuple[int, list[Damage]]:
+    """Call a job: what a pool of processes can be given."""
     return job()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
 from hpcm_scale.model.coding_order import CodingOrder, Scale, misplaced
 from hpcm_scale.model.layers import ChannelScale, Conv2d, depthwise_block
+from hpcm_scale.model.transforms import start_scales
 
 Code = Callable[[int, Tensor, Tensor], Tensor]
 """(step, scales, means) to ŷ at the step's positions; all packed as `Positions` says."""
@@ -127,7 +128,7 @@ def _prior(latent_channels: int, depth: PriorConfig) -> nn.Module:
     halves.before = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.before)))
     halves.after = nn.Sequential(
         *(depthwise_block(wide) for _ in range(depth.after)),
-        Conv2d(wide, narrow, 1),
+        start_scales(Conv2d(wide, narrow, 1)),
         *(depthwise_block(narrow) for _ in range(depth.refine)),
     )
     return halves

@@ -42,13 +42,22 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 def down(inputs: int, outputs: int, *, kernel: int = 2, fp32: bool = False) -> nn.Conv2d:
     """Halve the resolution: (B, inputs, H, W) to (B, outputs, H/2, W/2)."""
     kind = Conv2d if fp32 else nn.Conv2d
-    return kind(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
+    convolution = kind(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
+    return _variance_preserving(convolution, summands=inputs * kernel**2)
 
 
 def up(inputs: int, outputs: int, *, kernel: int = 2, fp32: bool = False) -> nn.ConvTranspose2d:
     """Double the resolution: (B, inputs, H, W) to (B, outputs, 2H, 2W)."""
     kind = ConvTranspose2d if fp32 else nn.ConvTranspose2d
-    return kind(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
+    convolution = kind(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
+    return _variance_preserving(convolution, summands=inputs * (kernel // 2) ** 2)
+
+
+def _variance_preserving(convolution: nn.Module, summands: int) -> nn.Module:
+    """torch's default weights would shrink a signal 30-fold on its way through four of these, and y to nothing."""
+    nn.init.normal_(convolution.weight, std=summands**-0.5)
+    nn.init.zeros_(convolution.bias)
+    return convolution
 
 
 class PartialConvolution(nn.Conv2d):

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from hpcm_scale.config.schema import ModelConfig
 from hpcm_scale.model.layers import down, partial_block, up
+
+INITIAL_SPREAD = 8
+"""y of an untrained model is this much wider than the image, so that rounding leaves something of it."""
+
+
+def start_scales(convolution: nn.Module) -> nn.Module:
+    """Let the first half of the outputs, the scales, start at 1: well above their bound, where rates have slopes."""
+    nn.init.ones_(convolution.bias[: len(convolution.bias) // 2])
+    return convolution
+
+
+def _scale(convolution: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        convolution.weight.mul_(factor)
 
 
 def analysis(config: ModelConfig) -> nn.Sequential:
@@ -20,6 +35,8 @@ def analysis(config: ModelConfig) -> nn.Sequential:
         kernel = config.stem_kernel if level == 0 else 2
         layers.append(down(inputs, outputs, kernel=kernel, fp32=level == 3))
         layers += [block(outputs) for _ in range(count)]
+        if level == 3:
+            _scale(layers[-1 - count], INITIAL_SPREAD)
     return nn.Sequential(*layers)
 
 
@@ -33,6 +50,8 @@ def synthesis(config: ModelConfig) -> nn.Sequential:
         kernel = config.stem_kernel if level == 3 else 2
         layers += [block(inputs) for _ in range(count)]
         layers.append(up(inputs, outputs, kernel=kernel, fp32=level == 3))
+        if level == 0:
+            _scale(layers[-1], 1 / INITIAL_SPREAD)
     nn.init.constant_(layers[-1].bias, 0.5)  # an untrained codec answers mid-grey, not black
     return nn.Sequential(*layers)
 
@@ -58,6 +77,6 @@ def hyper_synthesis(config: ModelConfig) -> nn.Sequential:
     return nn.Sequential(
         up(z, middle),
         *(block(middle) for _ in range(inner)),
-        up(middle, 2 * y, fp32=True),
+        start_scales(up(middle, 2 * y, fp32=True)),
         *(block(2 * y) for _ in range(outer)),
     )

@@ -30,6 +30,15 @@ def save_weights(path: str | Path, state: dict[str, Tensor], config: ModelConfig
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished, metadata)
 
 
+def exported_step(path: str | Path) -> int | None:
+    """The optimizer step of a weights file, None if there is no readable one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["facts"])["step"]
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+
+
 def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
     """The model of a weights file, on the CPU and in evaluation mode, and the facts beside it.
 
@@ -46,9 +55,13 @@ def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
         raise UserError(f"{path} is not a readable safetensors file ({error}); export it again") from error
     if metadata.get("format") != _FORMAT:
         raise UserError(f"{path} was not written by hpcm_scale; give a run folder's weights.safetensors")
-    model = HPCM(model_from_dict(json.loads(metadata["model"])))
+    try:
+        model = HPCM(model_from_dict(json.loads(metadata["model"])))
+        facts = json.loads(metadata["facts"])
+    except (KeyError, ValueError, UserError) as error:
+        raise UserError(f"the description in {path} is damaged ({error}); export it again") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"the tensors in {path} do not fit the model it describes; export it again") from error
-    return model.eval(), json.loads(metadata["facts"])
+    return model.eval(), facts

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import Parser, one_line
 from hpcm_scale.scaling.curves import draw_loss_against_compute
 from hpcm_scale.scaling.runs import Run, find_runs
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as every command does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parser() -> Parser:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import deepspeed
+import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: Config) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        # Its shared-memory all-reduce for CPUs takes minutes to compile, and a build cut short hangs the next run.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         self._config = config
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import micro_batch_size
-from hpcm_scale.config.deepspeed import LIVE_PARAMETERS, PREFETCHED_PARAMETERS
+from hpcm_scale.config.deepspeed import LIVE_PARAMETERS, REDUCED_PARAMETERS
 from hpcm_scale.config.schema import Config, EngineName
 from hpcm_scale.training.costs import activation_bytes, on_meta, parameter_count, training_flops_per_image
 
@@ -25,13 +25,15 @@ class Memory:
     """Adam's two moments, and ZeRO's fp32 master copy of this process's share."""
     activations: int
     """Kept for the backward pass by one micro-batch; nothing is recomputed."""
+    buffers: int
+    """Where gradients are laid out to be added up over the processes."""
     host: int
     """Of these kinds, what lies in host memory instead (offload); not part of the sum."""
 
     @property
     def device(self) -> int:
         """All together on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def estimate(config: Config, world_size: int) -> Estimate:
     """Estimate a checked configuration on `world_size` processes, one device each.
 
     Memory follows ZeRO (arXiv 1910.02054, section 3): fp32 weights, gradients and Adam moments, each
-    whole or divided over the processes by stage. Buffers of the communication library, fragmentation and
-    temporary memory of kernels come on top; 10 to 20 % is usual.
+    whole or divided over the processes by stage; checked against the tensors of DeepSpeed 0.19.8's engine.
+    Fragmentation and temporary memory of kernels and of the communication library come on top; 10 to 20 %
+    is usual.
     """
     model = on_meta(config.model)
     parameters = parameter_count(model)
@@ -80,10 +83,14 @@ def _memory(config: Config, world_size: int, parameters: int, activations: int) 
         return -(-parameters // world_size) if stage >= from_stage else parameters
 
     weights, gradients = _FP32 * share(3), _FP32 * share(2)
-    gathered = _FP32 * min(parameters, LIVE_PARAMETERS + PREFETCHED_PARAMETERS) if stage == 3 else 0
+    gathered = _FP32 * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0  # what is fetched ahead included
     # Stages 1 and 2 update a copy of this process's share, and so does stage 3 when the host updates it.
     master = _FP32 * share(1) if stage in (1, 2) or config.engine.offload else 0
     optimizer = _ADAM_MOMENTS * _FP32 * share(1) + master
+    # Two buffers in turns at stages 1 and 2, one at stage 3; accelerate's DDP copies every gradient into its buckets.
+    buffers = _FP32 * REDUCED_PARAMETERS * (0, 2, 2, 1)[stage]
+    if config.engine.name == EngineName.accelerate and world_size > 1:
+        buffers = _FP32 * parameters
     if not config.engine.offload:
-        return Memory(weights + gathered, gradients, optimizer, activations, host=0)
-    return Memory(gathered, 0, 0, activations, host=weights + gradients + optimizer)
+        return Memory(weights + gathered, gradients, optimizer, activations, buffers, host=0)
+    return Memory(gathered, 0, 0, activations, buffers, host=weights + gradients + optimizer)

@@ -14,7 +14,7 @@ from hpcm_scale.config.checks import accumulation, side_multiple
 from hpcm_scale.config.schema import Config
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.stream import Batch
-from hpcm_scale.errors import UserError
+from hpcm_scale.errors import UserError, alone
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.objective.rate_distortion import RateDistortion, rate_distortion_loss
@@ -70,7 +70,8 @@ class Trainer:
         waited = 0.0
         for _ in range(rounds):
             before = time.perf_counter()
-            batch = next(stream)
+            with alone():
+                batch = next(stream)
             waited += time.perf_counter() - before
             result = self.forward(batch)
             engine.backward(result.loss)
@@ -120,17 +121,18 @@ class Trainer:
         """Loss at λ, bpp and PSNR on the evaluation images."""
         engine = self.engine
         engine.module.eval()
-        evaluation = evaluate(
-            engine.module,
-            images,
-            multiple=side_multiple(self.config.model),
-            lmbda=self.config.objective.lmbda,
-            device=engine.device,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            reduce=engine.reduce,
-            keep=self.config.log.images,
-        )
+        with alone():
+            evaluation = evaluate(
+                engine.module,
+                images,
+                multiple=side_multiple(self.config.model),
+                lmbda=self.config.objective.lmbda,
+                device=engine.device,
+                rank=engine.rank,
+                world_size=engine.world_size,
+                reduce=engine.reduce,
+                keep=self.config.log.images if engine.rank == 0 else 0,
+            )
         engine.module.train()
         self.tracker.restart_clock()
         mean = evaluation.mean()

@@ -15,7 +15,7 @@ from hpcm_scale.data.index import load_index
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.weights import save_weights
+from hpcm_scale.model.weights import exported_step, save_weights
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
 from hpcm_scale.training.costs import on_meta, parameter_count, parameters_by_part, training_flops_per_image
@@ -40,15 +40,11 @@ def run(config: Config) -> None:
     images = ImageSet(config.eval.images, config.eval.limit) if config.eval.images else None
     folder = RunFolder(run_directory(config))
     resume = folder.resume(config, world_size, index.digest)
-    if resume.step == config.train.steps and folder.weights_file.is_file():
+    if resume.step == config.train.steps and exported_step(folder.weights_file) == resume.step:
         tell(f"{folder.path} is finished at step {resume.step}; a larger train.steps would lengthen it")
         return
     processes.complete_environment()
-    try:
-        _train(config, folder, resume, images, index.digest)
-    except UserError as error:
-        error.local = True  # from here on a process may fail alone
-        raise
+    _train(config, folder, resume, images, index.digest)
 
 
 def run_directory(config: Config) -> Path:
@@ -67,6 +63,11 @@ def _train(config: Config, folder: RunFolder, resume: Resume, images: ImageSet |
     flops = training_flops_per_image(shapes, config.data.crop)
     parameters = parameter_count(shapes)
     engine = create_engine(config)
+    if engine.reduce(torch.tensor([float(resume.step)])).item() != resume.step * engine.world_size:
+        raise UserError(
+            f"some processes find step {resume.step} in run.dir={folder.path} and others do not; "
+            "put it on a file system that all machines share"
+        )
     torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32
     torch.manual_seed(config.train.seed)
     model = HPCM(config.model, precision=config.engine.precision)
@@ -112,7 +113,7 @@ def _finish(trainer: Trainer, engine: Engine) -> None:
     """Export the weights of a finished run, or say how a stopped one goes on."""
     config, folder, step = trainer.config, trainer.folder, trainer.step
     if step < config.train.steps:
-        if config.train.stop_after == step:
+        if config.train.stop_after is not None and step >= config.train.stop_after:
             trainer.recorder.say(
                 f"stopped at step {step} of {config.train.steps}; without train.stop_after the same command goes on"
             )
@@ -121,6 +122,7 @@ def _finish(trainer: Trainer, engine: Engine) -> None:
     if state is not None:
         facts = {
             "lmbda": config.objective.lmbda,
+            "precision": config.engine.precision.value,
             "step": step,
             "images": trainer.tracker.images,
             "pflops": trainer.tracker.pflops,

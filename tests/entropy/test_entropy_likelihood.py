@@ -48,9 +48,7 @@ def test_reference_agrees_with_forty_digits():
                 edges = [(mpmath.mpf(v) - 0.5) / s, (mpmath.mpf(v) + 0.5) / s]
                 x, y = (abs(edge) ** 1.5 for edge in edges)
                 sign = 1 if edges[0] >= 0 else -1
-                exact = mpmath.gammainc(mpmath.mpf(2) / 3, 0, y) - sign * mpmath.gammainc(
-                    mpmath.mpf(2) / 3, 0, x
-                )
+                exact = mpmath.gammainc(mpmath.mpf(2) / 3, 0, y) - sign * mpmath.gammainc(mpmath.mpf(2) / 3, 0, x)
                 exact /= 2 * mpmath.gamma(mpmath.mpf(2) / 3)
             assert found == pytest.approx(float(exact), rel=1e-11, abs=0)
 

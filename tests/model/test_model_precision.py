@@ -8,16 +8,18 @@ from torch import nn
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Precision
-from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.model import hpcm as module
 from hpcm_scale.model.hpcm import HPCM, Noise, round_through
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 
 
 @pytest.fixture(scope="module")
-def image(shared) -> torch.Tensor:
-    pixels = ImageSet(shared / "data" / "kodak", limit=5).load(4)
-    return pixels[None, :, 100:356, 200:456].float() / 255
+def image() -> torch.Tensor:
+    """Soft patches of colour with some grain."""
+    generator = torch.Generator().manual_seed(5)
+    patches = torch.rand(1, 3, 16, 16, generator=generator)
+    soft = nn.functional.interpolate(patches, size=(256, 256), mode="bicubic")
+    return (soft + 0.05 * torch.randn(1, 3, 256, 256, generator=generator)).clamp(0, 1)
 
 
 def build(name: str, precision: Precision) -> HPCM:

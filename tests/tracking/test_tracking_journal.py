@@ -43,9 +43,7 @@ def test_numbers_come_back_to_the_last_digit(tmp_path: Path) -> None:
     journal.append(line(1, **{"train/loss": loss, "a": tensor, "b": array, "c": np.int64(3), "note": "λ"}))
     journal.close()
     [record] = read_journal(tmp_path / "run" / "metrics.jsonl")
-    assert record == line(
-        1, **{"train/loss": loss, "a": tensor.item(), "b": float(array), "c": 3, "note": "λ"}
-    )
+    assert record == line(1, **{"train/loss": loss, "a": tensor.item(), "b": float(array), "c": 3, "note": "λ"})
 
 
 @given(st.lists(st.floats(), min_size=1))
@@ -148,9 +146,7 @@ def test_a_reader_sees_whole_lines_while_another_process_writes_and_after_it_was
 def test_lines_of_concurrent_writers_are_never_mixed(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "metrics.jsonl")
     threads = [
-        threading.Thread(
-            target=lambda: [journal.append(line(step, padding="x" * 5000)) for step in range(200)]
-        )
+        threading.Thread(target=lambda: [journal.append(line(step, padding="x" * 5000)) for step in range(200)])
         for _ in range(4)
     ]
     for thread in threads:

@@ -70,9 +70,7 @@ def command(run_dir: Path, start: int, stop: int, end: str = "closes", mode: str
 
 def train(*arguments, expect: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=120, env=environment | variables
-    )
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, env=environment | variables)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -162,9 +160,7 @@ def test_offline_tells_the_network_nothing_and_keeps_no_code(tmp_path: Path) -> 
 def test_without_wandb_training_goes_on(tmp_path: Path, case: str) -> None:
     if case == "folder":
         (tmp_path / "wandb").write_text("a file where wandb wants a folder")
-    done = train(
-        tmp_path, 0, 20, "closes", {"folder": "offline", "account": "online", "disabled": "disabled"}[case]
-    )
+    done = train(tmp_path, 0, 20, "closes", {"folder": "offline", "account": "online", "disabled": "disabled"}[case])
     assert "closed" in done.stdout
     assert len(read_journal(tmp_path / "metrics.jsonl")) == 22
     if case == "disabled":
@@ -196,9 +192,7 @@ def test_a_launcher_that_stops_every_descendant_leaves_the_view_whole(tmp_path: 
     def no_descendant_left() -> bool:
         return psutil.Process(trainer.pid).children(recursive=True) == []
 
-    trainer = subprocess.Popen(
-        command(tmp_path, 0, 30, "waits"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    trainer = subprocess.Popen(command(tmp_path, 0, 30, "waits"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     wait_until(lambda: (tmp_path / "wandb" / "latest-run").exists())
     wait_until(no_descendant_left)
     trainer.terminate()
