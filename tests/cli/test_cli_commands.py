@@ -111,12 +111,15 @@ def run(monkeypatch, capsys):
     return start
 
 
+FACTS = {"lmbda": 0.025, "precision": "fp32", "step": 80, "images": 640, "pflops": 0.9}
+
+
 @pytest.fixture
 def weights(tmp_path) -> Path:
     torch.manual_seed(0)
     model = HPCM(compose_model("nano"))
     path = tmp_path / "run" / "weights.safetensors"
-    save_weights(path, model.state_dict(), model.config, {"lmbda": 0.025, "step": 80, "images": 640, "pflops": 0.9})
+    save_weights(path, model.state_dict(), model.config, FACTS)
     return path
 
 
@@ -135,7 +138,7 @@ def test_evaluate(run, weights, photos, tmp_path):
     assert re.search(r"wide\.png.*70×30", out) and "mean" in out
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [image["name"] for image in result["images"]] == ["high.jpg", "wide.png", "zebra.webp"]
-    assert result["facts"] == {"lmbda": 0.025, "step": 80, "images": 640, "pflops": 0.9}
+    assert result["facts"] == FACTS
     for image in result["images"]:
         assert image["loss"] == pytest.approx(0.025 * 255**2 * image["mse"] + image["bpp"], rel=1e-5)
     mean = sum(image["psnr"] for image in result["images"]) / 3

@@ -1,0 +1,157 @@
+"""What a command continues, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from hpcm_scale.config.compose import compose, to_dict
+from hpcm_scale.config.schema import Config
+from hpcm_scale.errors import UserError
+from hpcm_scale.training.run import run_directory
+from hpcm_scale.training.run_folder import RunFolder
+
+
+def started(path, config: Config | None = None) -> RunFolder:
+    folder = RunFolder(path)
+    folder.write_facts(config or compose(["model=nano"]))
+    return folder
+
+
+def checkpoint(folder: RunFolder, step: int, **changes) -> None:
+    state = {"step": step, "world_size": 2, "data": "digest"} | changes
+    path = folder.checkpoints.folder / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / "complete.json").write_text(json.dumps(state))
+
+
+def refused(folder: RunFolder, config: Config, world_size: int = 2, digest: str = "digest") -> str:
+    before = sorted(folder.path.rglob("*")) if folder.path.is_dir() else None
+    with pytest.raises(UserError) as error:
+        folder.resume(config, world_size, digest)
+    assert before == (sorted(folder.path.rglob("*")) if folder.path.is_dir() else None)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_new_run_takes_a_new_or_empty_folder(tmp_path):
+    config = compose(["model=nano"])
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        resume = RunFolder(tmp_path / name).resume(config, 2, "digest")
+        assert resume.checkpoint is None and resume.previous is None and resume.step == 0
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    for name in ("photos", "file"):
+        assert "is not a run; choose another run.dir" in refused(RunFolder(tmp_path / name), config)
+
+
+def test_where_an_unnamed_run_goes():
+    assert str(run_directory(compose(["model=nano"]))) == "runs/nano"
+    assert str(run_directory(compose(["model=nano", "run.dir=a/b"]))) == "a/b"
+
+
+def test_the_same_command_goes_on_from_the_newest_checkpoint(tmp_path):
+    config = compose(["model=nano"])
+    folder = started(tmp_path / "run")
+    assert folder.resume(config, 2, "digest").step == 0
+    for step in (40, 80):
+        checkpoint(folder, step, meter={"steps": 3})
+    (folder.checkpoints.folder / "step_00000120").mkdir()  # interrupted: no marker
+    resume = folder.resume(config, 2, "digest")
+    assert resume.step == 80 and resume.checkpoint.name == "step_00000080"
+    assert resume.state["meter"] == {"steps": 3} and resume.previous == config
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and key != "options"
+        result |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return result
+
+
+FREE = ["train.steps", "train.stop_after", "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped"]
+FREE += ["data.shards", "data.workers", "data.prefetch", "data.cache", "data.retries", "data.timeout"]
+FREE += ["eval.images", "eval.every", "eval.limit", "engine.world_size"]
+FREE += ["log.every", "log.wandb", "log.project", "log.images", "run.dir", "run.sweep"]
+OTHERS = {
+    "data.shards": "elsewhere",
+    "data.cache": "elsewhere",
+    "eval.images": "elsewhere",
+    "run.dir": "elsewhere",
+    "run.sweep": "other",
+    "model.name": "other",
+    "model.fusion": "none",
+    "model.hyper_placement": "upstream",
+    "engine.name": "accelerate",
+    "engine.precision": "bf16",
+    "log.wandb": "disabled",
+    "log.project": "other",
+    "engine.options": {"seed": 1},
+}
+
+
+def other(key: str, value: object) -> object:
+    """Some other value of the key's type."""
+    if key in OTHERS:
+        return OTHERS[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [entry / 2 if isinstance(entry, float) else entry + 1 for entry in value]
+    return value / 2 if isinstance(value, float) else (value or 0) + 1
+
+
+NANO = compose(["model=nano"])
+KEYS = flat(to_dict(NANO))
+
+
+@pytest.fixture(scope="module")
+def run_at_40(tmp_path_factory) -> RunFolder:
+    folder = started(tmp_path_factory.mktemp("runs") / "run")
+    checkpoint(folder, 40)
+    return folder
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_may_change_when_a_run_goes_on(key, run_at_40):
+    """Every key there is: those that would make it another run are refused by name, with both values."""
+    structured = OmegaConf.structured(NANO)
+    OmegaConf.update(structured, key, other(key, KEYS[key]))
+    config = OmegaConf.to_object(structured)
+    assert flat(to_dict(config))[key] != KEYS[key]
+    if key in FREE:
+        assert run_at_40.resume(config, 2, "digest").step == 40
+    else:
+        text = refused(run_at_40, config)
+        assert key in text and "choose another run.dir" in text
+
+
+def test_another_launch_or_other_photos_are_refused(run_at_40):
+    config = compose(["model=nano"])
+    assert "was trained by 2 processes, not 4; start as many" in refused(run_at_40, config, world_size=4)
+    assert "data.shards" in refused(run_at_40, config, digest="other")
+    shorter = compose(["model=nano", "train.steps=39"])
+    assert "has 40 steps already, more than train.steps=39" in refused(run_at_40, shorter)
+    longer = compose(["model=nano", "train.steps=40"])
+    assert run_at_40.resume(longer, 2, "digest").previous.train.steps == 2_000_000
+
+
+def test_a_damaged_configuration_is_told(tmp_path):
+    folder = started(tmp_path / "run")
+    folder.config_file.write_text("train: {steps: 10")
+    assert "config.yaml is damaged" in refused(folder, compose(["model=nano"]))
+
+
+def test_the_folder_records_every_start(tmp_path):
+    folder = started(tmp_path / "run")
+    folder.write_facts(compose(["model=nano", "train.steps=7"]))
+    starts = json.loads(folder.environment_file.read_text())
+    assert len(starts) == 2 and all("torch" in start["packages"] for start in starts)
+    assert folder.resume(compose(["model=nano", "train.steps=7"]), 2, "digest").previous.train.steps == 7
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "environment.json"]

@@ -1,0 +1,81 @@
+"""Means over steps, and steps that must not be taken."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import torch
+from torch import nn
+
+from hpcm_scale.config.schema import Config
+from hpcm_scale.training.engine import poisoned
+from hpcm_scale.training.meter import Meter
+from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate
+from hpcm_scale.training.processes import without_launcher_arguments
+from hpcm_scale.training.signals import StopRequest
+
+
+def test_the_meter_averages_finite_steps_and_counts_the_others():
+    meter = Meter()
+    meter.add({"loss": 2.0, "grad_norm": 1.0}, skipped=False)
+    meter.add({"loss": math.nan, "grad_norm": None}, skipped=True)
+    meter.add({"loss": 4.0, "grad_norm": 3.0}, skipped=False)
+    resumed = Meter(**json.loads(json.dumps(meter.state())))
+    assert resumed.take(["loss", "grad_norm"]) == {"loss": 3.0, "grad_norm": 2.0, "skipped": 1}
+    assert resumed.take(["loss"]) == {"loss": None, "skipped": 0}
+    assert meter.take(["loss"])["loss"] == 3.0
+
+
+def test_a_loss_that_is_not_finite_poisons_every_gradient():
+    for value in (math.inf, -math.inf, math.nan):
+        weights = torch.ones(3, requires_grad=True)
+        poisoned((weights * torch.tensor([0.0, 1.0, 2.0])).sum() + value).backward()
+        assert weights.grad.isnan().all()
+    weights = torch.ones(3, requires_grad=True)
+    poisoned((weights**2).sum()).backward()
+    assert torch.equal(weights.grad, torch.full((3,), 2.0))
+
+
+def test_the_guarded_adam_leaves_a_bad_step_out_and_goes_on():
+    torch.manual_seed(0)
+    reference, guarded = nn.Linear(4, 3), nn.Linear(4, 3)
+    guarded.load_state_dict(reference.state_dict())
+    train = Config().train
+    optimizers = [create_optimizer(layer.parameters(), train) for layer in (reference, guarded)]
+    x = torch.randn(5, 4)
+
+    def step(layer, optimizer, scale: float) -> float:
+        set_learning_rate(optimizer, 1e-2)
+        (layer(x).square().sum() * scale).backward()
+        norm = float(clip_and_guard(optimizer, clip_norm=1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    for _ in range(3):
+        norms = [step(layer, optimizer, 1.0) for layer, optimizer in zip((reference, guarded), optimizers, strict=True)]
+        assert norms[0] == norms[1] > 1
+    assert not math.isfinite(step(guarded, optimizers[1], math.nan))
+    assert optimizers[1].overflow
+    for _ in range(3):
+        assert step(reference, optimizers[0], 1.0) == step(guarded, optimizers[1], 1.0)
+    assert not optimizers[1].overflow
+    assert torch.equal(reference.weight, guarded.weight)
+
+
+def test_sigterm_is_noted_and_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    request = StopRequest()
+    assert not request.received
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert request.received
+    request.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_launchers_argument_is_taken_out():
+    arguments = ["--local_rank=3", "model=nano", "-m"]
+    assert without_launcher_arguments(arguments) == ["model=nano", "-m"]
