@@ -60,5 +60,5 @@ def extension_of(data: bytes) -> str:
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """The pixels of an RGB image as a contiguous uint8 array (3, H, W)."""
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    """The pixels of an RGB image as a contiguous, writable uint8 array (3, H, W)."""
+    return np.asarray(image).transpose(2, 0, 1).copy()

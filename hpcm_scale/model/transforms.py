@@ -52,7 +52,8 @@ def synthesis(config: ModelConfig) -> nn.Sequential:
         layers.append(up(inputs, outputs, kernel=kernel, fp32=level == 3))
         if level == 0:
             _scale(layers[-1], 1 / INITIAL_SPREAD)
-    nn.init.constant_(layers[-1].bias, 0.5)  # an untrained codec answers mid-grey, not black
+    _scale(layers[-1], 0.1)
+    nn.init.constant_(layers[-1].bias, 0.5)  # an untrained codec answers mid-grey, not black or noise
     return nn.Sequential(*layers)
 
 

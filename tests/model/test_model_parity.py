@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from collections import defaultdict
 
 import pytest
@@ -17,7 +20,10 @@ LMBDA = 0.013
 
 @pytest.fixture(scope="module", params=["base", "phi", "large", "1b"])
 def reference(request, shared):
-    return Reference(shared / "reference", request.param)
+    yield Reference(shared / "reference", request.param)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps gigabytes of a model that is gone
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,8 @@ def probe(name: str) -> None:
         report.append(all(torch.equal(before[key], after[key]) for key in before))
         report.append(all(bool(tensor.isfinite().all()) for tensor in last.values()))
         report.append(any(not torch.equal(after[key], last[key]) for key in after))
-    print(*report, flush=True)
+    sys.stdout.write(" ".join(map(str, report)) + "\n")  # at once: two processes share the pipe
+    sys.stdout.flush()
     engine.barrier()
     engine.close()
 
