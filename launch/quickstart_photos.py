@@ -12,22 +12,17 @@ from pathlib import Path
 
 from hpcm_scale.files import whole_file
 
-# Photographs, in colour and grey; those held out share no scene with the others.
+# Photographs in colour (grey ones teach a small model to answer grey); those held out share no scene with the others.
 TRAIN = (
     "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
     "hubble_deep_field.jpg",
     "ihc.png",
-    "moon.png",
     "motorcycle_left.png",
     "motorcycle_right.png",
     "retina.jpg",
+    "rocket.jpg",
 )
-HELD_OUT = ("chelsea.png", "coffee.png", "rocket.jpg")
+HELD_OUT = ("chelsea.png", "coffee.png")
 
 
 def lay_out(folder: Path) -> None:
