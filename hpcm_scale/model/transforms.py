@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,6 +21,11 @@ def start_scales(convolution: nn.Module) -> nn.Module:
     return convolution
 
 
+def _block_of(config: ModelConfig) -> Callable[[int], nn.Module]:
+    """Channels to a residual block of the transforms."""
+    return partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+
+
 def _scale(convolution: nn.Module, factor: float) -> None:
     with torch.no_grad():
         convolution.weight.mul_(factor)
@@ -27,7 +33,7 @@ def _scale(convolution: nn.Module, factor: float) -> None:
 
 def analysis(config: ModelConfig) -> nn.Sequential:
     """g_a: image (B, 3, H, W) to y (B, M, H/16, W/16), fp32."""
-    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    block = _block_of(config)
     widths = [3, *config.channels, config.latent_channels]
     layers: list[nn.Module] = []
     for level, count in enumerate(config.g_a_blocks):
@@ -42,7 +48,7 @@ def analysis(config: ModelConfig) -> nn.Sequential:
 
 def synthesis(config: ModelConfig) -> nn.Sequential:
     """g_s: ŷ (B, M, H/16, W/16) to the reconstruction (B, 3, H, W), fp32, not clamped."""
-    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    block = _block_of(config)
     widths = [config.latent_channels, *reversed(config.channels), 3]
     layers: list[nn.Module] = []
     for level, count in enumerate(config.g_s_blocks):
@@ -59,7 +65,7 @@ def synthesis(config: ModelConfig) -> nn.Sequential:
 
 def hyper_analysis(config: ModelConfig) -> nn.Sequential:
     """h_a: y (B, M, H/16, W/16) to z (B, N, H/64, W/64), fp32."""
-    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    block = _block_of(config)
     outer, inner = config.hyper_blocks
     y, middle, z = config.latent_channels, config.hyper_channels, config.hyper_latent_channels
     return nn.Sequential(
@@ -72,7 +78,7 @@ def hyper_analysis(config: ModelConfig) -> nn.Sequential:
 
 def hyper_synthesis(config: ModelConfig) -> nn.Sequential:
     """h_s: ẑ (B, N, H/64, W/64) to the hyper parameters (B, 2M, H/16, W/16), fp32: scales, then means."""
-    block = partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
+    block = _block_of(config)
     outer, inner = config.hyper_blocks
     y, middle, z = config.latent_channels, config.hyper_channels, config.hyper_latent_channels
     return nn.Sequential(
