@@ -52,6 +52,7 @@ def open_stream(
     micro_batch_size: int,
     rank: int,
     world_size: int,
+    index: ShardIndex | None = None,
 ) -> Iterator[Batch]:
     """The micro-batches of process `rank`, in order, from global image index `first_image` on.
 
@@ -61,14 +62,15 @@ def open_stream(
     their crops are a pure function of the seed, the set and `config.crop` and `config.flip`.
 
     Ends before global image `last_image`, never if that is None. `first_image` and `last_image` are
-    multiples of `batch_size`, which is a multiple of micro_batch_size · world_size. Call `close()` on
+    multiples of `batch_size`, which is a multiple of micro_batch_size · world_size. `index` is that of
+    `config.shards` where it has been read already. Call `close()` on
     the iterator to end its workers. Raises `UserError` at once if the shards are missing, and while
     iterating if a photo cannot be read.
     """
     assert batch_size % (micro_batch_size * world_size) == 0
     assert first_image % batch_size == 0
     assert last_image is None or last_image % batch_size == 0
-    index = load_index(config.shards, retries=config.retries, timeout=config.timeout)
+    index = index or load_index(config.shards, retries=config.retries, timeout=config.timeout)
     stride = micro_batch_size * world_size
     start = first_image + rank * micro_batch_size
     starts = range(start, sys.maxsize if last_image is None else last_image, stride)

@@ -107,7 +107,7 @@ class CodingOrder(nn.Module):
 
 # Where a scale lies on the next finer one, for each channel group.
 _SUBGRID_S3: tuple[Offset, ...] = ((0, 0), (1, 1), (0, 1), (1, 0)) * 2
-_SUBGRID_S2: tuple[Offset, ...] = tuple(offset for offset in ((0, 0), (0, 1), (1, 0), (1, 1)) for _ in "kk")
+_SUBGRID_S2: tuple[Offset, ...] = tuple(offset for offset in ((0, 0), (0, 1), (1, 0), (1, 1)) for _ in range(2))
 
 
 def _steps_s1() -> list[tuple]:

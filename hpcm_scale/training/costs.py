@@ -29,12 +29,12 @@ def on_meta(config: ModelConfig) -> HPCM:
 
 def parameters_by_part(model: HPCM) -> dict[str, int]:
     """Parameter counts of g_a, g_s, hyper (h_a, h_s and the prior of z) and context, in that order."""
-    return {part: sum(_count(model.get_submodule(name)) for name in names) for part, names in _PARTS.items()}
+    return {part: sum(parameter_count(model.get_submodule(name)) for name in names) for part, names in _PARTS.items()}
 
 
 def parameter_count(model: nn.Module) -> int:
-    """All parameters."""
-    return _count(model)
+    """All parameters of a model or of a part of it."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def forward_flops_per_image(model: HPCM, side: int) -> int:
@@ -59,10 +59,6 @@ def activation_bytes(config: ModelConfig, precision: Precision, side: int, image
             return rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).loss.mean()
 
         return saved_bytes(forward)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class SizeRow(NamedTuple):

@@ -14,11 +14,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def rank() -> int:
-    """This process's number among all processes."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
     """The user's arguments: the DeepSpeed launcher adds --local_rank=N, which Hydra would refuse."""
     return [argument for argument in arguments if not argument.startswith("--local_rank")]
@@ -29,9 +24,10 @@ def complete_environment() -> None:
     if "RANK" not in os.environ:
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(defaults, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
         # CPU processes of one machine share its cores instead of fighting for them.
         neighbours = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

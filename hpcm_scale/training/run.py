@@ -11,7 +11,7 @@ from hpcm_scale.compute.tracker import PETA, ComputeTracker
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.schema import Config, EngineName, Precision
 from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.data.index import load_index
+from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.model.hpcm import HPCM
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
         tell(f"{folder.path} is finished at step {resume.step}; a larger train.steps would lengthen it")
         return
     processes.complete_environment()
-    _train(config, folder, resume, images, index.digest)
+    _train(config, folder, resume, images, index)
 
 
 def run_directory(config: Config) -> Path:
@@ -58,7 +58,7 @@ def tell(text: str) -> None:
         print(text, flush=True)
 
 
-def _train(config: Config, folder: RunFolder, resume: Resume, images: ImageSet | None, digest: str) -> None:
+def _train(config: Config, folder: RunFolder, resume: Resume, images: ImageSet | None, index: ShardIndex) -> None:
     shapes = on_meta(config.model)
     flops = training_flops_per_image(shapes, config.data.crop)
     parameters = parameter_count(shapes)
@@ -80,7 +80,7 @@ def _train(config: Config, folder: RunFolder, resume: Resume, images: ImageSet |
     facts = {"parameters": parameters, "parameters_by_part": parameters_by_part(shapes)}
     facts |= {"environment": environment()}
     recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=facts)
-    trainer = Trainer(config, engine, model, folder, recorder, tracker, images, digest, StopRequest())
+    trainer = Trainer(config, engine, model, folder, recorder, tracker, images, index.digest, StopRequest())
     stream = None
     failed = True
     try:
@@ -96,6 +96,7 @@ def _train(config: Config, folder: RunFolder, resume: Resume, images: ImageSet |
             micro_batch_size=micro_batch_size(config, engine.world_size),
             rank=engine.rank,
             world_size=engine.world_size,
+            index=index,
         )
         tracker.start_clock()
         trainer.train(stream)

@@ -15,12 +15,6 @@ PHOTOS = ["Aqua", "Kite", "Wood", "Storm", "butterfly", "drop", "jelly", "cloud"
 
 
 @pytest.fixture(scope="session")
-def extensions(tmp_path_factory) -> Path:
-    """Where DeepSpeed compiles its CPU operator: once for the whole session, with no stale lock in it."""
-    return tmp_path_factory.mktemp("torch_extensions")
-
-
-@pytest.fixture(scope="session")
 def shards(shared, tmp_path_factory) -> Path:
     """A small set of real photos."""
     out = tmp_path_factory.mktemp("data") / "shards"
@@ -32,12 +26,12 @@ def shards(shared, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch(extensions, shards, tmp_path_factory):
+def launch(shards, tmp_path_factory):
     """`launch(*overrides, processes=2, launcher=True, ...)`: a real training, in an empty working folder."""
     folder = tmp_path_factory.mktemp("runs")
 
     def start(*overrides: str, processes: int = 2, module: str = "hpcm_scale.train", wait: bool = True, **variables):
-        environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1"} | variables
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
         command = [sys.executable, "-m", module]
         if processes > 1:
             deepspeed = str(Path(sys.executable).with_name("deepspeed"))
