@@ -14,16 +14,30 @@ COMMANDS = {
     "models": "the table of sizes: parameters, kMAC per pixel, TFLOP per training step",
     "estimate": "memory per GPU, FLOPs and time of a run, without a GPU",
     "train": "train one configuration, or several with -m (launch with `deepspeed` on many GPUs)",
-    "evaluate": "rate and distortion of exported weights on a folder of images",
+    "encode": "photos to .hpcm files",
+    "decode": ".hpcm files to PNG",
+    "evaluate": "rate and distortion of weights, and of other codecs, on a folder of images",
+    "bd-rate": "the rate that one codec saves over another at equal quality",
+    "import": "a checkpoint of the public HPCM implementation to weights",
+    "export": "weights to a checkpoint of the public HPCM implementation",
     "scaling": "loss-against-compute curves of finished or running runs",
 }
+
+
+MODULES = {
+    "bd-rate": "bd_rate",
+    "import": "import_weights",
+    "export": "export_weights",
+    "scaling": "scaling.__main__",
+}
+"""Of commands whose module is not named as they are."""
 
 
 def usage() -> str:
     """What `hpcm --help` says."""
     lines = [f"hpcm {__version__}: learned image codecs at scale", "", "usage: hpcm COMMAND …", ""]
     lines += [f"  {name:10s} {purpose}" for name, purpose in COMMANDS.items()]
-    lines += ["", "hpcm COMMAND --help says more; python -m hpcm_scale.COMMAND does the same."]
+    lines += ["", "hpcm COMMAND --help says more; python -m hpcm_scale.cli COMMAND does the same."]
     return "\n".join(lines)
 
 
@@ -42,9 +56,8 @@ def main() -> None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"choose one of {', '.join(COMMANDS)}."
         raise UserError(f"there is no command `{name}`; {hint}")
-    module = "hpcm_scale.scaling.__main__" if name == "scaling" else f"hpcm_scale.{name}"
     sys.argv = [f"hpcm {name}", *arguments[1:]]
-    import_module(module).main()
+    import_module(f"hpcm_scale.{MODULES.get(name, name)}").main()
 
 
 if __name__ == "__main__":

@@ -11,44 +11,62 @@ from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
-BACKGROUND = (255, 255, 255)
+Colour = tuple[int, int, int]
+BACKGROUND: Colour = (255, 255, 255)
 """What shows through transparent pixels: white."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+class TransparentImage(ValueError):
+    """There is no background to lay a transparent image over."""
+
+
+def to_rgb(image: Image.Image, background: Colour | None = BACKGROUND) -> Image.Image:
     """Convert any image to 8-bit RGB, upright. `image` is loaded and may be turned in place.
 
     The rule: the EXIF rotation is applied (a malformed EXIF block counts as none); of 16-bit samples
-    the high byte is kept; transparent images are laid over `BACKGROUND`; grey, palette and CMYK become
+    the high byte is kept; transparent images are laid over `background`; grey, palette and CMYK become
     RGB by Pillow's formulas; ICC profiles are ignored; of an animation the first frame is taken.
+    Without a background, an image with a pixel that is not opaque raises `TransparentImage`.
     """
     image.load()
     with suppress(Exception):  # Pillow raises nearly anything on malformed EXIF; the pixels are sound
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow itself keeps the high byte of 16-bit colour
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        image = _high_byte(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        background = Image.new("RGBA", layer.size, (*BACKGROUND, 255))
-        return Image.alpha_composite(background, layer).convert("RGB")
+        if background is None and layer.getextrema()[3][0] < 255:
+            raise TransparentImage("it has transparent pixels")
+        behind = Image.new("RGBA", layer.size, (*(background or BACKGROUND), 255))
+        return Image.alpha_composite(behind, layer).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode(data: bytes) -> Image.Image:
+def _high_byte(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; with 16-bit colour Pillow itself does the like."""
+    samples = np.asarray(image)
+    grey = Image.fromarray((samples >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")  # a grey that stands for no colour
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(samples == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def decode(data: bytes, background: Colour | None = BACKGROUND) -> Image.Image:
     """Decode a JPEG, PNG or WebP file wholly to 8-bit RGB by the rule of `to_rgb`.
 
     Raises `ValueError`, with the reason as its text, for anything that is no such file, is truncated
-    or broken, or unfolds to more pixels than Pillow's limit of about 179 million.
+    or broken, or unfolds to more pixels than Pillow's limit of about 179 million; and where `to_rgb` does.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata and large images: neither is an error
-            return to_rgb(Image.open(BytesIO(data), formats=FORMATS))
+            return to_rgb(Image.open(BytesIO(data), formats=FORMATS), background)
     except Image.UnidentifiedImageError:
         raise ValueError("not a JPEG, PNG or WebP image") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"too many pixels: {error}") from None
-    except MemoryError:
+    except (MemoryError, TransparentImage):
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on broken files
         raise ValueError(f"broken image: {error}") from error

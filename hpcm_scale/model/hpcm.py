@@ -77,7 +77,7 @@ class HPCM(nn.Module):
         """Sides of the input must be multiples of this many pixels."""
         return side_multiple(self.config)
 
-    def noise_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes (channels, rows, columns) of one image's y and z."""
         y = (self.config.latent_channels, height // 16, width // 16)
         z = (self.config.hyper_latent_channels, height // 64, width // 64)

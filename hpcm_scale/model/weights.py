@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcm_scale.config.compose import model_from_dict, to_dict
 from hpcm_scale.config.schema import ModelConfig
@@ -65,3 +67,24 @@ def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
     except RuntimeError as error:
         raise UserError(f"the tensors in {path} do not fit the model it describes; export it again") from error
     return model.eval(), facts
+
+
+def place(model: nn.Module, device: str | None) -> torch.device:
+    """Move a model to the device of that name, by default to a GPU where there is one. Raises UserError."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return next(model.to(name).parameters()).device
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); leave it out, or name cpu") from error
+
+
+def digest(model: HPCM) -> bytes:
+    """SHA-256 of what a model computes with: its configuration (but for its name) and its tensors."""
+    config = to_dict(model.config)
+    del config["name"]
+    hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        hashed.update(f"{name} {tuple(tensor.shape)} ".encode())
+        hashed.update(tensor.detach().float().cpu().contiguous().numpy())
+    return hashed.digest()

@@ -52,7 +52,7 @@ def activation_bytes(config: ModelConfig, precision: Precision, side: int, image
     with FakeTensorMode():  # unlike `meta`, these know autocast
         model = HPCM(config, precision=precision)
         x = torch.empty(images, 3, side, side)
-        noise = Noise(*(torch.empty(images, *shape) for shape in model.noise_shapes(side, side)))
+        noise = Noise(*(torch.empty(images, *shape) for shape in model.latent_shapes(side, side)))
 
         def forward() -> torch.Tensor:
             coded = model(x, noise)

@@ -14,7 +14,7 @@ def image_noise(model: HPCM, images: Tensor, image_index: Tensor, seed: int) -> 
 
     The same (seed, global image index) gives the same noise on any number of processes.
     """
-    shape_y, shape_z = model.noise_shapes(*images.shape[2:])
+    shape_y, shape_z = model.latent_shapes(*images.shape[2:])
     generator = torch.Generator(images.device)
     ys, zs = [], []
     for index in image_index.tolist():

@@ -113,7 +113,7 @@ def test_backward_is_twice_forward(name, ratio):
     """So a training step is 3 times a forward pass, to 0.6 %."""
     model = on_meta(compose_model(name))
     x = on_meta_device(1, 3, 256, 256)
-    noise = Noise(*(on_meta_device(1, *shape) for shape in model.noise_shapes(256, 256)))
+    noise = Noise(*(on_meta_device(1, *shape) for shape in model.latent_shapes(256, 256)))
     forward = forward_flops(model, x)
     with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
         coded = model(x, noise)

@@ -129,6 +129,6 @@ def test_training_encoding_and_decoding_reach_the_same_latent_to_the_bit():
         decoded = model.context.traverse(hyper, lambda step, _, means: symbols[step] + means)
         assert torch.equal(encoded, decoded)
         expected = model.g_s(decoded)
-        noise = Noise(*(torch.rand(2, *shape) - 0.5 for shape in model.noise_shapes(256, 256)))
+        noise = Noise(*(torch.rand(2, *shape) - 0.5 for shape in model.latent_shapes(256, 256)))
         assert torch.equal(model(x, noise).x_hat, expected)
         assert torch.equal(model(x).x_hat, expected)

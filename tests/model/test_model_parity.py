@@ -118,7 +118,7 @@ def test_training_loss_and_gradients_without_noise(reference):
     if theirs is None:
         pytest.skip("the reference holds no training step for this size")
     model, x = reference.model, reference.image()
-    noise = Noise(*(torch.zeros(1, *shape) for shape in model.noise_shapes(256, 256)))
+    noise = Noise(*(torch.zeros(1, *shape) for shape in model.latent_shapes(256, 256)))
     coded = model(x, noise)
     ours = rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, LMBDA).mean()
     ours.loss.backward()

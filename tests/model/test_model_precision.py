@@ -29,7 +29,7 @@ def build(name: str, precision: Precision) -> HPCM:
 
 def half(model: HPCM, x: torch.Tensor) -> Noise:
     generator = torch.Generator().manual_seed(3)
-    shapes = model.noise_shapes(*x.shape[2:])
+    shapes = model.latent_shapes(*x.shape[2:])
     return Noise(*(torch.rand((len(x), *shape), generator=generator) - 0.5 for shape in shapes))
 
 

@@ -110,7 +110,7 @@ def test_the_table_is_cheap(table):
 def test_nothing_in_a_forward_pass_depends_on_data():
     """The whole training pass goes through on `meta`, where there is none."""
     model = on_meta(compose_model("nano"))
-    shapes = model.noise_shapes(512, 256)
+    shapes = model.latent_shapes(512, 256)
     noise = Noise(*(torch.empty(2, *shape, device="meta") for shape in shapes))
     coded = model(torch.empty(2, 3, 512, 256, device="meta"), noise)
     assert coded.x_hat.shape == (2, 3, 512, 256) and coded.bits_y.shape == coded.bits_z.shape == (2,)

@@ -1,0 +1,1 @@
+"""Photos to `.hpcm` files and back."""

@@ -1,0 +1,187 @@
+"""An image to bytes and back with one model."""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcm_scale.coding.container import Container, pack, unpack
+from hpcm_scale.coding.tiling import analyse, synthesise, tile_side
+from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, SymbolReader, SymbolWriter
+from hpcm_scale.entropy.shifts import ShiftReader, Tolerance, choose_shifts, shifted_tables, write_head, write_step
+from hpcm_scale.entropy.tables import table_index
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.weights import digest
+
+
+class Encoded(NamedTuple):
+    """A file, and what its decoder will have."""
+
+    data: bytes
+    y_hat: Tensor
+    """(1, M, H/16, W/16) fp32, of the padded image."""
+    shift_bits: float
+    """What it costs that other devices can decode: the shifts' part of the file."""
+
+
+class Codec:
+    """Codes images with a model, in fp32, on the device that the model is on.
+
+    On one device, with the same number of threads, the decoder reaches the encoder's ŷ to the bit. On another
+    it reaches the same symbols, and pixels that differ by rounding.
+    """
+
+    def __init__(self, model: HPCM, tolerance: Tolerance = Tolerance()) -> None:  # noqa: B008
+        self.model, self.tolerance = model, tolerance
+        self.digest = digest(model)[:8]
+        self._tile = tile_side(model.config)
+
+    def compress(self, pixels: Tensor) -> bytes:
+        """The `.hpcm` file of an image, uint8 (3, H, W), any size from 1×1.
+
+        Raises UserError if the weights give latents that are no numbers, or beyond ±4 million.
+        """
+        return self.encode(pixels).data
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Encoded:
+        """`compress`, and what the decoder will have."""
+        model, order = self.model, self.model.context.order
+        with _exact_arithmetic():
+            y = self._analyse(pixels)
+            z = model.h_a(y)
+            z_symbols = _whole((z - model.hyper_prior.means).round())
+            z_hat = _latent(z_symbols, z) + model.hyper_prior.means
+            y_values = order.split(y)
+            steps: list[tuple[np.ndarray, Tensor]] = []
+
+            def quantize(step: int, scales: Tensor, means: Tensor) -> Tensor:
+                symbols = (y_values[step] - means).round()
+                steps.append((_whole(symbols), scales.float().flatten()))
+                return symbols + means
+
+            y_hat = model.context.traverse(model.h_s(z_hat), quantize)
+        z_writer = SymbolWriter()
+        z_writer.write(z_symbols, self._z_tables(z.shape))
+        shifts = choose_shifts([scales for _, scales in steps], self.tolerance)
+        y_writer = SymbolWriter()
+        write_head(y_writer, shifts)
+        for step, (symbols, scales) in enumerate(steps):
+            write_step(y_writer, shifts, step)
+            y_writer.write(symbols, shifted_tables(scales, shifts.block_bits, shifts.choices[step]))
+        content = Container(
+            digest=self.digest,
+            width=pixels.shape[2],
+            height=pixels.shape[1],
+            z=z_writer.bytes,
+            y=y_writer.bytes,
+            symbols_checksum=_checksum(z_symbols, *(symbols for symbols, _ in steps)),
+        )
+        return Encoded(pack(content), y_hat, shifts.bits())
+
+    def decompress(self, data: bytes) -> Tensor:
+        """The image in the bytes of a `.hpcm` file: uint8 (3, H, W), on the CPU.
+
+        Raises UserError if the bytes are damaged, made with other weights, or cannot be decoded rightly here.
+        """
+        content = unpack(data)
+        return self.picture(self.decode(content), content.height, content.width)
+
+    @torch.inference_mode()
+    def decode(self, content: Container) -> Tensor:
+        """ŷ (1, M, H/16, W/16) fp32 of a file's content."""
+        if content.digest != self.digest:
+            raise UserError(
+                f"it was made with the weights {content.digest.hex()}, and these are {self.digest.hex()}; "
+                "decode it with the weights that it was made with"
+            )
+        model = self.model
+        _, z_shape = model.latent_shapes(*self._padded(content.height, content.width))
+        read: list[np.ndarray] = []
+        try:
+            with _exact_arithmetic():
+                means = model.hyper_prior.means
+                read.append(SymbolReader(content.z).read(self._z_tables((1, *z_shape))))
+                z_hat = _latent(read[0], means.new_empty(1, *z_shape)) + means
+                reader = SymbolReader(content.y)
+                shifts = ShiftReader(reader)
+
+                def code(_: int, scales: Tensor, means: Tensor) -> Tensor:
+                    read.append(reader.read(shifts.tables(scales.float().flatten())))
+                    return _latent(read[-1], means) + means
+
+                y_hat = model.context.traverse(model.h_s(z_hat), code)
+        except CorruptStream:
+            raise UserError(_DESYNCHRONISED) from None
+        if _checksum(*read) != content.symbols_checksum:
+            raise UserError(_DESYNCHRONISED)
+        return y_hat
+
+    @torch.inference_mode()
+    def picture(self, y_hat: Tensor, height: int, width: int) -> Tensor:
+        """The image of ŷ: uint8 (3, height, width), on the CPU."""
+        pixels = torch.empty(3, height, width, dtype=torch.uint8)
+
+        def into(piece: Tensor, rows: slice, columns: slice) -> None:
+            place = pixels[:, rows, columns]
+            piece = piece[0, :, : place.shape[1], : place.shape[2]]
+            place.copy_((piece.clamp(0, 1) * 255).round())
+
+        with _exact_arithmetic():
+            synthesise(self.model.g_s, y_hat, self._tile, into)
+        return pixels
+
+    def _analyse(self, pixels: Tensor) -> Tensor:
+        """y of an image whose last row and column are repeated until the model's sides are met."""
+        parameter = next(self.model.parameters())
+        height, width = pixels.shape[1:]
+
+        def piece(rows: slice, columns: slice) -> Tensor:
+            row = torch.arange(rows.start, rows.stop).clamp(max=height - 1)
+            column = torch.arange(columns.start, columns.stop).clamp(max=width - 1)
+            return (pixels[:, row][:, :, column][None].to(parameter.device) / 255).to(parameter.dtype)
+
+        return analyse(self.model.g_a, piece, self._padded(height, width), self._tile)
+
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        multiple = self.model.multiple
+        return height + -height % multiple, width + -width % multiple
+
+    def _z_tables(self, shape: tuple[int, ...]) -> np.ndarray:
+        """z's scales are weights, the same numbers on every device, and need no shifts."""
+        return table_index(self.model.hyper_prior.scales).expand(shape).flatten().cpu().numpy()
+
+
+_DESYNCHRONISED = (
+    "it cannot be decoded rightly on this device: its symbols do not come out as they were coded; "
+    "decode it on the CPU, in fp32, or copy it again from its source"
+)
+
+
+def _whole(symbols: Tensor) -> np.ndarray:
+    """Rounded values as integers (n,), in order."""
+    if not symbols.abs().max() <= LARGEST_SYMBOL:  # false for what is no number, too
+        raise UserError(f"these weights give latents beyond ±{LARGEST_SYMBOL:,}; their training has diverged")
+    return symbols.flatten().cpu().numpy().astype(np.int32)
+
+
+def _latent(symbols: np.ndarray, like: Tensor) -> Tensor:
+    """Integers (n,) as values of the shape, dtype and device of `like`."""
+    return torch.from_numpy(symbols).to(like).reshape(like.shape)
+
+
+def _checksum(*symbols: np.ndarray) -> int:
+    checksum = 0
+    for part in symbols:
+        checksum = zlib.crc32(part.astype("<i4").tobytes(), checksum)
+    return checksum
+
+
+def _exact_arithmetic():
+    """fp32 is fp32, and the same every time, on GPUs too."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
