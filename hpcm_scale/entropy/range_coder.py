@@ -6,6 +6,7 @@ table are escaped: the table's last entry, and after the group the number itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -73,10 +74,15 @@ class SymbolReader:
         if len(data) % 4:
             raise CorruptStream("a stream is a whole number of 32-bit words")
         self._coder = stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        self._bits_left = 8.0 * len(data) + 1  # one to spare for rounding
 
     def read(self, tables: np.ndarray) -> np.ndarray:
         """The symbols (n,) int32 that were written with these tables (n,)."""
         order, counts = _groups(tables)
+        # The coder reads on for ever past the end; no encoder spends less than this.
+        self._bits_left -= sum(count * _least_bits()[table] for table, count in counts)
+        if self._bits_left < 0:
+            raise CorruptStream("the stream is too short for so many symbols")
         entries = np.concatenate([self._decode(_table(table), count) for table, count in counts])
         widest = _half_widths()[tables[order]]
         grouped = entries - widest
@@ -134,6 +140,13 @@ def _bit_lengths(numbers: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=TABLE_SIZE)
 def _table(index: int):
     return _categorical(tuple(count / 2**PRECISION for count in frequencies(index)))
+
+
+@lru_cache(maxsize=1)
+def _least_bits() -> tuple[float, ...]:
+    """What a symbol costs at least with every table; constriction may round a frequency up by two."""
+    most = (max(frequencies(table)) + 2 for table in range(TABLE_SIZE))
+    return tuple(PRECISION - math.log2(count) for count in most)
 
 
 @lru_cache(maxsize=2 * TABLE_SIZE)

@@ -20,6 +20,7 @@ SPACING = math.log(HIGHEST / LOWEST) / (TABLE_SIZE - 1)
 PRECISION = 24
 """Frequencies of a table sum to 2^24, the range coder's own precision."""
 
+_LIKELIHOOD_BOUND = Decimal("1e-9")
 _DIGITS = Context(prec=40)
 _GAMMA = Decimal("1.354117939426400416945288028154513785519")  # Γ(2/3)
 
@@ -43,8 +44,8 @@ def frequencies(table: int) -> tuple[int, ...]:
     """How often in 2^24 each symbol comes up in a table: of −L … L, and last of all symbols beyond them.
 
     Table 0 serves scales up to 0.12, the last one scales from 57.5; the others take the geometric mean of
-    their bounds, which costs 0.03 to 0.06 % over tables without number. L is where a symbol's own
-    likelihood falls below 2^−24; every frequency is at least 1.
+    their bounds, which costs 0.03 to 0.06 % over tables without number. Beyond L a symbol's likelihood is
+    less than 1e-9, the bound of the estimated rate; every frequency is at least 1.
     """
     with localcontext(_DIGITS):
         scale = _scale(table)
@@ -53,10 +54,10 @@ def frequencies(table: int) -> tuple[int, ...]:
         magnitudes: list[int] = []
         while True:
             within.append(_mass((2 * len(within) + 1) / (2 * scale)))
-            share = (within[-1] - within[-2]) / 2 * total
-            if share < 1:
+            likelihood = (within[-1] - within[-2]) / 2
+            if likelihood < _LIKELIHOOD_BOUND:
                 break
-            magnitudes.append(int(share.to_integral_value(ROUND_FLOOR)))
+            magnitudes.append(max(1, int((likelihood * total).to_integral_value(ROUND_FLOOR))))
         beyond = max(1, int(((1 - within[-2]) * total).to_integral_value(ROUND_FLOOR)))
     zero = total - 2 * sum(magnitudes) - beyond
     return (*reversed(magnitudes), zero, *magnitudes, beyond)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hpcm_scale.config.schema import ModelConfig
 
+PUBLISHED = {"68m": "HPCM_Base", "64m_phi": "HPCM_Base_PhiContext", "90m": "HPCM_Large", "1b": "HPCM_1B"}
+"""The presets that the public implementation has too, and its names for them."""
+
 _TRANSFORM_BLOCK = {"spatial": "branch.0.pconv", "expand": "branch.1", "reduce": "branch.3"}
 _CONTEXT_BLOCK = {"spatial": "branch.0", "expand": "branch.1", "reduce": "branch.3"}
 _FUSION = {"query": "conv_q", "key": "conv_k", "value": "conv_v", "skip": "conv_out"}

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpcm_scale.config.compose import compose_model
-from hpcm_scale.config.schema import HyperPlacement
 from hpcm_scale.model.coding_order import CodingOrder
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.public_checkpoints import import_state, published_config
 from hpcm_scale.model.public_names import public_name
 
 PRESETS = {"base": "68m", "phi": "64m_phi", "large": "90m", "1b": "1b"}
@@ -25,14 +24,16 @@ class Reference:
         self.facts = json.loads((folder / f"{variant}.json").read_text())
         self.outputs = np.load(folder / f"{variant}.npz")
         self.parameters = {entry["name"]: entry for entry in self.facts["parameters"]}
-        config = compose_model(PRESETS[variant])
-        config.hyper_placement = HyperPlacement.upstream
+        config = published_config(PRESETS[variant])
         with torch.device("meta"):  # a billion random numbers that nobody needs
             self.model = HPCM(config, formula="public")
         self.model.context.order = CodingOrder()
         self.names = {name: public_name(name, config) for name in self.model.state_dict()}
-        state = {name: _filled(self.parameters[public]) for name, public in self.names.items()}
-        self.model.load_state_dict(state, assign=True)
+        self.model.load_state_dict(import_state(self.public_state(), PRESETS[variant]), assign=True)
+
+    def public_state(self) -> dict[str, torch.Tensor]:
+        """The public implementation's parameters, as its state dict holds them."""
+        return {name: _filled(entry) for name, entry in self.parameters.items()}
 
     def image(self) -> torch.Tensor:
         """The crop, fp32 (1, 3, 256, 256) in [0, 1]."""

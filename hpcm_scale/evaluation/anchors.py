@@ -1,0 +1,111 @@
+"""Curves to compare: those that ship with the package, and those of an evaluation."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.bd_rate import RateCurve
+
+FORMAT = "hpcm_scale evaluation 1"
+"""That of `results.write_json`, without the torch that comes with it."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """BD-rates that a paper prints, with its own run of the anchor."""
+
+    codec: str
+    against: str
+    source: str
+    bd_rate: dict[str, float]
+    """Percent, by name of the image set."""
+
+
+@cache
+def shipped() -> dict[str, RateCurve]:
+    """The published curves by name (`kodak/vtm-18`), from `anchors.json` beside this file."""
+    return {entry["name"]: _published(entry) for entry in _data()["curves"]}
+
+
+def stated() -> list[Stated]:
+    """The BD-rates that the HPCM papers print."""
+    return [Stated(**entry) for entry in _data()["stated"]]
+
+
+def recommended(image_set: str) -> RateCurve | None:
+    """The anchor to take for an image set; None if none ships for it."""
+    return next((curve for curve in shipped().values() if curve.recommended and curve.set == image_set), None)
+
+
+def find_curves(name: str) -> list[RateCurve]:
+    """The shipped curve of that name, or else the curves of that result of `hpcm evaluate`.
+
+    `name` may be the result's folder or its evaluation.json. Raises UserError if it is none of these.
+    """
+    if name in shipped():
+        return [shipped()[name]]
+    if Path(name).exists():
+        return read_curves(name)
+    near = difflib.get_close_matches(name, shipped(), n=1)
+    hint = f"did you mean {near[0]}?" if near else "--list shows the shipped ones."
+    raise UserError(f"there is neither a result of `hpcm evaluate` nor a shipped curve {name}; {hint}")
+
+
+def read_curves(path: str | Path) -> list[RateCurve]:
+    """The curves of a result of `hpcm evaluate`: its folder, or the evaluation.json in it (`results.write_json`).
+
+    Raises UserError if it cannot be read, or is of another kind.
+    """
+    path = Path(path)
+    file = path / "evaluation.json" if path.is_dir() else path
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["format"] != FORMAT:
+            raise ValueError(f"its format is {result['format']!r}, not {FORMAT!r}")
+        return [_measured(entry, result["images"]["set"], str(file)) for entry in result["curves"]]
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}); `hpcm evaluate … --out FOLDER` writes one") from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{file} is no result that can be read ({error!r}); run `hpcm evaluate` again") from error
+
+
+def _measured(entry: dict[str, Any], image_set: str | None, source: str) -> RateCurve:
+    points = entry["points"]
+    means = [point["mean"] for point in points]
+    similarity = [mean["ms_ssim"] for mean in means]
+    return RateCurve(
+        name=entry["name"],
+        codec=entry["codec"],
+        source=source,
+        rate=entry["rate"],
+        bpp=tuple(float(mean["bpp"]) for mean in means),
+        psnr=tuple(float(mean["psnr"]) for mean in means),
+        ms_ssim=None if None in similarity else tuple(map(float, similarity)),
+        set=image_set,
+        images=tuple((image["name"], image["width"], image["height"]) for image in points[0]["images"]),
+    )
+
+
+def _published(entry: dict[str, Any]) -> RateCurve:
+    columns = {key: tuple(entry[key]) for key in ("bpp", "psnr", "ms_ssim") if key in entry}
+    return RateCurve(
+        name=entry["name"],
+        codec=entry["codec"],
+        source=entry["source"],
+        rate="published",
+        set=entry["set"],
+        recommended=entry.get("recommended", False),
+        **columns,
+    )
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return json.loads(files("hpcm_scale.evaluation").joinpath("anchors.json").read_text(encoding="utf-8"))

@@ -1,0 +1,140 @@
+"""BD-rate: how many more or fewer bits one codec takes than another at equal quality."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import bjontegaard
+import numpy as np
+
+from hpcm_scale.errors import UserError
+
+POINTS = 3
+"""What pchip needs to draw a curve; through two points it draws a straight line."""
+SHARED = 0.25
+"""Of the narrower of the two quality ranges: with less in common a BD-rate means nothing."""
+METRICS = {"psnr": "PSNR", "ms-ssim": "MS-SSIM in dB"}
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """What a codec needs at several settings to reach what quality, means over the images of a set."""
+
+    name: str
+    codec: str
+    source: str
+    """Where it was published, or the file it was read from."""
+    rate: str
+    """"published"; or, of an evaluation, "files" or "estimated"."""
+    bpp: tuple[float, ...]
+    psnr: tuple[float, ...]
+    """dB."""
+    ms_ssim: tuple[float, ...] | None = None
+    """None where it was not measured."""
+    set: str | None = None
+    """Name of the image set; None if it has none."""
+    images: tuple[tuple[str, int, int], ...] | None = None
+    """Name, width and height of each; None of a published curve."""
+    recommended: bool = False
+    """Whether it is the anchor to take for its set."""
+
+    def quality(self, metric: str) -> tuple[float, ...]:
+        """The quality of each point in dB: PSNR, or −10·log10(1 − mean MS-SSIM), at most 100.
+
+        `metric` is one of `METRICS`. Raises UserError if it was not measured.
+        """
+        values = self.psnr if metric == "psnr" else self.ms_ssim
+        if values is None:
+            raise UserError(f"there is no {METRICS[metric]} of {self.name}; compare by PSNR")
+        return values if metric == "psnr" else tuple(-10 * math.log10(max(1 - value, 1e-10)) for value in values)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A BD-rate and what it rests on."""
+
+    bd_rate: float
+    """Percent of the anchor's bits at equal quality; negative: fewer bits than the anchor."""
+    low: float
+    """dB: the quality range that both curves reach, over which the log of the rates is averaged."""
+    high: float
+    share_of_curve: float
+    """Part of the curve's own quality range that is shared."""
+    share_of_anchor: float
+
+
+def compare(curve: RateCurve, anchor: RateCurve, metric: str = "psnr") -> Comparison:
+    """BD-rate of `curve` against `anchor` (Bjøntegaard 2001, VCEG-M33), log rate interpolated by pchip.
+
+    Points may come in any order; a point that occurs twice counts once. Raises UserError, telling the points or
+    ranges, for curves of different images, with fewer than `POINTS` points, that do not rise strictly in rate and
+    quality, or that share less than `SHARED` of the narrower quality range.
+    """
+    same_images(curve, anchor)
+    rates, qualities = _points(curve, metric)
+    anchor_rates, anchor_qualities = _points(anchor, metric)
+    low, high = max(qualities[0], anchor_qualities[0]), min(qualities[-1], anchor_qualities[-1])
+    span, anchor_span = np.ptp(qualities), np.ptp(anchor_qualities)
+    if high - low < SHARED * min(span, anchor_span):
+        raise UserError(
+            f"{curve.name} reaches {qualities[0]:.2f} to {qualities[-1]:.2f} dB and {anchor.name} "
+            f"{anchor_qualities[0]:.2f} to {anchor_qualities[-1]:.2f} dB ({METRICS[metric]}): too little in common "
+            f"for a BD-rate (less than {SHARED:.0%} of the narrower range); "
+            "evaluate at other settings or take another anchor"
+        )
+    percent = bjontegaard.bd_rate(
+        anchor_rates,
+        anchor_qualities,
+        rates,
+        qualities,
+        method="pchip",
+        require_matching_points=False,
+        min_overlap=0,  # it would only warn
+    )
+    return Comparison(float(percent), low, high, (high - low) / span, (high - low) / anchor_span)
+
+
+def same_images(curve: RateCurve, anchor: RateCurve) -> bool:
+    """Whether both are known to be of the same images; False where that cannot be told.
+
+    Raises UserError if they are known to be of different ones.
+    """
+    if curve.set and anchor.set:
+        same = curve.set == anchor.set
+    elif curve.images and anchor.images:
+        same = curve.images == anchor.images
+    else:
+        return False
+    if not same:
+        images = [each.set or f"the images of {each.source}" for each in (curve, anchor)]
+        raise UserError(
+            f"{curve.name} was measured on {images[0]}, but {anchor.name} on {images[1]}, "
+            "and rates of different images do not compare; take an anchor of the same images (--list)"
+        )
+    return True
+
+
+def _points(curve: RateCurve, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rates and qualities in rising order, sound and each once."""
+    points = sorted(set(zip(curve.bpp, curve.quality(metric), strict=True)))
+    unsound = [point for point in points if not (0 < point[0] < math.inf and math.isfinite(point[1]))]
+    if unsound:
+        raise UserError(f"{curve.name} has the point {_told(unsound[0])}, which cannot be; evaluate it again")
+    if len(points) < POINTS:
+        count = "1 point" if len(points) == 1 else f"{len(points)} different points"
+        raise UserError(f"{curve.name} has {count}, and a BD-rate needs {POINTS}; evaluate at more settings (λ)")
+    falls = [(one, other) for one, other in pairwise(points) if one[0] >= other[0] or one[1] >= other[1]]
+    if falls:
+        told = ", ".join(f"{_told(one)} before {_told(other)}" for one, other in falls)
+        raise UserError(
+            f"{curve.name} does not rise in both rate and quality ({told}), so it has no BD-rate; "
+            "evaluate without the settings that spend bits for nothing"
+        )
+    rates, qualities = np.array(points).T
+    return rates, qualities
+
+
+def _told(point: tuple[float, float]) -> str:
+    return f"{point[0]:.4f} bpp at {point[1]:.2f} dB"

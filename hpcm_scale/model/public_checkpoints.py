@@ -1,0 +1,192 @@
+"""Checkpoints of the public implementation (github.com/lyq133/LIC-HPCM), read and written.
+
+Its files are `torch.save(net.state_dict())`: the parameters, and buffers of its entropy coder that hold no
+weights. Published ones lack the channel scales q (`adaptive_params_list`): when they were trained these stood
+in a plain list, neither saved nor optimized, and so are ones (issue 11 there).
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from zipfile import is_zipfile
+
+import torch
+from torch import Tensor
+
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.schema import HyperPlacement, ModelConfig
+from hpcm_scale.entropy.generalized_gaussian import LIKELIHOOD_BOUND, SCALE_BOUND, SHAPE
+from hpcm_scale.errors import UserError
+from hpcm_scale.files import whole_file
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.public_names import PUBLISHED, public_name
+
+_CHANNEL_SCALES = "adaptive_params_list."
+# Buffers of one number each; in our code they are constants.
+_CONSTANTS = {
+    "entropy_estimation.beta": SHAPE,
+    "entropy_estimation.scale_lower_bound.bound": SCALE_BOUND,
+    "entropy_estimation.likelihood_lower_bound.bound": LIKELIHOOD_BOUND,
+}
+# Buffers that its coder derives from the weights before use; empty in what training saves.
+_TABLES = (
+    "scale_table",
+    *("quantized_cdf_z", "cdf_length_z", "offset_z"),
+    *("quantized_cdf_y", "cdf_length_y", "offset_y"),
+)
+
+
+def published_config(preset: str) -> ModelConfig:
+    """The configuration of a key of `PUBLISHED`, with the placement that its weights were trained with."""
+    return replace(compose_model(preset), hyper_placement=HyperPlacement.upstream)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth.tar` under the names they have there, on the CPU.
+
+    They are mapped from the file where its format allows. A state dict under the key "state_dict" is found,
+    DataParallel's prefix left out. No code in the file is run (`weights_only`). Raises UserError if the
+    file is missing or damaged, or its state dict is anything but plain tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}; name a .pth.tar that the authors published")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols that torch.save does not write
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # a damaged or hostile file can make the reader raise anything
+        raise UserError(_why_unread(path, error)) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{path} holds no state dict; name a .pth.tar that the authors published")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise UserError(f"{path} holds {name}, which is no plain tensor; save the model's state dict alone")
+    wrapped = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
+
+
+def write_checkpoint(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors as the public implementation saves its own: a bare state dict, atomically."""
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        torch.save(dict(state), file)
+
+
+def import_state(state: Mapping[str, Tensor], preset: str) -> dict[str, Tensor]:
+    """The state dict of our model `preset`, a key of `PUBLISHED`, from one with the public names.
+
+    The tensors are those of `state`, not copies, fp32. Missing channel scales q are ones if all are missing.
+    Raises UserError that names the first tensor that is missing, unknown or of another shape or type, or
+    the preset that `state` does fit.
+    """
+    _check_constants(state)
+    weights = {name: tensor for name, tensor in state.items() if name not in _CONSTANTS and name not in _TABLES}
+    names = _expected(preset)
+    difference = _difference(weights, names)
+    if difference:
+        for other in PUBLISHED:
+            if not _difference(weights, _expected(other)):
+                raise UserError(f"this is {PUBLISHED[other]}, not {PUBLISHED[preset]}: give --preset {other}")
+        raise UserError(f"the checkpoint does not fit {PUBLISHED[preset]}: {difference}; give a published one")
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{name} is of {tensor.dtype} instead of {torch.float32}; give a published checkpoint")
+    if without_channel_scales(weights):
+        weights |= {name: torch.ones(shape) for name, (_, shape) in names.items() if name.startswith(_CHANNEL_SCALES)}
+    return {ours: weights[name] for name, (ours, _) in names.items()}
+
+
+def without_channel_scales(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict with the public names lacks the channel scales q, as the published ones do."""
+    return not any(name.startswith(_CHANNEL_SCALES) for name in state)
+
+
+def export_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict under the public names, with the buffers that the public `load_state_dict` asks for.
+
+    The weights are the tensors of `state`, not copies. Raises UserError if the public implementation has no
+    such model, or would place its hyper parameters differently.
+    """
+    preset = published_preset(config)
+    if preset is None:
+        raise UserError(
+            f"the public implementation has no model of the structure of {config.name}; those of "
+            f"{', '.join(PUBLISHED)} can be exported"
+        )
+    if config.hyper_placement != HyperPlacement.upstream:
+        raise UserError(
+            f"{config.name} was trained with hyper_placement: {config.hyper_placement.value}, and the public "
+            "implementation would compute something else from its weights; train with "
+            "model.hyper_placement=upstream what is to be exported"
+        )
+    exported = {public_name(name, config): tensor for name, tensor in state.items()}
+    exported |= {name: torch.tensor([value]) for name, value in _CONSTANTS.items()}
+    return exported | {name: torch.empty(0) for name in _TABLES}
+
+
+def published_preset(config: ModelConfig) -> str | None:
+    """The key of `PUBLISHED` whose structure a configuration has, whatever its name and placement."""
+    for preset in PUBLISHED:
+        if replace(compose_model(preset), name=config.name, hyper_placement=config.hyper_placement) == config:
+            return preset
+    return None
+
+
+@cache
+def _expected(preset: str) -> dict[str, tuple[str, torch.Size]]:
+    """Public name to our name and shape, for every parameter."""
+    config = published_config(preset)
+    with torch.device("meta"):
+        parameters = HPCM(config).state_dict()
+    return {public_name(name, config): (name, tensor.shape) for name, tensor in parameters.items()}
+
+
+def _difference(weights: Mapping[str, Tensor], names: Mapping[str, tuple[str, torch.Size]]) -> str | None:
+    """What keeps tensors from being the weights of a model, in a few words; None: they are."""
+    q_is_ones = without_channel_scales(weights)
+    for name, (_, shape) in names.items():
+        if name not in weights:
+            if not (q_is_ones and name.startswith(_CHANNEL_SCALES)):
+                return f"it lacks {name}"
+        elif weights[name].shape != shape:
+            return f"its {name} is {_size(weights[name].shape)} instead of {_size(shape)}"
+    for name in weights:
+        if name not in names:
+            return f"it holds {name}, which has no place there"
+    return None
+
+
+def _check_constants(state: Mapping[str, Tensor]) -> None:
+    for name, value in _CONSTANTS.items():
+        tensor = state.get(name, torch.tensor([value]))
+        is_number = tensor.dtype == torch.float32 and tensor.numel() == 1
+        if not is_number or not math.isclose(tensor.item(), value, rel_tol=1e-6):
+            raise UserError(f"{name} is not the {value:g} of every published model; give a published checkpoint")
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _size(shape: torch.Size) -> str:
+    return "×".join(map(str, shape)) or "one number"
+
+
+def _why_unread(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{path} cannot be read: {error.strerror}"
+    code = re.search(r"\bGLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if code:
+        return (
+            f"{path} was not read: it asks for {code[1]}, and nothing but tensors is taken from a file of others; "
+            "save the model's state dict alone"
+        )
+    return f"{path} is damaged, or no checkpoint of PyTorch; download it again"

@@ -1,0 +1,78 @@
+"""Models with seeded weights that give scales of every table, and images to code with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hpcm_scale.coding.codec import Codec
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.model.hpcm import HPCM, Noise
+from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+
+
+def spread_nano(seed: int) -> HPCM:
+    """A nano whose scales lie in all tables, with many symbols beyond them: escapes and shifts occur."""
+    torch.manual_seed(seed)
+    model = HPCM(compose_model("nano")).eval()
+    with torch.no_grad():
+        for prior in (model.context.prior_s1_s2, model.context.prior_s3):
+            last = prior.after[-1]
+            half = last.out_channels // 2
+            last.bias[:half] = torch.linspace(-3, 4, half).exp()
+            last.weight[:half] += torch.randn_like(last.weight[:half]) * 0.5 / last.in_channels**0.5
+        channels = model.hyper_prior.scales.numel()
+        model.hyper_prior.scales.copy_(torch.linspace(-2, 3, channels).exp().reshape(1, -1, 1, 1))
+        model.hyper_prior.means.copy_(torch.randn(1, channels, 1, 1))
+    return model
+
+
+@pytest.fixture(scope="session")
+def model() -> HPCM:
+    """`spread_nano`, on the CPU, in evaluation mode. Do not change it."""
+    return spread_nano(3)
+
+
+@pytest.fixture(scope="session")
+def other_model() -> HPCM:
+    """The same with other weights."""
+    return spread_nano(4)
+
+
+@pytest.fixture(scope="session")
+def codec(model) -> Codec:
+    """Codes with `model`."""
+    return Codec(model)
+
+
+@pytest.fixture(scope="session")
+def photo(shared) -> Tensor:
+    """A real photo, uint8 (3, 512, 768)."""
+    with Image.open(shared / "data" / "kodak" / "kodim05.png") as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
+
+
+@pytest.fixture(scope="session")
+def trained_model(shared) -> HPCM:
+    """A nano after a minute's worth of learning, so that its estimated rates mean something."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = HPCM(compose_model("nano"))
+    photos = ImageSet(shared / "data" / "photos" / "val", 4)
+    crops = torch.stack([photos.load(i)[:, :256, :256] for i in range(len(photos))]).float() / 255
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(80):
+        noise = Noise(
+            *(torch.rand(len(crops), *shape, generator=generator) - 0.5 for shape in model.latent_shapes(256, 256))
+        )
+        coded = model(crops, noise)
+        loss = rate_distortion_loss(crops, *coded, lmbda=0.013).loss.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()

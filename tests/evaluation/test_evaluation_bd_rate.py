@@ -1,0 +1,283 @@
+"""BD-rate: the published numbers, another way of computing it, and curves that have none."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from io import BytesIO
+
+import bjontegaard
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.interpolate import PchipInterpolator
+
+from hpcm_scale import bd_rate as command
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.anchors import shipped
+from hpcm_scale.evaluation.bd_rate import RateCurve, compare, same_images
+from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
+from hpcm_scale.evaluation.image_sets import check_set
+from hpcm_scale.evaluation.measures import Measured, peak_signal_to_noise
+from hpcm_scale.evaluation.results import Results, write_json
+
+KNOWN = [
+    ("kodak/hpcm-base", "kodak/vtm-18", -15.45),
+    ("clic-pro-valid/hpcm-base", "clic-pro-valid/vtm-17", -13.96),
+    ("tecnick/hpcm-base", "tecnick/vtm-18", -18.24),
+    ("kodak/hpcm-large", "kodak/vtm-18", -19.39),
+    ("clic-pro-valid/hpcm-large", "clic-pro-valid/vtm-17", -18.13),
+    ("tecnick/hpcm-large", "tecnick/vtm-18", -22.25),
+]
+BPP, PSNR = (0.1, 0.2, 0.4, 0.8), (28.0, 30.0, 32.5, 36.0)
+
+
+def curve(bpp=BPP, psnr=PSNR, name="ours", **options) -> RateCurve:
+    """A curve of points given in any order."""
+    return RateCurve(name, "a codec", "a file", "files", tuple(bpp), tuple(psnr), **options)
+
+
+@pytest.mark.parametrize(("name", "anchor", "percent"), KNOWN)
+def test_known_answers(name, anchor, percent):
+    assert compare(shipped()[name], shipped()[anchor]).bd_rate == pytest.approx(percent, abs=0.02)
+
+
+def test_half_the_bits_are_minus_fifty_percent():
+    found = compare(curve(np.array(BPP) / 2), curve())
+    assert found.bd_rate == pytest.approx(-50, abs=1e-12)
+    assert (found.low, found.high, found.share_of_curve, found.share_of_anchor) == (28, 36, 1, 1)
+
+
+def test_the_overlap_is_stated():
+    higher = curve(psnr=np.array(PSNR) + 6)
+    found = compare(curve([*BPP, 1.6], [*PSNR, 38]), higher)
+    assert (found.low, found.high) == (34, 38)
+    assert (found.share_of_curve, found.share_of_anchor) == (pytest.approx(4 / 10), pytest.approx(4 / 8))
+
+
+def by_quadrature(rates, qualities, anchor_rates, anchor_qualities) -> float:
+    """BD-rate by Gauss-Legendre quadrature between neighbouring points, where pchip is a cubic."""
+    low, high = max(qualities[0], anchor_qualities[0]), min(qualities[-1], anchor_qualities[-1])
+    knots = np.union1d(qualities, anchor_qualities)
+    knots = np.concatenate([[low], knots[(knots > low) & (knots < high)], [high]])
+    nodes, weights = np.polynomial.legendre.leggauss(3)
+    half = np.diff(knots)[:, None] / 2
+    at = knots[:-1, None] + half * (nodes + 1)
+    ours, theirs = (
+        PchipInterpolator(x, np.log(y))(at) for x, y in ((qualities, rates), (anchor_qualities, anchor_rates))
+    )
+    return 100 * math.expm1(((ours - theirs) * weights * half).sum() / (high - low))
+
+
+@st.composite
+def points(draw) -> tuple[np.ndarray, np.ndarray]:
+    """Three to twelve points that rise in rate and quality, and reach from below 33 to above 35 dB."""
+    count = draw(st.integers(3, 12))
+    steps = st.lists(st.floats(0.05, 1), min_size=count - 1, max_size=count - 1)
+    rises = np.cumsum([0, *draw(steps)])
+    low, high = draw(st.floats(25, 33)), draw(st.floats(35, 48))
+    qualities = low + (high - low) * rises / rises[-1]
+    rates = draw(st.floats(0.01, 0.5)) * np.exp(np.cumsum([0, *draw(steps)]))
+    return rates, qualities
+
+
+@settings(max_examples=200, deadline=None)
+@given(points(), points(), st.randoms(use_true_random=False))
+def test_any_pair_agrees_with_others(ours, theirs, random):
+    """With the library called as its manual says, and with a quadrature of our own, whatever the order of points."""
+    rows = list(zip(*ours, strict=True))
+    rows += random.choices(rows, k=2)  # twice the same point is one point
+    random.shuffle(rows)
+    try:
+        found = compare(curve(*zip(*rows, strict=True)), curve(*theirs, name="theirs")).bd_rate
+    except UserError as error:
+        assert "too little in common" in str(error)
+        return
+    options = {"method": "pchip", "require_matching_points": False, "min_overlap": 0}
+    assert found == pytest.approx(bjontegaard.bd_rate(*theirs, *ours, **options), rel=1e-9, abs=1e-9)
+    assert found == pytest.approx(by_quadrature(*ours, *theirs), rel=1e-9, abs=1e-9)
+    back = compare(curve(*theirs), curve(*ours)).bd_rate
+    assert (1 + found / 100) * (1 + back / 100) == pytest.approx(1)
+
+
+def test_ms_ssim_is_compared_in_decibels():
+    similarity = (0.9, 0.95, 0.99, 0.995)
+    ours = curve(ms_ssim=similarity)
+    theirs = curve((0.15, 0.3, 0.5, 1.0), ms_ssim=(0.91, 0.96, 0.985, 0.99))
+    assert ours.quality("ms-ssim") == pytest.approx((10, 13.0103, 20, 23.0103), abs=1e-4)
+    columns = (theirs.bpp, theirs.quality("ms-ssim"), ours.bpp, ours.quality("ms-ssim"))
+    expected = bjontegaard.bd_rate(*columns, "pchip", min_overlap=0)
+    assert compare(ours, theirs, "ms-ssim").bd_rate == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(UserError, match="there is no MS-SSIM in dB of theirs; compare by PSNR"):
+        compare(ours, curve(name="theirs"), "ms-ssim")
+
+
+@pytest.mark.parametrize(
+    ("bpp", "psnr", "told"),
+    [
+        (BPP, (10, 12, 13, 15), "ours reaches 10.00 to 15.00 dB and theirs 28.00 to 36.00 dB"),
+        (BPP, (10, 12, 13, 28.2), "too little in common"),
+        ((0.1, 0.2), (28, 36), "has 2 different points, and a BD-rate needs 3"),
+        ((0.1, 0.1, 0.1, 0.2), (28, 28, 28, 36), "has 2 different points"),
+        (BPP, (28, 30, 29.9, 36), r"0\.2000 bpp at 30\.00 dB before 0\.4000 bpp at 29\.90 dB"),
+        (BPP, (28, 30, 30, 36), "does not rise in both rate and quality"),
+        ((0.1, 0.2, 0.2, 0.8), PSNR, r"0\.2000 bpp at 30\.00 dB before 0\.2000 bpp at 32\.50 dB"),
+        (BPP, (28, 30, math.nan, 36), "has the point 0.4000 bpp at nan dB"),
+        (BPP, (28, 30, 32, math.inf), "at inf dB"),
+        ((0, 0.2, 0.4, 0.8), PSNR, "0.0000 bpp at 28.00 dB, which cannot be"),
+    ],
+)
+def test_curves_without_a_bd_rate_are_refused(bpp, psnr, told):
+    for pair in ((curve(bpp, psnr), curve(name="theirs")), (curve(name="theirs"), curve(bpp, psnr))):
+        if "reaches" in told and pair[1].name == "ours":
+            told = "theirs reaches 28.00 to 36.00 dB and ours 10.00 to 15.00 dB"
+        with pytest.raises(UserError, match=told):
+            compare(*pair)
+
+
+def test_a_quarter_of_the_narrower_range_is_enough():
+    narrow = (28.0, 29.0, 31.0, 32.0)
+    compare(curve(psnr=np.array(narrow) + 7), curve())  # shares 1 of 4 dB: a quarter
+    with pytest.raises(UserError, match="too little"):
+        compare(curve(psnr=np.array(narrow) + 7.01), curve())
+    compare(curve(psnr=np.array(narrow) / 4 + 23), curve())  # 1 dB within 8: a narrow curve, wholly shared
+
+
+def test_different_images_do_not_compare():
+    with pytest.raises(UserError, match="kodak/hpcm-base was measured on kodak, but tecnick/vtm-18 on tecnick"):
+        compare(shipped()["kodak/hpcm-base"], shipped()["tecnick/vtm-18"])
+    professional = replace(curve(), set="clic2020-professional")
+    with pytest.raises(UserError, match="on clic2020-professional, but clic-pro-valid/vtm-17 on clic-pro-valid"):
+        compare(professional, shipped()["clic-pro-valid/vtm-17"])
+    listed = curve(images=(("a.png", 8, 8),))
+    other = curve(images=(("a.png", 8, 9),))
+    with pytest.raises(UserError, match="on the images of a file"):
+        compare(listed, other)
+    assert same_images(listed, listed)
+    assert same_images(replace(listed, set="kodak"), replace(other, set="kodak"))  # files of a set may be renamed
+    assert not same_images(listed, curve(set="kodak"))
+
+
+@pytest.fixture(scope="module")
+def jpeg(shared, tmp_path_factory):
+    """All Kodak images through JPEG at five qualities, written down as `hpcm evaluate` does; another curve beside."""
+    kodak = ImageSet(shared / "data" / "kodak")
+    check_set("kodak", kodak)
+    originals = [kodak.load(i) for i in range(len(kodak))]
+    points = []
+    for quality in (10, 30, 50, 70, 90):
+        images = []
+        for name, pixels in zip(kodak.names, originals, strict=True):
+            file = BytesIO()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=quality, subsampling=0)
+            decoded = pixels.new_tensor(np.asarray(Image.open(file)).transpose(2, 0, 1).copy())
+            height, width = pixels.shape[1:]
+            bits, psnr = 8 * file.tell(), peak_signal_to_noise(pixels, decoded)
+            images.append(Measured(name, width, height, bits, bits / (width * height), psnr, None, None, None, None))
+        points.append(Point(f"quality {quality}", images))
+    halves = [Point(point.setting, [replace(image, bpp=image.bpp / 2) for image in point.images]) for point in points]
+    curves = [
+        Curve("jpeg", "Pillow JPEG 4:4:4", FILES, points),
+        Curve("hpcm nano", "HPCM", ESTIMATED, halves),
+        Curve("hpcm lone", "HPCM", ESTIMATED, halves[:1]),
+    ]
+    folder = tmp_path_factory.mktemp("result")
+    write_json(Results("kodak", "kodak", 24, curves, {}), folder / "evaluation.json")
+    return folder
+
+
+@pytest.fixture
+def hpcm(monkeypatch, capsys):
+    """Types `hpcm bd-rate` with these arguments on a terminal of 80 columns; gives the exit code and what it wrote."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "argv", ["hpcm bd-rate", *map(str, arguments)])
+        code = 0
+        try:
+            command.main()
+        except SystemExit as ended:
+            code = ended.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+def row(out: str, name: str) -> list[str]:
+    """The cells of a curve in the table."""
+    return next(line for line in out.splitlines() if line.startswith(name)).removeprefix(name).split()
+
+
+def test_command_on_real_jpegs(hpcm, jpeg):
+    """JPEG takes about three times the bits of VTM; what it says is what `bjontegaard` says of the same points."""
+    code, out, _ = hpcm(jpeg, "--anchor", "kodak/vtm-18")
+    assert code == 0
+    means = [point["mean"] for point in json.loads((jpeg / "evaluation.json").read_text())["curves"][0]["points"]]
+    anchor = shipped()["kodak/vtm-18"]
+    columns = ([mean["bpp"] for mean in means], [mean["psnr"] for mean in means])
+    expected = bjontegaard.bd_rate(anchor.bpp, anchor.psnr, *columns, "pchip", False, min_overlap=0)
+    assert 150 < expected < 300
+    low, high = means[0]["psnr"], means[-1]["psnr"]
+    share = (high - low) / (max(anchor.psnr) - min(anchor.psnr))
+    assert row(out, "jpeg") == ["files", f"{low:.2f}–{high:.2f}", "100%", f"{share:.0%}", f"{expected:+.2f}%"]
+    assert row(out, "hpcm nano")[0] == "estimated"
+    assert "Left out: hpcm lone has 1 point" in " ".join(out.split())
+    assert "HPCM-Base -15.31%, HPCM-Large -19.19%, HPCM-1B -24.21%" in " ".join(out.split())
+    assert "not checked" not in out
+    assert anchor.source in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80  # the last names the source, which may be long
+
+
+def test_command_against_a_curve_of_the_same_evaluation(hpcm, jpeg):
+    code, out, _ = hpcm(jpeg / "evaluation.json", "--anchor", jpeg, "--anchor-curve", "jpeg", "--curve", "hpcm nano")
+    assert code == 0 and row(out, "hpcm nano")[-1] == "-50.00%"
+    _, out, _ = hpcm(jpeg, "--anchor", jpeg, "--anchor-curve", "jpeg")
+    assert "\njpeg " not in out  # the anchor is not compared with itself
+    code, _, error = hpcm(jpeg, "--anchor", jpeg)
+    assert code == 2 and "choose one with --anchor-curve: jpeg, hpcm nano, hpcm lone" in error
+
+
+def test_command_says_when_the_images_were_not_checked(hpcm, jpeg, tmp_path):
+    text = (jpeg / "evaluation.json").read_text()
+    (tmp_path / "evaluation.json").write_text(text.replace('"set": "kodak"', '"set": null'))
+    code, out, _ = hpcm(tmp_path, "--anchor", "kodak/vtm-18", "--curve", "jpeg")
+    assert code == 0 and "The image set was not checked: jpeg names none" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "name a RESULT and its --anchor"),
+        (("kodak/hpcm-base",), "name a RESULT and its --anchor"),
+        (("kodak/hpcm-base", "--anchor", "kodak/vtm-19"), "did you mean kodak/vtm-18"),
+        (("kodak/hpcm-base", "--anchor", "tecnick/vtm-18"), "on kodak, but tecnick/vtm-18 on tecnick"),
+        (("kodak/hpcm-base", "--anchor", "kodak/vtm-18", "--metric", "ms-ssim"), "there is no MS-SSIM"),
+        (("kodak/hpcm-base", "--anchor", "kodak/vtm-18", "--curve", "jpeg"), "has no curve jpeg; it has kodak/hpcm"),
+        (("kodak/hpcm-base", "--anchor", "kodak/vtm-18", "--metric", "vmaf"), "see hpcm bd-rate --help"),
+    ],
+)
+def test_command_refuses_in_one_line(hpcm, arguments, told):
+    code, out, error = hpcm(*arguments)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert told in error
+
+
+def test_command_lists_what_is_shipped(hpcm):
+    code, out, _ = hpcm("--list")
+    assert code == 0
+    for name, entry in shipped().items():
+        assert name in out and entry.source in out
+
+
+def test_command_as_a_module(project):
+    command = [sys.executable, "-m", "hpcm_scale.bd_rate", "kodak/hpcm-large", "--anchor", "kodak/vtm-18"]
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert row(result.stdout, "kodak/hpcm-large")[-1] == "-19.39%"

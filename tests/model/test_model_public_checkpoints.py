@@ -1,0 +1,249 @@
+"""Checkpoints of the public implementation: imported they compute what it computed, exported they are its own again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from public_reference import PRESETS, Reference
+from torch import Tensor
+
+from hpcm_scale import export_weights, import_weights
+from hpcm_scale.coding.codec import Codec
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.schema import HyperPlacement
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.public_checkpoints import export_state, import_state, published_config, read_checkpoint
+from hpcm_scale.model.public_names import PUBLISHED
+from hpcm_scale.model.weights import load_weights
+
+BUFFERS = {
+    "entropy_estimation.beta": [1.5],
+    "entropy_estimation.scale_lower_bound.bound": [0.12],
+    "entropy_estimation.likelihood_lower_bound.bound": [1e-9],
+    **{name: [] for name in ("scale_table", "quantized_cdf_z", "cdf_length_z", "offset_z")},
+    **{name: [] for name in ("quantized_cdf_y", "cdf_length_y", "offset_y")},
+}
+"""What the public model's state dict holds beside its parameters, after training."""
+
+
+def buffers() -> dict[str, Tensor]:
+    return {name: torch.tensor(values) for name, values in BUFFERS.items()}
+
+
+def command(module, *arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hpcm", *map(str, arguments)])
+        module.main()
+
+
+class Imported:
+    """A reference, its file in one of the ways it could be saved, and the files that the commands made of it."""
+
+    def __init__(self, shared: Path, folder: Path, variant: str) -> None:
+        self.reference = Reference(shared / "reference", variant)
+        self.state = self.reference.public_state()
+        self.file, self.weights, self.exported = (folder / name for name in ("a.pth.tar", "a.safetensors", "b.pth.tar"))
+        if variant == "base":
+            saved = {"epoch": 3, "state_dict": self.state | buffers()}
+        else:  # trained on several GPUs
+            saved = {f"module.{name}": tensor for name, tensor in (self.state | buffers()).items()}
+        torch.save(saved, self.file)
+        command(import_weights, self.file, "--preset", PRESETS[variant], "--lmbda", 0.013, "--out", self.weights)
+        command(export_weights, self.weights, "--out", self.exported)
+
+
+@pytest.fixture(scope="module", params=["base", "phi"])
+def imported(request, shared, tmp_path_factory):
+    files = Imported(shared, tmp_path_factory.mktemp(request.param), request.param)
+    yield files
+    for path in (files.file, files.weights, files.exported):
+        path.unlink()  # 270 MB each
+
+
+@pytest.fixture(scope="module")
+def loaded(imported):
+    return load_weights(imported.weights)
+
+
+def test_it_codes_as_the_public_implementation(imported, loaded):
+    reference, (model, _) = imported.reference, loaded
+    x, theirs = reference.image(), reference.facts["eval"]
+    with torch.no_grad():
+        coded = model(x)
+    assert coded.bits_y.item() / x[0, 0].numel() == pytest.approx(theirs["y_bpp"], rel=5e-3)
+    assert coded.bits_z.item() / x[0, 0].numel() == pytest.approx(theirs["z_bpp"], rel=5e-3)
+    assert (coded.x_hat - x).square().mean().item() == pytest.approx(theirs["mse"], rel=1e-3)
+    x_hat = reference.output("x_hat")
+    assert (coded.x_hat - x_hat).abs().max() < 1e-3 * x_hat.abs().max()
+
+
+def test_a_file_of_it_holds_what_the_public_implementation_computed(imported, loaded):
+    reference, codec = imported.reference, Codec(loaded[0])
+    pixels = torch.from_numpy(reference.outputs["image"]).permute(2, 0, 1)
+    data = codec.compress(pixels)
+    theirs = reference.facts["eval"]
+    estimated = (theirs["y_bpp"] + theirs["z_bpp"]) * pixels[0].numel() / 8
+    assert len(data) == pytest.approx(estimated, rel=5e-3, abs=64)
+    decoded = codec.decompress(data)
+    expected = (reference.output("x_hat")[0].clamp(0, 1) * 255).round()
+    differing = (decoded.float() - expected).abs()
+    assert differing.max() <= 1 and (differing > 0).float().mean() < 1e-3  # at halves of a grey level
+
+
+def test_the_placement_that_it_was_trained_with_is_needed(imported, loaded):
+    """The test above would not pass for weights imported as if they were our own."""
+    config = replace(loaded[0].config, hyper_placement=HyperPlacement.aligned)
+    with torch.device("meta"):
+        model = HPCM(config)
+    model.context.order = loaded[0].context.order
+    model.load_state_dict(loaded[0].state_dict(), assign=True)
+    reference = imported.reference
+    with torch.no_grad():
+        coded = model(reference.image())
+    x_hat = reference.output("x_hat")
+    assert (coded.x_hat - x_hat).abs().max() > 1e-2 * x_hat.abs().max()
+
+
+def test_the_weights_file_tells_where_it_came_from(imported, loaded):
+    model, facts = loaded
+    preset = PRESETS[imported.reference.variant]
+    assert model.config == replace(compose_model(preset), hyper_placement=HyperPlacement.upstream)
+    assert facts == {
+        "lmbda": 0.013,
+        "precision": "fp32",
+        "step": None,
+        "images": None,
+        "pflops": None,
+        "source": f"{PUBLISHED[preset]} of github.com/lyq133/LIC-HPCM, a.pth.tar",
+    }
+
+
+def test_there_and_back_bit_for_bit(imported):
+    exported = torch.load(imported.exported, weights_only=True)
+    expected = imported.state | buffers()
+    assert exported.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert exported[name].dtype == torch.float32 and torch.equal(exported[name], tensor), name
+
+
+def light_state(folder: Path, variant: str) -> dict[str, Tensor]:
+    """The names and shapes of the public state dict; each tensor is one number."""
+    entries = json.loads((folder / f"{variant}.json").read_text())["parameters"]
+    return {entry["name"]: torch.zeros(1).expand(entry["shape"]) for entry in entries}
+
+
+@pytest.fixture(params=PRESETS)
+def light(request, shared):
+    return PRESETS[request.param], light_state(shared / "reference", request.param)
+
+
+def test_every_published_model_there_and_back(light):
+    preset, public = light
+    ours = import_state(public | buffers(), preset)
+    with torch.device("meta"):
+        model = HPCM(published_config(preset))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+    exported = export_state(ours, model.config)
+    assert exported.keys() == public.keys() | BUFFERS.keys()
+    assert all(exported[name] is tensor for name, tensor in public.items())
+
+
+def test_channel_scales_that_were_never_saved_are_ones(light):
+    preset, public = light
+    kept = {name: tensor for name, tensor in public.items() if not name.startswith("adaptive_params_list.")}
+    assert len(public) - len(kept) == 10
+    ours = import_state(kept, preset)
+    scales = {name: tensor for name, tensor in ours.items() if name.startswith("context.q.")}
+    assert len(scales) == 10
+    for name, tensor in scales.items():
+        assert torch.equal(tensor, torch.ones(1, tensor.shape[1], 1, 1)), name
+    assert all(ours[name] is tensor for name, tensor in import_state(public, preset).items() if name not in scales)
+
+
+def test_another_model_is_named(light):
+    preset, public = light
+    other = "64m_phi" if preset == "68m" else "68m"
+    message = f"this is {PUBLISHED[preset]}, not {PUBLISHED[other]}: give --preset {preset}"
+    assert refusal(import_state, public | buffers(), other) == message
+
+
+def refusal(action, *arguments) -> str:
+    with pytest.raises(UserError) as refused:
+        action(*arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("h_s.branch.0.bias", None, "does not fit HPCM_Base: it lacks h_s.branch.0.bias;"),
+        ("adaptive_params_list.3", None, "does not fit HPCM_Base: it lacks adaptive_params_list.3;"),
+        ("h_s.branch.99.bias", torch.zeros(3), "it holds h_s.branch.99.bias, which has no place there;"),
+        ("entropy_bottleneck._offset", torch.zeros(3), "it holds entropy_bottleneck._offset, which"),
+        ("g_a.branch.0.weight", torch.zeros(96, 3, 2, 2), "its g_a.branch.0.weight is 96×3×2×2 instead of 96×3×4×4;"),
+        ("g_a.branch.0.bias", torch.tensor(0.0), "its g_a.branch.0.bias is one number instead of 96;"),
+        ("g_a.branch.0.bias", torch.zeros(96).half(), "g_a.branch.0.bias is of torch.float16 instead of torch.float32"),
+        ("entropy_estimation.beta", torch.tensor([2.0]), "entropy_estimation.beta is not the 1.5 of every"),
+        ("entropy_estimation.beta", torch.zeros(0), "entropy_estimation.beta is not the 1.5 of every"),
+    ],
+)
+def test_what_does_not_fit_is_named(name, tensor, message, shared):
+    state = light_state(shared / "reference", "base") | buffers()
+    if tensor is None:
+        del state[name]
+    else:
+        state[name] = tensor
+    assert message in refusal(import_state, state, "68m")
+
+
+@pytest.mark.parametrize("preset", [*PUBLISHED, "120m", "nano"])
+def test_only_what_the_public_code_computes_is_exported(preset):
+    config = compose_model(preset)
+    with torch.device("meta"):
+        state = HPCM(config).state_dict()
+    upstream = replace(config, name="mine", hyper_placement=HyperPlacement.upstream)
+    if preset in PUBLISHED:
+        assert "was trained with hyper_placement: aligned" in refusal(export_state, state, config)
+        assert len(export_state(state, upstream)) == len(state) + len(BUFFERS)
+    else:
+        assert "has no model of the structure of mine; those of 68m, " in refusal(export_state, state, upstream)
+
+
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "module", "parameters", "legacy"])
+def test_ways_to_save_a_state_dict(wrap, tmp_path):
+    state = {"a.weight": torch.rand(2, 3), "b": torch.rand(4)}
+    saved = {
+        "state_dict": {"epoch": 1, "state_dict": state},
+        "module": {f"module.{name}": tensor for name, tensor in state.items()},
+        "parameters": {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
+    }.get(wrap, state)
+    torch.save(saved, tmp_path / "a.pth.tar", _use_new_zipfile_serialization=wrap != "legacy")
+    read = read_checkpoint(tmp_path / "a.pth.tar")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([torch.zeros(1)], "holds no state dict;"),
+        ({}, "holds no state dict;"),
+        ({"state_dict": 1}, "holds no state dict;"),
+        ({"a": torch.zeros(1), "b": 1}, "holds b, which is no plain tensor;"),
+        ({"a": torch.zeros(1), 5: torch.zeros(1)}, "holds 5, which is no plain tensor;"),
+        ({"a": torch.zeros(3).to_sparse()}, "holds a, which is no plain tensor;"),
+        ({"a": torch.zeros(3, device="meta")}, "holds a, which is no plain tensor;"),
+    ],
+)
+def test_what_is_no_state_dict(saved, message, tmp_path):
+    torch.save(saved, tmp_path / "a.pth.tar")
+    assert message in refusal(read_checkpoint, tmp_path / "a.pth.tar")
