@@ -22,7 +22,7 @@ from hpcm_scale.coding import codec as module
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.weights import load_weights, place
+from hpcm_scale.model.weights import load_weights
 
 
 def timed(function: Callable, spent: list[float]) -> Callable:
@@ -56,8 +56,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = load_weights(options.weights)[0] if options.weights else HPCM(compose_model(options.model)).eval()
-    place(model, options.device)
-    codec = module.Codec(model)
+    codec = module.Codec(model.to(options.device))
     images = ImageSet(options.images, options.limit)
     spent = [0.0]
     rows = []

@@ -23,13 +23,15 @@ def main() -> None:
 
     from hpcm_scale.coding.codec import Codec
     from hpcm_scale.coding.files import decode_file, decoding_jobs, run_jobs
-    from hpcm_scale.model.weights import load_weights, place
+    from hpcm_scale.model.weights import device_of, load_weights
     from hpcm_scale.tracking.progress import progress
 
     jobs = decoding_jobs(Path(arguments.source), Path(arguments.target))
+    device = device_of(arguments.device)
     model, _ = load_weights(arguments.weights)
-    place(model, arguments.device)
-    run_jobs(jobs, partial(decode_file, Codec(model)), partial(progress, description="decoding", unit="file"))
+    run_jobs(
+        jobs, partial(decode_file, Codec(model.to(device))), partial(progress, description="decoding", unit="file")
+    )
     files = arguments.source if len(jobs) == 1 else f"{len(jobs)} files of {arguments.source}"
     print(f"{files}: decoded to {arguments.target}")
 

@@ -26,13 +26,13 @@ def main() -> None:
 
     from hpcm_scale.coding.codec import Codec
     from hpcm_scale.coding.files import encode_file, encoding_jobs, run_jobs
-    from hpcm_scale.model.weights import load_weights, place
+    from hpcm_scale.model.weights import device_of, load_weights
     from hpcm_scale.tracking.progress import progress
 
     jobs = encoding_jobs(Path(arguments.source), Path(arguments.target))
+    device = device_of(arguments.device)
     model, _ = load_weights(arguments.weights)
-    place(model, arguments.device)
-    work = partial(encode_file, Codec(model), background=background)
+    work = partial(encode_file, Codec(model.to(device)), background=background)
     results = run_jobs(jobs, work, partial(progress, description="encoding", unit="photo"))
     size = sum(size for size, _ in results)
     bpp = sum(8 * size / pixels for size, pixels in results) / len(results)

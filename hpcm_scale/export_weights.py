@@ -25,11 +25,14 @@ def main() -> None:
     if Path(arguments.out).is_dir():
         raise UserError(f"--out {arguments.out} is a folder; name a file")
 
+    from hpcm_scale.files import writing
     from hpcm_scale.model.public_checkpoints import export_state, published_preset, write_checkpoint
     from hpcm_scale.model.weights import load_weights
 
     model, _ = load_weights(arguments.weights)
-    write_checkpoint(arguments.out, export_state(model.state_dict(), model.config))
+    state = export_state(model.state_dict(), model.config)
+    with writing(arguments.out):
+        write_checkpoint(arguments.out, state)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = PUBLISHED[published_preset(model.config)]
     print(f"{arguments.out}: {name} of github.com/lyq133/LIC-HPCM, {parameters:,} parameters")

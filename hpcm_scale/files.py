@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hpcm_scale.errors import UserError
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -31,6 +33,15 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Tell in one sentence what keeps the user's `path` from being written in here (`UserError`)."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}); make room, or name another place") from error
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -33,6 +33,7 @@ def main() -> None:
     if Path(arguments.out).is_dir():
         raise UserError(f"--out {arguments.out} is a folder; name a file")
 
+    from hpcm_scale.files import writing
     from hpcm_scale.model.public_checkpoints import (
         import_state,
         published_config,
@@ -47,7 +48,8 @@ def main() -> None:
     facts = {"lmbda": arguments.lmbda, "precision": "fp32", "step": None, "images": None, "pflops": None}
     # Copies: tensors of a foreign file may overlap, and the file may change while it is mapped.
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
-    save_weights(arguments.out, state, published_config(arguments.preset), facts | {"source": source})
+    with writing(arguments.out):
+        save_weights(arguments.out, state, published_config(arguments.preset), facts | {"source": source})
     parameters = sum(tensor.numel() for tensor in state.values())
     print(f"{arguments.out}: {arguments.preset}, {parameters:,} parameters, from {source}")
     if without_channel_scales(checkpoint):

@@ -34,7 +34,7 @@ else
 fi
 
 echo "== evaluation on the photos held out"
-if [ ! "$run/reconstructions.png" -nt "$run/weights.safetensors" ]; then
+if [ ! "$run/visual.png" -nt "$run/weights.safetensors" ]; then
     hpcm evaluate --weights "$run/weights.safetensors" --images "$data/photos/held_out" --out "$run"
 fi
 if [ ! "$run/loss_vs_compute.png" -nt "$run/metrics.jsonl" ]; then
@@ -44,9 +44,10 @@ fi
 cat <<END
 
 Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Look at
-  $run/reconstructions.png   photos the model has never seen, beside what it makes of them
+  $run/visual.png            photos the model has never seen, beside what it makes of them
+  $run/evaluation.md         the size of their files, and how far they are off
   $run/loss_vs_compute.png   its loss against compute
-  $run/metrics.jsonl         the journal that both come from, one JSON object a line
+  $run/metrics.jsonl         the journal that the curve comes from, one JSON object a line
   $run/weights.safetensors   the weights
 and type, in $project,
   . ${VIRTUAL_ENV#"$project/"}/bin/activate

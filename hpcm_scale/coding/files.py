@@ -12,7 +12,7 @@ from hpcm_scale.coding.codec import Codec
 from hpcm_scale.data.images import EXTENSIONS, Colour, TransparentImage, decode, to_array
 from hpcm_scale.data.sources import files_below
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import whole_file
+from hpcm_scale.files import whole_file, writing
 
 SUFFIX = ".hpcm"
 PICTURE_SUFFIX = ".png"
@@ -31,7 +31,7 @@ def encode_file(codec: Codec, source: Path, target: Path, background: Colour | N
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read {source} ({error}); mend or remove it") from error
     data = _naming(source, codec.compress, pixels)
-    with whole_file(target) as unfinished:
+    with writing(target), whole_file(target) as unfinished:
         unfinished.write_bytes(data)
     return len(data), pixels[0].numel()
 
@@ -43,7 +43,7 @@ def decode_file(codec: Codec, source: Path, target: Path) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"cannot read {source} ({error.strerror}); mend its permissions") from error
     pixels = _naming(source, codec.decompress, data)
-    with whole_file(target) as unfinished:
+    with writing(target), whole_file(target) as unfinished:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(unfinished, format="PNG")
     return len(data), pixels[0].numel()
 

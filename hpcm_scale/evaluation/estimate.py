@@ -1,9 +1,9 @@
-"""Estimated rate and distortion of a codec on a set of images, shared out over the processes."""
+"""Estimated rate and distortion from a forward pass, for one image or for a set shared out over the processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.evaluation.measures import peak_signal_to_noise
 from hpcm_scale.model.hpcm import Coded
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective.rate_distortion import RateDistortion, rate_distortion_loss
 
-Codec = Callable[[Tensor], Coded]
+Forward = Callable[[Tensor], Coded]
+"""A model's forward pass, or an engine's around it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    codec: Codec,
+    codec: Forward,
     images: ImageSet,
     *,
     multiple: int,
@@ -68,7 +70,6 @@ def evaluate(
     world_size: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda values: values,
     keep: int = 0,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda turns: turns,
 ) -> Evaluation:
     """Code every image once and measure it; every process calls it and gets all results.
 
@@ -79,18 +80,14 @@ def evaluate(
     """
     table = torch.zeros(len(images), 8, dtype=torch.float64)
     kept: list[tuple[int, Tensor, Tensor]] = []
-    for turn in progress(range(math.ceil(len(images) / world_size))):
+    for turn in range(math.ceil(len(images) / world_size)):
         index = turn * world_size + rank
         surplus = index >= len(images)  # fewer images than processes in the last turn: code one for company
         pixels = images.load(0 if surplus else index)
-        x = pixels.to(device)[None].float() / 255
-        coded = codec(pad(x, multiple))
+        measured, rounded = estimate(codec, pixels, multiple=multiple, lmbda=lmbda, device=device)
         if surplus:
             continue
         height, width = pixels.shape[1:]
-        x_hat = coded.x_hat[..., :height, :width]
-        measured = rate_distortion_loss(x, x_hat, coded.bits_y, coded.bits_z, lmbda)
-        rounded = (x_hat[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu()
         values = [measured.loss, measured.bpp, measured.bpp_y, measured.bpp_z, measured.mse]
         psnr = peak_signal_to_noise(pixels, rounded)
         table[index] = torch.tensor([width, height, *(value.item() for value in values), psnr])
@@ -103,13 +100,23 @@ def evaluate(
     return Evaluation(results, [Reconstruction(x, x_hat, results[i]) for i, x, x_hat in kept])
 
 
+def estimate(
+    codec: Forward, pixels: Tensor, *, multiple: int, lmbda: float, device: torch.device
+) -> tuple[RateDistortion, Tensor]:
+    """One forward pass over an image, uint8 (3, H, W): its loss, (1,) each, and what a decoder would show.
+
+    The loss is that of the reconstruction as it is; the second tensor is clamped and rounded to uint8
+    (3, H, W), on the CPU. The padding costs bits, but own pixels alone are counted.
+    """
+    height, width = pixels.shape[1:]
+    x = pixels.to(device)[None].float() / 255
+    coded = codec(pad(x, multiple))
+    x_hat = coded.x_hat[..., :height, :width]
+    loss = rate_distortion_loss(x, x_hat, coded.bits_y, coded.bits_z, lmbda)
+    return loss, (x_hat[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
 def pad(x: Tensor, multiple: int) -> Tensor:
     """Replicate the last row and column of (1, 3, H, W) until both sides are multiples of `multiple`."""
     height, width = x.shape[2:]
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-
-
-def peak_signal_to_noise(x: Tensor, y: Tensor) -> float:
-    """PSNR in dB of two uint8 images; that of one wrong level in one value for identical ones."""
-    errors = (x.to(torch.int32) - y.to(torch.int32)).square().sum().item()
-    return 10 * math.log10(255**2 * x.numel() / max(errors, 1))

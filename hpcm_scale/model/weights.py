@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpcm_scale.config.compose import model_from_dict, to_dict
 from hpcm_scale.config.schema import ModelConfig
@@ -69,14 +69,19 @@ def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
     return model.eval(), facts
 
 
-def place(model: nn.Module, device: str | None) -> torch.device:
-    """Move a model to the device of that name, by default to a GPU where there is one. Raises UserError."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one, once it has been seen to work.
+
+    Raises UserError for one that cannot be used here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return next(model.to(name).parameters()).device
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); leave it out, or name cpu") from error
+    return device
 
 
 def digest(model: HPCM) -> bytes:

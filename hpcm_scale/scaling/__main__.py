@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcm_scale.errors import Parser, one_line
+from hpcm_scale.files import writing
 from hpcm_scale.scaling.curves import draw_loss_against_compute
 from hpcm_scale.scaling.runs import Run, find_runs
 
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm scaling` and `python -m hpcm_scale.scaling`."""
     chosen = parser().parse_args(arguments)
     runs = find_runs(chosen.runs)
-    draw_loss_against_compute(runs, chosen.out)
+    with writing(chosen.out):
+        draw_loss_against_compute(runs, chosen.out)
     print("\n".join(map(summary, runs)))
     print(f"drawn: {chosen.out}")
 

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hpcm_scale import __version__
-from hpcm_scale.cli import COMMANDS
+from hpcm_scale.cli import COMMANDS, MODULES
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.weights import save_weights
+from hpcm_scale.model.weights import load_weights, save_weights
 
 TYPED = [
     (),
@@ -60,8 +60,8 @@ def test_without_arguments_it_says_what_there_is(answers):
 
 def test_every_command_can_be_run_as_a_module(project):
     for command in COMMANDS:
-        package = project / "hpcm_scale"
-        assert (package / f"{command}.py").is_file() or (package / command / "__main__.py").is_file()
+        package, name = project / "hpcm_scale", MODULES.get(command, command).removesuffix(".__main__")
+        assert (package / f"{name}.py").is_file() or (package / name / "__main__.py").is_file()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -97,9 +97,9 @@ def test_what_argparse_refuses_is_no_traceback(answers):
 def run(monkeypatch, capsys):
     """`run(command, *arguments)` in this process: exit code, stdout, stderr."""
 
-    def start(command: str, *arguments: object) -> tuple[int, str, str]:
+    def start(command: str, *arguments: object, columns: int = 120) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"hpcm {command}", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setenv("COLUMNS", str(columns))
         code = 0
         try:
             import_module(f"hpcm_scale.{command}").main()
@@ -132,20 +132,60 @@ def photos(tmp_path) -> Path:
     return folder
 
 
+FILES = ["evaluation.json", "evaluation.md", "images.csv", "rate_distortion.png"]
+
+
 def test_evaluate(run, weights, photos, tmp_path):
-    code, out, err = run("evaluate", "--weights", weights, "--images", photos, "--out", tmp_path / "out")
+    """Real files by default."""
+    out_folder = tmp_path / "out"
+    code, out, err = run("evaluate", "--weights", weights, "--images", photos, "--out", out_folder)
     assert code == 0, err
-    assert re.search(r"wide\.png.*70×30", out) and "mean" in out
-    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert [image["name"] for image in result["images"]] == ["high.jpg", "wide.png", "zebra.webp"]
-    assert result["facts"] == FACTS
-    for image in result["images"]:
+    assert re.search(r"wide\.png.*70×30", out) and "mean" in out and "rate files" in out
+    result = json.loads((out_folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["images"] == {"folder": str(photos), "set": None, "count": 3}
+    (curve,) = result["curves"]
+    (point,) = curve["points"]
+    assert (curve["name"], curve["rate"], point["facts"]) == ("hpcm nano", "files", FACTS)
+    assert point["kmac_per_pixel"] == pytest.approx(3.63, abs=0.01)
+    images = point["images"]
+    assert [image["name"] for image in images] == ["high.jpg", "wide.png", "zebra.webp"]
+    assert all(image["bits"] % 8 == 0 and image["encode_seconds"] > 0 for image in images)
+    mean = sum(image["psnr"] for image in images) / 3
+    assert point["mean"]["psnr"] == pytest.approx(mean) and f"{mean:.2f}" in out
+    for name in ("rate_distortion.png", "visual.png"):
+        with Image.open(out_folder / name) as picture:
+            assert picture.format == "PNG"
+    assert sorted(path.name for path in out_folder.iterdir()) == [*FILES, "visual.png"]
+
+
+def test_evaluate_estimates_as_training_does(run, weights, photos, tmp_path):
+    out_folder = tmp_path / "out"
+    arguments = ("--estimate", "--visual", 0, "--images", photos, "--out", out_folder)
+    code, out, err = run("evaluate", "--weights", weights, *arguments)
+    assert code == 0, err
+    assert "loss" in out and "encode" not in out and "rate estimated" in out
+    (curve,) = json.loads((out_folder / "evaluation.json").read_text(encoding="utf-8"))["curves"]
+    assert curve["rate"] == "estimated"
+    for image in curve["points"][0]["images"]:
         assert image["loss"] == pytest.approx(0.025 * 255**2 * image["mse"] + image["bpp"], rel=1e-5)
-    mean = sum(image["psnr"] for image in result["images"]) / 3
-    assert result["mean"]["psnr"] == pytest.approx(mean) and f"{mean:.2f}" in out
-    with Image.open(tmp_path / "out" / "reconstructions.png") as picture:
-        assert picture.format == "PNG"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "reconstructions.png"]
+    assert sorted(path.name for path in out_folder.iterdir()) == FILES
+
+
+def test_evaluate_several_weights_against_another_codec(run, weights, photos, tmp_path):
+    model, _ = load_weights(weights)
+    save_weights(tmp_path / "low.safetensors", model.state_dict(), model.config, FACTS | {"lmbda": 0.005})
+    arguments = ("--against", "jpeg", "--limit", 2, "--images", photos, "--out", tmp_path / "out")
+    code, out, err = run("evaluate", "--weights", weights, tmp_path / "low.safetensors", *arguments)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    ours, jpeg = result["curves"]
+    assert {point["setting"] for point in ours["points"]} == {"λ = 0.005", "λ = 0.025"}
+    assert (ours["name"], jpeg["name"], result["images"]["count"]) == ("hpcm nano", "jpeg", 2)
+    assert "4:2:0" in jpeg["codec"] and len(jpeg["points"]) > 2
+    for curve in (ours, jpeg):
+        rates = [point["mean"]["bpp"] for point in curve["points"]]
+        assert rates == sorted(rates) and f"{rates[0]:.4f}" in out
+    assert "zebra.webp" not in out and "jpeg" in (tmp_path / "out" / "images.csv").read_text(encoding="utf-8")
 
 
 def test_evaluate_limits_and_writes_nothing_unasked(run, weights, photos, tmp_path, monkeypatch):
@@ -156,27 +196,50 @@ def test_evaluate_limits_and_writes_nothing_unasked(run, weights, photos, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "run"]
 
 
+def test_evaluate_fits_80_columns(run, weights, photos):
+    for arguments in ((), ("--estimate",), ("--against", "jpeg")):
+        code, out, err = run("evaluate", "--weights", weights, "--images", photos, *arguments, columns=80)
+        assert code == 0, err
+        assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+
+
 @pytest.mark.parametrize(
     "case",
-    ["no weights", "no safetensors", "foreign weights", "no folder", "no image", "limit", "pictures", "device", "out"],
+    [
+        *("no weights", "no safetensors", "foreign weights", "same weights", "no folder", "no image", "broken image"),
+        *("limit", "visual", "device", "out", "below a file", "codec", "set", "other set", "part of a set"),
+    ],
 )
 def test_evaluate_refuses_in_one_line(case, run, weights, photos, tmp_path):
     arguments = {"--weights": weights, "--images": photos, "--out": tmp_path / "out"}
     (tmp_path / "file").write_text("text")
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "broken").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "broken" / "a.png")
+    (tmp_path / "broken" / "b.png").write_bytes((photos / "wide.png").read_bytes()[:-30])
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     change, message = {
         "no weights": ({"--weights": tmp_path / "nowhere"}, "there are no weights at"),
         "no safetensors": ({"--weights": tmp_path / "file"}, "is not a readable safetensors file"),
         "foreign weights": ({"--weights": tmp_path / "foreign.safetensors"}, "was not written by hpcm_scale"),
+        "same weights": ({"--weights": (weights, weights)}, "are both called nano with λ = 0.025; evaluate them one"),
         "no folder": ({"--images": tmp_path / "nowhere"}, "there is no folder"),
         "no image": ({"--images": tmp_path / "nothing"}, "there is no JPEG, PNG or WebP in"),
+        "broken image": ({"--images": tmp_path / "broken"}, "b.png"),
         "limit": ({"--limit": 0}, "--limit 0 must be at least 1"),
-        "pictures": ({"--pictures": 0}, "--pictures 0 must be at least 1"),
+        "visual": ({"--visual": -1}, "--visual -1 must not be negative"),
         "device": ({"--device": "abacus"}, "--device abacus cannot be used here"),
         "out": ({"--out": tmp_path / "file"}, "is a file; name a folder"),
+        "below a file": ({"--out": tmp_path / "file" / "below"}, "is a file; name a folder"),
+        "codec": ({"--against": "jpeg,jpge"}, "there is no codec 'jpge'"),
+        "set": ({"--set": "codak"}, "there is no image set codak"),
+        "other set": ({"--set": "kodak"}, "kodak has 24 images"),
+        "part of a set": ({"--set": "kodak", "--limit": 3}, "--limit 3 leaves no whole kodak"),
     }[case]
-    code, out, err = run("evaluate", *(part for pair in (arguments | change).items() for part in pair))
+    typed = []
+    for name, value in (arguments | change).items():
+        typed += [name, *(value if isinstance(value, tuple) else (value,))]
+    code, out, err = run("evaluate", *typed)
     assert code == 2
     assert err.startswith("hpcm: ") and message in err and err.count("\n") == 1
     assert out == "" and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""reconstructions.png: every image at its own size, its caption beside it and over nothing else."""
+"""visual.png: which crops are chosen, and that they are shown pixel by pixel with nothing over them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,94 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.evaluation.estimate import ImageResult, Reconstruction
-from hpcm_scale.evaluation.pictures import draw_reconstructions
+from hpcm_scale.evaluation.measures import Estimated, Measured
+from hpcm_scale.evaluation.pictures import Crop, Crops, Panel, Window, draw_crops, worst_window
 
 
-def item(name: str, pixels: torch.Tensor) -> Reconstruction:
-    height, width = pixels.shape[1:]
-    noisy = (pixels.int() + 9).clamp(max=255).to(torch.uint8)
-    result = ImageResult(name, width, height, 1.0, bpp=0.123, bpp_y=0.1, bpp_z=0.023, mse=0.001, psnr=28.97)
-    return Reconstruction(pixels, noisy, result)
+def spoiled(pixels: torch.Tensor, top: int, left: int, by: int, side: int = 40) -> torch.Tensor:
+    """The image with a square of it that much darker or brighter."""
+    changed = pixels.clone()
+    square = changed[:, top : top + side, left : left + side]
+    square.copy_((square.int() + by).clamp(0, 255))
+    return changed
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 700), (257, 256), (256, 900), (90, 400), (1, 1)])
+def test_the_worst_window_is_that_of_a_search_by_hand(height, width):
+    random = np.random.default_rng(height)
+    original, decoded = (torch.from_numpy(random.integers(0, 256, (3, height, width), np.uint8)) for _ in range(2))
+    window, error = worst_window(original, decoded)
+    errors = (original.numpy().astype(int) - decoded.numpy()) ** 2
+    tops = sorted({*range(0, max(height - 255, 1), 32), max(height - 256, 0)})
+    lefts = sorted({*range(0, max(width - 255, 1), 32), max(width - 256, 0)})
+    places = {(t, l): errors[:, t : t + 256, l : l + 256].mean() for t in tops for l in lefts}  # noqa: E741
+    assert (window.top, window.left) == max(places, key=places.get)
+    assert (window.height, window.width) == (min(height, 256), min(width, 256))
+    assert error == pytest.approx(max(places.values()))
+
+
+def test_the_first_of_equal_windows():
+    black = torch.zeros(3, 600, 600, dtype=torch.uint8)
+    assert worst_window(black, black) == (Window(0, 0, 256, 256), 0)
+    assert worst_window(black, spoiled(black, 590, 590, 9, side=10))[0] == Window(344, 344, 256, 256)
+
+
+@pytest.fixture
+def photos(shared) -> ImageSet:
+    return ImageSet(shared / "data" / "kodak", limit=4)
+
+
+def offer(watch, photos: ImageSet, decoded: dict[int, torch.Tensor], bits: dict[int, float]) -> None:
+    """What a codec at work would show its watcher."""
+    for i, picture in decoded.items():
+        measured = Measured(photos.names[i], 768, 512, bits[i], bits[i] / (768 * 512), 30, None, None, 1, 1)
+        watch(i, photos.load(i), picture, measured)
+
+
+def test_crops_of_the_images_with_the_largest_errors(photos):
+    crops = Crops(2)
+    by = {0: 20, 1: 60, 2: 5, 3: 40}
+    ours = {i: spoiled(photos.load(i), 300, 300, by[i]) for i in range(4)}
+    offer(crops.ours("ours"), photos, ours, dict.fromkeys(range(4), 1e5))
+    chosen = crops.chosen()
+    expected = sorted(range(4), key=lambda i: -worst_window(photos.load(i), ours[i])[1])[:2]
+    assert [crop.ours.measured.name for crop in chosen] == [photos.names[i] for i in expected]
+    assert [crop.error for crop in chosen] == sorted((crop.error for crop in chosen), reverse=True)
+    for crop, i in zip(chosen, expected, strict=True):
+        top, left = crop.window.top, crop.window.left
+        assert top <= 300 and left <= 300 and top + 256 >= 340 and left + 256 >= 340
+        assert torch.equal(crop.original, photos.load(i)[:, top : top + 256, left : left + 256])
+        assert torch.equal(crop.ours.pixels, ours[i][:, top : top + 256, left : left + 256])
+        assert crop.nearest is None
+
+
+def test_the_nearest_other_codec_is_found_image_by_image(photos):
+    crops = Crops(2)
+    pictures = {i: spoiled(photos.load(i), 0, 0, 40) for i in range(2)}
+    offer(crops.ours("ours"), photos, pictures, {0: 1000, 1: 2000})
+    for name, bits in (("low", {0: 500, 1: 400}), ("high", {0: 1900, 1: 1900}), ("same", {0: 1500, 1: 2100})):
+        offer(crops.other(name), photos, {i: spoiled(photos.load(i), 0, 0, len(name)) for i in range(2)}, bits)
+    nearest = {crop.ours.measured.name: crop.nearest for crop in crops.chosen()}
+    # 500 of 1000 comes before 1500 of 1000; 1900 and 2100 are as far from 2000: the first.
+    assert nearest[photos.names[0]].codec == "low" and nearest[photos.names[1]].codec == "high"
+    assert nearest[photos.names[1]].measured.bits == 1900
+    for crop in crops.chosen():
+        i = photos.names.index(crop.ours.measured.name)
+        expected = spoiled(photos.load(i), 0, 0, len(crop.nearest.codec))
+        assert torch.equal(crop.nearest.pixels, crop.window.cut(expected))
+
+
+def test_equal_errors_keep_the_first_images(photos):
+    crops = Crops(2)
+    offer(crops.ours("ours"), photos, {i: photos.load(i) for i in range(4)}, dict.fromkeys(range(4), 1.0))
+    assert [crop.ours.measured.name for crop in crops.chosen()] == photos.names[:2]
+
+
+def test_no_crops_are_kept_unasked(photos):
+    crops = Crops(0)
+    offer(crops.ours("ours"), photos, {0: photos.load(0)}, {0: 1.0})
+    offer(crops.other("jpeg"), photos, {0: photos.load(0)}, {0: 1.0})
+    assert crops.chosen() == []
 
 
 @pytest.fixture
@@ -27,37 +106,62 @@ def drawn(monkeypatch, tmp_path):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
 
-    def draw(items, title="nano after 80 steps (0.00044 PFLOPs), λ = 0.013", name="picture.png"):
-        draw_reconstructions(items, tmp_path / name, title)
+    def draw(crops, name="picture.png"):
+        draw_crops(crops, tmp_path / name, "kodak, 24 images")
         with Image.open(tmp_path / name) as picture:
             return np.asarray(picture.convert("RGB")), figures[-1]
 
     return draw
 
 
-def test_kodak_is_shown_pixel_by_pixel(shared, drawn):
-    kodak = ImageSet(shared / "data" / "kodak", limit=4)  # kodim04 is a portrait
-    items = [item(kodak.names[i], kodak.load(i)) for i in (0, 3)]
-    picture, figure = drawn(items)
-    wide = items[0].original.permute(1, 2, 0).numpy()
-    boxes = [axes.get_window_extent() for axes in figure.axes]
-    assert [(round(box.width), round(box.height)) for box in boxes] == [(768, 512)] * 2 + [(384, 576)] * 2
-    for box, shown in zip(boxes[:2], (items[0].original, items[0].reconstruction), strict=True):
+def crop(name: str, height: int, width: int, nearest: bool = True, kind: type = Measured) -> Crop:
+    random = torch.Generator().manual_seed(height * width)
+    pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random)
+    more = {"loss": 1.0, "bpp_y": 0.1, "bpp_z": 0.1, "mse": 0.1} if kind is Estimated else {}
+    measured = kind(name, 768, 512, 1e5, 0.254, 31.257, 0.9, 10, 1, 1, **more)
+    ours = Panel("hpcm nano λ = 0.013", 255 - pixels, measured)
+    other = Panel("vvc 4:2:0 QP 37", pixels // 2, measured) if nearest else None
+    return Crop(Window(32, 64, height, width), 100.0, pixels, ours, other)
+
+
+def test_crops_are_shown_pixel_by_pixel(drawn):
+    shown = crop("kodim04.png", 256, 256)
+    picture, figure = drawn([shown])
+    panels = (shown.original, shown.ours.pixels, shown.nearest.pixels)
+    for axes, pixels in zip(figure.axes, panels, strict=True):
+        box = axes.get_window_extent()
+        assert (round(box.width), round(box.height)) == (512, 512)
         top, left = picture.shape[0] - round(box.y1), round(box.x0)
-        found = picture[top : top + 512, left : left + 768]
-        assert np.array_equal(found, shown.permute(1, 2, 0).numpy())
-    assert wide.shape == (512, 768, 3)
+        found = picture[top : top + 512, left : left + 512]
+        assert np.array_equal(found, pixels.permute(1, 2, 0).numpy().repeat(2, axis=0).repeat(2, axis=1))
 
 
-def test_nothing_overlaps_and_nothing_is_cut_off(drawn):
-    sizes = [(500, 700), (700, 500), (3000, 200), (20, 2000), (1, 1), (40, 60), (2000, 2000)]
+def test_captions_tell_codec_rate_and_psnr(drawn):
+    _, figure = drawn([crop("kodim04.png", 256, 256)])
+    title, rule, *captions = [text.get_text() for text in figure.texts]
+    assert title == "Where hpcm nano λ = 0.013 errs most: kodak, 24 images"
+    assert "largest squared error" in rule and "nearest to ours" in rule and "whole image" in rule
+    assert captions == [
+        "kodim04.png\n256×256 of 768×512, at (64, 32)",
+        "hpcm nano λ = 0.013\n0.254 bpp, 31.26 dB",
+        "vvc 4:2:0 QP 37\n0.254 bpp, 31.26 dB",
+    ]
+    _, figure = drawn([crop("kodim04.png", 256, 256, nearest=False, kind=Estimated)])
+    texts = [text.get_text() for text in figure.texts]
+    assert len(texts) == 4 and "nearest" not in texts[1]
+    assert texts[3] == "hpcm nano λ = 0.013\n0.254 bpp (estimated), 31.26 dB"
+
+
+@pytest.mark.parametrize("nearest", [True, False])
+def test_nothing_overlaps_and_nothing_is_cut_off(drawn, nearest):
+    sizes = [(256, 256), (20, 256), (256, 20), (1, 1), (100, 60)]
     long = "photos/of_a_folder_with_a_long_name/and_a_photo_with_a_longer_name_still.png"
-    items = [item(long if width == 20 else "a.png", torch.zeros(3, height, width).byte()) for width, height in sizes]
-    picture, figure = drawn(items)
-    assert picture.shape[1] <= 1600
+    crops = [crop(long if width == 20 else "a.png", height, width, nearest) for height, width in sizes]
+    picture, figure = drawn(crops)
+    columns = 3 if nearest else 2
     boxes = [axes.get_window_extent() for axes in figure.axes]
     boxes += [text.get_window_extent() for text in figure.texts]
-    assert len(boxes) == 1 + 4 * len(sizes)
+    assert len(boxes) == 2 + 2 * columns * len(sizes)
     for i, box in enumerate(boxes):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= picture.shape[1] and box.y1 <= picture.shape[0]
         assert box.width >= 1 and box.height >= 1
@@ -68,16 +172,8 @@ def overlap(a, b) -> bool:
     return min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5
 
 
-def test_captions_tell_size_rate_and_psnr(drawn):
-    _, figure = drawn([item("kodim04.png", torch.zeros(3, 64, 48).byte())])
-    texts = [text.get_text() for text in figure.texts]
-    assert texts[0].endswith("λ = 0.013")
-    assert texts[1:] == ["kodim04.png, 48×64", "0.123 bpp (estimated), 28.97 dB PSNR"]
-    assert min(text.get_fontsize() for text in figure.texts) >= 10
-
-
 def test_other_formats_and_no_half_written_file(drawn, tmp_path):
-    drawn([item("a.png", torch.zeros(3, 64, 64).byte())], name="picture.jpg")
+    drawn([crop("a.png", 64, 64)], name="picture.jpg")
     assert [path.name for path in tmp_path.iterdir()] == ["picture.jpg"]
     with Image.open(tmp_path / "picture.jpg") as picture:
         assert picture.format == "JPEG"

@@ -130,7 +130,7 @@ def test_the_quickstart_skips_what_is_done(checkout, active, calls, tmp_path) ->
     program(
         active / "bin/deepspeed", f"{log}\nmkdir -p runs/quickstart; cd runs/quickstart\ntouch $LEAVES metrics.jsonl"
     )
-    outputs = 'case "$*" in *evaluate*) touch runs/quickstart/reconstructions.png;; *curves*) touch "${@: -1}";; esac'
+    outputs = 'case "$*" in *evaluate*) touch runs/quickstart/visual.png;; *curves*) touch "${@: -1}";; esac'
     program(active / "bin/hpcm", f"{log}\n{outputs}")
     python = (active / "bin/python").read_text().removeprefix("#!/bin/bash\n")
     program(active / "bin/python", f'case "$1" in -c) echo 0; exit;; launch/*) exit;; esac\n{python}')

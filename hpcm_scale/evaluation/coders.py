@@ -1,0 +1,108 @@
+"""Three ways to code one image: a model's real file, a model's estimate, another codec's real file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpcm_scale.coding.codec import Codec
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.evaluation.estimate import estimate
+from hpcm_scale.evaluation.measures import Estimated, Measured, measure
+from hpcm_scale.evaluation.other_codecs import OtherCodec
+from hpcm_scale.model.hpcm import HPCM
+
+WARM_UP_SIDE = 256
+"""Pixels: the first file a model makes also pays for its tables and kernels, so a small one goes before it."""
+
+
+class CodedImage(NamedTuple):
+    """What became of one image."""
+
+    decoded: Tensor
+    """uint8 (3, H, W), on the CPU."""
+    bits: float
+    """8 × the bytes of the file; or the estimate."""
+    encode_seconds: float | None
+    """From pixels in memory to bytes in memory; None for an estimate."""
+    decode_seconds: float | None
+    training: dict[str, float | None] | None = None
+    """Of an estimate: the fields that `Estimated` adds."""
+
+
+Coder = Callable[[Tensor], CodedImage]
+"""Takes pixels, uint8 (3, H, W), on the CPU."""
+Watcher = Callable[[int, Tensor, Tensor, Measured], None]
+"""Sees the index of every image, its pixels, what was decoded, and what was measured."""
+
+
+def file_coder(model: HPCM, device: torch.device) -> Coder:
+    """Compress to a real file (in memory), and decompress from its bytes alone; fp32."""
+    codec = Codec(model.to(device))
+    warm = False
+
+    def code(pixels: Tensor) -> CodedImage:
+        nonlocal warm
+        if not warm:
+            codec.decompress(codec.compress(pixels[:, :WARM_UP_SIDE, :WARM_UP_SIDE]))
+            warm = True
+        start = time.perf_counter()
+        data = codec.compress(pixels)
+        encoded = time.perf_counter()
+        decoded = codec.decompress(data).cpu()
+        return CodedImage(decoded, 8.0 * len(data), encoded - start, time.perf_counter() - encoded)
+
+    return code
+
+
+def estimate_coder(model: HPCM, device: torch.device, lmbda: float | None) -> Coder:
+    """One forward pass in the model's precision: the bits its likelihoods promise, no file."""
+    model.to(device)
+
+    def code(pixels: Tensor) -> CodedImage:
+        result, decoded = estimate(model, pixels, multiple=model.multiple, lmbda=lmbda or 0.0, device=device)
+        training = {name: getattr(result, name).item() for name in ("loss", "bpp_y", "bpp_z", "mse")}
+        if lmbda is None:
+            training["loss"] = None
+        return CodedImage(decoded, result.bpp.item() * pixels[0].numel(), None, None, training)
+
+    return code
+
+
+def other_coder(codec: OtherCodec, setting: object) -> Coder:
+    """A real file of another codec at one of its settings."""
+
+    def code(pixels: Tensor) -> CodedImage:
+        coded = codec.code(pixels, setting)
+        return CodedImage(coded.decoded, 8.0 * coded.size_bytes, coded.encode_seconds, coded.decode_seconds)
+
+    return code
+
+
+@torch.no_grad()
+def code_images(
+    coder: Coder,
+    images: ImageSet,
+    *,
+    watch: Watcher | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda turns: turns,
+) -> list[Measured]:
+    """Code every image of a set, one after the other, and measure it; in the set's order."""
+    results = []
+    for index in progress(range(len(images))):
+        pixels = images.load(index)
+        coded = coder(pixels)
+        measured = measure(
+            images.names[index], pixels, coded.decoded, coded.bits, coded.encode_seconds, coded.decode_seconds
+        )
+        if coded.training:
+            measured = Estimated(**asdict(measured), **coded.training)
+        if watch:
+            watch(index, pixels, coded.decoded, measured)
+        results.append(measured)
+    return results

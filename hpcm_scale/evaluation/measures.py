@@ -1,0 +1,103 @@
+"""What is measured of one coded image, the same for every codec."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+
+MS_SSIM_SMALLEST_SIDE = 161
+"""Five halvings and a window of 11 pixels: MS-SSIM is not defined for images with a shorter side below this."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One image through one codec; distortions are those of 8-bit RGB pixels."""
+
+    name: str
+    width: int
+    height: int
+    bits: float
+    """Of the whole file, its header included; or the estimate."""
+    bpp: float
+    psnr: float
+    """dB."""
+    ms_ssim: float | None
+    """None where the image is too small for it."""
+    ms_ssim_db: float | None
+    """−10·log10(1 − MS-SSIM)."""
+    encode_seconds: float | None
+    decode_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Estimated(Measured):
+    """One image whose bits were estimated: also the training loss and its parts, on unrounded pixels."""
+
+    loss: float | None
+    """λ·255²·MSE + bpp, the reconstruction neither clamped nor rounded, as in training; None without a λ."""
+    bpp_y: float
+    bpp_z: float
+    mse: float
+    """For values in [0, 1]."""
+
+
+def measure(
+    name: str,
+    original: Tensor,
+    decoded: Tensor,
+    bits: float,
+    encode_seconds: float | None = None,
+    decode_seconds: float | None = None,
+) -> Measured:
+    """Compare two images, both uint8 (3, H, W); `bits` is what `decoded` was coded with."""
+    height, width = original.shape[1:]
+    similarity = multi_scale_similarity(original, decoded)
+    return Measured(
+        name=name,
+        width=width,
+        height=height,
+        bits=bits,
+        bpp=bits / (width * height),
+        psnr=peak_signal_to_noise(original, decoded),
+        ms_ssim=similarity,
+        ms_ssim_db=None if similarity is None else decibels(similarity),
+        encode_seconds=encode_seconds,
+        decode_seconds=decode_seconds,
+    )
+
+
+def mean(images: list[Measured]) -> dict[str, float | None]:
+    """Means over the images of each measure: the field's habit, so the PSNR is the mean of the images' PSNRs.
+
+    MS-SSIM in dB is that of the mean MS-SSIM, again as published curves have it. None where an image lacks the
+    measure.
+    """
+    rows = [asdict(image) for image in images]
+    keys = [key for key in rows[0] if key not in ("name", "width", "height")]
+    columns = {key: [row[key] for row in rows] for key in keys}
+    means = {key: None if None in values else math.fsum(values) / len(values) for key, values in columns.items()}
+    if means["ms_ssim"] is not None:
+        means["ms_ssim_db"] = decibels(means["ms_ssim"])
+    return means
+
+
+def peak_signal_to_noise(x: Tensor, y: Tensor) -> float:
+    """PSNR in dB of two uint8 images; that of one wrong level in one value for identical ones."""
+    errors = (x.to(torch.int32) - y.to(torch.int32)).square().sum(dtype=torch.int64).item()
+    return 10 * math.log10(255**2 * x.numel() / max(errors, 1))
+
+
+def multi_scale_similarity(x: Tensor, y: Tensor) -> float | None:
+    """MS-SSIM (Wang et al. 2003) of two uint8 images (3, H, W); None where they are too small for it."""
+    if min(x.shape[1:]) < MS_SSIM_SMALLEST_SIDE:
+        return None
+    return ms_ssim(x[None].double(), y[None].double(), data_range=255).item()
+
+
+def decibels(similarity: float) -> float:
+    """MS-SSIM as the field plots it: −10·log10(1 − MS-SSIM), at most 100 dB."""
+    return -10 * math.log10(max(1 - similarity, 1e-10))

@@ -1,0 +1,64 @@
+"""The rate-distortion plot of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hpcm_scale.evaluation.curves import ESTIMATED, Curve
+from hpcm_scale.evaluation.results import Results
+from hpcm_scale.files import whole_file
+
+PANELS = {"psnr": "mean PSNR (dB), RGB, 8 bits", "ms_ssim_db": "MS-SSIM, mean in dB"}
+MARKERS = "osD^vP*Xph"
+
+
+def draw_rate_distortion(results: Results, path: str | Path) -> None:
+    """Draw mean PSNR, and the dB of the mean MS-SSIM where every image has it, against mean bpp: one line per codec.
+
+    The format follows the suffix of `path`, for example .png, .pdf or .svg.
+    """
+    panels = [key for key in PANELS if all(point.mean[key] is not None for _, point in results.points())]
+    highest = max(point.mean["bpp"] for _, point in results.points())
+    alone = len(list(results.points())) == 1
+    figure = Figure(figsize=(1 + 5.5 * len(panels), 5.2), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    styles = _styles(results.curves)
+    for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for curve, (colour, marker) in zip(results.curves, styles, strict=True):
+            _draw(axes, curve, key, colour, marker)
+        axes.set_xlim(0, highest * (2 if alone else 1.05))
+        axes.set_xlabel("mean rate (bits per pixel)")
+        axes.set_ylabel(PANELS[key])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+    figure.suptitle(f"Rate and distortion: {results.title}", fontweight="bold")
+    handles, _ = figure.axes[0].get_legend_handles_labels()
+    columns = min(len(handles), 2 * len(panels))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format=Path(path).suffix[1:])
+
+
+def _styles(curves: list[Curve]) -> list[tuple[str, str]]:
+    """A colour and a marker for each curve, no two the same up to many more than can be read."""
+    colours = matplotlib.color_sequences["petroff10"]  # told apart by colour-blind readers
+    return [(colours[i % len(colours)], MARKERS[(i + i // len(colours)) % len(MARKERS)]) for i in range(len(curves))]
+
+
+def _draw(axes: Axes, curve: Curve, key: str, colour: str, marker: str) -> None:
+    ours = any(point.weights for point in curve.points)
+    rates = [point.mean["bpp"] for point in curve.points]
+    heights = [point.mean[key] for point in curve.points]
+    label = curve.label
+    if len(curve.points) == 1:
+        label += f", {curve.points[0].setting}"
+    if curve.rate == ESTIMATED:
+        label += " (estimated rate)"
+    style = {"linewidth": 2.2, "markersize": 7, "zorder": 3} if ours else {"linewidth": 1.4, "markersize": 5}
+    line = "-" if len(curve.points) > 1 else ""
+    axes.plot(rates, heights, color=colour, linestyle=line, marker=marker, label=label, clip_on=False, **style)

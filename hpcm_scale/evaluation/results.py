@@ -1,0 +1,79 @@
+"""The results of an evaluation, and evaluation.json, which holds all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpcm_scale import __version__
+from hpcm_scale.evaluation.curves import Curve, Point
+from hpcm_scale.files import write_text
+from hpcm_scale.tracking.environment import environment
+
+FORMAT = "hpcm_scale evaluation 1"
+PACKAGES = ("torch", "numpy", "pillow", "pytorch-msssim")
+"""What the measures depend on; the codecs name their own."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Curves over one set of images."""
+
+    folder: str
+    set_name: str | None
+    """Of the known set that the folder was found to be."""
+    count: int
+    """Of images."""
+    curves: list[Curve]
+    machine: dict[str, Any]
+    """Versions and hardware (`machine`)."""
+
+    @property
+    def title(self) -> str:
+        """Set, or folder, and the number of images."""
+        return f"{self.set_name or Path(self.folder).resolve().name}, {self.count} image{'s' * (self.count > 1)}"
+
+    def points(self) -> Iterable[tuple[Curve, Point]]:
+        """All points, curve after curve."""
+        return ((curve, point) for curve in self.curves for point in curve.points)
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware (`tracking.environment`), and how many threads torch uses."""
+    packages = {"hpcm_scale": __version__} | {name: version(name) for name in PACKAGES}
+    return environment() | {"packages": packages, "torch_threads": torch.get_num_threads()}
+
+
+def write_json(results: Results, path: str | Path) -> None:
+    """Write evaluation.json, which `hpcm bd-rate` reads."""
+    write_text(path, json.dumps(_to_dict(results), indent=1, ensure_ascii=False) + "\n")
+
+
+def _to_dict(results: Results) -> dict[str, Any]:
+    images = {"folder": results.folder, "set": results.set_name, "count": results.count}
+    curves = [
+        {
+            "name": curve.name,
+            "codec": curve.codec,
+            "rate": curve.rate,
+            "points": [_point_to_dict(point) for point in curve.points],
+        }
+        for curve in results.curves
+    ]
+    return {"format": FORMAT, "images": images, "curves": curves, "machine": results.machine}
+
+
+def _point_to_dict(point: Point) -> dict[str, Any]:
+    ours = {"weights": point.weights, "facts": point.facts, "kmac_per_pixel": point.kmac_per_pixel}
+    return {
+        "setting": point.setting,
+        **(ours if point.weights else {}),
+        "mean": point.mean,
+        "images": [asdict(image) for image in point.images],
+    }

@@ -1,0 +1,164 @@
+"""An evaluation as tables for people: images.csv and evaluation.md."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict
+from io import StringIO
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from hpcm_scale.evaluation.curves import ESTIMATED, FILES
+from hpcm_scale.evaluation.results import Results
+
+COLUMNS = {
+    "width": "width (px)",
+    "height": "height (px)",
+    "bits": "bits",
+    "bpp": "bpp (bits/px)",
+    "psnr": "PSNR (dB)",
+    "ms_ssim": "MS-SSIM",
+    "ms_ssim_db": "MS-SSIM (dB)",
+    "encode_seconds": "encode (s)",
+    "decode_seconds": "decode (s)",
+    "loss": "loss",
+    "bpp_y": "bpp of y",
+    "bpp_z": "bpp of z",
+    "mse": "MSE (values in [0, 1])",
+}
+"""Headings of what is measured of an image; the last four are there for estimates only."""
+
+HOW = (
+    "Every mean is taken over images, each counting the same whatever its size: mean PSNR is the mean of the images' "
+    "PSNRs, not the PSNR of the mean error. PSNR is that of all three RGB channels together, on pixels rounded to "
+    "8 bits. MS-SSIM is on the same pixels, its channels averaged; in dB it is −10·log10(1 − MS-SSIM), that of the "
+    "mean MS-SSIM in the table of means. bpp counts the image's own pixels."
+)
+RATES = {
+    FILES: "Rates are those of real files, headers included: each image was coded to bytes, and what was measured "
+    "was decoded from these bytes alone.",
+    ESTIMATED: "Rates of hpcm are estimated: the bits that the model's likelihoods promise, without a file.",
+}
+TIMES = (
+    "Seconds are wall-clock time per image from pixels to bytes and back, both in memory; comparable only between "
+    "codecs that used the same processor."
+)
+
+
+COSTS = (
+    "kMAC/px: thousands of multiply-accumulates per pixel of the model's forward pass at 256×256. "
+    "loss: λ·255²·MSE + bpp, as in training; known for estimates only."
+)
+WORDS = ("codec", "setting", "image")
+MEASURES = {
+    "loss": ("loss", 4),
+    "bpp": ("bpp", 4),
+    "PSNR (dB)": ("psnr", 2),
+    "MS-SSIM": ("ms_ssim", 4),
+    "MS-SSIM (dB)": ("ms_ssim_db", 2),
+    "encode (s)": ("encode_seconds", 3),
+    "decode (s)": ("decode_seconds", 3),
+}
+"""Headings in tables, the measure below each, and its decimals."""
+
+
+def csv_table(results: Results) -> str:
+    """images.csv: one row per image and point, columns that hold nothing left out."""
+    rows = [
+        {"codec": curve.name, "rate": curve.rate, "setting": point.setting, "image": image.name, **asdict(image)}
+        for curve, point in results.points()
+        for image in point.images
+    ]
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    first = ["codec", "rate", "setting", "image"]
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*first, *(COLUMNS[key] for key in keys)])
+    writer.writerows([row.get(key) for key in [*first, *keys]] for row in rows)
+    return text.getvalue()
+
+
+def markdown(results: Results) -> str:
+    """evaluation.md: how it was measured, a table of means, a table of images."""
+    rates = [RATES[rate] for rate in dict.fromkeys(curve.rate for curve in results.curves)]
+    known = f"checked to be the set `{results.set_name}`" if results.set_name else "not checked to be a known set"
+    lines = [
+        f"# {results.title}",
+        f"Folder `{results.folder}` ({known}).",
+        " ".join([*rates, HOW, *(TIMES for rate in rates if rate == RATES[FILES])]),
+        "## Means",
+        _markdown_table(mean_rows(results)),
+        COSTS,
+        "## Codecs",
+        "\n".join(f"- **{curve.label}**: {curve.codec}" for curve in results.curves),
+        _measured_on(results.machine),
+        "## Images",
+        _markdown_table(image_rows(results)),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def console_table(results: Results) -> Table:
+    """For a terminal of 80 columns: the images where there is one codec at one setting, else the means of each."""
+    rows, caption = mean_rows(results), None
+    ends = {row["codec"]: i for i, row in enumerate(rows)}.values()
+    if len(rows) == 1:
+        (mean,), ((curve, point),) = rows, results.points()
+        rows = [*image_rows(results), mean | {"image": "mean"}]
+        ends = (len(rows) - 2,)
+        caption = f"{curve.name}, {point.setting}\n{mean['kMAC/px']} kMAC/px, rate {curve.rate}"
+    alone = ("codec", "setting", "kMAC/px") if caption else ()
+    headings = [heading for heading in _filled(rows) if heading not in (*alone, "MS-SSIM")]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=results.title, caption=caption)
+    for heading in headings:
+        justify = "left" if heading in WORDS else "right"
+        table.add_column(heading.replace(" (", "\n("), justify=justify, overflow="fold")
+    for i, row in enumerate(rows):
+        table.add_row(*(row.get(heading, "") for heading in headings), end_section=i in ends)
+    return table
+
+
+def mean_rows(results: Results) -> list[dict[str, str]]:
+    """One row per point, by headings."""
+    return [
+        {"codec": curve.label, "setting": point.setting, **_measures(point.mean)}
+        | {"kMAC/px": "–" if point.kmac_per_pixel is None else f"{point.kmac_per_pixel:,.1f}"}
+        for curve, point in results.points()
+    ]
+
+
+def image_rows(results: Results) -> list[dict[str, str]]:
+    """One row per point and image, by headings."""
+    return [
+        {"codec": curve.label, "setting": point.setting, "image": image.name}
+        | {"size": f"{image.width}×{image.height}", **_measures(asdict(image))}
+        for curve, point in results.points()
+        for image in point.images
+    ]
+
+
+def _measures(values: dict[str, Any]) -> dict[str, str]:
+    """What is shown of an image or of a mean; "–" where there is nothing."""
+    numbers = {heading: (values.get(key), digits) for heading, (key, digits) in MEASURES.items()}
+    return {heading: "–" if value is None else f"{value:.{digits}f}" for heading, (value, digits) in numbers.items()}
+
+
+def _filled(rows: Sequence[dict[str, str]]) -> list[str]:
+    """The headings under which any row has something."""
+    return [heading for heading in rows[0] if any(row.get(heading, "–") != "–" for row in rows)]
+
+
+def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    headings = _filled(rows)
+    lines = [headings, ["---" if heading in WORDS else "--:" for heading in headings]]
+    lines += [[row[heading].replace("|", "\\|") for heading in headings] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _measured_on(machine: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    gpus = "".join(f", {name}" for name in machine["gpus"])
+    return f"Measured on {machine['cpu']}, {machine['torch_threads']} thread(s) of torch{gpus}; {packages}."

@@ -1,0 +1,139 @@
+"""Curves: how images are coded and measured, which weights make one curve, what a model costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpcm_scale.coding.codec import Codec
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.coders import code_images, estimate_coder, file_coder, other_coder
+from hpcm_scale.evaluation.curves import kmac_per_pixel, model_curve, on_meta, other_curve, read_weights
+from hpcm_scale.evaluation.estimate import evaluate
+from hpcm_scale.evaluation.measures import Estimated, peak_signal_to_noise
+from hpcm_scale.evaluation.other_codecs import other_codec
+from hpcm_scale.model.weights import load_weights
+from hpcm_scale.training.costs import size_row
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(save_untrained) -> str:
+    return save_untrained("plain")
+
+
+def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images):
+    model, _ = load_weights(weights)
+    seen = []
+    measured = code_images(file_coder(model, CPU), small_images, watch=lambda *look: seen.append(look))
+    assert [image.name for image in measured] == small_images.names
+    codec = Codec(load_weights(weights)[0])
+    for i, (image, (index, pixels, decoded, watched)) in enumerate(zip(measured, seen, strict=True)):
+        assert index == i and watched is image and torch.equal(pixels, small_images.load(i))
+        data = codec.compress(pixels)
+        assert image.bits == 8 * len(data) and image.bpp == 8 * len(data) / (image.width * image.height)
+        assert torch.equal(decoded, codec.decompress(data))
+        assert image.psnr == peak_signal_to_noise(pixels, decoded)
+        assert 0 < image.encode_seconds < 60 and 0 < image.decode_seconds < 60
+    assert [image.ms_ssim is None for image in measured] == [True, True, False]
+
+
+def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
+    model, _ = load_weights(weights)
+    measured = code_images(estimate_coder(model, CPU, 0.013), small_images)
+    journal = evaluate(model, small_images, multiple=model.multiple, lmbda=0.013, device=CPU)
+    for image, expected in zip(measured, journal.images, strict=True):
+        assert isinstance(image, Estimated) and image.encode_seconds is image.decode_seconds is None
+        found = asdict(image)
+        assert {key: found[key] for key in asdict(expected)} == {
+            key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
+            for key, value in asdict(expected).items()
+        }
+        assert image.bits == pytest.approx(image.bpp * image.width * image.height)
+
+
+def test_an_estimate_without_a_lambda_has_no_loss(weights, small_images):
+    model, _ = load_weights(weights)
+    measured = code_images(estimate_coder(model, CPU, None), small_images)
+    assert all(image.loss is None and image.mse > 0 for image in measured)
+
+
+def test_files_are_near_their_estimates(weights, small_images):
+    files, estimates = (
+        model_curve(read_weights([weights])[0], small_images, device=CPU, estimate=estimate).points[0].images
+        for estimate in (False, True)
+    )
+    for file, estimated in zip(files, estimates, strict=True):
+        assert file.bits == pytest.approx(estimated.bits, rel=0.03)  # untrained: many symbols beyond the tables
+        assert file.psnr == pytest.approx(estimated.psnr, abs=0.01)
+
+
+def test_another_codec_is_measured_alike(small_images):
+    jpeg = other_codec("jpeg")
+    images = code_images(other_coder(jpeg, 50), small_images)
+    for i, image in enumerate(images):
+        pixels, file = small_images.load(i), BytesIO()
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        picture.save(file, "JPEG", quality=50, subsampling="4:2:0", optimize=True)
+        decoded = torch.from_numpy(np.array(Image.open(file)).transpose(2, 0, 1).copy())
+        assert image.bits == 8 * len(file.getvalue())
+        assert image.psnr == peak_signal_to_noise(pixels, decoded)
+
+
+def test_a_curve_of_another_codec(small_images):
+    jpeg = other_codec("jpeg")
+    asked = []
+    curve = other_curve(jpeg, small_images, watch=lambda name: asked.append(name) or (lambda *_: None))
+    assert (curve.name, curve.label, curve.codec, curve.rate) == ("jpeg", "jpeg 4:2:0", jpeg.description, "files")
+    assert asked == [f"jpeg 4:2:0 {jpeg.label(setting)}" for setting in jpeg.settings]
+    rates = [point.mean["bpp"] for point in curve.points]
+    assert rates == sorted(rates) and len(rates) == len(jpeg.settings)
+    assert all(point.weights is None and point.kmac_per_pixel is None for point in curve.points)
+
+
+def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, small_images):
+    """Untrained, so the rate does not follow λ: the order is the measured one."""
+    paths = [save_untrained(f"many{seed}", lmbda=seed / 100, seed=seed) for seed in (1, 2, 3)]
+    other = save_untrained("other", preset="micro")
+    first, second = read_weights([paths[0], other, *paths[1:]])
+    assert [weights.path for weights in first] == paths and [weights.path for weights in second] == [other]
+    asked = []
+    curve = model_curve(
+        first, small_images, device=CPU, estimate=True, watch=lambda name: asked.append(name) or (lambda *_: None)
+    )
+    assert asked == ["hpcm nano λ = 0.01"]  # of the first named alone
+    assert (curve.name, curve.rate) == ("hpcm nano", "estimated")
+    assert "210,719 parameters" in curve.codec and f"torch {torch.__version__.partition('+')[0]}" in curve.codec
+    rates = [point.mean["bpp"] for point in curve.points]
+    assert rates == sorted(rates) and len(set(rates)) == 3
+    for point in curve.points:
+        assert point.setting == f"λ = {point.facts['lmbda']:g}"
+        assert paths.index(point.weights) == round(point.facts["lmbda"] * 100) - 1
+
+
+def test_weights_without_a_lambda_are_named_by_their_file(save_untrained):
+    ((weights,),) = read_weights([save_untrained("imported", lmbda=None)])
+    assert weights.setting == "imported"
+
+
+def test_curves_that_mean_nothing_are_refused(save_untrained, weights):
+    changed = save_untrained("changed", lmbda=0.05, adaptor_blocks=(1, 1, 1))
+    for paths, message in (
+        ((weights, weights), "are both called nano with λ = 0.013"),
+        ((weights, changed), "are both called nano but are built differently"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_weights(paths)
+
+
+def test_costs_are_those_of_the_table_of_sizes():
+    for name in ("nano", "micro"):
+        config = compose_model(name)
+        assert kmac_per_pixel(on_meta(config)) == size_row(config).kmac_per_pixel

@@ -1,0 +1,102 @@
+"""rate_distortion.png: what is drawn where, and that the legend lies over nothing."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
+from hpcm_scale.evaluation.measures import Measured
+from hpcm_scale.evaluation.rate_distortion_plot import draw_rate_distortion
+from hpcm_scale.evaluation.results import Results
+
+
+def curve(name: str, *points: tuple[float, float, float | None], codec: str = "", rate: str = FILES, weights=None):
+    def point(bpp: float, psnr: float, ms_ssim_db: float | None) -> Point:
+        images = [
+            Measured(
+                each,
+                8,
+                8,
+                64 * bpp,
+                bpp,
+                psnr + shift,
+                ms_ssim_db and 1 - 10 ** (-ms_ssim_db / 10),
+                ms_ssim_db,
+                None,
+                None,
+            )
+            for each, shift in (("a", -1), ("b", 1))
+        ]
+        return Point(f"quality {psnr:g}", images, weights)
+
+    return Curve(name, codec, rate, [point(*values) for values in points])
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """Draw curves, and give back the figure."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+
+    def drawn(*curves: Curve, name: str = "plot.png") -> Figure:
+        draw_rate_distortion(Results("somewhere/holiday", None, 2, list(curves), {}), tmp_path / name)
+        return figures[-1]
+
+    return drawn
+
+
+OURS = curve("hpcm nano", (0.2, 28, 10), (0.4, 30, 12), weights="w")
+VVC = curve("vvc", (0.1, 27, 9), (0.3, 31, 13), (0.9, 36, 17), codec="VVenC, 4:2:0")
+
+
+def test_means_are_drawn_with_units_and_names(draw, tmp_path):
+    figure = draw(OURS, VVC)
+    psnr, ms_ssim = figure.axes
+    assert [line.get_xydata().tolist() for line in psnr.lines] == [
+        [[0.2, 28], [0.4, 30]],
+        [[0.1, 27], [0.3, 31], [0.9, 36]],
+    ]
+    assert ms_ssim.lines[0].get_xydata().ravel().tolist() == pytest.approx([0.2, 10, 0.4, 12])
+    assert "bits per pixel" in psnr.get_xlabel() and "dB" in psnr.get_ylabel() and "MS-SSIM" in ms_ssim.get_ylabel()
+    assert figure.get_suptitle() == "Rate and distortion: holiday, 2 images"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hpcm nano", "vvc 4:2:0"]
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1200
+
+
+def test_legend_title_and_axes_do_not_overlap(draw):
+    names = ("jpeg", "webp", "avif", "jxl", "hevc", "vvc")
+    curves = [curve(f"{name} of a library", (0.1, 27, 9), (0.9, 36, 17)) for name in names]
+    figure = draw(OURS, *curves)
+    boxes = [figure.legends[0].get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= figure.bbox.height
+        for other in boxes[:i]:
+            assert min(box.x1, other.x1) <= max(box.x0, other.x0) or min(box.y1, other.y1) <= max(box.y0, other.y0)
+
+
+def test_twelve_curves_are_told_apart(draw):
+    lines = draw(*(curve(f"codec {i}", (0.1 + i, 27, None), (0.9 + i, 36, None)) for i in range(12))).axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 12
+
+
+def test_a_single_point_is_a_marker_with_its_setting(draw):
+    figure = draw(curve("hpcm nano", (0.2, 28, 10), rate=ESTIMATED, weights="w"))
+    (line,) = figure.axes[0].lines
+    assert line.get_linestyle() == "None" and line.get_marker() not in ("", "None")
+    assert figure.legends[0].get_texts()[0].get_text() == "hpcm nano, quality 28 (estimated rate)"
+    low, high = figure.axes[0].get_xlim()
+    assert low == 0 and high > 0.3
+
+
+def test_ms_ssim_is_drawn_only_if_every_point_has_it(draw):
+    assert len(draw(OURS, curve("jpeg", (0.1, 27, None))).axes) == 1
+
+
+def test_other_formats_and_no_half_written_file(draw, tmp_path):
+    draw(OURS, name="plot.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.svg"]
+    assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
