@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcm_scale.coding.container import Container, pack, unpack
+from hpcm_scale.coding.container import MOST_PIXELS, Container, pack, unpack
 from hpcm_scale.coding.tiling import analyse, synthesise, tile_side
-from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, SymbolReader, SymbolWriter
+from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, SymbolReader, SymbolWriter, least_bits
 from hpcm_scale.entropy.shifts import ShiftReader, Tolerance, choose_shifts, shifted_tables, write_head, write_step
 from hpcm_scale.entropy.tables import table_index
 from hpcm_scale.errors import UserError
@@ -102,6 +103,11 @@ class Codec:
             )
         model = self.model
         _, z_shape = model.latent_shapes(*self._padded(content.height, content.width))
+        _, z_rows, z_columns = z_shape
+        least = z_rows * z_columns * least_bits(self._z_tables(model.hyper_prior.scales.shape))
+        if 8 * len(content.z) < least:  # before anything is as large as the header asks
+            size = f"{content.width}×{content.height}"
+            raise UserError(f"it is too short for an image of {size}; copy it again from its source")
         read: list[np.ndarray] = []
         try:
             with _exact_arithmetic():
@@ -150,7 +156,13 @@ class Codec:
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         multiple = self.model.multiple
-        return height + -height % multiple, width + -width % multiple
+        padded = height + -height % multiple, width + -width % multiple
+        if math.prod(padded) > MOST_PIXELS:
+            raise UserError(
+                f"an image of {width}×{height} is more than .hpcm files hold: {MOST_PIXELS:,} pixels, "
+                f"with sides rounded up to {multiple}; cut it"
+            )
+        return padded
 
     def _z_tables(self, shape: tuple[int, ...]) -> np.ndarray:
         """z's scales are weights, the same numbers on every device, and need no shifts."""

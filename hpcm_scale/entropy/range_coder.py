@@ -6,7 +6,6 @@ table are escaped: the table's last entry, and after the group the number itself
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -74,14 +73,13 @@ class SymbolReader:
         if len(data) % 4:
             raise CorruptStream("a stream is a whole number of 32-bit words")
         self._coder = stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
-        self._bits_left = 8.0 * len(data) + 1  # one to spare for rounding
+        self._bits_left = 8.0 * len(data)
 
     def read(self, tables: np.ndarray) -> np.ndarray:
         """The symbols (n,) int32 that were written with these tables (n,)."""
         order, counts = _groups(tables)
-        # The coder reads on for ever past the end; no encoder spends less than this.
-        self._bits_left -= sum(count * _least_bits()[table] for table, count in counts)
-        if self._bits_left < 0:
+        self._bits_left -= least_bits(tables)
+        if self._bits_left < 0:  # the coder itself would read on for ever
             raise CorruptStream("the stream is too short for so many symbols")
         entries = np.concatenate([self._decode(_table(table), count) for table, count in counts])
         widest = _half_widths()[tables[order]]
@@ -115,6 +113,11 @@ class SymbolReader:
             raise CorruptStream(str(error)) from error
 
 
+def least_bits(tables: np.ndarray) -> float:
+    """What any stream of symbols with these tables (n,) has at least: as if the likeliest came every time."""
+    return float(np.bincount(tables, minlength=TABLE_SIZE) @ _least_bits())
+
+
 def _groups(tables: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Positions sorted by table, and (table, how many) for every table that occurs."""
     tables = tables.astype(np.uint8)  # sorts in linear time
@@ -143,10 +146,9 @@ def _table(index: int):
 
 
 @lru_cache(maxsize=1)
-def _least_bits() -> tuple[float, ...]:
-    """What a symbol costs at least with every table; constriction may round a frequency up by two."""
-    most = (max(frequencies(table)) + 2 for table in range(TABLE_SIZE))
-    return tuple(PRECISION - math.log2(count) for count in most)
+def _least_bits() -> np.ndarray:
+    """Of one symbol with every table: (60,). constriction may round a frequency up by two."""
+    return PRECISION - np.log2([max(frequencies(table)) + 2 for table in range(TABLE_SIZE)])
 
 
 @lru_cache(maxsize=2 * TABLE_SIZE)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from spread_model import spread_nano
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
@@ -13,22 +14,6 @@ from hpcm_scale.config.compose import compose_model
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
-
-
-def spread_nano(seed: int) -> HPCM:
-    """A nano whose scales lie in all tables, with many symbols beyond them: escapes and shifts occur."""
-    torch.manual_seed(seed)
-    model = HPCM(compose_model("nano")).eval()
-    with torch.no_grad():
-        for prior in (model.context.prior_s1_s2, model.context.prior_s3):
-            last = prior.after[-1]
-            half = last.out_channels // 2
-            last.bias[:half] = torch.linspace(-3, 4, half).exp()
-            last.weight[:half] += torch.randn_like(last.weight[:half]) * 0.5 / last.in_channels**0.5
-        channels = model.hyper_prior.scales.numel()
-        model.hyper_prior.scales.copy_(torch.linspace(-2, 3, channels).exp().reshape(1, -1, 1, 1))
-        model.hyper_prior.means.copy_(torch.randn(1, channels, 1, 1))
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""The layout of `.hpcm` files, to the byte, and a sentence for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcm_scale.coding.container import HEADER_BYTES, MOST_PIXELS, Container, pack, unpack
+from hpcm_scale.errors import UserError
+
+CONTENT = Container(b"\x01\x23\x45\x67\x89\xab\xcd\xef", 768, 512, b"zzzz", b"yyyyyyyy", 0xFEDCBA98)
+
+sides = st.integers(1, 2**32 - 1)
+contents = st.builds(
+    Container,
+    digest=st.binary(min_size=8, max_size=8),
+    width=sides,
+    height=sides,
+    z=st.binary(max_size=300),
+    y=st.binary(max_size=300),
+    symbols_checksum=st.integers(0, 2**32 - 1),
+).map(lambda content: replace(content, height=min(content.height, max(MOST_PIXELS // content.width, 1))))
+
+
+def sealed(data: bytes) -> bytes:
+    """The file with the checksum of its header, whatever that has become."""
+    return data[:42] + struct.pack("<I", zlib.crc32(data[:42])) + data[46:]
+
+
+def changed(offset: int, form: str, *values: int) -> bytes:
+    """The file of CONTENT with other numbers at a place of its header, and the right checksum of that."""
+    data = bytearray(pack(CONTENT))
+    struct.pack_into(f"<{form}", data, offset, *values)
+    return sealed(bytes(data))
+
+
+def test_layout():
+    data = pack(CONTENT)
+    assert data[:6] == b"HPCM\x01\x01"
+    assert data[6:14] == CONTENT.digest
+    assert struct.unpack("<2I", data[14:22]) == (768, 512)
+    assert struct.unpack("<2I", data[22:30]) == (4, zlib.crc32(b"zzzz"))
+    assert struct.unpack("<2I", data[30:38]) == (8, zlib.crc32(b"yyyyyyyy"))
+    assert struct.unpack("<2I", data[38:46]) == (0xFEDCBA98, zlib.crc32(data[:42]))
+    assert data[46:] == b"zzzz" + b"yyyyyyyy"
+
+
+def test_overhead_is_under_64_bytes():
+    assert len(pack(CONTENT)) - len(CONTENT.z) - len(CONTENT.y) == HEADER_BYTES == 46
+
+
+@given(contents.filter(lambda content: content.width * content.height <= MOST_PIXELS))
+def test_what_is_packed_is_unpacked(content):
+    assert unpack(pack(content)) == content
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not an .hpcm file; name one that `hpcm encode` wrote"),
+        (b"HPC", "not an .hpcm file"),
+        (b"\x89PNG" + bytes(100), "not an .hpcm file"),
+        (b"HPCM", r"cut short within its header \(4 bytes\); copy it again"),
+        (pack(CONTENT)[:45], r"cut short within its header \(45 bytes\)"),
+        (
+            changed(4, "B", 2),
+            "is of version 2.1 and this hpcm_scale reads 1.1; decode it with the version that wrote it",
+        ),
+        (changed(5, "B", 9), "is of version 1.9 and"),
+        (pack(CONTENT)[:8] + b"?" + pack(CONTENT)[9:], "its header is damaged; copy it again"),
+        (changed(14, "I", 0), "asks for an impossible image of 0×512"),
+        (changed(18, "I", 0), "asks for an impossible image of 768×0"),
+        (changed(14, "II", 2**14, 2**14 + 1), "asks for an impossible image of 16384×16385"),
+        (changed(14, "II", 2**32 - 1, 2**32 - 1), "asks for an impossible image of 4294967295×4294967295"),
+        (pack(CONTENT)[:-1], "has 57 bytes where its header says 58"),
+        (pack(CONTENT) + b"\0", "has 59 bytes where its header says 58"),
+        (changed(22, "I", 5), "has 58 bytes where its header says 59"),
+        (changed(30, "I", 2**32 - 1), "has 58 bytes where its header says 4294967345"),
+        (pack(CONTENT)[:46] + b"?" + pack(CONTENT)[47:], "its stream of z is damaged; copy it again"),
+        (pack(CONTENT)[:-1] + b"?", "its stream of y is damaged; copy it again"),
+        (changed(22, "IIII", 8, zlib.crc32(b"zzzzyyyy"), 4, 0), "its stream of y is damaged"),
+    ],
+)
+def test_every_refusal_says_what_is_wrong(data, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        unpack(data)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_largest_image_is_believed():
+    assert unpack(changed(14, "II", 2**14, 2**14)).width == 2**14
+
+
+@given(contents, st.data())
+def test_no_flipped_bit_is_missed(content, draw):
+    data = bytearray(pack(content))
+    place = draw.draw(st.integers(0, 8 * len(data) - 1))
+    data[place // 8] ^= 1 << place % 8
+    with pytest.raises(UserError):
+        unpack(bytes(data))
+
+
+@given(contents, st.integers(0, 1000), st.binary(min_size=1, max_size=20))
+def test_no_other_length_is_taken(content, length, more):
+    data = pack(content)
+    for wrong in (data[: length % len(data)], data + more):
+        with pytest.raises(UserError):
+            unpack(wrong)
