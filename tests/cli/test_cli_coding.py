@@ -9,7 +9,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
@@ -22,23 +21,6 @@ from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.weights import load_weights, save_weights
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(command, *arguments)` in this process: exit code, stdout, stderr."""
-
-    def start(command: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"hpcm {command}", *map(str, arguments)])
-        code = 0
-        try:
-            import_module(f"hpcm_scale.{command}").main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return start
 
 
 @pytest.fixture(scope="module")

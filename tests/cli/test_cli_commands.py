@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -91,24 +90,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, answers):
 def test_what_argparse_refuses_is_no_traceback(answers):
     result = answers["models", "nonsense"]
     assert result.returncode == 2 and "nonsense" in result.stderr and "Traceback" not in result.stderr
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(command, *arguments)` in this process: exit code, stdout, stderr."""
-
-    def start(command: str, *arguments: object, columns: int = 120) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"hpcm {command}", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", str(columns))
-        code = 0
-        try:
-            import_module(f"hpcm_scale.{command}").main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return start
 
 
 FACTS = {"lmbda": 0.025, "precision": "fp32", "step": 80, "images": 640, "pflops": 0.9}

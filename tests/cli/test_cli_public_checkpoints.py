@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,23 +13,6 @@ import torch
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.weights import load_weights, save_weights
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(command, *arguments)` in this process: exit code, stdout, stderr."""
-
-    def start(command: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"hpcm {command}", *map(str, arguments)])
-        code = 0
-        try:
-            import_module(f"hpcm_scale.{command}_weights").main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return start
 
 
 def published(shared: Path, variant: str) -> dict[str, torch.Tensor]:
