@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from hpcm_scale.entropy.shifts import ShiftReader, Tolerance, choose_shifts, shi
 from hpcm_scale.entropy.tables import table_index
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.layers import full_precision
 from hpcm_scale.model.weights import digest
 
 
@@ -53,7 +56,7 @@ class Codec:
     def encode(self, pixels: Tensor) -> Encoded:
         """`compress`, and what the decoder will have."""
         model, order = self.model, self.model.context.order
-        with _exact_arithmetic():
+        with _exact_arithmetic(model.hyper_prior.means):
             y = self._analyse(pixels)
             z = model.h_a(y)
             z_symbols = _whole((z - model.hyper_prior.means).round())
@@ -110,8 +113,8 @@ class Codec:
             raise UserError(f"it is too short for an image of {size}; copy it again from its source")
         read: list[np.ndarray] = []
         try:
-            with _exact_arithmetic():
-                means = model.hyper_prior.means
+            means = model.hyper_prior.means
+            with _exact_arithmetic(means):
                 read.append(SymbolReader(content.z).read(self._z_tables((1, *z_shape))))
                 z_hat = _latent(read[0], means.new_empty(1, *z_shape)) + means
                 reader = SymbolReader(content.y)
@@ -138,7 +141,7 @@ class Codec:
             piece = piece[0, :, : place.shape[1], : place.shape[2]]
             place.copy_((piece.clamp(0, 1) * 255).round())
 
-        with _exact_arithmetic():
+        with _exact_arithmetic(y_hat):
             synthesise(self.model.g_s, y_hat, self._tile, into)
         return pixels
 
@@ -194,6 +197,14 @@ def _checksum(*symbols: np.ndarray) -> int:
     return checksum
 
 
-def _exact_arithmetic():
-    """fp32 is fp32, and the same every time, on GPUs too."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+@contextmanager
+def _exact_arithmetic(x: Tensor) -> Iterator[None]:
+    """fp32 is fp32 on the device of `x`, and the same every time, whatever the caller has set for training."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    try:
+        with exact, full_precision(x):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -101,6 +101,20 @@ def test_symbols_beyond_every_table_survive(codec, kodak_photo, monkeypatch, sym
     assert torch.equal(codec.decode(unpack(encoded.data)), encoded.y_hat)
 
 
+def test_settings_of_training_do_not_reach_the_codec(codec, kodak_photo):
+    """Reduced precision of the caller's is left aside, and given back."""
+    expected = codec.compress(kodak_photo)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert codec.compress(kodak_photo) == expected
+            found = codec.decompress(expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, codec.decompress(expected))
+
+
 def test_broken_weights_are_refused(model, kodak_photo):
     codec = Codec(model)
     for broken in (torch.nan, 1e12):
