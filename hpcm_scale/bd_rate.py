@@ -79,10 +79,11 @@ def _print_comparisons(compared: list, refused: list, anchor, metric: str) -> No
     console.print("Negative: fewer bits than the anchor at equal quality, over the dB that both curves reach.")
     for error in refused:
         console.print(f"Left out: {error}.")
-    if not same_images(compared[0][0], anchor):
+    checked = same_images(compared[0][0], anchor)
+    if not checked:
         unnamed = next(each for each in (compared[0][0], anchor) if each.set is None)
         console.print(f"The image set was not checked: {unnamed.name} names none (hpcm evaluate --set does).")
-    if metric == "psnr" and anchor.recommended:
+    if checked and metric == "psnr" and anchor.recommended:
         papers = ", ".join(f"{each.codec} {each.bd_rate[anchor.set]:+.2f}%" for each in stated())
         console.print(f"The papers state, on {anchor.set} against {stated()[0].against}: {papers}.")
     console.print(f"Anchor from {anchor.source}.", soft_wrap=True)

@@ -35,7 +35,7 @@ def main() -> None:
     work = partial(encode_file, Codec(model.to(device)), background=background)
     results = run_jobs(jobs, work, partial(progress, description="encoding", unit="photo"))
     size = sum(size for size, _ in results)
-    bpp = sum(8 * size / pixels for size, pixels in results) / len(results)
+    bpp = 8 * size / sum(pixels for _, pixels in results)
     photos = arguments.source if len(jobs) == 1 else f"{len(jobs)} photos of {arguments.source}"
     print(f"{photos}: {size:,} bytes, {bpp:.4f} bits per pixel, in {arguments.target}")
 

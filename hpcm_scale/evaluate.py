@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--set", help="refuse the folder unless it is this set: kodak, clic-pro-valid or tecnick")
     parser.add_argument(
         "--against",
-        type=lambda names: list(dict.fromkeys(names.split(","))),
+        type=lambda names: list(dict.fromkeys(name.strip() for name in names.split(","))),
         default=[],
         metavar="CODEC,…",
         help="other codecs for the same images: any of jpeg, webp, avif, jxl, hevc, vvc",

@@ -41,7 +41,7 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); make room, or name another place") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}); mend that, or name another place") from error
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -121,7 +121,7 @@ class Codec:
                 shifts = ShiftReader(reader)
 
                 def code(_: int, scales: Tensor, means: Tensor) -> Tensor:
-                    read.append(reader.read(shifts.tables(scales.float().flatten())))
+                    read.append(reader.read(shifts.tables(scales.flatten())))
                     return _latent(read[-1], means) + means
 
                 y_hat = model.context.traverse(model.h_s(z_hat), code)
@@ -172,6 +172,13 @@ class Codec:
         return table_index(self.model.hyper_prior.scales).expand(shape).flatten().cpu().numpy()
 
 
+_PRECISIONS = (
+    torch.backends,
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+)
 _DESYNCHRONISED = (
     "it cannot be decoded rightly on this device: its symbols do not come out as they were coded; "
     "decode it on the CPU, in fp32, or copy it again from its source"
@@ -200,11 +207,16 @@ def _checksum(*symbols: np.ndarray) -> int:
 @contextmanager
 def _exact_arithmetic(x: Tensor) -> Iterator[None]:
     """fp32 is fp32 on the device of `x`, and the same every time, whatever the caller has set for training."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    cudnn = torch.backends.cudnn
+    before = [place.fp32_precision for place in _PRECISIONS]
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
     try:
-        with exact, full_precision(x):
+        for place in _PRECISIONS:
+            place.fp32_precision = "ieee"
+        cudnn.benchmark, cudnn.deterministic = False, True
+        with full_precision(x):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for place, precision in zip(_PRECISIONS, before, strict=True):
+            place.fp32_precision = precision
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic

@@ -49,12 +49,15 @@ def decode_file(codec: Codec, source: Path, target: Path) -> tuple[int, int]:
 
 
 def encoding_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """(photo, .hpcm file) for one photo, or for every one below a folder, in order of name. Raises UserError."""
+    """(photo, .hpcm file) for one photo, or for every one below a folder, in order of name.
+
+    Raises UserError where there is nothing to do, and where a folder's file would overwrite one.
+    """
     return _jobs(source, target, {f".{extension}" for extension in EXTENSIONS}, SUFFIX, "JPEG, PNG or WebP photo")
 
 
 def decoding_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """(.hpcm file, PNG) for one file, or for every one below a folder, in order of name. Raises UserError."""
+    """(.hpcm file, PNG) for one file, or for every one below a folder, as `encoding_jobs` does."""
     return _jobs(source, target, {SUFFIX}, PICTURE_SUFFIX, f"{SUFFIX} file")
 
 
@@ -97,6 +100,10 @@ def _jobs(source: Path, target: Path, wanted: set[str], suffix: str, kind: str) 
         if written in jobs:
             raise UserError(f"{jobs[written]} and {path} would both become {written}; rename one of them")
         jobs[written] = path
+    there = [written for written in jobs if written.exists()]
+    if there:
+        also = f" and {len(there) - 1} more" if there[1:] else ""
+        raise UserError(f"{there[0]}{also} would be overwritten; name a new folder, or remove them")
     return [(path, written) for written, path in jobs.items()]
 
 

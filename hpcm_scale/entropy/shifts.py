@@ -25,8 +25,8 @@ from hpcm_scale.entropy.tables import LOWEST, SPACING, TABLE_SIZE, table_index
 class Tolerance:
     """How far another device's scale may lie from ours: `relative`·scale + `absolute`.
 
-    The default is more than relative noise of 1e-6 on the output of every layer does to any scale, and ten
-    times what fp32 arithmetic in another order does (benchmarks/portable_decoding.py).
+    The default is more than relative noise of 1e-6 on the output of every layer did to any scale, and nine
+    times what fp32 arithmetic in another order did (benchmarks/results/portable_decoding.md).
     """
 
     relative: float = 3e-5

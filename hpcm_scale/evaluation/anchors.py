@@ -14,7 +14,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import RateCurve
 
 FORMAT = "hpcm_scale evaluation 1"
-"""That of `results.write_json`, without the torch that comes with it."""
+"""Of evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ def shipped() -> dict[str, RateCurve]:
 def stated() -> list[Stated]:
     """The BD-rates that the HPCM papers print."""
     return [Stated(**entry) for entry in _data()["stated"]]
-
-
-def recommended(image_set: str) -> RateCurve | None:
-    """The anchor to take for an image set; None if none ships for it."""
-    return next((curve for curve in shipped().values() if curve.recommended and curve.set == image_set), None)
 
 
 def find_curves(name: str) -> list[RateCurve]:
@@ -68,12 +63,12 @@ def read_curves(path: str | Path) -> list[RateCurve]:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["format"] != FORMAT:
-            raise ValueError(f"its format is {result['format']!r}, not {FORMAT!r}")
+            raise ValueError
         return [_measured(entry, result["images"]["set"], str(file)) for entry in result["curves"]]
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}); `hpcm evaluate … --out FOLDER` writes one") from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{file} is no result that can be read ({error!r}); run `hpcm evaluate` again") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{file} is no evaluation.json of this version; run `hpcm evaluate` again") from error
 
 
 def _measured(entry: dict[str, Any], image_set: str | None, source: str) -> RateCurve:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,11 +11,14 @@ import bjontegaard
 import numpy as np
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.image_sets import SETS
 
 POINTS = 3
 """What pchip needs to draw a curve; through two points it draws a straight line."""
 SHARED = 0.25
 """Of the narrower of the two quality ranges: with less in common a BD-rate means nothing."""
+LEAST_DECIBELS = 1.0
+"""In common, however narrow the narrower range is."""
 METRICS = {"psnr": "PSNR", "ms-ssim": "MS-SSIM in dB"}
 
 
@@ -70,18 +74,18 @@ def compare(curve: RateCurve, anchor: RateCurve, metric: str = "psnr") -> Compar
 
     Points may come in any order; a point that occurs twice counts once. Raises UserError, telling the points or
     ranges, for curves of different images, with fewer than `POINTS` points, that do not rise strictly in rate and
-    quality, or that share less than `SHARED` of the narrower quality range.
+    quality, or that share less than `SHARED` of the narrower quality range or than `LEAST_DECIBELS`.
     """
     same_images(curve, anchor)
     rates, qualities = _points(curve, metric)
     anchor_rates, anchor_qualities = _points(anchor, metric)
     low, high = max(qualities[0], anchor_qualities[0]), min(qualities[-1], anchor_qualities[-1])
     span, anchor_span = np.ptp(qualities), np.ptp(anchor_qualities)
-    if high - low < SHARED * min(span, anchor_span):
+    if high - low < max(SHARED * min(span, anchor_span), LEAST_DECIBELS):
         raise UserError(
             f"{curve.name} reaches {qualities[0]:.2f} to {qualities[-1]:.2f} dB and {anchor.name} "
             f"{anchor_qualities[0]:.2f} to {anchor_qualities[-1]:.2f} dB ({METRICS[metric]}): too little in common "
-            f"for a BD-rate (less than {SHARED:.0%} of the narrower range); "
+            f"for a BD-rate (less than {LEAST_DECIBELS:g} dB, or than {SHARED:.0%} of the narrower range); "
             "evaluate at other settings or take another anchor"
         )
     percent = bjontegaard.bd_rate(
@@ -106,7 +110,9 @@ def same_images(curve: RateCurve, anchor: RateCurve) -> bool:
     elif curve.images and anchor.images:
         same = curve.images == anchor.images
     else:
-        return False
+        same = _can_be(curve, anchor.set) and _can_be(anchor, curve.set)
+        if same:
+            return False
     if not same:
         images = [each.set or f"the images of {each.source}" for each in (curve, anchor)]
         raise UserError(
@@ -114,6 +120,13 @@ def same_images(curve: RateCurve, anchor: RateCurve) -> bool:
             "and rates of different images do not compare; take an anchor of the same images (--list)"
         )
     return True
+
+
+def _can_be(curve: RateCurve, name: str | None) -> bool:
+    """Whether the images of a curve can be the set of that name, by their number and sizes."""
+    if curve.images is None or name not in SETS:
+        return True
+    return Counter(SETS[name].size(width, height) for _, width, height in curve.images) == SETS[name].sizes
 
 
 def _points(curve: RateCurve, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -87,6 +87,8 @@ def read_weights(paths: Sequence[str]) -> list[list[Weights]]:
         weights = Weights(path, model.config, facts)
         group = groups.setdefault(model.config.name, [])
         for other in group:
+            if Path(other.path).resolve() == Path(path).resolve():
+                raise UserError(f"--weights names {path} twice; name it once")
             same = f"{other.path} and {path} are both called {model.config.name}"
             if other.config != model.config:
                 raise UserError(f"{same} but are built differently; evaluate them one at a time, each with its --out")

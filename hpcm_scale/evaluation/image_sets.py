@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.errors import UserError
+
+if TYPE_CHECKING:  # it brings torch along, and bd-rate needs none
+    from hpcm_scale.data.image_set import ImageSet
 
 
 @dataclass(frozen=True)
@@ -14,13 +17,10 @@ class NamedSet:
     """An image set by its size: which sizes its images have, and how many have each."""
 
     name: str
-    title: str
     sizes: Counter[tuple[int, int]] | Counter[int]
     """Count by (width, height); or, where those are not known for certain, by number of pixels."""
     source: str
     """Where it can be had."""
-    anchor: str
-    """The published curve to compare with (`anchors.shipped`)."""
 
     @property
     def count(self) -> int:
@@ -54,24 +54,18 @@ SETS = {
     for named in (
         NamedSet(
             name="kodak",
-            title="Kodak Lossless True Color Image Suite",
             sizes=Counter({(768, 512): 18, (512, 768): 6}),  # upright: 4, 9, 10, 17, 18, 19
             source="https://r0k.us/graphics/kodak/",
-            anchor="kodak/vtm-18",
         ),
         NamedSet(
             name="clic-pro-valid",
-            title="CLIC 2020 professional, validation part",
             sizes=Counter(_CLIC_PIXELS),
             source="https://data.vision.ee.ethz.ch/cvl/clic/professional_valid_2020.zip",
-            anchor="clic-pro-valid/vtm-17",
         ),
         NamedSet(
             name="tecnick",
-            title="Tecnick TESTIMAGES, RGB_OR_1200x1200",
             sizes=Counter({(1200, 1200): 100}),
             source="https://testimages.org",
-            anchor="tecnick/vtm-18",
         ),
     )
 }

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from hpcm_scale import __version__
+from hpcm_scale.evaluation.anchors import FORMAT
 from hpcm_scale.evaluation.curves import Curve, Point
 from hpcm_scale.files import write_text
 from hpcm_scale.tracking.environment import environment
 
-FORMAT = "hpcm_scale evaluation 1"
 PACKAGES = ("torch", "numpy", "pillow", "pytorch-msssim")
 """What the measures depend on; the codecs name their own."""
 

@@ -35,7 +35,8 @@ HOW = (
     "Every mean is taken over images, each counting the same whatever its size: mean PSNR is the mean of the images' "
     "PSNRs, not the PSNR of the mean error. PSNR is that of all three RGB channels together, on pixels rounded to "
     "8 bits. MS-SSIM is on the same pixels, its channels averaged; in dB it is −10·log10(1 − MS-SSIM), that of the "
-    "mean MS-SSIM in the table of means. bpp counts the image's own pixels."
+    "mean MS-SSIM in the table of means. bpp counts the image's own pixels. Transparent images are laid over white "
+    "before they are coded."
 )
 RATES = {
     FILES: "Rates are those of real files, headers included: each image was coded to bytes, and what was measured "

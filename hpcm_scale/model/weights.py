@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -85,11 +86,14 @@ def device_of(name: str | None) -> torch.device:
 
 
 def digest(model: HPCM) -> bytes:
-    """SHA-256 of what a model computes with: its configuration (but for its name) and its tensors."""
-    config = to_dict(model.config)
-    del config["name"]
+    """SHA-256 of what a model computes with: its tensors, and its configuration where that is not the default.
+
+    So a field that is added later, with a default under which nothing changes, leaves the files of today readable.
+    """
+    default = to_dict(ModelConfig())
+    config = {key: value for key, value in to_dict(model.config).items() if value != default[key] and key != "name"}
     hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tuple(tensor.shape)} ".encode())
-        hashed.update(tensor.detach().float().cpu().contiguous().numpy())
+        hashed.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy(), dtype="<f4"))
     return hashed.digest()

@@ -233,13 +233,29 @@ def test_folders(run, weights, codecs, photo, folder, tmp_path):
     assert (code, err) == (0, "")
     assert below(coded) == ["a.hpcm", "b.v2.hpcm", "more/a.hpcm"]
     files = [(coded / name).read_bytes() for name in below(coded)]
-    mean = np.mean([8 * len(data) / pixels for data, pixels in zip(files, (5400, 2400, 1800), strict=True)])
-    assert out == f"3 photos of {folder}: {sum(map(len, files)):,} bytes, {mean:.4f} bits per pixel, in {coded}\n"
+    size = sum(map(len, files))
+    rate = 8 * size / (5400 + 2400 + 1800)
+    assert out == f"3 photos of {folder}: {size:,} bytes, {rate:.4f} bits per pixel, in {coded}\n"
     code, out, err = run("decode", coded, back, "--weights", weights[0], "--device", "cpu")
     assert (code, err) == (0, "") and out == f"3 files of {coded}: decoded to {back}\n"
     assert below(back) == ["a.png", "b.v2.png", "more/a.png"]
     assert [picture(back / name).shape[:2] for name in below(back)] == [(60, 90), (60, 40), (20, 90)]
     assert (tensor(picture(back / "a.png")) == codecs[0].decompress(codecs[0].compress(tensor(photo)))).all()
+
+
+def test_a_folder_never_overwrites(run, weights, folder, tmp_path):
+    """Decoded beside the originals, pictures would take their places."""
+    coded = tmp_path / "coded"
+    assert run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")[0] == 0
+    before = {name: (folder / name).read_bytes() for name in below(folder)}
+    for path in below(coded):
+        (folder / path).write_bytes((coded / path).read_bytes())
+    code, out, err = run("decode", folder, folder, "--weights", weights[0], "--device", "cpu")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.endswith("photos/a.png would be overwritten; name a new folder, or remove them\n")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    code, out, err = run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")
+    assert code == 2 and "a.hpcm and 2 more would be overwritten" in err
 
 
 def test_what_is_broken_does_not_stop_the_others(run, weights, folder, tmp_path):

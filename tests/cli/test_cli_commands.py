@@ -203,7 +203,7 @@ def test_evaluate_refuses_in_one_line(case, run, weights, photos, tmp_path):
         "no weights": ({"--weights": tmp_path / "nowhere"}, "there are no weights at"),
         "no safetensors": ({"--weights": tmp_path / "file"}, "is not a readable safetensors file"),
         "foreign weights": ({"--weights": tmp_path / "foreign.safetensors"}, "was not written by hpcm_scale"),
-        "same weights": ({"--weights": (weights, weights)}, "are both called nano with λ = 0.025; evaluate them one"),
+        "same weights": ({"--weights": (weights, weights)}, "twice; name it once"),
         "no folder": ({"--images": tmp_path / "nowhere"}, "there is no folder"),
         "no image": ({"--images": tmp_path / "nothing"}, "there is no JPEG, PNG or WebP in"),
         "broken image": ({"--images": tmp_path / "broken"}, "b.png"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from portable_decoding import VARIANTS, decodes, gpu, noise, other_threads, variant
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
-from hpcm_scale.coding.container import unpack
 from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.entropy.range_coder import SymbolReader
 from hpcm_scale.entropy.shifts import Tolerance
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
@@ -85,9 +86,19 @@ def test_shifts_cost_little(trained_model, kodak):
     assert saved == pytest.approx(encoded.shift_bits, abs=96)
 
 
-def test_a_wrong_symbol_is_an_error_not_a_picture(codec, files, monkeypatch):
-    """A decoder that strays by one symbol says so."""
-    content = unpack(files[0])
-    monkeypatch.setattr("hpcm_scale.coding.codec._checksum", lambda *symbols: content.symbols_checksum ^ 1)
+@pytest.mark.parametrize("call", [0, 1, 11])
+def test_a_wrong_symbol_is_an_error_not_a_picture(codec, files, monkeypatch, call):
+    """A decoder that reads one symbol otherwise, of z or of any step of y, says so."""
+    read, calls = SymbolReader.read, []
+
+    def astray(self: SymbolReader, tables: np.ndarray) -> np.ndarray:
+        symbols = read(self, tables)
+        if len(calls) == call:
+            symbols[len(symbols) // 2] += 1
+        calls.append(len(symbols))
+        return symbols
+
+    monkeypatch.setattr(SymbolReader, "read", astray)
     with pytest.raises(UserError, match="cannot be decoded rightly on this device"):
-        codec.decode(content)
+        codec.decompress(files[0])
+    assert len(calls) > call

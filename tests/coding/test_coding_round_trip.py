@@ -101,18 +101,31 @@ def test_symbols_beyond_every_table_survive(codec, kodak_photo, monkeypatch, sym
     assert torch.equal(codec.decode(unpack(encoded.data)), encoded.y_hat)
 
 
-def test_settings_of_training_do_not_reach_the_codec(codec, kodak_photo):
-    """Reduced precision of the caller's is left aside, and given back."""
-    expected = codec.compress(kodak_photo)
+def old_setting() -> None:
     torch.set_float32_matmul_precision("medium")
+
+
+def new_setting() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("reduce", [old_setting, new_setting])
+def test_settings_of_training_do_not_reach_the_codec(codec, kodak_photo, reduce):
+    """Reduced precision of the caller's is left aside, and given back."""
+    places = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    expected = codec.compress(kodak_photo)
+    picture = codec.decompress(expected)
     try:
+        reduce()
+        reduced = [place.fp32_precision for place in places]
         with torch.autocast("cpu", torch.bfloat16):
             assert codec.compress(kodak_photo) == expected
-            found = codec.decompress(expected)
-        assert torch.get_float32_matmul_precision() == "medium"
+            assert torch.equal(codec.decompress(expected), picture)
+        assert [place.fp32_precision for place in places] == reduced
     finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found, codec.decompress(expected))
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def test_broken_weights_are_refused(model, kodak_photo):

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.anchors import find_curves, recommended, shipped, stated
-from hpcm_scale.evaluation.bd_rate import compare
+from hpcm_scale.evaluation.anchors import find_curves, shipped, stated
+from hpcm_scale.evaluation.bd_rate import RateCurve, compare
 from hpcm_scale.evaluation.curves import FILES, Curve, Point
 from hpcm_scale.evaluation.image_sets import SETS
 from hpcm_scale.evaluation.measures import Measured
@@ -44,12 +44,16 @@ def test_models_ship_under_their_names(published):
             assert points(curve) == points(entry) and curve.codec == model
 
 
+def recommended(image_set: str) -> RateCurve:
+    """The anchor to take for an image set."""
+    (curve,) = (curve for curve in shipped().values() if curve.recommended and curve.set == image_set)
+    return curve
+
+
 def test_recommended_anchors(published):
     expected = [points(entry) for entry in published["anchors"].values() if entry.get("recommended")]
     assert sorted(points(curve) for curve in shipped().values() if curve.recommended) == sorted(expected)
-    for name, named in SETS.items():
-        assert recommended(name) is shipped()[named.anchor]
-    assert recommended("clic2020-professional") is None
+    assert {curve.set for curve in shipped().values() if curve.recommended} == set(SETS)
 
 
 def test_every_curve_says_what_it_is_and_compares():
@@ -108,24 +112,24 @@ def test_ms_ssim_of_small_images_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new"),
     [
-        ("{", "", "is no result that can be read"),
-        ("quality", "\udcff", "is no result that can be read"),
-        ("evaluation 1", "evaluation 2", "'hpcm_scale evaluation 2', not 'hpcm_scale evaluation 1'"),
-        ('"format"', '"model"', r"KeyError\('format'\)"),
-        ('"bpp": 0.5', '"bpp": "much"', "is no result that can be read"),
-        ('"psnr": 31.0', '"psnr": null', "is no result that can be read"),
-        ('"images": {', '"images": null, "other": {', "is no result that can be read"),
-        ('"points": [', '"points": [], "other": [', "is no result that can be read"),
+        ("{", ""),
+        ("quality", "\udcff"),
+        ("evaluation 1", "evaluation 2"),
+        ('"format"', '"model"'),
+        ('"bpp": 0.5', '"bpp": "much"'),
+        ('"psnr": 31.0', '"psnr": null'),
+        ('"images": {', '"images": null, "other": {'),
+        ('"points": [', '"points": [], "other": ['),
     ],
 )
-def test_a_result_that_cannot_be_read_is_refused(tmp_path, old, new, told):
+def test_a_result_that_cannot_be_read_is_refused(tmp_path, old, new):
     file = written(tmp_path, LARGE)
     text = file.read_text()
     assert old in text
     file.write_bytes(text.replace(old, new).encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match="of this version; run `hpcm evaluate` again"):
         find_curves(str(tmp_path))
 
 

@@ -161,7 +161,17 @@ def test_different_images_do_not_compare():
         compare(listed, other)
     assert same_images(listed, listed)
     assert same_images(replace(listed, set="kodak"), replace(other, set="kodak"))  # files of a set may be renamed
-    assert not same_images(listed, curve(set="kodak"))
+    with pytest.raises(UserError, match="on the images of a file, but ours on kodak"):  # one image is not Kodak
+        compare(listed, curve(set="kodak"))
+    sizes = [(768, 512)] * 18 + [(512, 768)] * 6
+    like_kodak = curve(images=tuple((f"{i}.png", *size) for i, size in enumerate(sizes)))
+    assert not same_images(like_kodak, curve(set="kodak"))  # it may be, but nobody has checked
+    assert not same_images(like_kodak, curve(set="clic2020-professional"))  # of which no sizes are known
+
+
+def test_less_than_a_decibel_in_common_is_too_little():
+    with pytest.raises(UserError, match="too little in common for a BD-rate \\(less than 1 dB"):
+        compare(curve(psnr=np.array((28.0, 28.3, 28.6, 28.9))), curve())
 
 
 @pytest.fixture(scope="module")

@@ -125,8 +125,10 @@ def test_weights_without_a_lambda_are_named_by_their_file(save_untrained):
 
 def test_curves_that_mean_nothing_are_refused(save_untrained, weights):
     changed = save_untrained("changed", lmbda=0.05, adaptor_blocks=(1, 1, 1))
+    again = save_untrained("again", seed=1)
     for paths, message in (
-        ((weights, weights), "are both called nano with λ = 0.013"),
+        ((weights, weights), "twice; name it once"),
+        ((weights, again), "are both called nano with λ = 0.013"),
         ((weights, changed), "are both called nano but are built differently"),
     ):
         with pytest.raises(UserError, match=message):

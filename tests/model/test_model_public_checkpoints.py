@@ -89,7 +89,10 @@ def test_a_file_of_it_holds_what_the_public_implementation_computed(imported, lo
     data = codec.compress(pixels)
     theirs = reference.facts["eval"]
     estimated = (theirs["y_bpp"] + theirs["z_bpp"]) * pixels[0].numel() / 8
-    assert len(data) == pytest.approx(estimated, rel=5e-3, abs=64)
+    assert len(data) <= 1.005 * estimated + 64
+    # These random weights estimate so badly that one symbol in fifty is beyond its table: the estimate has 29.9 bits
+    # for each, the bound of the likelihood, and a file needs fewer.
+    assert len(data) >= 0.98 * estimated
     decoded = codec.decompress(data)
     expected = (reference.output("x_hat")[0].clamp(0, 1) * 255).round()
     differing = (decoded.float() - expected).abs()
