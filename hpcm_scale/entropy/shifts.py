@@ -3,9 +3,9 @@
 Two devices compute scales that differ in their last digits. Where a scale lies so near a table's bound that
 those digits decide, encoder and decoder may take different tables, and all that follows is garbage. Telling
 for each scale near a bound on which side it stood does not help: whether it is near is as uncertain. So the
-scales are cut into blocks, the encoder shifts each block in ln(scale), by as little as frees all its scales from the
-neighbourhood of every bound, and writes the shift. The decoder applies it and needs to know nothing else.
-A shift of 0 is the usual one; a block is as long as that costs least.
+scales are cut into blocks; the encoder shifts each block in ln(scale), by as little as frees all its scales
+from the neighbourhood of every bound, and writes the shift. The decoder applies it and needs to know nothing
+else. A block is so long that about two of its scales lie near a bound, and one try in several frees them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEP = 3e-4
 """Of a shift, in ln(scale)."""
 CHOICES = 255
 """A block is shifted by 0, 1, −1, 2, −2 … steps: by up to a third of the distance of two bounds."""
-_CROWD = 2.0  # scales near a bound that a block has on average: fewer, longer blocks cost more tries
+_CROWD = 2.0  # scales near a bound in a block, on average: more are hard to free at once, fewer need more shifts
 _BLOCK_SIZES = 24  # powers of two
 _FREE = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # how often a shift frees a block, in eight steps
 
