@@ -95,7 +95,9 @@ def multi_scale_similarity(x: Tensor, y: Tensor) -> float | None:
     """MS-SSIM (Wang et al. 2003) of two uint8 images (3, H, W); None where they are too small for it."""
     if min(x.shape[1:]) < MS_SSIM_SMALLEST_SIDE:
         return None
-    return ms_ssim(x[None].double(), y[None].double(), data_range=255).item()
+    # Channel by channel: the mean of the same three values, in a third of the memory.
+    pairs = zip(x[:, None, None].double(), y[:, None, None].double(), strict=True)
+    return math.fsum(ms_ssim(one, other, data_range=255).item() for one, other in pairs) / len(x)
 
 
 def decibels(similarity: float) -> float:
