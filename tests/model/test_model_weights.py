@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hpcm_scale.config.compose import compose_model, preset_names
+from hpcm_scale.config.compose import compose_model, preset_names, to_dict
 from hpcm_scale.config.schema import HyperPlacement, PriorConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.weights import load_weights, save_weights
+from hpcm_scale.model.weights import digest, load_weights, save_weights
 from hpcm_scale.training.costs import on_meta
 
 FACTS = {"lmbda": 0.013, "step": 80, "images": 640, "pflops": 0.1234567890123456}
@@ -144,3 +144,22 @@ def test_a_damaged_description(case, model, saved, tmp_path):
     path = tmp_path / "damaged.safetensors"
     save_file(dict(model.state_dict()), path, metadata)
     refusal(path)
+
+
+def test_digest_tells_what_models_compute_with(monkeypatch):
+    def made(**changes) -> HPCM:
+        torch.manual_seed(0)
+        return HPCM(replace(compose_model("nano"), **changes))
+
+    model = made()
+    assert digest(made(name="other")) == digest(model)
+    assert digest(made(hyper_placement=HyperPlacement.upstream)) != digest(model)
+    changed = made()
+    with torch.no_grad():
+        changed.hyper_prior.means[0, 0] += 1e-6
+    assert digest(changed) != digest(model)
+    before = digest(model)
+    monkeypatch.setattr(
+        "hpcm_scale.model.weights.to_dict", lambda config: to_dict(config) | {"new_field": "its default"}
+    )
+    assert digest(model) == before  # files of today stay readable when a configuration learns something new
