@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from hpcm_scale.coding.codec import Codec
-from hpcm_scale.data.images import EXTENSIONS, Colour, TransparentImage, decode, to_array
+from hpcm_scale.data.image_set import read_image
+from hpcm_scale.data.images import EXTENSIONS, Colour, TransparentImage
 from hpcm_scale.data.sources import files_below
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file, writing
@@ -24,12 +24,10 @@ def encode_file(codec: Codec, source: Path, target: Path, background: Colour | N
     A transparent photo is laid over `background`; without one it is refused. Raises UserError, naming the file.
     """
     try:
-        pixels = torch.from_numpy(to_array(decode(source.read_bytes(), background)))
+        pixels = read_image(source, background)
     except TransparentImage as error:
         mend = "choose what is behind them with --background"
         raise UserError(f"{source}: {error}, which no .hpcm file keeps; {mend}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {source} ({error}); mend or remove it") from error
     data = _naming(source, codec.compress, pixels)
     with writing(target), whole_file(target) as unfinished:
         unfinished.write_bytes(data)

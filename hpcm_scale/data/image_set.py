@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hpcm_scale.data.images import EXTENSIONS, decode, to_array
+from hpcm_scale.data.images import BACKGROUND, EXTENSIONS, Colour, TransparentImage, decode, to_array
 from hpcm_scale.data.sources import files_below
 from hpcm_scale.errors import UserError
 
@@ -37,8 +37,17 @@ class ImageSet:
 
     def load(self, i: int) -> torch.Tensor:
         """Image `i` as RGB, uint8 (3, H, W). Raises `UserError` if it is broken."""
-        path = self.folder / self.names[i]
-        try:
-            return torch.from_numpy(to_array(decode(path.read_bytes())))
-        except (ValueError, OSError) as error:
-            raise UserError(f"cannot read {path} ({error}); mend or remove it") from error
+        return read_image(self.folder / self.names[i])
+
+
+def read_image(path: Path, background: Colour | None = BACKGROUND) -> torch.Tensor:
+    """A JPEG, PNG or WebP file as RGB, uint8 (3, H, W), by the rule of `images.to_rgb`.
+
+    Raises `UserError` if it is broken, `TransparentImage` as that rule does.
+    """
+    try:
+        return torch.from_numpy(to_array(decode(path.read_bytes(), background)))
+    except TransparentImage:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read {path} ({error}); mend or remove it") from error

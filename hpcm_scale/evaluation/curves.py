@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from hpcm_scale import __version__
-from hpcm_scale.compute.flops import forward_flops
 from hpcm_scale.config.schema import ModelConfig, Precision
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.coders import Coder, Watcher, code_images, estimate_coder, file_coder, other_coder
 from hpcm_scale.evaluation.measures import Measured, mean
 from hpcm_scale.evaluation.other_codecs import OtherCodec
-from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.shapes import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
 from hpcm_scale.model.weights import load_weights
 from hpcm_scale.tracking.progress import progress
 
@@ -113,7 +112,7 @@ def model_curve(
     """
     config = group[0].config
     shapes = on_meta(config)
-    parameters, kmac = sum(parameter.numel() for parameter in shapes.parameters()), kmac_per_pixel(shapes)
+    parameters, kmac = parameter_count(shapes), kmac_per_pixel(forward_flops_per_image(shapes, 256), 256)
     versions = f"hpcm_scale {__version__}, torch {version('torch')}"
     if not estimate:
         versions += f", constriction {version('constriction')}, fp32"
@@ -147,17 +146,6 @@ def other_curve(codec: OtherCodec, images: ImageSet, watch: Watch | None = None)
 def labelled(name: str, description: str) -> str:
     """A codec's name; with the chroma format where its description says that colours are halved."""
     return f"{name} 4:2:0" if "4:2:0" in description else name
-
-
-def on_meta(config: ModelConfig) -> HPCM:
-    """The model without memory: shapes only."""
-    with torch.device("meta"):
-        return HPCM(config)
-
-
-def kmac_per_pixel(shapes: HPCM, side: int = 256) -> float:
-    """Thousands of multiply-accumulates per pixel of a forward pass over a side×side image; model on `meta`."""
-    return forward_flops(shapes, torch.empty(1, 3, side, side, device="meta")) / 2 / side**2 / 1e3
 
 
 def _coded(coder: Coder, images: ImageSet, watch: Watch | None, name: str) -> list[Measured]:

@@ -25,8 +25,8 @@ from hpcm_scale.config.schema import HyperPlacement, ModelConfig
 from hpcm_scale.entropy.generalized_gaussian import LIKELIHOOD_BOUND, SCALE_BOUND, SHAPE
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file
-from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.public_names import PUBLISHED, public_name
+from hpcm_scale.model.shapes import on_meta
 
 _CHANNEL_SCALES = "adaptive_params_list."
 # Buffers of one number each; in our code they are constants.
@@ -144,8 +144,7 @@ def published_preset(config: ModelConfig) -> str | None:
 def _expected(preset: str) -> dict[str, tuple[str, torch.Size]]:
     """Public name to our name and shape, for every parameter."""
     config = published_config(preset)
-    with torch.device("meta"):
-        parameters = HPCM(config).state_dict()
+    parameters = on_meta(config).state_dict()
     return {public_name(name, config): (name, tensor.shape) for name, tensor in parameters.items()}
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpcm_scale.compute.flops import TRAINING_FACTOR, forward_flops, saved_bytes
+from hpcm_scale.compute.flops import TRAINING_FACTOR, saved_bytes
 from hpcm_scale.config.schema import ModelConfig, Precision
 from hpcm_scale.model.hpcm import HPCM, Noise
+from hpcm_scale.model.shapes import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -21,25 +21,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def on_meta(config: ModelConfig) -> HPCM:
-    """The model without memory: shapes only."""
-    with torch.device("meta"):
-        return HPCM(config)
-
-
 def parameters_by_part(model: HPCM) -> dict[str, int]:
     """Parameter counts of g_a, g_s, hyper (h_a, h_s and the prior of z) and context, in that order."""
     return {part: sum(parameter_count(model.get_submodule(name)) for name in names) for part, names in _PARTS.items()}
-
-
-def parameter_count(model: nn.Module) -> int:
-    """All parameters of a model or of a part of it."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def forward_flops_per_image(model: HPCM, side: int) -> int:
-    """FLOPs (2 per multiply-accumulate) of coding one side×side image; `model` on `meta`."""
-    return forward_flops(model, torch.empty(1, 3, side, side, device="meta"))
 
 
 def training_flops_per_image(model: HPCM, side: int) -> int:
@@ -81,6 +65,6 @@ def size_row(config: ModelConfig) -> SizeRow:
         config.name,
         parameter_count(model),
         parameters_by_part(model),
-        flops / 2 / side**2 / 1e3,
+        kmac_per_pixel(flops, side),
         TRAINING_FACTOR * flops * images / 1e12,
     )

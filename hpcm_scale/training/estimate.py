@@ -8,7 +8,8 @@ from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import micro_batch_size
 from hpcm_scale.config.deepspeed import LIVE_PARAMETERS, REDUCED_PARAMETERS
 from hpcm_scale.config.schema import Config, EngineName
-from hpcm_scale.training.costs import activation_bytes, on_meta, parameter_count, training_flops_per_image
+from hpcm_scale.model.shapes import on_meta, parameter_count
+from hpcm_scale.training.costs import activation_bytes, training_flops_per_image
 
 _FP32 = 4
 _ADAM_MOMENTS = 2

@@ -15,10 +15,11 @@ from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.shapes import on_meta, parameter_count
 from hpcm_scale.model.weights import exported_step, save_weights
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
-from hpcm_scale.training.costs import on_meta, parameter_count, parameters_by_part, training_flops_per_image
+from hpcm_scale.training.costs import parameters_by_part, training_flops_per_image
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.recorder import Recorder

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from hpcm_scale.compute.flops import TRAINING_FACTOR, forward_flops, saved_bytes
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.model.hpcm import Noise
-from hpcm_scale.training.costs import on_meta
+from hpcm_scale.model.shapes import on_meta
 
 on_meta_device = functools.partial(torch.empty, device="meta")
 

@@ -17,9 +17,9 @@ from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import HyperPlacement
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.public_checkpoints import export_state, import_state, published_config, read_checkpoint
 from hpcm_scale.model.public_names import PUBLISHED
+from hpcm_scale.model.shapes import on_meta
 from hpcm_scale.model.weights import load_weights
 
 BUFFERS = {
@@ -102,8 +102,7 @@ def test_a_file_of_it_holds_what_the_public_implementation_computed(imported, lo
 def test_the_placement_that_it_was_trained_with_is_needed(imported, loaded):
     """The test above would not pass for weights imported as if they were our own."""
     config = replace(loaded[0].config, hyper_placement=HyperPlacement.aligned)
-    with torch.device("meta"):
-        model = HPCM(config)
+    model = on_meta(config)
     model.context.order = loaded[0].context.order
     model.load_state_dict(loaded[0].state_dict(), assign=True)
     reference = imported.reference
@@ -149,8 +148,7 @@ def light(request, shared):
 def test_every_published_model_there_and_back(light):
     preset, public = light
     ours = import_state(public | buffers(), preset)
-    with torch.device("meta"):
-        model = HPCM(published_config(preset))
+    model = on_meta(published_config(preset))
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()
     }
@@ -211,8 +209,7 @@ def test_what_does_not_fit_is_named(name, tensor, message, shared):
 @pytest.mark.parametrize("preset", [*PUBLISHED, "120m", "nano"])
 def test_only_what_the_public_code_computes_is_exported(preset):
     config = compose_model(preset)
-    with torch.device("meta"):
-        state = HPCM(config).state_dict()
+    state = on_meta(config).state_dict()
     upstream = replace(config, name="mine", hyper_placement=HyperPlacement.upstream)
     if preset in PUBLISHED:
         assert "was trained with hyper_placement: aligned" in refusal(export_state, state, config)

@@ -14,7 +14,8 @@ import torch
 
 from hpcm_scale.config.compose import compose_model, config_folder, preset_names
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.training.costs import on_meta, parameter_count, parameters_by_part, size_row
+from hpcm_scale.model.shapes import on_meta, parameter_count
+from hpcm_scale.training.costs import parameters_by_part, size_row
 
 PARAMETERS = {
     "68m": 68_505_299,

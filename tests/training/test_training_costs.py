@@ -9,9 +9,10 @@ from hpcm_scale.compute.flops import saved_bytes
 from hpcm_scale.config.compose import compose, compose_model
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.shapes import on_meta
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 from hpcm_scale.training import estimate as estimates
-from hpcm_scale.training.costs import activation_bytes, on_meta, training_flops_per_image
+from hpcm_scale.training.costs import activation_bytes, training_flops_per_image
 from hpcm_scale.training.noise import image_noise
 
 
