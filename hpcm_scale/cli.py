@@ -14,6 +14,7 @@ COMMANDS = {
     "models": "the table of sizes: parameters, kMAC per pixel, TFLOP per training step",
     "estimate": "memory per GPU, FLOPs and time of a run, without a GPU",
     "train": "train one configuration, or several with -m (launch with `deepspeed` on many GPUs)",
+    "branch": "from checkpoints of a run, train branches whose learning rate decays to zero",
     "encode": "photos to .hpcm files",
     "decode": ".hpcm files to PNG",
     "evaluate": "rate and distortion of weights, and of other codecs, on a folder of images",

@@ -37,7 +37,7 @@ _CAPTION = (
     "g_a, g_s, hyper (h_a, h_s and the prior of z), context: millions of parameters. kMAC/px: forward pass, 256×256. "
     "TFLOP/step: forward and backward of 32 crops of 256×256. 68m, 64m_phi, 90m and 1b are the public "
     "implementation's; 120m, 246m and 544m are our own, matched to the paper's counts; the smaller ones are 68m with "
-    "its widths divided by 2, 4, 8 and 16."
+    "its widths divided by 2, 4, 6, 8, 12 and 16."
 )
 
 

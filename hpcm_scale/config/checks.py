@@ -25,6 +25,8 @@ _LEAST = {
     "data.prefetch": 1,
     "data.workers": 0,
     "schedule.warmup": 0,
+    "schedule.decay": 0,
+    "run.branch_at": 1,
     "engine.world_size": 1,
 }
 _POSITIVE = ("train.clip_norm", "objective.lmbda", "schedule.learning_rate", "data.timeout")
@@ -74,7 +76,8 @@ def check(config: Config, world_size: int) -> None:
             raise UserError(f"{key}={value} must be greater than 0, and finite")
     _check_batch(config, world_size)
     _check_engine(config, world_size)
-    _check_schedule(config.schedule)
+    _check_schedule(config.schedule, config.train.steps)
+    _check_branch(config)
     train, data = config.train, config.data
     multiple = side_multiple(config.model)
     if data.crop < multiple or data.crop % multiple:
@@ -85,6 +88,8 @@ def check(config: Config, world_size: int) -> None:
         )
     if train.stop_after is not None and not 0 < train.stop_after <= train.steps:
         raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
+    if not all(0 < step <= train.steps for step in train.keep_at):
+        raise UserError(f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas={train.betas} must be two numbers from 0 up to, not including, 1")
 
@@ -161,7 +166,22 @@ def _check_engine(config: Config, world_size: int) -> None:
         )
 
 
-def _check_schedule(schedule: ScheduleConfig) -> None:
+def _check_branch(config: Config) -> None:
+    trunk, step = config.run.branch_of, config.run.branch_at
+    if (trunk is None) != (step is None):
+        raise UserError("run.branch_of and run.branch_at belong together; start branches with `hpcm branch`")
+    if step is not None and step >= config.train.steps:
+        raise UserError(
+            f"run.branch_at={step} leaves nothing of train.steps={config.train.steps}; ask for more steps than that"
+        )
+
+
+def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
+    if not schedule.decay <= max(steps, 1):
+        raise UserError(
+            f"schedule.decay={schedule.decay:g} is longer than train.steps={steps}; give a fraction of the run, or "
+            "fewer steps"
+        )
     boundaries = schedule.boundaries
     if len(schedule.factors) != len(boundaries) + 1:
         raise UserError(

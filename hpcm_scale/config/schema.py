@@ -128,7 +128,7 @@ class ObjectiveConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over the run: piecewise constant after an optional linear warm-up."""
+    """Learning rate over the run: an optional linear warm-up, piecewise constant, an optional decay to zero."""
 
     learning_rate: float = 1e-4
     boundaries: list[float] = field(default_factory=lambda: [0.8, 0.9, 0.95])
@@ -137,6 +137,8 @@ class ScheduleConfig:
     """Multiples of learning_rate before, between and after the boundaries."""
     warmup: int = 0
     """Steps of linear warm-up from 0."""
+    decay: float = 0.0
+    """Length of the fall to zero, as 1 − √, at the end of the run: a fraction of train.steps (≤ 1) or steps (> 1)."""
 
 
 @dataclass
@@ -160,6 +162,9 @@ class TrainConfig:
     checkpoint_every: int = 5000
     """Steps between resumable checkpoints; one is always written when training ends or stops."""
     keep_checkpoints: int = 2
+    """The newest so many are kept."""
+    keep_at: list[int] = field(default_factory=list)
+    """Steps after which a checkpoint is left for good, for `hpcm branch`."""
 
 
 @dataclass
@@ -210,6 +215,10 @@ class RunConfig:
     """Unset: runs/<model.name>, or runs/<sweep>/<what was swept> in a multirun."""
     sweep: str | None = None
     """Name of the sweep this run belongs to: wandb's group."""
+    branch_of: str | None = None
+    """Folder of the run that this one branches off; `hpcm branch` sets it."""
+    branch_at: int | None = None
+    """Step of the checkpoint it branches off at."""
 
 
 @dataclass

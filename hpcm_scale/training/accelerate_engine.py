@@ -50,7 +50,7 @@ class AccelerateEngine(Engine):
         self._accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / _FILE, map_location=self.device, weights_only=True)
+        state = torch.load(folder / _FILE, map_location="cpu", weights_only=True)  # copied to the device below
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 

@@ -10,20 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hpcm_scale.compute.flops import TRAINING_FACTOR, saved_bytes
 from hpcm_scale.config.schema import ModelConfig, Precision
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.shapes import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
+from hpcm_scale.model.shapes import (
+    forward_flops_per_image,
+    kmac_per_pixel,
+    on_meta,
+    parameter_count,
+    parameters_by_part,
+)
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
-
-_PARTS: dict[str, tuple[str, ...]] = {
-    "g_a": ("g_a",),
-    "g_s": ("g_s",),
-    "hyper": ("h_a", "h_s", "hyper_prior"),
-    "context": ("context",),
-}
-
-
-def parameters_by_part(model: HPCM) -> dict[str, int]:
-    """Parameter counts of g_a, g_s, hyper (h_a, h_s and the prior of z) and context, in that order."""
-    return {part: sum(parameter_count(model.get_submodule(name)) for name in names) for part, names in _PARTS.items()}
 
 
 def training_flops_per_image(model: HPCM, side: int) -> int:

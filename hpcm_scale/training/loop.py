@@ -56,7 +56,8 @@ class Trainer:
                 self.log()
             if self.images and (self.step % config.eval.every == 0 or self.step == config.train.steps):
                 self.evaluate(self.images)
-            if stopping or self.step == last_step or self.step % config.train.checkpoint_every == 0:
+            due = self.step % config.train.checkpoint_every == 0 or self.step in config.train.keep_at
+            if stopping or due or self.step == last_step:
                 self.checkpoint()
             if stopping:
                 self.recorder.say(f"asked to stop: checkpoint at step {self.step}; the same command goes on")
@@ -146,7 +147,8 @@ class Trainer:
     def checkpoint(self) -> None:
         """A point to go on from."""
         self.recorder.sync()
-        self.folder.checkpoints.save(self.engine, self.state(), self.config.train.keep_checkpoints)
+        train = self.config.train
+        self.folder.checkpoints.save(self.engine, self.state(), train.keep_checkpoints, train.keep_at)
         self.tracker.restart_clock()
 
     def position(self) -> dict[str, float]:

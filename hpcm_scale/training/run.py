@@ -15,11 +15,11 @@ from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.shapes import on_meta, parameter_count
+from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
 from hpcm_scale.model.weights import exported_step, save_weights
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
-from hpcm_scale.training.costs import parameters_by_part, training_flops_per_image
+from hpcm_scale.training.costs import training_flops_per_image
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.recorder import Recorder
@@ -141,8 +141,10 @@ def _opening(config: Config, folder: RunFolder, resume: Resume, engine: Engine, 
         f"{engine.world_size} × {engine.device.type}, {config.train.steps:,} steps of "
         f"{config.train.batch_size} images, {config.train.steps * config.train.batch_size * flops / PETA:.4g} PFLOPs"
     ]
-    if resume.checkpoint:
+    if resume.checkpoint and resume.checkpoint.parent == folder.checkpoints.folder:
         lines.append(f"going on from step {resume.step} ({resume.checkpoint.name})")
+    elif resume.checkpoint:
+        lines.append(f"branching off {config.run.branch_of} at step {resume.step}")
     if resume.previous and resume.previous.train.steps != config.train.steps:
         lines.append(
             f"train.steps changes from {resume.previous.train.steps} to {config.train.steps}: the learning-rate "

@@ -13,6 +13,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training.checkpoints import Checkpoints
+from hpcm_scale.training.schedule import decay_start
 
 # What may change when a run goes on; everything else would make it another run.
 _MAY_CHANGE = (
@@ -20,6 +21,7 @@ _MAY_CHANGE = (
     "train.stop_after",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_at",
     "train.max_skipped",
     "data.shards",
     "data.workers",
@@ -30,8 +32,11 @@ _MAY_CHANGE = (
     "engine.world_size",
     "eval.",
     "log.",
-    "run.",
+    "run.dir",
+    "run.sweep",
 )
+# What may differ between a trunk and its branch, besides.
+_BRANCH_MAY_CHANGE = (*_MAY_CHANGE, "schedule.", "run.")
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,55 @@ class RunFolder:
     def resume(self, config: Config, world_size: int, data_digest: str) -> Resume:
         """What of an earlier run this command continues; writes nothing.
 
-        Raises UserError, naming the key, if the folder holds a different run.
+        That is the folder's own newest checkpoint, or else, for a branch, the one of its trunk. Raises
+        UserError, naming the key, if the folder holds a different run, or the trunk is one.
         """
-        if not self.config_file.is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UserError(f"run.dir={self.path} exists and is not a run; choose another run.dir")
-            return Resume(None, {}, None)
-        previous = from_yaml(self.config_file)
-        self._refuse_other_run(previous, config)
+        previous = None
+        if self.config_file.is_file():
+            previous = from_yaml(self.config_file)
+            self._refuse_other_run(previous, config, _MAY_CHANGE)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"run.dir={self.path} exists and is not a run; choose another run.dir")
         newest = self.checkpoints.newest()
-        if newest is None:
+        if newest is not None:
+            self._refuse_state(newest[1], config, world_size, data_digest)
+            return Resume(*newest, previous)
+        if config.run.branch_of is None:
             return Resume(None, {}, previous)
-        checkpoint, state = newest
-        resume = Resume(checkpoint, state, previous)
+        trunk = RunFolder(config.run.branch_of)
+        start = trunk.branch_point(config.run.branch_at)
+        trunk._refuse_other_run(from_yaml(trunk.config_file), config, _BRANCH_MAY_CHANGE)
+        trunk._refuse_state(start[1], config, world_size, data_digest)
+        return Resume(*start, previous)
+
+    def branch_point(self, step: int) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint of `step`, before any decay, and the loop's state in it. Raises UserError if there is none."""
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path} is not a run; name the folder of the run to branch off")
+        point = self.checkpoints.at(step)
+        if point is None:
+            steps = ", ".join(map(str, self.checkpoints.steps())) or "none yet"
+            raise UserError(
+                f"{self.path} holds no checkpoint of step {step} (there are: {steps}); choose one of these, or train "
+                f"with train.keep_at=[{step}]"
+            )
+        config = from_yaml(self.config_file)
+        start = decay_start(config.schedule, config.train.steps)
+        if step > start:
+            raise UserError(
+                f"at step {step} {self.path} is in its own decay, which began at step {start:.0f}; branch off before"
+            )
+        return point
+
+    def write_facts(self, config: Config) -> None:
+        """Record the resolved configuration and the environment, beside those of earlier starts."""
+        write_text(self.config_file, to_yaml(config))
+        starts = []
+        if self.environment_file.is_file():
+            starts = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        write_text(self.environment_file, json.dumps([*starts, environment()], indent=1))
+
+    def _refuse_state(self, state: dict[str, Any], config: Config, world_size: int, data_digest: str) -> None:
         if state["world_size"] != world_size:
             raise UserError(
                 f"{self.path} was trained by {state['world_size']} processes, not {world_size}; start as many "
@@ -87,25 +128,16 @@ class RunFolder:
                 f"data.shards={config.data.shards} holds other photos than {self.path} was trained on; name "
                 "the same set, or choose another run.dir"
             )
-        if config.train.steps < resume.step:
+        if config.train.steps < state["step"]:
             raise UserError(
-                f"{self.path} has {resume.step} steps already, more than train.steps={config.train.steps}; "
+                f"{self.path} has {state['step']} steps already, more than train.steps={config.train.steps}; "
                 "ask for more, or choose another run.dir"
             )
-        return resume
 
-    def write_facts(self, config: Config) -> None:
-        """Record the resolved configuration and the environment, beside those of earlier starts."""
-        write_text(self.config_file, to_yaml(config))
-        starts = []
-        if self.environment_file.is_file():
-            starts = json.loads(self.environment_file.read_text(encoding="utf-8"))
-        write_text(self.environment_file, json.dumps([*starts, environment()], indent=1))
-
-    def _refuse_other_run(self, previous: Config, config: Config) -> None:
+    def _refuse_other_run(self, previous: Config, config: Config, may_change: tuple[str, ...]) -> None:
         before, now = _flat(to_dict(previous)), _flat(to_dict(config))
         for key, value in now.items():
-            if before.get(key) != value and not key.startswith(_MAY_CHANGE):
+            if before.get(key) != value and not key.startswith(may_change):
                 raise UserError(
                     f"{self.path} holds a run with {key}={before.get(key)}, not {value}; give the same value to "
                     "go on, or choose another run.dir"

@@ -69,6 +69,16 @@ REFUSED = [
     ({"schedule.learning_rate": 0.0}, 1, "schedule.learning_rate=0.0 must be greater than 0"),
     ({"schedule.warmup": -1}, 1, "schedule.warmup=-1 must be at least 0"),
     ({"schedule.factors": [1.0, -0.3, 0.1, 0.01]}, 1, "schedule.factors=[1.0, -0.3, 0.1, 0.01] must be 0 or greater"),
+    ({"schedule.decay": -0.1}, 1, "schedule.decay=-0.1 must be at least 0"),
+    ({"schedule.decay": 11.0, "train.steps": 10}, 1, "schedule.decay=11 is longer than train.steps=10"),
+    ({"schedule.decay": math.nan}, 1, "schedule.decay=nan"),
+    # branches
+    ({"train.keep_at": [5, 0]}, 1, "train.keep_at=[5, 0] must be steps between 1 and train.steps=2000000"),
+    ({"train.keep_at": [11], "train.steps": 10}, 1, "train.keep_at=[11]"),
+    ({"run.branch_of": "trunk"}, 1, "run.branch_of and run.branch_at belong together"),
+    ({"run.branch_at": 5}, 1, "run.branch_of and run.branch_at belong together"),
+    ({"run.branch_at": 10, "run.branch_of": "trunk", "train.steps": 10}, 1, "run.branch_at=10 leaves nothing of"),
+    ({"run.branch_at": 0, "run.branch_of": "trunk"}, 1, "run.branch_at=0 must be at least 1"),
     # engine
     ({"engine.zero_stage": 4}, 1, "engine.zero_stage=4 must be 0, 1, 2 or 3"),
     ({"engine.offload": True}, 1, "engine.offload needs engine.zero_stage=3, not 2"),

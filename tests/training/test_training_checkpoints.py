@@ -41,6 +41,17 @@ def test_retention_and_marker(engine, tmp_path):
     assert [path.name for path in checkpoints.complete()] == ["step_100000000"]
 
 
+def test_what_is_kept_for_good(engine, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20, 30, 40):
+        checkpoints.save(engine, {"step": step}, keep=1, keep_at=[10, 30, 99])
+    assert checkpoints.steps() == [10, 30, 40]
+    assert checkpoints.at(30) == (tmp_path / "step_00000030", {"step": 30})
+    assert checkpoints.at(20) is None and checkpoints.newest()[1] == {"step": 40}
+    checkpoints.save(engine, {"step": 50}, keep=1)  # no longer asked for: the run was started again without
+    assert checkpoints.steps() == [50]
+
+
 def test_training_goes_on_from_a_checkpoint_bit_for_bit(engine, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for _ in range(3):

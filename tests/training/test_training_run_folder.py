@@ -76,6 +76,7 @@ def flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 FREE = ["train.steps", "train.stop_after", "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped"]
+FREE += ["train.keep_at"]
 FREE += ["data.shards", "data.workers", "data.prefetch", "data.cache", "data.retries", "data.timeout"]
 FREE += ["eval.images", "eval.every", "eval.limit", "engine.world_size"]
 FREE += ["log.every", "log.wandb", "log.project", "log.images", "run.dir", "run.sweep"]
@@ -85,6 +86,9 @@ OTHERS = {
     "eval.images": "elsewhere",
     "run.dir": "elsewhere",
     "run.sweep": "other",
+    "run.branch_of": "elsewhere",
+    "train.keep_at": [40],
+    "schedule.decay": 0.2,
     "model.name": "other",
     "model.fusion": "none",
     "model.hyper_placement": "upstream",

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hpcm_scale.config.schema import ScheduleConfig
-from hpcm_scale.training.schedule import learning_rate
+from hpcm_scale.training.schedule import decay_start, learning_rate
 
 
 def test_the_papers_schedule_at_its_own_length():
@@ -40,3 +40,21 @@ def test_warm_up_is_linear_and_multiplies():
     assert [learning_rate(schedule, step, 100) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert learning_rate(ScheduleConfig(2.0, [2], [1.0, 0.1], warmup=4), 2, 100) == pytest.approx(0.15)
     assert learning_rate(ScheduleConfig(2.0, [], [1.0]), 99, 100) == 2.0
+
+
+@pytest.mark.parametrize(("decay", "start"), [(0.25, 30), (12.0, 28), (1.0, 0), (40.0, 0)])
+def test_the_decay_ends_the_run(decay, start):
+    schedule = ScheduleConfig(2e-3, [], [1.0], decay=decay)
+    rates = [learning_rate(schedule, step, 40) for step in range(40)]
+    assert decay_start(schedule, 40) == start
+    assert rates[: start + 1] == [2e-3] * (start + 1)
+    for step in range(start, 40):
+        assert rates[step] == pytest.approx(2e-3 * (1 - math.sqrt((step - start) / (40 - start))), rel=1e-12)
+    assert all(later < earlier for earlier, later in zip(rates[start:], rates[start + 1 :], strict=False))
+    assert 0 < rates[-1] < 2e-3 / (40 - start)
+
+
+def test_no_decay_unless_asked():
+    schedule = ScheduleConfig(1.0, [], [1.0], warmup=4)
+    assert decay_start(schedule, 10) == 10
+    assert [learning_rate(schedule, step, 10) for step in range(10)] == [0.25, 0.5, 0.75] + [1.0] * 7

@@ -1,0 +1,59 @@
+"""Command: from checkpoints of runs, train branches whose learning rate decays to zero.
+
+deepspeed --num_gpus 8 --module hpcm_scale.branch runs/ladder/model=68m --at 200000 400000 --decay 0.2
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hpcm_scale.errors import Parser, one_line
+
+
+def parser() -> Parser:
+    """The command line."""
+    command = Parser(
+        prog="hpcm branch",
+        description="Start decay branches: from a run's checkpoint on, its learning rate falls to zero as 1 − √, in a "
+        "run of its own beside the trunk. So one trunk gives several annealed models. The same command goes on with "
+        "what is unfinished. It takes as many processes as trained the trunk: launch it as you did there, with "
+        "`deepspeed --module hpcm_scale.branch`.",
+    )
+    command.add_argument("runs", nargs="+", metavar="RUN", help="the run folder of a trunk")
+    command.add_argument(
+        "--at", nargs="+", type=int, required=True, metavar="STEP", help="steps with a checkpoint (see train.keep_at)"
+    )
+    command.add_argument(
+        "--decay",
+        type=float,
+        default=0.2,
+        metavar="FRACTION",
+        help="part of the branch's steps, the trunk's included, over which the rate falls (default: %(default)s)",
+    )
+    command.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change what may change when a run goes on, such as eval.images or log.wandb",
+    )
+    return command
+
+
+@one_line
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `hpcm branch` and `python -m hpcm_scale.branch`."""
+    from hpcm_scale.training.branch import branch
+    from hpcm_scale.training.processes import without_launcher_arguments
+    from hpcm_scale.training.run import run
+
+    given = sys.argv[1:] if arguments is None else arguments
+    chosen = parser().parse_args(without_launcher_arguments(given))
+    branches = [branch(run, at, chosen.decay, chosen.set) for run in chosen.runs for at in chosen.at]
+    for config in branches:
+        run(config)
+
+
+if __name__ == "__main__":
+    main()
