@@ -26,7 +26,7 @@ from hpcm_scale.errors import UserError
 CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("experiment", "debug")
 ConfigStore.instance().store(name="schema", node=Config)
-# For values that follow from others, as a learning rate from a width: ${divide:0.05,${model.channels.1}}
+# For values that follow from others, as a learning rate from a width: ${divide:0.03,${model.channels.1}}
 OmegaConf.register_new_resolver("divide", lambda dividend, divisor: dividend / divisor, replace=True)
 
 
