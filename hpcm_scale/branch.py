@@ -44,15 +44,17 @@ def parser() -> Parser:
 @one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm branch` and `python -m hpcm_scale.branch`."""
+    from hpcm_scale.sweeps.in_turn import train_in_turn
+    from hpcm_scale.sweeps.jobs import Job
     from hpcm_scale.training.branch import branch
     from hpcm_scale.training.processes import without_launcher_arguments
-    from hpcm_scale.training.run import run
 
     given = sys.argv[1:] if arguments is None else arguments
     chosen = parser().parse_args(without_launcher_arguments(given))
     branches = [branch(run, at, chosen.decay, chosen.set) for run in chosen.runs for at in chosen.at]
-    for config in branches:
-        run(config)
+    code = train_in_turn([Job(config, ()) for config in branches])
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ COMMANDS = {
     "models": "the table of sizes: parameters, kMAC per pixel, TFLOP per training step",
     "estimate": "memory per GPU, FLOPs and time of a run, without a GPU",
     "train": "train one configuration, or several with -m (launch with `deepspeed` on many GPUs)",
+    "sweep": "a live table of the runs of a sweep, trained by `hpcm train -m`",
     "branch": "from checkpoints of a run, train branches whose learning rate decays to zero",
     "encode": "photos to .hpcm files",
     "decode": ".hpcm files to PNG",
@@ -21,7 +22,7 @@ COMMANDS = {
     "bd-rate": "the rate that one codec saves over another at equal quality",
     "import": "a checkpoint of the public HPCM implementation to weights",
     "export": "weights to a checkpoint of the public HPCM implementation",
-    "scaling": "loss-against-compute curves of finished or running runs",
+    "scaling": "what runs tell about scale: curves, laws, plans for the next size",
 }
 
 
@@ -30,6 +31,7 @@ MODULES = {
     "import": "import_weights",
     "export": "export_weights",
     "scaling": "scaling.__main__",
+    "sweep": "sweeps.__main__",
 }
 """Of commands whose module is not named as they are."""
 

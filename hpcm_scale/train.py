@@ -1,6 +1,7 @@
-"""Command: train one configuration, or several, one after the other, with -m.
+"""Command: train one configuration, or several with -m.
 
 deepspeed --num_gpus 8 --module hpcm_scale.train model=1b engine=zero3 data.shards=shards
+python -m hpcm_scale.train -m model=68m,120m,246m hydra/launcher=deepspeed hydra.launcher.gpus_per_job=4 …
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from omegaconf import DictConfig
 
 from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folder, translated, typed
 from hpcm_scale.config.schema import Config
-from hpcm_scale.config.sweeps import name_run
+from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
 from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.sweeps import plugins  # noqa: F401 (makes itself known to Hydra)
 from hpcm_scale.training.processes import without_launcher_arguments
 
 
@@ -28,27 +30,35 @@ def main() -> None:
     check_overrides(get_args_parser().parse_args(arguments).overrides)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
     sys.argv = [sys.argv[0], *arguments]
-    errors: list[UserError] = []
+    composed: list[tuple[Config, list[str]]] = []
+    settings: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=CONFIG_NAME)
-    def job(composed: DictConfig) -> None:
-        try:
-            _run(composed)
-        except UserError as error:  # kept from Hydra, which would print more than its one line
-            errors.append(error)
+    def job(configuration: DictConfig) -> None:
+        """Only takes note: what Hydra composes is trained when it is done."""
+        settings.append(HydraConfig.get())
+        composed.append((typed(configuration), list(settings[-1].overrides.task)))
 
     translated(job)
-    if errors:
-        raise errors[0]
+    if not composed:
+        return  # a launcher has trained all, or only help was asked for
+    if settings[0].mode == RunMode.MULTIRUN:
+        _train_in_turn(composed, swept_keys(arguments, sweeper_grids(settings[0].sweeper)))
+    else:
+        if settings[0].runtime.choices["hydra/launcher"] != "basic":
+            raise UserError("hydra/launcher is for several runs; add -m, or leave it out")
+        from hpcm_scale.training.run import run  # after the arguments: torch takes seconds to import
+
+        run(composed[0][0])
 
 
-def _run(composed: DictConfig) -> None:
-    config: Config = typed(composed)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        name_run(config, list(HydraConfig.get().overrides.task), sys.argv[1:])
-    from hpcm_scale.training.run import run  # after the arguments: torch takes seconds to import
+def _train_in_turn(composed: list[tuple[Config, list[str]]], swept: list[str]) -> None:
+    from hpcm_scale.sweeps.in_turn import train_in_turn
+    from hpcm_scale.sweeps.jobs import make_job
 
-    run(config)
+    code = train_in_turn([make_job(config, overrides, swept) for config, overrides in composed])
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

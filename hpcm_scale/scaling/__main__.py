@@ -3,51 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from hpcm_scale.errors import Parser, one_line
-from hpcm_scale.files import writing
-from hpcm_scale.scaling.curves import draw_loss_against_compute
-from hpcm_scale.scaling.runs import Run, find_runs
+from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.files import write_text, writing
+from hpcm_scale.scaling.arguments import parser
 
 
-def parser() -> Parser:
-    """The command line."""
-    main = Parser(prog="hpcm scaling", description="What runs, finished or running, tell about scale.")
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    curves = commands.add_parser("curves", help="draw loss against compute", description="Draw loss against compute.")
-    curves.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of runs")
-    curves.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        default=Path("loss_vs_compute.png"),
-        help="the figure, .png, .svg or .pdf (default: %(default)s)",
-    )
-    return main
+def curves(chosen) -> None:
+    """`hpcm scaling curves`: one figure, and how far each run is."""
+    from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
+    from hpcm_scale.scaling.runs import Run, find_runs
+
+    def summary(run: Run) -> str:
+        compute, loss = run.curve("train/loss")
+        evaluation = run.curve("eval/loss")[1]
+        state = f"{run.name}: step {run.step:,} of {run.config['train']['steps']:,}"
+        if compute.size:
+            state += f", {compute[-1]:,.4g} PFLOPs, training loss {loss[-1]:.4f}"
+        if evaluation.size:
+            state += f", evaluation loss {evaluation[-1]:.4f}"
+        return state
+
+    runs = find_runs(chosen.runs)
+    with writing(chosen.out):
+        draw_loss_against_compute(runs, chosen.out)
+    print("\n".join(map(summary, runs)))
+    print(f"drawn: {chosen.out}")
 
 
-def summary(run: Run) -> str:
-    """One line: how far a run is and what it came to."""
-    compute, loss = run.curve("train/loss")
-    evaluation = run.curve("eval/loss")[1]
-    state = f"{run.name}: step {run.step:,} of {run.config['train']['steps']:,}"
-    if compute.size:
-        state += f", {compute[-1]:,.4g} PFLOPs, training loss {loss[-1]:.4f}"
-    if evaluation.size:
-        state += f", evaluation loss {evaluation[-1]:.4f}"
-    return state
+def fit(chosen) -> None:
+    """`hpcm scaling fit`: laws.json, figures, report.md, and a summary."""
+    if chosen.extrapolate < 1:
+        raise UserError(f"--extrapolate {chosen.extrapolate:g} must be at least 1")
+    if chosen.bootstrap < 0:
+        raise UserError(f"--bootstrap {chosen.bootstrap} must be 0 or more")
+    if not 0 < chosen.level < 1:
+        raise UserError(f"--level {chosen.level:g} must lie between 0 and 1")
+    from hpcm_scale.scaling.analysis import FILE_NAME, analyse, write_laws
+    from hpcm_scale.scaling.figures import draw_figures
+    from hpcm_scale.scaling.observations import study
+    from hpcm_scale.scaling.report import REPORT, report
+    from hpcm_scale.scaling.runs import find_runs
+    from hpcm_scale.scaling.summary import print_summary
+
+    found = study(find_runs(chosen.runs), chosen.metric, chosen.lmbda)
+    analysis = analyse(found, bootstrap=chosen.bootstrap, level=chosen.level)
+    with writing(chosen.out):
+        drawn = draw_figures(found, analysis, chosen.out, chosen.extrapolate)
+        write_text(chosen.out / REPORT, report(analysis, drawn))
+        write_laws(analysis, chosen.out / FILE_NAME)  # last: where it lies, the rest is there
+    print_summary(analysis)
+    print(f"written: {', '.join(str(chosen.out / name) for name in (REPORT, FILE_NAME))} and {len(drawn)} figures")
+
+
+def plan(chosen) -> None:
+    """`hpcm scaling plan`: what a budget buys."""
+    from dataclasses import fields
+
+    from hpcm_scale.scaling.analysis import read_laws
+    from hpcm_scale.scaling.plan import Setting, make_plan
+    from hpcm_scale.scaling.plan_text import print_plan
+
+    setting = Setting(**{field.name: getattr(chosen, field.name) for field in fields(Setting)})
+    pflops = chosen.pflops if chosen.days is None else setting.pflops(chosen.days)
+    made = make_plan(read_laws(chosen.laws), setting, pflops=pflops, target_loss=chosen.target_loss)
+    print(made.to_json()) if chosen.json else print_plan(made)
+
+
+def publish(chosen) -> None:
+    """`hpcm scaling publish`: one wandb run beside those of the sweep."""
+    from hpcm_scale.scaling.publish import publish
+
+    where = publish(chosen.folder, project=chosen.project, group=chosen.group, mode=chosen.mode)
+    print(where)
+
+
+def collect(chosen) -> None:
+    """`hpcm scaling collect`: a ladder to share."""
+    if chosen.most_bytes < 1 or (chosen.every is not None and chosen.every < 1):
+        raise UserError("--every and --most-bytes must be at least 1")
+    from hpcm_scale.scaling.collect import collect
+    from hpcm_scale.scaling.runs import find_runs
+
+    runs = find_runs(chosen.runs)
+    with writing(chosen.out):
+        size = collect(runs, chosen.out, every=chosen.every, most_bytes=chosen.most_bytes)
+    print(f"{len(runs)} runs, {size:,} bytes: {chosen.out}")
 
 
 @one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm scaling` and `python -m hpcm_scale.scaling`."""
     chosen = parser().parse_args(arguments)
-    runs = find_runs(chosen.runs)
-    with writing(chosen.out):
-        draw_loss_against_compute(runs, chosen.out)
-    print("\n".join(map(summary, runs)))
-    print(f"drawn: {chosen.out}")
+    {"curves": curves, "fit": fit, "plan": plan, "publish": publish, "collect": collect}[chosen.command](chosen)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def mirror(order: dict[str, Any], trainer: Trainer) -> None:
         group=order["group"],
         config=order["config"],
         resume=None if offline else "allow",  # a file marked as resumed would be appended when synced
-        settings=_settings(wandb, order["trainer"]),
+        settings=settings(wandb, order["trainer"]),
     )
     for axis in AXES:
         run.define_metric(axis)
@@ -119,8 +119,11 @@ def unseen(records: Iterator[dict[str, Any]], shown: dict[str, Any]) -> Iterator
             yield record
 
 
-def _settings(wandb: Any, trainer: int) -> Any:
-    """Silent; no code, no package list, no machine description: the journal's own facts are enough."""
+def settings(wandb: Any, trainer: int) -> Any:
+    """Of a wandb run: silent; no code, no package list, no machine description: the journal's own facts are enough.
+
+    `trainer` is the id of the process whose use of the machine is watched.
+    """
     return wandb.Settings(
         silent=True,
         console="off",

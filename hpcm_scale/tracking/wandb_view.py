@@ -59,7 +59,7 @@ class WandbView:
         try:
             order = {
                 "run_dir": str(Path(run_dir).resolve()),
-                "id": _run_id(Path(run_dir)),
+                "id": run_id(Path(run_dir)),
                 "name": Path(run_dir).resolve().name,
                 "mode": log.wandb.value,
                 "project": log.project,
@@ -121,7 +121,8 @@ class WandbView:
         self._follower = None
 
 
-def _run_id(run_dir: Path) -> str:
+def run_id(run_dir: Path) -> str:
+    """The wandb run id of a folder; made once and kept there."""
     path = run_dir / RUN_ID_FILE
     if not path.exists():
         write_text(path, secrets.token_hex(4) + "\n")

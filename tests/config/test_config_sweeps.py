@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.config.sweeps import name_run, swept_keys
+from hpcm_scale.config.sweeps import name_run, sweeper_grids, swept_keys
 
 
-def named(job: list[str], arguments: list[str]) -> tuple[str | None, str | None]:
+def named(job: list[str], arguments: list[str], grids: tuple[dict, ...] = ()) -> tuple[str | None, str | None]:
     config = compose(job)
-    name_run(config, job, arguments)
+    name_run(config, job, swept_keys(arguments, grids))
     return config.run.sweep, config.run.dir
 
 
@@ -48,3 +48,22 @@ def test_the_users_own_names_stay():
 
 def test_one_job_is_no_sweep():
     assert named(["model=nano"], ["-m", "model=nano"]) == (None, None)
+
+
+def test_what_a_launcher_is_told_names_no_run():
+    arguments = ["-m", "model=nano,micro", "hydra/launcher=deepspeed", "hydra.launcher.gpus=[0,1]"]
+    assert swept_keys(arguments) == ["model"]
+
+
+def test_a_run_of_a_sweepers_own_grid_is_named_alike_alone_and_among_others():
+    grids = ({"model": "nano,micro", "train.seed": "0"},)
+    folder = "runs/sweep_model_train.seed/model=nano,train.seed=0"
+    assert named(["model=nano", "train.seed=0"], [], grids) == ("sweep_model_train.seed", folder)
+    assert named(["model=nano", "train.seed=0"], ["model=nano"], grids) == ("sweep_model_train.seed", folder)
+    sweep, folder = named(["model=nano", "train.seed=0", "data.crop=256"], ["data.crop=128,256"], grids)
+    assert sweep == "sweep_model_train.seed_data.crop" and folder.endswith("/model=nano,train.seed=0,data.crop=256")
+
+
+def test_grids_are_the_sweepers_params_and_grids():
+    assert sweeper_grids({"params": None}) == [{}]
+    assert sweeper_grids({"params": {"a": "1,2"}, "grids": [{"b": 3}]}) == [{"a": "1,2"}, {"b": 3}]

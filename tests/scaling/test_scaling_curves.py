@@ -11,8 +11,10 @@ from PIL import Image
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.__main__ import main
-from hpcm_scale.scaling.curves import COLOURS, draw_loss_against_compute, smooth
+from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
+from hpcm_scale.scaling.figures.style import COLOURS
 from hpcm_scale.scaling.runs import find_runs, load_run
+from hpcm_scale.scaling.smoothing import smooth
 from hpcm_scale.tracking.journal import Journal
 
 

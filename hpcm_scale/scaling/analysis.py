@@ -1,0 +1,229 @@
+"""What runs tell about scale: every law they carry, how far to trust it, and what could not be fitted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.files import write_text, writing
+from hpcm_scale.scaling import samples
+from hpcm_scale.scaling.breakdown import Breakdown, breakdown
+from hpcm_scale.scaling.frontier import FrontierPoint, frontier
+from hpcm_scale.scaling.laws.comparison import Comparison, compare
+from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal, compute_optimal, fit_cost
+from hpcm_scale.scaling.laws.floor import fit_floor
+from hpcm_scale.scaling.laws.joint import fit_joint
+from hpcm_scale.scaling.laws.law import Law
+from hpcm_scale.scaling.laws.points import CannotFit, Points
+from hpcm_scale.scaling.laws.power_law import fit_power_law
+from hpcm_scale.scaling.observations import Observation, Study
+from hpcm_scale.scaling.plain import from_plain, to_plain
+from hpcm_scale.scaling.rate import RateGain, rate_gain
+from hpcm_scale.scaling.trust import Fit, Trust, bootstrap, examine
+from hpcm_scale.tracking.progress import progress
+
+FORMAT = "hpcm_scale laws 1"
+"""Of laws.json."""
+FILE_NAME = "laws.json"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that `hpcm scaling fit` finds; laws.json holds it whole."""
+
+    metric: str
+    """"eval/loss" or "train/loss"."""
+    lmbda: float
+    level: float
+    """Probability of every interval below."""
+    observations: tuple[Observation, ...]
+    """In the order of parameters, pixels, seed, run."""
+    frontier: tuple[FrontierPoint, ...]
+    frontier_annealed: tuple[FrontierPoint, ...]
+    left_out: tuple[str, ...]
+    """Sentences: run, and why."""
+    laws: dict[str, Law]
+    """By name: "power_law_of_parameters", "floor_of_parameters"; "power_law_of_compute", "floor_of_compute" (annealed
+    frontier); "power_law_of_compute_whole", "floor_of_compute_whole" (whole frontier); "joint", "compute_optimal"."""
+    refused: dict[str, str]
+    """By name of a law that could not be fitted: why."""
+    preferred: dict[str, str]
+    """"parameters", "compute" and "compute_whole" to the name of the preferred law (`Comparison.preferred`)."""
+    reasons: dict[str, str]
+    """For each of `preferred`: a sentence that says why."""
+    comparisons: dict[str, Comparison]
+    """For each of `preferred`: AICc and F test of the law with a floor against the one without."""
+    trust: dict[str, Trust]
+    """By name of each law but "compute_optimal", which is as good as "joint"."""
+    breakdown: Breakdown | None
+    """Loss against the parameters of each part; None without L(N)."""
+    rate_gain: RateGain | None
+    """What ten times the parameters of the largest size buy by the preferred law; `.sentence` says it. None without
+    L(N) or the bpp of that size."""
+    rate_gains: dict[str, RateGain]
+    """The same by each law of parameters: where they differ, so much depends on the form of the law."""
+    warnings: tuple[str, ...]
+    """Sentences on the runs; each law has its own beside."""
+    group: str | None
+    """The sweep that all runs belong to, and wandb's group; None without one."""
+    project: str | None
+    """wandb's project, likewise."""
+
+
+def analyse(study: Study, *, bootstrap: int = 0, level: float = 0.95) -> Analysis:
+    """Fit every law the study carries and say how far each may be trusted.
+
+    Deterministic: the same study gives the same numbers on the same machine.
+
+    Args:
+        study: what `observations.study` read from runs.
+        bootstrap: resamples of the trainings for bootstrap intervals; 0 leaves them out.
+        level: probability of every interval.
+
+    Raises:
+        UserError: fewer than two runs, or a level outside 0…1. Whatever else cannot be fitted is in `refused`.
+    """
+    if len(study.observations) < 2:
+        raise UserError("one run tells nothing about scale; name two at least, better six sizes")
+    if not 0 < level < 1:
+        raise UserError(f"an interval cannot hold with probability {level:g}; choose one between 0 and 1, such as 0.95")
+    whole, annealed = frontier(study.curves), frontier(study.curves, annealed_only=True)
+    observations = samples.ordered(study.observations)
+    fitting = _Fitting(bootstrap, level)
+    of_parameters = fitting.pair("parameters", lambda: samples.of_parameters(observations))
+    fitting.pair("compute", lambda: samples.of_compute(annealed, whole=False))
+    fitting.pair("compute_whole", lambda: samples.of_compute(whole, whole=True))
+    fitting.add("joint", fit_joint, lambda: samples.of_both(observations))
+    fitting.add_compute_optimal(observations)
+    comparisons = fitting.comparisons()
+    gains = _rate_gains(fitting.laws, of_parameters, observations, level)
+    return Analysis(
+        metric=study.metric,
+        lmbda=study.lmbda,
+        level=level,
+        observations=tuple(observations),
+        frontier=tuple(whole),
+        frontier_annealed=tuple(annealed),
+        left_out=tuple(study.left_out),
+        laws=fitting.laws,
+        refused=fitting.refused,
+        preferred={of: each.preferred for of, each in comparisons.items()},
+        reasons={of: each.reason for of, each in comparisons.items()},
+        comparisons=comparisons,
+        trust=fitting.trust,
+        breakdown=breakdown(of_parameters, observations) if of_parameters else None,
+        rate_gain=gains[comparisons["parameters"].preferred] if gains else None,
+        rate_gains=gains,
+        warnings=tuple(study.notes),
+        group=study.group,
+        project=study.project,
+    )
+
+
+class _Fitting:
+    """Fits one law after the other and keeps what came of it."""
+
+    def __init__(self, resamples: int, level: float) -> None:
+        self.resamples, self.level = resamples, level
+        self.laws: dict[str, Law] = {}
+        self.refused: dict[str, str] = {}
+        self.trust: dict[str, Trust] = {}
+
+    def pair(self, of: str, choose: Callable[[], Points]) -> Points | None:
+        """A power law without and with a floor through the same points, which are returned if there are any."""
+        self.add(f"power_law_of_{of}", fit_power_law, choose)
+        self.add(f"floor_of_{of}", fit_floor, choose)
+        return choose() if f"power_law_of_{of}" in self.laws else None
+
+    def add(self, name: str, fit: Fit, choose: Callable[[], Points]) -> None:
+        """One law of the points that `choose` gives, with what can be said for and against it."""
+        try:
+            points = choose()
+            law = fit(points)
+        except CannotFit as refusal:
+            self.refused[name] = str(refusal)
+            return
+        trust = examine(fit, points, law, level=self.level)
+        if self.resamples:
+            with progress(total=self.resamples, description=f"bootstrap of {name}", unit="fit") as bar:
+                try:
+                    found = bootstrap(fit, points, self.resamples, level=self.level, advance=bar.update)
+                    trust = replace(trust, bootstrap=found)
+                except CannotFit as refusal:
+                    trust = replace(trust, bootstrap_refused=str(refusal))
+        self.laws[name], self.trust[name] = law, trust
+
+    def add_compute_optimal(self, observations: list[Observation]) -> None:
+        """The compute-optimal law, if there is a joint one."""
+        if "joint" not in self.laws:
+            self.refused["compute_optimal"] = f"it rests on the joint law, and {self.refused['joint']}"
+            return
+        spent = [each.pflops for each in samples.trained(observations)[0]]
+        try:
+            cost = fit_cost(*samples.costs(observations))
+            self.laws["compute_optimal"] = compute_optimal(self.laws["joint"], cost, (min(spent), max(spent)))
+        except CannotFit as refusal:
+            self.refused["compute_optimal"] = str(refusal)
+
+    def comparisons(self) -> dict[str, Comparison]:
+        """Of each pair which law is preferred, and why."""
+        found = {}
+        for of in ("parameters", "compute", "compute_whole"):
+            alone, with_floor = (self.laws.get(f"{kind}_of_{of}") for kind in ("power_law", "floor"))
+            if alone is not None:
+                found[of] = compare(alone, with_floor)
+        return found
+
+
+def _rate_gains(
+    laws: dict[str, Law], points: Points | None, observations: list[Observation], level: float
+) -> dict[str, RateGain]:
+    """By law of parameters, from the largest size of L(N) on, whose rate is the mean of its trainings there."""
+    if points is None:
+        return {}
+    size = points.variables["N"].max()
+    runs = {run for run, parameters in zip(points.runs, points.variables["N"], strict=True) if parameters == size}
+    largest = [each for each in observations if each.run in runs]
+    rates = [each.bpp for each in largest if each.bpp]
+    if not rates:
+        return {}
+    reference = largest[0].model, float(size), float(np.mean(rates))
+    names = [name for name in ("power_law_of_parameters", "floor_of_parameters") if name in laws]
+    return {name: rate_gain(laws[name], *reference, level=level) for name in names}
+
+
+def write_laws(analysis: Analysis, path: str | Path) -> None:
+    """Write laws.json atomically: full precision, no date and no path of this machine.
+
+    Raises UserError if it cannot be written.
+    """
+    text = json.dumps({"format": FORMAT} | to_plain(analysis), indent=1, ensure_ascii=False, allow_nan=False)
+    with writing(path):
+        write_text(path, text + "\n")
+
+
+def read_laws(path: str | Path) -> Analysis:
+    """What `write_laws` wrote, equal to the last digit; `path` is laws.json or its folder.
+
+    Raises UserError if it cannot be read or is no laws.json of this version.
+    """
+    path = Path(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError
+        analysis = from_plain(Analysis, values)
+        # Laws differ in how they predict, and "compute_optimal" alone has a class of its own.
+        kinds = {"compute_optimal": ComputeOptimal}
+        laws = {name: from_plain(kinds.get(name, Law), law) for name, law in values["laws"].items()}
+        return replace(analysis, laws=laws)
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}); `hpcm scaling fit … --out DIR` writes one") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is no laws.json of this version; run `hpcm scaling fit` again") from error

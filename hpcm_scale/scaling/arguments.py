@@ -1,0 +1,117 @@
+"""The command line of `hpcm scaling`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpcm_scale.errors import Parser
+
+
+def parser() -> Parser:
+    """The command line."""
+    main = Parser(prog="hpcm scaling", description="What runs, finished or running, tell about scale.")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_curves(commands)
+    _add_fit(commands)
+    _add_plan(commands)
+    _add_publish(commands)
+    _add_collect(commands)
+    return main
+
+
+def _command(commands, name: str, purpose: str, description: str) -> Parser:
+    return commands.add_parser(name, help=purpose, description=description)
+
+
+def _add_runs(command: Parser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of runs")
+
+
+def _add_curves(commands) -> None:
+    curves = _command(commands, "curves", "draw loss against compute", "Draw loss against compute.")
+    _add_runs(curves)
+    curves.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        default=Path("loss_vs_compute.png"),
+        help="the figure, .png, .svg or .pdf (default: %(default)s)",
+    )
+
+
+def _add_fit(commands) -> None:
+    fit = _command(
+        commands,
+        "fit",
+        "fit laws to runs: laws.json, figures and report.md",
+        "Find the frontier of runs, fit laws of parameters and of compute, say how far each may be trusted, and write "
+        "laws.json, figures (PNG, SVG) and report.md.",
+    )
+    _add_runs(fit)
+    fit.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is found")
+    fit.add_argument("--metric", choices=("eval/loss", "train/loss"), help="default: eval/loss where there is one")
+    fit.add_argument("--lmbda", metavar="X", type=float, help="runs of this λ only; needed where there are several")
+    fit.add_argument(
+        "--bootstrap", metavar="K", type=int, default=0, help="resamples of the runs for a second interval; default: 0"
+    )
+    fit.add_argument("--level", metavar="P", type=float, default=0.95, help="of every interval; default: %(default)s")
+    fit.add_argument(
+        "--extrapolate",
+        metavar="X",
+        type=float,
+        default=10.0,
+        help="figures reach out to so many times the largest size; default: %(default)g",
+    )
+
+
+def _add_plan(commands) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        "the size, steps and loss that a budget buys",
+        "The compute-optimal size for a budget, the nearest presets, their expected losses, and the command to start.",
+    )
+    plan.add_argument("--laws", metavar="FILE", type=Path, required=True, help="laws.json, or the folder it lies in")
+    budget = plan.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--pflops", metavar="C", type=float, help="training compute, 1e15 floating-point operations")
+    budget.add_argument("--target-loss", metavar="L", type=float, help="the compute that reaches this loss")
+    budget.add_argument("--days", metavar="T", type=float, help="what --gpus do in so many days at --mfu")
+    plan.add_argument("--gpus", metavar="N", type=int, default=8, help="processes of the run; default: %(default)s")
+    plan.add_argument("--gpu", metavar="NAME", default="H100", help="whose peak rate to take; default: %(default)s")
+    plan.add_argument("--mfu", metavar="X", type=float, default=0.4, help="share of it in use; default: %(default)s")
+    plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default: %(default)s")
+    plan.add_argument("--batch-size", metavar="B", type=int, help="images per step; default: 32, or as many as GPUs")
+    plan.add_argument("--crop", metavar="PX", type=int, default=256, help="side of a crop; default: %(default)s")
+    plan.add_argument("--images-in-set", metavar="N", type=int, help="photos in the data set, to count epochs")
+    plan.add_argument("--level", metavar="P", type=float, default=0.95, help="of the intervals; default: %(default)s")
+    plan.add_argument("--json", action="store_true", help="for machines")
+
+
+def _add_publish(commands) -> None:
+    publish = _command(
+        commands,
+        "publish",
+        "show what fit found as a wandb run beside those of the sweep",
+        "Add one wandb run with frontier, laws, tables, figures and report to the group of the sweep; called again, it "
+        "replaces that run.",
+    )
+    publish.add_argument("folder", metavar="DIR", type=Path, help="what `hpcm scaling fit --out DIR` wrote")
+    publish.add_argument("--project", help="default: that of the runs")
+    publish.add_argument("--group", help="default: the sweep of the runs")
+    publish.add_argument("--mode", choices=("online", "offline"), default="offline", help="default: %(default)s")
+
+
+def _add_collect(commands) -> None:
+    collect = _command(
+        commands,
+        "collect",
+        "copy configurations and thinned journals, to share or commit",
+        "Copy configuration and thinned journal of each run, without paths of this machine; `fit` works on them.",
+    )
+    _add_runs(collect)
+    collect.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder for a folder per run")
+    size = collect.add_mutually_exclusive_group()
+    size.add_argument("--every", metavar="N", type=int, help="average so many training lines into one")
+    size.add_argument(
+        "--most-bytes", metavar="B", type=int, default=1_000_000, help="of all files together; default: %(default)s"
+    )

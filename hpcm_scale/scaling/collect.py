@@ -1,0 +1,137 @@
+"""A ladder to share or commit: of each run its configuration and a thinned journal, without paths of the machine."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.files import write_text
+from hpcm_scale.scaling.runs import CONFIG_NAME, Run
+from hpcm_scale.scaling.smoothing import DECADES, RATE
+from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, read_journal
+from hpcm_scale.tracking.progress import progress
+
+PATHS = ("run.dir", "run.branch_of", "data.shards", "data.cache", "eval.images")
+"""Keys of a configuration that name places; of each the last component is kept."""
+WIDEST = DECADES
+"""Decades of compute over which training lines are averaged at most: one standard deviation of the smoothing."""
+STEEPEST = RATE / 2
+"""Change of the learning rate, as a part of its peak, over which they are."""
+FEWEST = 50
+"""Training lines that thinning leaves of every run: enough to smooth those of a branch, too."""
+DIGITS = 6
+"""Of a mean over training lines, whose losses are single precision."""
+
+
+def collect(runs: Sequence[Run], folder: Path, *, every: int | None = None, most_bytes: int = 1_000_000) -> int:
+    """Write `folder`/<run>/ with config.yaml and metrics.jsonl for each run; returns the bytes of all of them.
+
+    Each training line becomes the mean over up to `every` lines; without it, over as few as keep everything
+    within `most_bytes`. Evaluations and the last training line stay as they are; perf/* goes. Files of runs
+    collected before are replaced. Raises UserError when a run has no journal, or `most_bytes` cannot be kept.
+    """
+    configs = {run.name: portable(run.config) for run in runs}
+    records = {run.name: read_journal(run.folder / FILE_NAME) for run in progress(runs, description="read", unit="run")}
+    spare = most_bytes - _size(configs)
+    journals = _within(records, spare, most_bytes) if every is None else _journals(records, every)
+    for name in progress(journals, description="write", unit="run"):
+        write_text(folder / name / CONFIG_NAME, configs[name])
+        write_text(folder / name / FILE_NAME, journals[name])
+    return _size(configs) + _size(journals)
+
+
+def portable(config: dict[str, Any]) -> str:
+    """A run's configuration as YAML, with the last component of every path only."""
+    copy = OmegaConf.create(config)
+    for key in PATHS:
+        value = OmegaConf.select(copy, key)
+        if value is not None:
+            OmegaConf.update(copy, key, PurePosixPath(value).name)
+    return OmegaConf.to_yaml(copy)
+
+
+def thin(records: Sequence[dict[str, Any]], every: int, fewest: int = FEWEST) -> Iterator[dict[str, Any]]:
+    """Journal lines with training lines averaged, up to `every` of them while compute and learning rate hardly change.
+
+    About `fewest` training lines are left at least.
+    A line that stands for several has the position of the middle one, the sums of their train/skipped, their
+    last learning rate, and the means of everything else, over the lines that have a finite value.
+    """
+    group: list[dict[str, Any]] = []
+    peak = max((record.get("train/learning_rate") or 0.0 for record in records), default=0.0)
+    every = max(1, min(every, sum(not _is_evaluation(record) for record in records) // fewest))
+    last = max((index for index, record in enumerate(records) if not _is_evaluation(record)), default=-1)
+    for index, record in enumerate(records):
+        kept = {key: value for key, value in record.items() if not key.startswith("perf/")}
+        alone = _is_evaluation(kept) or index == last
+        if group and (alone or len(group) == every or _differ(group[0], kept, peak)):
+            yield _mean(group)
+            group = []
+        if alone:
+            yield kept
+        else:
+            group.append(kept)
+    assert not group
+
+
+def _is_evaluation(record: dict[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in record)
+
+
+def _differ(first: dict[str, Any], last: dict[str, Any], peak: float) -> bool:
+    """Whether smoothing would tell these lines apart."""
+    rates = [line.get("train/learning_rate") or 0.0 for line in (first, last)]
+    decades = math.log10(last["compute/pflops"] / first["compute/pflops"])
+    return decades > WIDEST or abs(rates[1] - rates[0]) > STEEPEST * peak
+
+
+def _mean(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(group) == 1:
+        return group[0]
+    line = {key: group[len(group) // 2][key] for key in REQUIRED}
+    for key in dict.fromkeys(key for record in group for key in record if key not in REQUIRED):
+        values = [record[key] for record in group if record.get(key) is not None]
+        if key == "train/skipped":
+            line[key] = sum(values)
+        elif key in ("train/learning_rate", "train/upscaled"):
+            line[key] = values[-1] if values else None
+        else:
+            line[key] = float(f"{sum(values) / len(values):.{DIGITS}g}") if values else None
+    return line
+
+
+Records = dict[str, list[dict[str, Any]]]
+"""Journal lines by the name of their run."""
+
+
+def _journals(records: Records, every: int) -> dict[str, str]:
+    return {name: "".join(f"{json.dumps(line)}\n" for line in thin(lines, every)) for name, lines in records.items()}
+
+
+def _within(records: Records, spare: int, most: int) -> dict[str, str]:
+    """The journals of the smallest `every` with which they need at most `spare` bytes."""
+    too_small, every = 0, 1
+    longest = max(map(len, records.values()))
+    while _size(journals := _journals(records, every)) > spare:
+        if every >= longest:
+            least = math.ceil((_size(journals) + most - spare) / 1e4) * 10_000
+            raise UserError(f"{len(records)} runs need more than {most:,} bytes; allow --most-bytes {least}")
+        too_small, every = every, 2 * every
+    while every - too_small > 1:
+        middle = (every + too_small) // 2
+        tried = _journals(records, middle)
+        if _size(tried) > spare:
+            too_small = middle
+        else:
+            every, journals = middle, tried
+    return journals
+
+
+def _size(texts: dict[str, str]) -> int:
+    return sum(len(text.encode()) for text in texts.values())

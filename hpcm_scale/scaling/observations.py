@@ -1,0 +1,213 @@
+"""What runs tell before any law: a loss curve of each, and where each stands at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.scaling.facts import annealed, learning_rates, parameters_by_part, trunk
+from hpcm_scale.scaling.runs import Run
+from hpcm_scale.scaling.smoothing import smoothed
+from hpcm_scale.scaling.usable import LeftOut, end, passed_over, usable_lines
+
+METRICS = ("eval/loss", "train/loss")
+PETA = 1e15
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One run's loss against compute; arrays are float64 (n,), ascending in compute."""
+
+    run: str
+    model: str
+    parameters: int
+    parts: dict[str, int]
+    """Parameters of g_a, g_s, hyper and context; their sum is `parameters`."""
+    lmbda: float
+    seed: int
+    flops_per_pixel: float
+    """Of training, forward and backward, as the run's own journal counted it."""
+    pflops: np.ndarray
+    """Cumulative training compute, 1e15 FLOP; a branch counts its trunk's, too."""
+    pixels: np.ndarray
+    """Pixels trained on: images × crop²."""
+    loss: np.ndarray
+    smoothed: np.ndarray
+    """Local linear fit of `loss` (`smoothing`)."""
+    learning_rate: np.ndarray
+    """NaN where the journal does not tell it."""
+    annealed: np.ndarray
+    """bool (n,): the learning rate has decayed to a tenth of its peak or less (`facts.ANNEALED`)."""
+    branch_of: str | None = None
+    """The trunk, for a branch, which starts at its first decaying step; the two share all before."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One trained model: where a run stands at its last line of the study's metric."""
+
+    run: str
+    model: str
+    parameters: int
+    parts: dict[str, int]
+    lmbda: float
+    seed: int
+    pixels: float
+    images: int
+    pflops: float
+    flops_per_pixel: float
+    loss: float
+    """Of an evaluation as it is, of training lines the end of the smoothed curve; `bpp` and `psnr` likewise."""
+    bpp: float | None
+    psnr: float | None
+    annealed: bool
+    finished: bool
+    branch_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What runs tell, before any law; runs in order of parameters, compute and name, whatever order they came in."""
+
+    metric: str
+    """"eval/loss" or "train/loss"."""
+    lmbda: float
+    curves: list[Curve]
+    observations: list[Observation]
+    left_out: list[str]
+    """One sentence for each run, or lines of a run, that are not in: the run's name and why."""
+    notes: list[str] = field(default_factory=list)
+    """One sentence for each reason to doubt that the runs can be compared."""
+    group: str | None = None
+    """The sweep that all runs belong to (run.sweep), wandb's group; None if there is no such one."""
+    project: str | None = None
+    """wandb's project likewise (log.project)."""
+
+
+def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = None) -> Study:
+    """The curves and observations that runs give for one λ and one metric, with what was left out and why.
+
+    `metric` is "eval/loss" or "train/loss"; by default the first if every run that has begun is evaluated, or is to
+    be. Takes finished, unfinished, resumed and branched runs. Raises UserError when the runs have several λ and
+    none was chosen, or none can be used.
+    """
+    if metric not in (None, *METRICS):
+        raise UserError(f"there is no curve of {metric}; choose {' or '.join(METRICS)}")
+    runs = sorted(runs, key=lambda run: (run.name, str(run.folder)))
+    begun = [run for run in runs if _lines(run)]
+    left_out = [f"{run.name} is left out: it has no line yet" for run in runs if not _lines(run)]
+    lmbda = _chosen_lmbda(begun, lmbda)
+    metric = metric or ("eval/loss" if all(map(_is_evaluated, begun)) else "train/loss")
+    told: list[tuple[Curve, Observation]] = []
+    for run in begun:
+        try:
+            told.append(_tell(run, metric, lmbda, trunk(run, runs)))
+            left_out += passed_over(run, metric)
+        except LeftOut as reason:  # noqa: PERF203
+            left_out.append(f"{run.name} is left out: {reason}")
+    if not told:
+        raise UserError(f"no run can be used: {'; '.join(left_out) or 'there is none'}")
+    told.sort(key=lambda pair: (pair[1].parameters, pair[1].pflops, pair[1].run))
+    curves, observations = map(list, zip(*told, strict=True))
+    names = {observation.run for observation in observations}
+    used = [run for run in begun if run.name in names]
+    group, project = _shared(used, "run.sweep"), _shared(used, "log.project")
+    return Study(metric, lmbda, curves, observations, sorted(left_out), _differences(used, metric), group, project)
+
+
+def _lines(run: Run) -> int:
+    return sum(run.records.rows(metric).size for metric in METRICS)
+
+
+def _is_evaluated(run: Run) -> bool:
+    return bool(run.records.rows("eval/loss").size or _setting(run, "eval.images"))
+
+
+def _chosen_lmbda(runs: Sequence[Run], lmbda: float | None) -> float:
+    there = sorted({float(run.config["objective"]["lmbda"]) for run in runs})
+    named = ", ".join(f"{value:g}" for value in there)
+    if lmbda is None:
+        if len(there) > 1:
+            raise UserError(f"the runs have several λ ({named}), whose losses cannot be compared; choose one")
+        return there[0] if there else float("nan")
+    near = [value for value in there if np.isclose(value, lmbda, rtol=1e-9, atol=0)]
+    if not near:
+        raise UserError(f"no run has λ = {lmbda:g}; there are runs with {named or 'no line yet'}")
+    return near[0]
+
+
+def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[Curve, Observation]:
+    """The curve of a run and where it ends."""
+    its_lmbda = float(run.config["objective"]["lmbda"])
+    if its_lmbda != lmbda:
+        raise LeftOut(f"its λ is {its_lmbda:g}, not {lmbda:g}")
+    steps, pflops, images, loss = usable_lines(run, metric)
+    try:
+        parts = parameters_by_part(run.config)
+    except UserError as error:
+        raise LeftOut(str(error)) from None
+    crop = _setting(run, "data.crop")
+    if not crop:
+        raise LeftOut("its configuration does not say data.crop")
+    rates = learning_rates(run, steps)
+    decayed = annealed(run.config, steps, rates)
+    fit = smoothed(pflops, loss, rates)
+    if not fit.min() > 0:
+        raise LeftOut("its loss varies too much to be smoothed")
+    same = {
+        "run": run.name,
+        "model": str(run.config["model"]["name"]),
+        "parameters": sum(parts.values()),
+        "parts": parts,
+        "lmbda": lmbda,
+        "seed": int(run.config["train"].get("seed", 0)),
+        "flops_per_pixel": float(pflops[-1] * PETA / (images[-1] * crop**2)),
+        "branch_of": branch_of,
+    }
+    curve = Curve(
+        **same,
+        pflops=pflops,
+        pixels=images * crop**2,
+        loss=loss,
+        smoothed=fit,
+        learning_rate=rates,
+        annealed=decayed,
+    )
+    observation = Observation(
+        **same,
+        pixels=float(images[-1] * crop**2),
+        images=int(images[-1]),
+        pflops=float(pflops[-1]),
+        loss=float(loss[-1] if metric == "eval/loss" else fit[-1]),
+        bpp=end(run, metric.replace("loss", "bpp"), steps[-1]),
+        psnr=end(run, metric.replace("loss", "psnr"), steps[-1]),
+        annealed=bool(decayed[-1]),
+        finished=run.finished,
+    )
+    return curve, observation
+
+
+def _differences(runs: Sequence[Run], metric: str) -> list[str]:
+    """What makes the losses of runs another thing."""
+    keys = ("data.crop", "eval.images", "eval.limit") if metric == "eval/loss" else ("data.crop",)
+    notes = []
+    for key in keys:
+        values = sorted({PurePath(str(_setting(run, key))).name for run in runs})  # a path may differ by machine
+        if len(values) > 1:
+            notes.append(f"the runs differ in {key} ({', '.join(values)}): their losses may not be comparable")
+    return notes
+
+
+def _shared(runs: Sequence[Run], key: str) -> str | None:
+    values = {_setting(run, key) for run in runs}
+    return values.pop() if len(values) == 1 else None
+
+
+def _setting(run: Run, key: str) -> Any:
+    section, name = key.split(".")
+    return (run.config.get(section) or {}).get(name)

@@ -1,0 +1,116 @@
+"""What the data support, in sentences: first said, everywhere."""
+
+from __future__ import annotations
+
+import math
+
+from hpcm_scale.scaling.analysis import Analysis
+from hpcm_scale.scaling.laws.floor import ENOUGH
+from hpcm_scale.scaling.laws.law import Law
+from hpcm_scale.scaling.words import TITLES, count, expected, percent
+
+FACTORS = (2, 10)
+"""Multiples of the largest size (or compute) that laws are asked about."""
+
+
+def parameter_law(analysis: Analysis) -> Law | None:
+    """The preferred law of parameters."""
+    return _preferred(analysis, "parameters")
+
+
+def compute_law(analysis: Analysis) -> Law | None:
+    """The preferred law of compute: of the annealed frontier, or else of the whole one."""
+    return _preferred(analysis, "compute") or _preferred(analysis, "compute_whole")
+
+
+def _preferred(analysis: Analysis, key: str) -> Law | None:
+    return analysis.laws[analysis.preferred[key]] if key in analysis.preferred else None
+
+
+def headline(analysis: Analysis) -> str:
+    """What ten times the largest size promises, or that nothing can be said."""
+    law = parameter_law(analysis)
+    if law is None:
+        reasons = [
+            analysis.refused[name]
+            for name in ("power_law_of_parameters", "floor_of_parameters")
+            if name in analysis.refused
+        ]
+        return f"These runs carry no law of parameters: {reasons[0] if reasons else 'there is none to fit'}."
+    largest = law.observed["N"][1]
+    ahead = law.predict(10 * largest, analysis.level)
+    text = (
+        f"By the {TITLES[law.name]}, 10 times the largest size ({count(10 * largest)} parameters) comes to a loss of "
+        f"{expected(ahead, analysis.level)}."
+    )
+    return f"{text} At fixed λ: {analysis.rate_gain.sentence}." if analysis.rate_gain else text
+
+
+def doubts(analysis: Analysis) -> list[str]:
+    """Why not to believe the headline; sentences, the gravest first, empty where the data support it."""
+    law = parameter_law(analysis)
+    if law is None:
+        return []
+    told = []
+    sizes = len({point.parameters for point in analysis.observations})
+    slope = law.parameters["alpha"]
+    error = (law.standard_errors or {}).get("alpha")
+    if slope <= 0 or law.parameters["A"] == 0:
+        told.append("the loss does not fall with parameters here")
+    elif error is not None and slope < 2 * error:
+        told.append(f"the exponent, {slope:.3f}, is less than two standard errors ({error:.3f}) from zero")
+    if not law.converged:
+        told.append("the fit did not converge")
+    if law.covariance is None:
+        told.append("there are no more trainings than parameters of the law, so nothing tells how sure it is")
+    told += _contested(analysis)
+    told += _held_out(analysis, law)
+    if sizes < ENOUGH:
+        told.append(f"{sizes} sizes are few: with fewer than {ENOUGH} a floor can hardly be told from none")
+    if not any(point.annealed for point in analysis.observations):
+        told.append("no run was annealed: its loss still holds the noise of a high learning rate")
+    smallest, reached = law.observed["N"]
+    if reached < 10 * smallest:
+        told.append(f"the sizes span a factor of {reached / smallest:.1f}, and ten times is a longer way than that")
+    return told
+
+
+def _contested(analysis: Analysis) -> list[str]:
+    comparison = analysis.comparisons.get("parameters")
+    if comparison is None or not comparison.contested:
+        return []
+    line = analysis.laws["power_law_of_parameters"]
+    ahead = expected(line.predict(10 * line.observed["N"][1], analysis.level), analysis.level)
+    gain = analysis.rate_gains.get(line.name)
+    rate = f"; {gain.sentence}" if gain else ""
+    return [f"{comparison.reason}; without a floor, ten times the largest size comes to {ahead}{rate}"]
+
+
+def _held_out(analysis: Analysis, law: Law) -> list[str]:
+    trust = analysis.trust.get(law.name)
+    missed = [held for held in trust.largest if held.inside is False] if trust else []
+    if not missed:
+        return []
+    worst = max(missed, key=lambda held: abs(held.error))
+    return [
+        f"fitted without the largest size, the law misses it by {percent(worst.error)}, outside its own interval"
+        + _better(analysis, law, abs(worst.error))
+    ]
+
+
+def _better(analysis: Analysis, law: Law, miss: float) -> str:
+    """That another law of parameters foretold the largest size better."""
+    for name in ("power_law_of_parameters", "floor_of_parameters"):
+        held = analysis.trust[name].largest if name in analysis.trust else ()
+        worst = max((abs(each.error) for each in held), default=math.inf)
+        if name != law.name and worst < miss:
+            return f", and the {TITLES[name]} by {worst * 100:.2f} % only"
+    return ""
+
+
+def improvement(law: Law, factor: float, variable: str, level: float) -> tuple[float, float, float]:
+    """Relative change of the loss, and its interval, from the largest observed x to `factor` times as much."""
+    largest = law.observed[variable][1]
+    start = float(law.predict(largest, level).value)
+    change = law.change(largest, factor * largest, level)
+    return tuple(float(value) / start if math.isfinite(value) else math.nan for value in change)

@@ -1,0 +1,101 @@
+"""The jobs of a multirun: one configuration each, named, checked all before the first one starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from hpcm_scale.config.checks import check
+from hpcm_scale.config.schema import Config
+from hpcm_scale.config.sweeps import name_run
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.index import load_index
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.weights import exported_step
+from hpcm_scale.sweeps.log import log_of
+from hpcm_scale.training.run import run_directory
+from hpcm_scale.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a multirun."""
+
+    config: Config
+    overrides: tuple[str, ...]
+    """The command line of `hpcm train` that gives this configuration by itself; empty for a branch, which has none."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return run_directory(self.config)
+
+    @property
+    def name(self) -> str:
+        """What the run is called among the others."""
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        """Where its processes write what they have to say."""
+        return log_of(self.folder)
+
+    @property
+    def last_step(self) -> int:
+        """The step it is to be trained to."""
+        return self.config.train.stop_after or self.config.train.steps
+
+
+def make_job(config: Config, overrides: Sequence[str], swept: Sequence[str]) -> Job:
+    """Name a job that Hydra has composed from `overrides`; `swept` are the keys that the multirun varies."""
+    name_run(config, overrides, swept)
+    kept = [override for override in overrides if override.split("=")[0] not in ("run.dir", "run.sweep")]
+    kept += [f"run.{key}={quoted(value)}" for key, value in _named(config).items() if value is not None]
+    return Job(config, (*kept, "hydra.mode=RUN"))  # an experiment may ask for a multirun: this is one of its jobs
+
+
+def _named(config: Config) -> dict[str, str | None]:
+    return {"dir": config.run.dir, "sweep": config.run.sweep}
+
+
+def quoted(value: str) -> str:
+    """A text as Hydra's grammar reads it back, whatever its characters."""
+    value = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    value = re.sub(r"(\\+)$", r"\1\1", value)
+    return '"' + value.replace("${", r"\${") + '"'
+
+
+def unfinished(jobs: Sequence[Job], world_size: int) -> list[Job]:
+    """Those of the jobs that have not been trained to their end.
+
+    Raises UserError for what any of them would be refused for when its `world_size` processes start: nothing
+    has been started or written by then.
+    """
+    taken: dict[Path, Job] = {}
+    for job in jobs:
+        other = taken.setdefault(job.folder.absolute(), job)
+        if other is not job:
+            raise UserError(f"two runs of the sweep share run.dir={job.folder}; leave run.dir out, it is then named")
+    digest = cache(lambda shards, retries, timeout: load_index(shards, retries=retries, timeout=timeout).digest)
+    images = cache(ImageSet)
+    left = []
+    for job in jobs:
+        config = job.config
+        try:
+            check(config, world_size)
+            data = config.data
+            if data.shards is None:
+                raise UserError("data.shards is not set; name the folder that `hpcm shards build` made")
+            if config.eval.images:
+                images(config.eval.images, config.eval.limit)
+            folder = RunFolder(job.folder)
+            resume = folder.resume(config, world_size, digest(data.shards, data.retries, data.timeout))
+        except UserError as error:
+            raise UserError(f"{job.name}: {error}") from error
+        done = resume.step >= job.last_step
+        if not done or (resume.step == config.train.steps and exported_step(folder.weights_file) != resume.step):
+            left.append(job)
+    return left

@@ -1,0 +1,194 @@
+"""Hydra's plugins: `hydra/launcher=deepspeed`, `hydra/launcher=slurm` and `hydra/sweeper=grids`.
+
+Imported before Hydra starts, this module makes them known; heavy imports wait until one of them is used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, flag_override
+
+from hpcm_scale.config.compose import typed
+from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
+from hpcm_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from hpcm_scale.sweeps.jobs import Job
+
+PLUGIN_MODULE = "hydra_plugins.hpcm_scale"
+"""Hydra takes plugins only from modules below `hydra_plugins`: this one goes by such a name, too."""
+# Not imported: looking for plugins, Hydra runs their modules again, and classes imported before are not its own.
+_BasicSweeper = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
+
+
+@dataclass
+class DeepSpeedOptions:
+    """`hydra.launcher.…` of the launcher `deepspeed`: several runs at a time on this machine."""
+
+    _target_: str = f"{PLUGIN_MODULE}.DeepSpeedLauncher"
+    gpus_per_job: int = 1
+    """GPUs of each run; on a machine without any, its processes."""
+    gpus: list[int] | None = None
+    """The GPUs to use, by number; unset: all that CUDA_VISIBLE_DEVICES leaves."""
+    jobs_at_once: int | None = None
+    """Runs at a time; unset: as many as there are GPUs, or else processor cores, for."""
+    grace: float = 600.0
+    """Seconds that a run has to write its checkpoint when it is asked to stop."""
+
+
+@dataclass
+class SlurmOptions:
+    """`hydra.launcher.…` of the launcher `slurm`: one batch job a run."""
+
+    _target_: str = f"{PLUGIN_MODULE}.SlurmLauncher"
+    nodes: int = 1
+    """Machines of each run."""
+    gpus_per_node: int = 8
+    """GPUs, and processes, of each run on each machine; 0: one process without a GPU."""
+    cpus_per_task: int = 8
+    """Processor cores of each process."""
+    time: str = "24:00:00"
+    """Longest time before a run goes back into the queue, as Slurm writes it."""
+    grace: int = 600
+    """Seconds before that at which it is asked to write its checkpoint."""
+    partition: str | None = None
+    account: str | None = None
+    options: list[str] = field(default_factory=list)
+    """More options of sbatch, such as ['--qos=long','--exclude=node7']."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before training, such as ['module load cuda']."""
+    submit: bool = True
+    """False: only write the scripts."""
+
+
+class _JobsLauncher(Launcher):
+    """A launcher of whole runs: Hydra's overrides in, jobs out."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self._context, self._config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Called by Hydra with the overrides of each job. Ends the program with another code than 0 unless all goes
+        well; raises UserError before anything is started."""
+        if "RANK" in os.environ:
+            raise UserError(
+                "hydra/launcher starts processes of its own; type `python -m hpcm_scale.train -m …`, without deepspeed"
+            )
+        from hpcm_scale.sweeps.jobs import make_job
+
+        hydra = self._config.hydra
+        swept = swept_keys(list(hydra.overrides.task), sweeper_grids(hydra.sweeper))
+        load = self._context.config_loader.load_sweep_config
+        jobs = []
+        for overrides in job_overrides:
+            composed = load(self._config, list(overrides))
+            with flag_override(composed, ["struct", "readonly"], False):
+                del composed["hydra"]
+            jobs.append(make_job(typed(composed), list(overrides), swept))
+        code = self.train(jobs)
+        if code:
+            raise SystemExit(code)
+        return [JobReturn(status=JobStatus.COMPLETED) for _ in jobs]
+
+    @abstractmethod
+    def train(self, jobs: Sequence[Job]) -> int:
+        """Train the jobs, or have them trained; returns the exit code."""
+
+
+class DeepSpeedLauncher(_JobsLauncher):
+    """Several runs at a time on this machine, each by a `deepspeed` of its own."""
+
+    __module__ = PLUGIN_MODULE
+
+    def __init__(self, **options: Any) -> None:
+        self.options = DeepSpeedOptions(**options)
+
+    def train(self, jobs: Sequence[Job]) -> int:
+        """Train the jobs; prints a table at the end."""
+        from hpcm_scale.sweeps.at_once import AtOnce
+        from hpcm_scale.sweeps.devices import shares, visible_gpus
+        from hpcm_scale.sweeps.jobs import unfinished
+        from hpcm_scale.sweeps.plan import write_plans
+        from hpcm_scale.sweeps.summary import summary
+
+        options = self.options
+        gpus = visible_gpus() if options.gpus is None else list(options.gpus)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        parts = shares(gpus, options.gpus_per_job, options.jobs_at_once, cores)
+        left = unfinished(jobs, options.gpus_per_job)
+        write_plans(jobs)
+        signal = AtOnce(left, parts[: max(1, len(left))], cores, options.grace).train()
+        names = {job.name for job in left}
+        code = summary(jobs, skipped=[job.name for job in jobs if job.name not in names])
+        return code if signal is None else 128 + signal
+
+
+class SlurmLauncher(_JobsLauncher):
+    """One batch job a run, submitted to Slurm."""
+
+    __module__ = PLUGIN_MODULE
+
+    def __init__(self, **options: Any) -> None:
+        self.options = SlurmOptions(**options)
+
+    def train(self, jobs: Sequence[Job]) -> int:
+        """Write and submit the scripts."""
+        from hpcm_scale.sweeps.slurm import submit
+
+        submit(jobs, self.options)
+        return 0
+
+
+class GridSweeper(_BasicSweeper):
+    """The runs of several grids (conf/hydra/sweeper/grids.yaml), each run once."""
+
+    __module__ = PLUGIN_MODULE
+
+    def __init__(self, grids: Sequence[dict[str, Any]], max_batch_size: int | None = None, params: Any = None) -> None:
+        super().__init__(max_batch_size, params)
+        self._grids = grids
+
+    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+        """Batches of the jobs' overrides; what the command line says of a key replaces what a grid says."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        jobs: dict[tuple[str, ...], None] = {}
+        for grid in self._grids or [{}]:
+            whole = parser.parse_overrides([f"{key}={values}" for key, values in grid.items()]) + overrides
+            [batch] = super().split_arguments(whole, None)
+            jobs.update(dict.fromkeys(map(tuple, batch)))
+        return list(super().split_overrides_to_chunks([list(job) for job in jobs], max_batch_size))
+
+
+def _make_known() -> None:
+    name, _, last = PLUGIN_MODULE.rpartition(".")
+    try:
+        parent = import_module(name)
+    except ImportError:  # no other plugin is installed
+        parent = sys.modules[name] = ModuleType(name)
+        parent.__path__ = []
+    sys.modules[PLUGIN_MODULE] = sys.modules[__name__]
+    setattr(parent, last, sys.modules[__name__])
+    for plugin in (DeepSpeedLauncher, SlurmLauncher, GridSweeper):
+        Plugins.instance().register(plugin)
+    store = ConfigStore.instance().store
+    store(group="hydra/launcher", name="deepspeed", node=DeepSpeedOptions, provider="hpcm_scale")
+    store(group="hydra/launcher", name="slurm", node=SlurmOptions, provider="hpcm_scale")
+
+
+_make_known()

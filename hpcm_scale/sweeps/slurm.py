@@ -1,0 +1,143 @@
+"""Trains the jobs of a sweep under Slurm, one batch job a run."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.files import write_text, writing
+from hpcm_scale.sweeps.jobs import Job, unfinished
+from hpcm_scale.sweeps.log import MARK
+from hpcm_scale.sweeps.plan import write_plans
+
+if TYPE_CHECKING:
+    from hpcm_scale.sweeps.plugins import SlurmOptions
+
+_BODY = r"""
+# Preempted, or before its time is up, the run writes a checkpoint, goes back into the queue and goes on from there.
+set -euo pipefail
+cd -- @FOLDER@
+echo "@MARK@started in Slurm job $SLURM_JOB_ID"
+trap 'echo "@MARK@ended with exit code $?"' EXIT
+@SETUP@
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over from sbatch
+
+# No launcher between Slurm and training: the signal to stop reaches every process at once, and nothing cuts
+# short the checkpoint that follows.
+trap : TERM # sent to this script too, it does not end it
+srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' train \
+    @PYTHON@ -m hpcm_scale.train @OVERRIDES@
+
+# Stopped before its end, with a checkpoint, and not being ended by Slurm (cancelled, or requeued already): again.
+unfinished='import sys; from hpcm_scale.scaling.runs import load_run; sys.exit(load_run(sys.argv[1]).step >= @STEP@)'
+if @PYTHON@ -c "$unfinished" @RUN@ && [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+"""
+
+
+def world_size(options: SlurmOptions) -> int:
+    """Processes of each run."""
+    return options.nodes * max(1, options.gpus_per_node)
+
+
+def script(job: Job, options: SlurmOptions) -> str:
+    """The batch script of a job: Slurm's options at its top, to be edited, then the same training as anywhere."""
+    parts = {
+        "FOLDER": shlex.quote(str(Path.cwd())),
+        "MARK": MARK,
+        "SETUP": "\n".join(options.setup),
+        "PYTHON": shlex.quote(sys.executable),
+        "OVERRIDES": " ".join(map(shlex.quote, job.overrides)),
+        "STEP": str(job.last_step),
+        "RUN": shlex.quote(str(job.folder)),
+    }
+    body = _BODY
+    for name, value in parts.items():
+        body = body.replace(f"@{name}@", value)
+    return "\n".join(["#!/usr/bin/env bash", *(f"#SBATCH {line}" for line in _header(job, options))]) + body
+
+
+def _header(job: Job, options: SlurmOptions) -> list[str]:
+    lines = [
+        f"--job-name={_job_name(job)}",
+        "--dependency=singleton",  # submitted twice, the second waits for the first and finds its work done
+        f"--nodes={options.nodes}",
+        f"--ntasks-per-node={max(1, options.gpus_per_node)}",
+        f"--cpus-per-task={options.cpus_per_task}",
+        f"--time={options.time}",
+        f"--output={shlex.quote(str(job.log.absolute()).replace('%', '%%'))}",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=TERM@{options.grace}",
+    ]
+    if options.gpus_per_node:
+        lines.append(f"--gpus-per-node={options.gpus_per_node}")
+    lines += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(options, key))]
+    return [*lines, *options.options]
+
+
+def _job_name(job: Job) -> str:
+    """The same for every submission of a run, and for no other run."""
+    digest = hashlib.sha256(str(job.folder.absolute()).encode()).hexdigest()
+    return f"hpcm_{re.sub('[^a-zA-Z0-9.=_-]', '_', job.name)}_{digest[:8]}"
+
+
+def submit(jobs: Sequence[Job], options: SlurmOptions) -> None:
+    """Write the script of each unfinished job beside its run folder, and submit it unless it is in the queue.
+
+    Raises UserError if a job would be refused when it starts, or Slurm cannot be asked; nothing is submitted then.
+    """
+    for key, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1), ("grace", 0)):
+        if getattr(options, key) < least:
+            raise UserError(f"hydra.launcher.{key}={getattr(options, key)} must be at least {least}")
+    left = unfinished(jobs, world_size(options))
+    if options.submit and shutil.which("sbatch") is None:
+        raise UserError(
+            "there is no sbatch on this machine; type this where Slurm is, or add hydra.launcher.submit=false"
+        )
+    write_plans(jobs)
+    for job in jobs:
+        if job not in left:
+            print(f"{job.name}: finished already")
+            continue
+        path = job.folder.with_name(job.name + ".sbatch")
+        with writing(path):
+            write_text(path, script(job, options))
+        queued = _queued(job) if options.submit else None
+        if not options.submit:
+            print(f"{job.name}: sbatch {shlex.quote(str(path))}")
+        elif queued:
+            print(f"{job.name}: in the queue already, as Slurm job {queued}")
+        else:
+            print(f"{job.name}: Slurm job {_sbatch(job, path)}, log: {job.log}", flush=True)
+
+
+def _queued(job: Job) -> str | None:
+    """The number of the Slurm job that trains this run, or waits to."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={_job_name(job)}"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.strip() else None
+
+
+def _sbatch(job: Job, path: Path) -> str:
+    with job.log.open("a", encoding="utf-8") as log:
+        log.write(f"{MARK}submitted to Slurm\n")
+    answer = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    if answer.returncode:
+        said = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
+        raise UserError(f"sbatch refuses {path} ({said}); mend hydra.launcher.…, and type the same command again")
+    return answer.stdout.split(";")[0].strip()

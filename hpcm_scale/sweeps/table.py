@@ -1,0 +1,76 @@
+"""The table of a sweep's runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from hpcm_scale.sweeps.state import RunState
+
+STYLES = {"finished": "green", "skipped": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+PIPE_WIDTH = 200
+"""Columns where nobody's terminal limits them."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal; in a pipe wide enough for every column."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def table(states: Sequence[RunState], remark: str = "") -> Group:
+    """Runs by lines: size, steps, loss, rate, distortion, compute, time, state; then why some failed, and a remark."""
+    # A column that only repeats the names of the runs would take the place of others.
+    named = all(state.plan is None or f"model={state.plan.model}" in state.name for state in states)
+    grid = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    grid.add_column("run", overflow="fold")
+    if not named:
+        grid.add_column("model")
+    for heading in ("size", "step", "loss", "bpp", "PSNR", "PFLOPs", "time", "left"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    grid.add_column("state", no_wrap=True)
+    for state in states:
+        model = [] if named else [state.plan.model if state.plan else "?"]
+        grid.add_row(state.name, *model, *_row(state), style="dim" if state.state == "waiting" else None)
+    notes = [Text(f"{state.name}: {state.note}", style="red") for state in states if state.note]
+    if any(state.loss is not None and not state.evaluated for state in states):
+        notes.insert(0, Text("* of training: not evaluated yet", style="dim"))
+    return Group(grid, *notes, *([Text(remark)] if remark else []))
+
+
+def _row(state: RunState) -> list[str | Text]:
+    plan = state.plan
+    return [
+        f"{plan.parameters / 1e6:,.2f} M" if plan and plan.parameters else "?",
+        f"{state.step:,}/{plan.steps:,}" if plan else f"{state.step:,}",
+        _number(state.loss, "#.4g", "" if state.evaluated else "*"),
+        _number(state.bpp, ".4f"),
+        _number(state.psnr, ".2f"),
+        _number(state.pflops, ",.3g"),
+        clock(state.seconds),
+        clock(state.seconds_left),
+        Text(state.state, style=STYLES.get(state.state, "")),
+    ]
+
+
+def _number(value: float | None, form: str, mark: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{mark}"
+
+
+def clock(seconds: float | None) -> str:
+    """A time as 59 s, 12:59 (minutes), 3:00 h or 12.5 d; empty for None."""
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
+    if whole < 172800:
+        return f"{whole // 3600}:{whole // 60 % 60:02d} h"
+    return f"{whole / 86400:.1f} d"

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from law_surfaces import AMOUNTS, SIZES, joint_surface, ladder, study_of, training
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.scaling.analysis import FILE_NAME, FORMAT, analyse, read_laws, write_laws
+from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
+from hpcm_scale.scaling.observations import study
+from hpcm_scale.scaling.runs import find_runs
+
+NAMES = {
+    *(f"{kind}_of_{of}" for kind in ("power_law", "floor") for of in ("parameters", "compute", "compute_whole")),
+    "joint",
+    "compute_optimal",
+}
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return analyse(study_of(ladder()), bootstrap=3)
+
+
+def test_it_finds_every_law(analysis):
+    assert set(analysis.laws) == NAMES
+    assert analysis.refused == {}
+    assert all(law.name == name and law.converged for name, law in analysis.laws.items())
+    assert all(len(law.runs) == len(set(law.runs)) == law.points for law in analysis.laws.values())
+    assert set(analysis.laws["joint"].runs) == {each.run for each in analysis.observations}
+    assert set(analysis.preferred) == set(analysis.reasons) == set(analysis.comparisons)
+    assert set(analysis.preferred) == {"parameters", "compute", "compute_whole"}
+    assert set(analysis.trust) == NAMES - {"compute_optimal"}
+    ahead = analysis.laws["joint"].predict((1e8, 3e10))
+    assert ahead.low < joint_surface(1e8, 3e10) < ahead.high
+    cost = analysis.laws["compute_optimal"].parameters
+    assert (cost["k"], cost["kappa"]) == pytest.approx((40, 0.79))
+
+
+def test_the_parts_and_the_gain(analysis):
+    assert [size.parameters for size in analysis.breakdown.sizes] == [round(size) for size in SIZES]
+    assert set(analysis.breakdown.exponents) == {"g_a", "g_s", "hyper", "context"}
+    alpha = analysis.laws["power_law_of_parameters"].parameters["alpha"]
+    for part in analysis.breakdown.exponents.values():
+        assert part.exponent == pytest.approx(alpha, rel=1e-3)  # the parts are fixed shares here
+    assert set(analysis.rate_gains) == {"power_law_of_parameters", "floor_of_parameters"}
+    assert analysis.rate_gain == analysis.rate_gains[analysis.preferred["parameters"]]
+    largest = next(each for each in analysis.observations if each.parameters == 2e7 and each.pixels == AMOUNTS[-1])
+    assert (analysis.rate_gain.bpp, analysis.rate_gain.parameters) == (largest.bpp, 2e7)
+
+
+def test_laws_json_holds_every_digit(analysis, tmp_path):
+    write_laws(analysis, tmp_path / FILE_NAME)
+    text = (tmp_path / FILE_NAME).read_text(encoding="utf-8")
+    again = read_laws(tmp_path)
+    assert again == analysis == read_laws(tmp_path / FILE_NAME)
+    assert json.loads(text)["format"] == FORMAT
+    assert repr(analysis.laws["joint"].parameters["A"]) in text
+    assert isinstance(again.laws["compute_optimal"], ComputeOptimal)
+    for name, law in analysis.laws.items():
+        x = (1e7, 1e9) if name == "joint" else 1e7
+        assert again.laws[name].predict(x) == law.predict(x)
+        assert type(law).from_dict(json.loads(json.dumps(law.to_dict()))) == law
+
+
+def test_the_same_runs_give_the_same_file(analysis, tmp_path):
+    shuffled = analyse(study_of(ladder()[::-1]), bootstrap=3)
+    write_laws(analysis, tmp_path / "one.json")
+    write_laws(shuffled, tmp_path / "two.json")
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+def test_from_run_folders(ladder_runs, tmp_path):
+    found = analyse(study(find_runs([ladder_runs])))
+    law = found.laws["floor_of_parameters"]
+    assert law.parameters["alpha"] == pytest.approx(0.33, abs=3 * law.standard_errors["alpha"])
+    assert found.refused == {}
+    write_laws(found, tmp_path / FILE_NAME)
+    assert str(ladder_runs) not in (tmp_path / FILE_NAME).read_text(encoding="utf-8")
+    assert read_laws(tmp_path) == found
+
+
+def test_few_runs_are_told_what_they_lack():
+    with pytest.raises(UserError, match="one run tells nothing about scale"):
+        analyse(study_of([training(1e6, 1e8, 1.0)]))
+    same_size = analyse(study_of([training(1e6, 1e8, 1.2), training(1e6, 1e9, 1.0)]))
+    assert "power_law_of_parameters" in same_size.refused
+    assert "needs two different N, and there is 1" in same_size.refused["power_law_of_parameters"]
+    assert set(same_size.laws) == {"power_law_of_compute", "power_law_of_compute_whole"}
+    assert (same_size.breakdown, same_size.rate_gain, same_size.rate_gains) == (None, None, {})
+    for count in range(2, 6):
+        some = analyse(study_of(ladder(sizes=SIZES[:count], amounts=AMOUNTS[:2])), bootstrap=2)
+        assert set(some.laws) | set(some.refused) == NAMES
+        assert ("floor_of_parameters" in some.laws) == (count > 2)
+        assert some.refused["compute_optimal"].startswith("it rests on the joint law, and the joint law needs 3 sizes")
+        assert all(sentence for sentence in some.refused.values())
+
+
+def test_unannealed_runs_have_no_annealed_frontier():
+    hot = analyse(study_of([replace(each, annealed=False) for each in ladder(sizes=SIZES[::2])]))
+    assert hot.frontier_annealed == ()
+    assert "no run is on the annealed frontier" in hot.refused["power_law_of_compute"]
+    assert set(hot.preferred) == {"parameters", "compute_whole"}
+    assert any("had decayed" in warning for warning in hot.laws["joint"].warnings)
+
+
+def test_without_a_rate_there_is_no_gain():
+    silent = analyse(study_of([replace(each, bpp=None) for each in ladder(amounts=AMOUNTS[:1])]))
+    assert (silent.rate_gain, silent.rate_gains) == (None, {})
+    assert "power_law_of_parameters" in silent.laws
+
+
+def test_the_level_is_everywhere():
+    runs = study_of(ladder(amounts=AMOUNTS[:2]))
+    half, usual = analyse(runs, level=0.5), analyse(runs)
+    assert half.level == 0.5
+    for name in half.trust:
+        narrow, wide = (found.trust[name].leave_one_out[0] for found in (half, usual))
+        assert narrow.predicted == wide.predicted
+        assert wide.low < narrow.low < narrow.high < wide.high
+    with pytest.raises(UserError, match="choose one between 0 and 1"):
+        analyse(study_of(ladder()), level=95)
+
+
+def test_files_that_are_no_laws_are_refused(analysis, tmp_path):
+    file = tmp_path / FILE_NAME
+    with pytest.raises(UserError, match=r"cannot read .*laws\.json"):
+        read_laws(file)
+    write_laws(analysis, file)
+    good = json.loads(file.read_text(encoding="utf-8"))
+    broken = [
+        "",
+        "[]",
+        "{}",
+        json.dumps(good | {"format": "hpcm_scale laws 0"}),
+        json.dumps(good | {"laws": {"joint": {"name": "joint"}}}),
+        json.dumps(good | {"lmbda": "0.013"}),
+        json.dumps({key: value for key, value in good.items() if key != "trust"}),
+    ]
+    for text in broken:
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"is no laws\.json of this version"):
+            read_laws(file)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_laws(analysis, tmp_path / "file" / FILE_NAME)
+
+
+def test_numbers_are_pythons_own(analysis):
+    """numpy's would compare and print differently after a way through JSON."""
+
+    def walk(value) -> None:
+        assert not isinstance(value, np.generic | np.ndarray), value
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            walk(item)
+
+    for law in analysis.laws.values():
+        walk(law.to_dict())

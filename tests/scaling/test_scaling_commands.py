@@ -1,0 +1,109 @@
+"""`hpcm scaling` as it is typed: what it writes and prints, and its mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from known_ladder import write_run
+
+from hpcm_scale.config.compose import compose
+from hpcm_scale.scaling.__main__ import main
+from hpcm_scale.scaling.analysis import read_laws
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def mistake(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line that a wrong command is answered with."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    told = capsys.readouterr()
+    assert (end.value.code, told.out, told.err.count("\n")) == (2, "", 1)
+    return told.err
+
+
+def test_fit_plan_and_collect_one_after_the_other(ladder_runs, ladder_analysis, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["fit", str(ladder_runs), "--out", str(tmp_path / "fit")])
+    printed = capsys.readouterr().out
+    assert read_laws(tmp_path / "fit") == ladder_analysis
+    first = files(tmp_path / "fit")
+    assert len(first) == 12  # report.md, laws.json, five figures as PNG and SVG
+    for name in re.findall(r"\]\((.+?)\)", first["report.md"].decode()):
+        assert name in first
+    assert all(point.run in printed for point in ladder_analysis.observations)
+    assert ladder_analysis.rate_gain.sentence in printed
+    assert "Doubt: " in printed
+    assert str(tmp_path) not in first["laws.json"].decode() + first["report.md"].decode()
+    assert str(ladder_runs) not in first["laws.json"].decode() + first["report.md"].decode()
+
+    main(["collect", str(ladder_runs), "--out", str(tmp_path / "kept")])
+    size = sum(map(len, files(tmp_path / "kept").values()))
+    assert f"24 runs, {size:,} bytes" in capsys.readouterr().out
+    main(["fit", str(tmp_path / "kept"), "--out", str(tmp_path / "fit")])  # into the same folder
+    assert files(tmp_path / "fit") == first
+    capsys.readouterr()
+
+    main(["plan", "--laws", str(tmp_path / "fit" / "laws.json"), "--days", "0.01", "--gpus", "64", "--gpu", "h100"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert compose([word for word in shlex.split(command) if "=" in word]).train.batch_size == 64
+    main(["plan", "--laws", str(tmp_path / "fit"), "--target-loss", "1.4", "--json"])
+    assert json.loads(capsys.readouterr().out)["optimum"]["loss"] == pytest.approx(1.4)
+
+
+def test_training_losses_and_unfinished_runs_can_be_fitted_too(tmp_path, capsys) -> None:
+    for model, done in (("nano", 400), ("micro", 400), ("mini", 300)):
+        write_run(tmp_path / "runs" / model, model, 400, done=done, evaluate_every=1000)
+    (tmp_path / "runs" / "young").mkdir()
+    (tmp_path / "runs" / "young" / "config.yaml").write_text((tmp_path / "runs" / "nano" / "config.yaml").read_text())
+    (tmp_path / "runs" / "young" / "metrics.jsonl").write_text("")
+    main(
+        ["fit", str(tmp_path / "runs"), "--out", str(tmp_path / "fit"), "--metric", "train/loss", "--extrapolate", "1"]
+    )
+    printed = capsys.readouterr().out
+    assert "no *" in printed  # not annealed, unfinished
+    assert "young is left out: it has no line yet" in printed
+    assert "Doubt: no run was annealed" in printed
+    report = (tmp_path / "fit" / "report.md").read_text()
+    assert "Young is left out: it has no line yet." in report
+    assert "no, unfinished" in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["fit", "runs"], "--out"),
+        (["fit", "nowhere", "--out", "fit"], "no folder"),
+        (["fit", "runs/nano", "--out", "fit"], "one run"),
+        (["fit", "runs", "--out", "fit", "--metric", "eval/psnr"], "--metric"),
+        (["fit", "runs", "--out", "fit", "--lmbda", "0.1"], "0.013"),
+        (["fit", "runs", "--out", "fit", "--level", "95"], "level"),
+        (["fit", "runs", "--out", "fit", "--extrapolate", "0.5"], "--extrapolate"),
+        (["fit", "runs", "--out", "fit", "--bootstrap", "-1"], "bootstrap"),
+        (["fit", "runs", "--out", "a_file/fit"], "cannot write"),
+        (["plan", "--laws", "nowhere", "--pflops", "1"], "nowhere"),
+        (["plan", "--laws", "nowhere"], "--pflops"),
+        (["plan", "--laws", "nowhere", "--days", "1", "--gpu", "abacus"], "abacus"),
+        (["plan", "--laws", "nowhere", "--days", "1", "--pflops", "1"], "not allowed"),
+        (["publish", "runs"], "hpcm scaling fit"),
+        (["collect", "runs", "--out", "a_file/kept"], "cannot write"),
+        (["collect", "runs", "--out", "kept", "--every", "0"], "--every"),
+        (["collect", "runs", "--out", "kept", "--most-bytes", "100"], "--most-bytes"),
+        (["guess", "runs"], "COMMAND"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(arguments, reason, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for model in ("nano", "micro"):
+        write_run(tmp_path / "runs" / model, model, 60)
+    (tmp_path / "a_file").write_text("")
+    before = files(tmp_path)
+    assert reason in mistake(capsys, *arguments)
+    assert files(tmp_path) == before

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from known_ladder import SIZES
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from hpcm_scale.scaling.figures import FIGURES, draw_figures
+from hpcm_scale.scaling.figures.isoflop import budgets
+from hpcm_scale.scaling.figures.style import COLOURS, paper, plain, round_numbers
+from hpcm_scale.scaling.observations import Study
+
+
+@pytest.fixture(scope="module")
+def drawn(ladder_study, ladder_analysis, tmp_path_factory) -> Path:
+    """The figures of the ladder."""
+    folder = tmp_path_factory.mktemp("figures")
+    assert list(draw_figures(ladder_study, ladder_analysis, folder)) == list(FIGURES)
+    return folder
+
+
+def words(svg: Path) -> set[str]:
+    """The texts in a figure; matplotlib keeps each as a comment beside its outlines."""
+    return {text.strip() for text in re.findall(r"<!--(.*?)-->", svg.read_text(), flags=re.DOTALL)}
+
+
+def test_every_figure_is_there_one_column_wide_and_twice_the_same(
+    drawn, ladder_study, ladder_analysis, tmp_path
+) -> None:
+    files = sorted(path.name for path in drawn.iterdir())
+    assert files == sorted(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg"))
+    for path in drawn.glob("*.png"):
+        with Image.open(path) as picture:
+            assert picture.width == 1050  # 3.5 inches at 300 dpi
+    draw_figures(ladder_study, ladder_analysis, tmp_path)
+    assert all((tmp_path / name).read_bytes() == (drawn / name).read_bytes() for name in files)
+
+
+def test_learning_curves_name_sizes_frontiers_and_law(drawn) -> None:
+    texts = words(drawn / "learning_curves.svg")
+    assert {"nano (211 k)", "small (17.2 M)", "whole frontier", "annealed frontier", "95 % of new trainings"} <= texts
+    assert {"training compute C (PFLOPs)", "evaluation loss  λ·255²·MSE + bpp", "law: with floor"} <= texts
+    svg = (drawn / "learning_curves.svg").read_text().lower()
+    assert all(colour.lower() in svg for colour in COLOURS[: len(SIZES)])
+
+
+def test_loss_against_parameters_shows_every_law_its_floor_and_what_was_not_fitted(drawn, ladder_analysis) -> None:
+    texts = words(drawn / "loss_against_parameters.svg")
+    floor = ladder_analysis.laws["floor_of_parameters"].parameters["E"]
+    assert {"power law", "with floor (preferred)", "joint, D = 524 Mpx", f"floor E = {floor:.2f}"} <= texts
+    assert any(text.startswith("not fitted") for text in texts)
+    assert "100 M" in texts  # ten times the largest size
+
+
+def test_ribbons_reach_as_far_as_is_asked(ladder_study, ladder_analysis) -> None:
+    for extrapolate in (1, 10, 100):
+        with paper() as figure:
+            FIGURES["loss_against_parameters"].draw(figure, ladder_study, ladder_analysis, extrapolate)
+            furthest = max(line.get_xdata().max() for line in figure.axes[0].lines if len(line.get_xdata()) == 200)
+        assert furthest == pytest.approx(extrapolate * 17_170_667)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_lies_over_another_or_outside(name, ladder_study, ladder_analysis) -> None:
+    with paper() as figure:
+        FIGURES[name].draw(figure, ladder_study, ladder_analysis, 10)
+        figure.draw_without_rendering()
+        shown = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in shown if text not in beyond(figure)]
+        width, height = figure.get_size_inches() * figure.dpi
+    assert len(boxes) > 10
+    for text, box in boxes:
+        assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text
+    for (one, box), (other, there) in combinations(boxes, 2):
+        assert not box.padded(-1).overlaps(there.padded(-1)), (one, other)
+
+
+def beyond(figure: Figure) -> set[Text]:
+    """Labels of ticks outside their axis, which are there and not drawn."""
+    hidden = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        outside = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+        hidden.update(label for tick in outside for label in (tick.label1, tick.label2))
+    return hidden
+
+
+def test_a_figure_with_nothing_to_show_is_left_out_and_its_old_files_go(
+    ladder_study, ladder_analysis, tmp_path
+) -> None:
+    for name in ("isoflop.png", "parts.svg", "notes.txt"):
+        (tmp_path / name).write_text("of other runs")
+    alone = [curve for curve in ladder_study.curves if curve.model == "nano"]
+    nothing = {"observations": (), "frontier": (), "frontier_annealed": (), "preferred": {}, "trust": {}}
+    smaller = Study(ladder_study.metric, ladder_study.lmbda, alone, [], [])
+    names = draw_figures(smaller, replace(ladder_analysis, breakdown=None, **nothing), tmp_path)
+    assert list(names) == ["learning_curves"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "learning_curves.png",
+        "learning_curves.svg",
+        "notes.txt",
+    ]
+
+
+def test_budgets_are_those_that_three_sizes_spent(ladder_study) -> None:
+    chosen = budgets(ladder_study.curves)
+    assert len(chosen) == 5
+    for budget in chosen:
+        sizes = {
+            c.parameters
+            for c in ladder_study.curves
+            if c.pflops[0] <= budget * 1.001 and budget <= c.pflops[-1] * 1.001
+        }
+        assert len(sizes) >= 3
+    assert budgets([]).size == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.4, 2.1, [1.4, 1.6, 1.8, 2.0]),
+        (0.9, 40, [1, 2, 5, 10, 20]),
+        (2e5, 2e8, [3e5, 1e6, 3e6, 1e7, 3e7, 1e8]),
+        (1e-6, 1e9, None),
+    ],
+)
+def test_round_numbers_are_few_and_inside(low, high, expected) -> None:
+    found = round_numbers(low, high, 6)
+    assert 2 <= len(found) <= 6
+    assert low <= min(found) and max(found) <= high
+    assert expected is None or found == pytest.approx(expected)
+
+
+def test_numbers_on_axes() -> None:
+    assert [plain(value) for value in (0.002, 0.5, 1234.0, 1e-6, 3e7)] == ["0.002", "0.5", "1,234", "10⁻⁶", "3·10⁷"]

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from law_surfaces import SIZES, floor_surface, size_points
+from scipy.optimize import curve_fit
+
+from hpcm_scale.scaling.laws.comparison import compare
+from hpcm_scale.scaling.laws.floor import fit_floor
+from hpcm_scale.scaling.laws.points import CannotFit
+from hpcm_scale.scaling.laws.power_law import fit_power_law
+
+
+@pytest.mark.parametrize(("floor", "alpha"), [(0.05, 0.1), (0.3, 0.3), (0.6, 0.15), (0.9, 0.8)])
+def test_without_noise_it_finds_the_parameters(floor, alpha):
+    law = fit_floor(size_points(floor_surface(SIZES, floor, alpha)))
+    found = law.parameters
+    assert (found["E"], found["alpha"]) == pytest.approx((floor, alpha), rel=1e-6)
+    assert found["A"] == pytest.approx((1 - floor) * SIZES[0] ** alpha, rel=1e-6)
+    assert law.converged
+    assert law.predict(3e8).value == pytest.approx(floor_surface(3e8, floor, alpha), rel=1e-8)
+
+
+def test_a_second_implementation_agrees():
+    """scipy's curve_fit (Levenberg and Marquardt's method) of log L, with errors of its own."""
+    for seed in range(5):
+        noise = np.exp(0.003 * np.random.default_rng(seed).standard_normal(SIZES.size))
+        loss = floor_surface(SIZES, 0.4) * noise
+        law = fit_floor(size_points(loss))
+
+        def log_law(x, floor, log_a, alpha):
+            return np.log(floor + np.exp(log_a - alpha * np.log(x / SIZES[2])))
+
+        best, covariance = curve_fit(log_law, SIZES, np.log(loss), p0=[0.3, -1, 0.4], xtol=1e-14, ftol=1e-14)
+        assert (law.parameters["E"], law.parameters["alpha"]) == pytest.approx((best[0], best[2]), rel=1e-5)
+        assert law.parameters["A"] == pytest.approx(np.exp(best[1]) * SIZES[2] ** best[2], rel=1e-4)
+        errors = law.standard_errors["E"], law.standard_errors["alpha"]
+        assert errors == pytest.approx((covariance[0, 0] ** 0.5, covariance[2, 2] ** 0.5), rel=1e-4)
+
+
+def test_its_derivatives_are_right():
+    law = fit_floor(size_points(floor_surface(SIZES, 0.4)))
+    _, gradient = law.log_loss(np.array([1e6, 1e8]))
+    for index, (name, value) in enumerate(law.parameters.items()):
+        ends = []
+        for sign in (1, -1):
+            moved = law.parameters | {name: value * (1 + sign * 1e-6)}
+            ends.append(type(law)(**(law.__dict__ | {"parameters": moved})).log_loss(np.array([1e6, 1e8]))[0])
+        np.testing.assert_allclose(gradient[index], (ends[0] - ends[1]) / (2e-6 * value), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("floor", "alpha"), [(0.6, 0.15), (0.3, 0.3), (0.6, 0.3), (0.9, 0.3)])
+def test_r_proves_nothing(floor, alpha):
+    """Noise-free curves with a floor at the papers' five sizes: r near −1, and a gain that is not there."""
+    five = np.array([68.5e6, 120.1e6, 246.4e6, 543.6e6, 1000.3e6])
+    true = floor_surface(SIZES[0] * five / five[0], floor, alpha)
+    now, then = floor_surface(SIZES[0] * np.array([1, 10]) * five[-1] / five[0], floor, alpha)
+    line = fit_power_law(size_points(true, five))
+    promised = line.predict(np.array([1, 10]) * five[-1]).value
+    assert -0.9997 < line.r < -0.993
+    assert 1.2 < (promised[0] - promised[1]) / (now - then) < 2.2
+    with_floor = fit_floor(size_points(true, five))
+    assert with_floor.predict(10 * five[-1]).value == pytest.approx(then, rel=1e-6)
+    chosen = compare(line, with_floor)
+    assert (chosen.preferred, chosen.aicc_difference) == ("floor_of_parameters", None)
+    assert chosen.reason.startswith("AICc needs six trainings to weigh a floor and there are 5; an F test rejects")
+
+    six = np.append(five, 2e9)
+    points = size_points(floor_surface(SIZES[0] * six / six[0], floor, alpha), six)
+    chosen = compare(fit_power_law(points), fit_floor(points))
+    assert chosen.preferred == "floor_of_parameters"
+    assert chosen.aicc_difference < -100
+
+
+def test_few_sizes_are_refused_or_warned_of():
+    with pytest.raises(CannotFit, match="needs 3 different N at least, and there are 2"):
+        fit_floor(size_points(floor_surface(SIZES[[0, 0, 3]], 0.4) * [1, 1.01, 1], SIZES[[0, 0, 3]]))
+    three = fit_floor(size_points(floor_surface(SIZES[:3], 0.4), SIZES[:3]))
+    assert "3 points determine 3 parameters exactly: no interval" in three.warnings
+    assert np.isnan(three.predict(1e8).high)
+    five = fit_floor(size_points(floor_surface(SIZES[:5], 0.4), SIZES[:5]))
+    assert any(warning.startswith("5 different N say little about a floor") for warning in five.warnings)
+    assert fit_floor(size_points(floor_surface(SIZES, 0.4))).warnings == ()
+
+
+def test_solutions_on_a_boundary_are_told():
+    line = fit_floor(size_points(SIZES**-0.2 * [1, 1, 1.02, 1.02, 1, 1]))  # bent down in a log-log plot
+    assert line.parameters["E"] == 0
+    assert any("E = 0" in warning for warning in line.warnings)
+    assert np.isfinite(line.predict(1e8).low)
+    assert line.parameters["alpha"] == pytest.approx(
+        fit_power_law(size_points(SIZES**-0.2)).parameters["alpha"], rel=0.02
+    )
+
+    rising = fit_floor(size_points(SIZES**0.1))
+    assert any("does not fall with N" in warning for warning in rising.warnings)
+    assert np.isnan(rising.predict(1e8).low)
+
+    cliff = fit_floor(size_points(np.array([9.0, 1, 1, 1, 1, 1])))
+    assert any("edge of its range" in warning for warning in cliff.warnings)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from known_ladder import surface
+
+from hpcm_scale.compute.flops import TRAINING_FACTOR
+from hpcm_scale.config.checks import check
+from hpcm_scale.config.compose import compose, compose_model
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.shapes import forward_flops_per_image, on_meta, parameter_count
+from hpcm_scale.scaling.analysis import Analysis
+from hpcm_scale.scaling.plan import Setting, make_plan
+from hpcm_scale.scaling.plan_text import print_plan
+
+
+@pytest.fixture(scope="module")
+def without_joint(ladder_analysis) -> Analysis:
+    """The same without enough amounts of data for a joint law."""
+    laws = {name: law for name, law in ladder_analysis.laws.items() if name not in ("joint", "compute_optimal")}
+    return replace(ladder_analysis, laws=laws, refused={"joint": "the joint law needs 3 amounts of training data"})
+
+
+def test_the_best_size_is_that_of_a_search_over_all_sizes(ladder_analysis) -> None:
+    made = make_plan(ladder_analysis, Setting(), pflops=0.5)
+    law, joint = ladder_analysis.laws["compute_optimal"], ladder_analysis.laws["joint"]
+    sizes = np.geomspace(1e4, 1e9, 200_001)
+    pixels = 0.5e15 / (law.parameters["k"] * sizes ** law.parameters["kappa"])
+    loss = joint.predict((sizes, pixels)).value
+    best = int(np.argmin(loss))
+    assert made.optimum.parameters == pytest.approx(sizes[best], rel=1e-3)
+    assert made.optimum.pixels == pytest.approx(pixels[best], rel=1e-3)
+    assert made.optimum.loss == pytest.approx(loss[best], rel=1e-9)
+    assert made.optimum.low < made.optimum.loss < made.optimum.high
+    assert made.optimum.loss == pytest.approx(surface(sizes[best], pixels[best]), rel=0.01)
+
+
+def test_presets_beside_it_spend_the_budget_at_their_own_cost(ladder_analysis) -> None:
+    made = make_plan(ladder_analysis, Setting(images_in_set=1000, batch_size=16), pflops=0.5)
+    smaller, larger = made.presets
+    assert smaller.parameters <= made.optimum.parameters <= larger.parameters
+    for preset in made.presets:
+        model = on_meta(compose_model(preset.model))
+        assert preset.parameters == parameter_count(model)
+        flops = TRAINING_FACTOR * forward_flops_per_image(model, 256)
+        assert preset.steps * 16 == preset.images
+        assert preset.images * flops / 1e15 == pytest.approx(0.5, rel=16 / preset.images)
+        assert preset.epochs == preset.images / 1000
+    assert made.chosen == min(made.presets, key=lambda preset: preset.loss).model
+
+
+def test_a_target_loss_is_met_by_its_own_budget(ladder_analysis) -> None:
+    made = make_plan(ladder_analysis, Setting(), target_loss=1.4)
+    assert made.optimum.loss == pytest.approx(1.4, rel=1e-9)
+    assert make_plan(ladder_analysis, Setting(), pflops=made.pflops).optimum == made.optimum
+
+
+def test_what_gpus_do_in_days() -> None:
+    setting = Setting(gpus=64, gpu="h100", mfu=0.4)
+    assert setting.pflops(7) == pytest.approx(64 * 989e12 * 0.4 * 7 * 86400 / 1e15)
+    assert Setting(gpus=1, gpu="A100", mfu=1.0, precision="fp32").pflops(1) == pytest.approx(19.5e12 * 86400 / 1e15)
+    with pytest.raises(UserError, match="--gpu abacus is not known"):
+        Setting(gpu="abacus").pflops(1)
+
+
+@pytest.mark.parametrize(("gpus", "launch"), [(4, "--num_gpus 4"), (24, "--hostfile hostfile")])
+def test_the_command_composes_and_divides(ladder_analysis, gpus: int, launch: str) -> None:
+    made = make_plan(ladder_analysis, Setting(gpus=gpus, crop=512), pflops=0.5)
+    assert made.command.startswith(f"deepspeed {launch} --module hpcm_scale.train ")
+    config = compose([word for word in shlex.split(made.command) if "=" in word])
+    check(config, gpus)
+    chosen = next(preset for preset in made.presets if preset.model == made.chosen)
+    assert (config.model.name, config.train.steps, config.data.crop) == (made.chosen, chosen.steps, 512)
+    assert config.train.batch_size == {4: 32, 24: 48}[gpus]
+    assert config.objective.lmbda == ladder_analysis.lmbda
+    assert ("48 images per step" in " ".join(made.notes)) == (gpus == 24)
+
+
+def test_leaving_what_was_observed_is_flagged(ladder_analysis) -> None:
+    inside = 0.95 * max(point.pflops for point in ladder_analysis.observations if point.model == "nano")
+    assert make_plan(ladder_analysis, Setting(), pflops=inside).outside == ()
+    far = " ".join(make_plan(ladder_analysis, Setting(), pflops=1e9).outside)
+    assert all(words in far for words in ("the budget is", "the size is", "the training data is"))
+    near = make_plan(ladder_analysis, Setting(), pflops=1e-6)
+    assert near.outside[0].startswith("the budget is 1/")
+    assert "lies outside the presets" in near.notes[0]
+
+
+def test_without_a_joint_law_the_frontier_serves_and_it_is_said(without_joint, capsys) -> None:
+    made = make_plan(without_joint, Setting(), pflops=0.1)
+    law = without_joint.laws[without_joint.preferred["compute"]]
+    assert made.optimum.loss == law.predict(0.1).value
+    assert all(preset.loss is None for preset in made.presets)
+    sizes = [point.parameters for point in without_joint.frontier_annealed]
+    assert min(sizes) < made.optimum.parameters < max(sizes)
+    assert "no compute-optimal law (the joint law needs 3 amounts" in made.notes[0]
+    print_plan(made)
+    assert "unknown" in capsys.readouterr().out
+
+
+def test_what_cannot_be_planned_is_one_sentence(ladder_analysis, without_joint) -> None:
+    with pytest.raises(UserError, match=r"the law's floor is 0\.9"):
+        make_plan(ladder_analysis, Setting(), target_loss=0.5)
+    with pytest.raises(UserError, match="these laws cannot plan: the joint law needs 3 amounts"):
+        make_plan(replace(without_joint, preferred={}), Setting(), pflops=1)
+    with pytest.raises(UserError, match="--batch-size 32 does not divide over --gpus 64; use --batch-size 64"):
+        make_plan(ladder_analysis, Setting(gpus=64, batch_size=32), pflops=1)
+    for wrong, option in ((Setting(mfu=0.0), "--mfu"), (Setting(level=1.0), "--level"), (Setting(gpus=0), "--gpus")):
+        with pytest.raises(UserError, match=option):
+            make_plan(ladder_analysis, wrong, pflops=1)
+    with pytest.raises(UserError, match="--pflops -1"):
+        make_plan(ladder_analysis, Setting(), pflops=-1)
+
+
+def test_for_machines_and_for_people(ladder_analysis, capsys) -> None:
+    made = make_plan(ladder_analysis, Setting(images_in_set=20_745), pflops=0.5)
+    values = json.loads(made.to_json())
+    assert values["chosen"] == made.chosen
+    assert values["optimum"]["parameters"] == made.optimum.parameters
+    print_plan(made)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == made.command
+    assert f"{made.chosen} ←" in printed
+    assert f"{made.optimum.loss:.4f} ({made.optimum.low:.4f}…{made.optimum.high:.4f})" in printed

@@ -1,0 +1,185 @@
+"""Real multiruns on the CPU: killed, failing, interrupted, finished by the same command; under Slurm's stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hpcm_scale.config.compose import compose, to_yaml
+from hpcm_scale.sweeps.state import Follower
+
+pytestmark = pytest.mark.launch
+
+COMMON = ("train.batch_size=2", "train.checkpoint_every=1", "log.wandb=disabled", "data.workers=0", "engine=zero0")
+SWEEP = Path("runs") / "sweep_model"
+STEPS = 6
+
+
+def start(folder: Path, shards: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "hpcm_scale.train", *arguments, f"data.shards={shards}", *COMMON],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps(run: Path) -> list[int]:
+    """The steps in a run's journal so far."""
+    journal = run / "metrics.jsonl"
+    text = journal.read_text() if journal.is_file() else ""
+    return [json.loads(line)["step"] for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def obstacle(run: Path, shards: Path, *overrides: str) -> Path:
+    """Make a run fail that nothing is wrong with: where its journal should be there is a folder."""
+    run.mkdir(parents=True)
+    config = compose([*overrides, f"data.shards={shards}", *COMMON, f"run.dir='{run.name}'"])
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (run / "metrics.jsonl").mkdir()
+    return run / "metrics.jsonl"
+
+
+def contents(run: Path) -> dict[str, int]:
+    return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_three_sizes_one_killed_and_one_failing_and_the_same_command_finishes_what_is_missing(shards, train, tmp_path):
+    nano, failing, killed = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k", "micro"))
+    in_the_way = obstacle(failing, shards, "model=450k", f"train.steps={STEPS}")
+    arguments = ("-m", "model=nano,450k,micro", f"train.steps={STEPS}", "hydra/launcher=deepspeed")
+    call = (*arguments, "hydra.launcher.jobs_at_once=2")
+
+    process = start(tmp_path, shards, *call)
+    wait_for(lambda: len(steps(killed)) >= 2, process)
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "model=micro" in child.cmdline()
+    ]
+    ranks[-1].kill()
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 1, output + errors
+    states = {run.name: Follower(run).look() for run in (nano, failing, killed)}
+    assert {name: state.state for name, state in states.items()} == {
+        "model=nano": "finished",
+        "model=450k": "failed",
+        "model=micro": "failed",
+    }
+    assert "IsADirectoryError" in states["model=450k"].note and "SIGKILL" in states["model=micro"].note
+    assert "model=450k: failed: IsADirectoryError" in output and "2 of 3 runs are not finished" in output
+    assert 2 <= len(steps(killed)) < STEPS
+
+    in_the_way.rmdir()
+    before = contents(nano)
+    code, output, errors = train(*call, f"data.shards={shards}", *COMMON)
+    assert code == 0, output + errors
+    assert contents(nano) == before  # nothing was started for it
+    assert output.count(": started on") == 2 and "model=nano: started" not in output
+    assert steps(failing) == steps(killed) == list(range(1, STEPS + 1))
+    assert "going on from step" in killed.with_name("model=micro.log").read_text()
+    last = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and f"/{STEPS}" in line]
+    assert [(row[0], row[3], row[-1]) for row in last] == [
+        ("model=nano", f"{STEPS}/{STEPS}", "skipped"),
+        ("model=450k", f"{STEPS}/{STEPS}", "finished"),
+        ("model=micro", f"{STEPS}/{STEPS}", "finished"),
+    ]
+
+
+def test_on_ctrl_c_all_leave_a_checkpoint_and_no_process_stays(shards, tmp_path):
+    runs = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k")]
+    arguments = ("-m", "model=nano,450k", "train.steps=5000", "hydra/launcher=deepspeed")
+    process = start(tmp_path, shards, *arguments, "hydra.launcher.jobs_at_once=2")
+    wait_for(lambda: all(steps(run) for run in runs), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 6  # of each run: deepspeed, its launcher, training
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGINT, output + errors
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+    for run in runs:
+        checkpoints = [int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir()]
+        assert max(checkpoints) == steps(run)[-1]
+        assert f"{run.name}: stopped at step {steps(run)[-1]:,} of 5,000" in output
+        assert Follower(run).look().state == "stopped"
+
+
+def test_without_a_launcher_one_after_the_other_and_one_failing(shards, tmp_path):
+    failing, whole = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k"))
+    obstacle(failing, shards, "model=nano", "train.steps=2")
+    process = start(tmp_path, shards, "-m", "model=nano,450k", "train.steps=2")
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 1 and "IsADirectoryError" in errors, output + errors
+    assert "model=nano: [Errno 21] Is a directory" in " ".join(output.split())
+    assert steps(whole) == [1, 2] and Follower(whole).look().state == "finished"
+
+
+def program(path: Path, script: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
+def test_slurm_trains_what_is_not_finished_and_says_how_far_it_is(shards, train, tmp_path, monkeypatch):
+    """Stand-ins for Slurm's programs: sbatch runs the script at once, its output appended where the script says."""
+    variables = "SLURM_JOB_ID=41 SLURM_JOB_NODELIST=n SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_CPUS_PER_TASK=1"
+    program(
+        tmp_path / "bin" / "sbatch",
+        f'log=$(sed -n "s/^#SBATCH --output=//p" "$2"); {variables} bash "$2" >>"$log" 2>&1; echo "41;cluster"',
+    )
+    srun = tmp_path / "bin" / "srun"
+    program(srun, 'shift; SLURM_PROCID=0 SLURM_LOCALID=0 "$@"')
+    program(tmp_path / "bin" / "squeue", 'case "$*" in *hpcm_model=450k_*) echo 57;; esac')
+    program(
+        tmp_path / "bin" / "scontrol",
+        f'case "$1 $2" in "show hostnames") echo 127.0.0.1;; "show job") echo JobState=RUNNING;; '
+        f'*) echo "$*" >>"{tmp_path}/calls";; esac',
+    )
+    nano, other = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k"))
+    call = ("-m", "model=nano,450k", "train.steps=2", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    code, output, errors = train(*call, f"data.shards={shards}", *COMMON)
+    assert code == 0, output + errors
+    assert "model=nano: Slurm job 41, log: " in output
+    assert "model=450k: in the queue already, as Slurm job 57" in output
+    assert steps(nano) == [1, 2] and Follower(nano).look().state == "finished"
+    assert not other.exists() and not (tmp_path / "calls").exists()
+
+    def submit(training: str) -> str:
+        """The state of the other run after its script was run with `training` for srun."""
+        program(srun, training)
+        submission = [str(tmp_path / "bin" / "sbatch"), "--parsable", f"{other}.sbatch"]
+        subprocess.run(submission, check=True, timeout=60)
+        return Follower(other).look().state
+
+    shutil.copytree(nano, other)
+    journal = (nano / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text(journal[0])
+    assert submit("exit 3") == "failed" and not (tmp_path / "calls").exists()  # a mistake is not tried again
+    assert submit("kill -TERM $PPID") == "stopped" and (tmp_path / "calls").read_text() == "requeue 41\n"
+    (other / "metrics.jsonl").write_text("".join(journal))
+    assert submit("exit 0") == "finished" and (tmp_path / "calls").read_text() == "requeue 41\n"

@@ -1,0 +1,99 @@
+"""The processes of a job end as a whole; those of an earlier call are left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hpcm_scale.config.compose import compose
+from hpcm_scale.sweeps.at_once import AtOnce
+from hpcm_scale.sweeps.devices import Share
+from hpcm_scale.sweeps.job_process import JobProcess
+from hpcm_scale.sweeps.jobs import make_job
+from hpcm_scale.sweeps.log import group_members, last_error, last_mark, started, tail
+
+
+def wait(process: JobProcess) -> int:
+    deadline = time.monotonic() + 30
+    while (code := process.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return code
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(script, grace=…)`: a job whose processes are a shell's, once it has said `ready`."""
+
+    def run(script: str, grace: float = 30.0) -> JobProcess:
+        log = tmp_path / "runs" / "job.log"
+        process = JobProcess(["bash", "-c", f"{script}"], log, os.environ, grace)
+        deadline = time.monotonic() + 30
+        while "ready\n" not in tail(log) or "as process group" not in tail(log):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return process
+
+    run.log = tmp_path / "runs" / "job.log"
+    return run
+
+
+def group(log) -> int:
+    """The process group that a log tells of."""
+    [line] = [line for line in tail(log).splitlines() if "as process group" in line]
+    return last_mark(line).group
+
+
+def test_a_job_that_fails_says_why_in_its_log(start):
+    assert wait(start("echo ready; echo 'ValueError: bad' >&2; exit 3")) == 3
+    text = tail(start.log)
+    assert last_mark(text).code == 3 and last_error(text) == "ValueError: bad"
+    assert wait(start("echo ready; exit 0")) == 0  # started again, in the same log
+    assert last_mark(tail(start.log)).code == 0 and tail(start.log).count("ready\n") == 2
+
+
+def test_asked_to_stop_a_job_may_finish_what_it_does(start):
+    process = start("trap 'sleep 0.3; echo checkpoint; exit 0' TERM; echo ready; sleep 60 & wait")
+    process.stop()
+    assert wait(process) == 0
+    assert "checkpoint" in tail(start.log) and last_mark(tail(start.log)).code == 0
+    assert group_members(group(start.log)) == []
+
+
+def test_a_job_that_does_not_stop_is_killed_after_its_grace(start):
+    process = start("trap '' TERM; sleep 60 & echo ready; wait; wait", grace=0.5)
+    began = time.monotonic()
+    process.stop()
+    assert wait(process) == -9 and time.monotonic() - began >= 0.5
+    assert group_members(group(start.log)) == []
+    assert last_mark(tail(start.log)).code == 0  # nothing failed: it was asked to end
+
+
+def test_a_job_can_be_killed_at_once(start):
+    process = start("trap '' TERM; sleep 60 & echo ready; wait; wait")
+    process.stop()
+    process.kill()
+    assert wait(process) == -9 and group_members(group(start.log)) == []
+
+
+def test_what_outlives_its_launcher_is_ended_and_told_as_a_failure(start):
+    process = start("sleep 60 & echo ready; kill -KILL $$")
+    assert wait(process) == -9 and group_members(group(start.log)) == []
+    assert last_error(tail(start.log)) == "a process was ended by SIGKILL"
+
+
+def test_a_run_that_an_earlier_call_still_trains_is_left_to_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    job = make_job(compose(["model=nano"]), ["model=nano"], ["model"])
+    job.log.parent.mkdir(parents=True)
+    other = subprocess.Popen([sys.executable, "-c", "input()", "hpcm_scale.train"], stdin=-1, start_new_session=True)
+    try:
+        job.log.write_text(started(other.pid))
+        assert AtOnce([job], [Share(1, ())], cores=1, grace=1).train() is None
+    finally:
+        other.communicate(b"\n")
+    assert "still being trained" in capfd.readouterr().out and not job.folder.exists()
