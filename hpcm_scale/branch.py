@@ -20,7 +20,9 @@ def parser() -> Parser:
         "what is unfinished. It takes as many processes as trained the trunk: launch it as you did there, with "
         "`deepspeed --module hpcm_scale.branch`.",
     )
-    command.add_argument("runs", nargs="+", metavar="RUN", help="the run folder of a trunk")
+    command.add_argument(
+        "runs", nargs="+", metavar="RUN", help="the run folder of a trunk; branches and files are passed over"
+    )
     command.add_argument(
         "--at", nargs="+", type=int, required=True, metavar="STEP", help="steps with a checkpoint (see train.keep_at)"
     )
@@ -46,12 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm branch` and `python -m hpcm_scale.branch`."""
     from hpcm_scale.sweeps.in_turn import train_in_turn
     from hpcm_scale.sweeps.jobs import Job
-    from hpcm_scale.training.branch import branch
+    from hpcm_scale.training.branch import branch, trunks
     from hpcm_scale.training.processes import without_launcher_arguments
 
     given = sys.argv[1:] if arguments is None else arguments
     chosen = parser().parse_args(without_launcher_arguments(given))
-    branches = [branch(run, at, chosen.decay, chosen.set) for run in chosen.runs for at in chosen.at]
+    steps = dict.fromkeys(chosen.at)
+    branches = [branch(run, at, chosen.decay, chosen.set) for run in trunks(chosen.runs) for at in steps]
     code = train_in_turn([Job(config, ()) for config in branches])
     if code:
         raise SystemExit(code)

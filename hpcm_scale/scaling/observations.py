@@ -133,7 +133,7 @@ def _chosen_lmbda(runs: Sequence[Run], lmbda: float | None) -> float:
     named = ", ".join(f"{value:g}" for value in there)
     if lmbda is None:
         if len(there) > 1:
-            raise UserError(f"the runs have several λ ({named}), whose losses cannot be compared; choose one")
+            raise UserError(f"the runs have several λ ({named}), whose losses do not compare; choose one with --lmbda")
         return there[0] if there else float("nan")
     near = [value for value in there if np.isclose(value, lmbda, rtol=1e-9, atol=0)]
     if not near:

@@ -16,7 +16,7 @@ from scipy.stats import linregress
 from hpcm_scale.compute.flops import TRAINING_FACTOR
 from hpcm_scale.compute.hardware import peak_of
 from hpcm_scale.compute.tracker import PETA
-from hpcm_scale.config.checks import check
+from hpcm_scale.config.checks import check, side_multiple
 from hpcm_scale.config.compose import compose, compose_model, preset_names
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.shapes import forward_flops_per_image, on_meta, parameter_count
@@ -165,14 +165,15 @@ def make_plan(
 
 
 def _check(setting: Setting, pflops: float | None) -> None:
-    positive = {"--pflops": pflops, "--gpus": setting.gpus, "--batch-size": setting.batch_size, "--crop": setting.crop}
-    positive["--images-in-set"] = setting.images_in_set
+    positive = {"--gpus": setting.gpus, "--batch-size": setting.batch_size, "--crop": setting.crop}
+    positive |= {"--images-in-set": setting.images_in_set, "the budget in PFLOPs": pflops}
     for option, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{option} {value} must be greater than 0, and finite")
-    for option, value in (("--mfu", setting.mfu), ("--level", setting.level)):
-        if not 0 < value < 1 and not (option == "--mfu" and value == 1):
-            raise UserError(f"{option} {value} must lie between 0 and 1")
+    if not 0 < setting.mfu <= 1:
+        raise UserError(f"--mfu {setting.mfu:g} must lie between 0 and 1")
+    if not 0 < setting.level < 1:
+        raise UserError(f"--level {setting.level:g} must lie between 0 and 1, such as 0.95")
     if setting.batch_size is not None and setting.batch_size % setting.gpus:
         near = setting.gpus * math.ceil(setting.batch_size / setting.gpus)
         raise UserError(
@@ -184,21 +185,21 @@ def _guide(analysis: Analysis) -> _Guide:
     optimal = analysis.laws.get("compute_optimal")
     if isinstance(optimal, ComputeOptimal):
         joint = analysis.laws["joint"]
-        return _Guide((joint, optimal), lambda c: optimal.optimum(c).parameters, optimal, joint, ())
-    why = analysis.refused.get("compute_optimal") or analysis.refused.get("joint") or "there is no joint law"
+        return _Guide((joint, optimal), lambda c: optimal.optimum(c).parameters, optimal, joint, optimal.warnings)
+    why = analysis.refused.get("joint") or analysis.refused.get("compute_optimal") or "there is no joint law"
     for key, points in (("compute", analysis.frontier_annealed), ("compute_whole", analysis.frontier)):
-        if key not in analysis.preferred or len({point.parameters for point in points}) < 2:
+        law = analysis.laws.get(analysis.preferred.get(key, ""))
+        if law is None or law.at_edge or len({point.parameters for point in points}) < 2:
             continue
-        law = analysis.laws[analysis.preferred[key]]
         line = linregress(np.log([p.pflops for p in points]), np.log([p.parameters for p in points]))
         note = (
             f"no compute-optimal law ({why}): the size is read off a line through the sizes on the frontier, which "
             "knows only which of the sizes that happened to be trained came first"
         )
         slope, intercept = float(line.slope), float(line.intercept)
-        return _Guide((law,), partial(_on_line, slope, intercept), law, None, (note,))
+        return _Guide((law,), partial(_on_line, slope, intercept), law, None, (note, *law.warnings))
     raise UserError(
-        f"these laws cannot plan: {why}, and no frontier over two sizes; train more sizes and amounts of data"
+        f"these laws cannot plan: {why}, and no law of a frontier over two sizes; train more sizes and amounts of data"
     )
 
 
@@ -209,6 +210,8 @@ def _on_line(slope: float, intercept: float, pflops: float) -> float:
 def _compute_for(loss: float, law: Law) -> float:
     """PFLOPs at which a law falls to `loss`."""
     floor = law.parameters.get("E", 0.0)
+    if not 0 < loss < math.inf:
+        raise UserError(f"--target-loss {loss:g} must be greater than 0, and finite")
     if loss <= floor:
         raise UserError(f"no budget reaches a loss of {loss:g}: the law's floor is {floor:.4f}; name a higher loss")
 
@@ -240,7 +243,11 @@ def _parameters(preset: str) -> int:
 
 @cache
 def _flops_per_image(preset: str, crop: int) -> int:
-    return TRAINING_FACTOR * forward_flops_per_image(on_meta(compose_model(preset)), crop)
+    model = compose_model(preset)
+    multiple = side_multiple(model)
+    if crop % multiple:
+        raise UserError(f"--crop {crop} does not fit {preset}, whose inputs are multiples of {multiple} pixels")
+    return TRAINING_FACTOR * forward_flops_per_image(on_meta(model), crop)
 
 
 def _optimum(

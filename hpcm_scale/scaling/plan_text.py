@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpcm_scale.scaling.plan import Plan, Training
-from hpcm_scale.scaling.words import SHORT, count, significant
+from hpcm_scale.scaling.words import SHORT, count, loss, significant
 
 
 def print_plan(plan: Plan) -> None:
@@ -43,8 +43,8 @@ def _loss(training: Training) -> str:
     if training.loss is None:
         return "unknown"
     if training.low is None or training.high is None:
-        return f"{training.loss:.4f}"
-    return f"{training.loss:.4f} ({training.low:.4f}…{training.high:.4f})"
+        return loss(training.loss)
+    return f"{loss(training.loss)} ({loss(training.low)}…{loss(training.high)})"
 
 
 def _duration(days: float) -> str:
@@ -52,4 +52,6 @@ def _duration(days: float) -> str:
         return f"{days:,.1f} days"
     if days >= 2 / 24:
         return f"{days * 24:,.1f} hours"
-    return f"{significant(days * 24 * 60, 2)} minutes"
+    if days >= 2 / (24 * 60):
+        return f"{significant(days * 24 * 60, 2)} minutes"
+    return f"{significant(days * 24 * 3600, 2)} seconds"

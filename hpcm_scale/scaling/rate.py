@@ -27,12 +27,15 @@ class RateGain:
     change: float
     """ΔR/R; −0.05 is 5 % fewer bits."""
     low: float | None
-    """The end of the interval with the larger saving; None where the law has no interval."""
+    """The end of the interval with the larger saving, −1 at least: there is no more to save than all. None where the
+    law has no interval."""
     high: float | None
 
     @property
     def sentence(self) -> str:
-        """Like "10× parameters: bitrate −5.0 % (95 %: −7.1…−2.9 %)"."""
+        """Like "10× parameters: bitrate −5.0 % (95 %: −7.1…−2.9 %)"; a saving of more than all is told as too much."""
+        if self.change <= -1:
+            return f"{self.factor:g}× parameters: a loss lower by more than the whole bitrate, too far for first order"
         start = f"{self.factor:g}× parameters: bitrate {_percent(self.change)} %"
         if self.low is None or self.high is None:
             return f"{start} (no interval)"
@@ -61,7 +64,7 @@ def rate_gain(law: Law, model: str, parameters: float, bpp: float, factor: float
         level: probability that the interval holds one new training.
     """
     change, low, high = law.change(parameters, factor * parameters, level)
-    bounds = [None if math.isnan(bound) else rate_change(bound, bpp) for bound in (low, high)]
+    bounds = [None if math.isnan(bound) else max(rate_change(bound, bpp), -1.0) for bound in (low, high)]
     return RateGain(law.name, model, parameters, factor, bpp, level, rate_change(change, bpp), *bounds)
 
 

@@ -10,7 +10,7 @@ from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.trust import Bootstrap, HeldOut
-from hpcm_scale.scaling.verdict import FACTORS, compute_law, doubts, headline, improvement, parameter_law
+from hpcm_scale.scaling.verdict import FACTORS, doubts, headline, improvement, parameter_law
 from hpcm_scale.scaling.words import (
     DASH,
     TITLES,
@@ -61,7 +61,7 @@ def report(analysis: Analysis, figures: Sequence[str]) -> str:
         "## Caveats",
         _caveats(analysis),
         "## Left out",
-        _bullets(analysis.left_out) or "Nothing.",
+        "\n".join(f"- {sentence}." for sentence in analysis.left_out) or "Nothing.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -72,7 +72,7 @@ def _opening(analysis: Analysis) -> str:
         return f"**{headline(analysis)}** What there is to see is below."
     if found:
         reasons = _bullets(found)
-        return f"**The data do not support much of a law:**\n{reasons}\n\nFor what it is worth: {headline(analysis)}"
+        return f"**Reasons to doubt what follows:**\n{reasons}\n\n{headline(analysis)}"
     return headline(analysis)
 
 
@@ -133,10 +133,14 @@ def _laws(analysis: Analysis) -> str:
     headings = ["law", "fitted", "trainings", "parameters ± standard errors", "scatter of log L", "AICc", "r"]
     rows = [_law_row(law, analysis) for law in analysis.laws.values()]
     preferred = _bullets(f"{PREFERRED[key]}: {analysis.reasons[key]}" for key in PREFERRED if key in analysis.reasons)
-    note = "L: loss, N: parameters, D: training pixels, C: training compute in PFLOPs. Bold: preferred."
+    note = "L: loss, N: parameters, D: training pixels, C: training compute in PFLOPs. Bold: preferred. Fitted to:"
+    data: dict[str, list[str]] = {}
+    for law in analysis.laws.values():
+        data.setdefault(law.data, []).append(TITLES[law.name])
+    fitted = "\n".join(f"- {what} ({'; '.join(titles)})." for what, titles in data.items())
     return "\n\n".join(
         part
-        for part in (markdown_table(headings, rows, 2), note, preferred, R_PROVES_NOTHING, _refused(analysis))
+        for part in (markdown_table(headings, rows, 2), note, fitted, preferred, R_PROVES_NOTHING, _refused(analysis))
         if part
     )
 
@@ -183,7 +187,8 @@ def _promises(analysis: Analysis) -> str:
     table = markdown_table(["law", "largest", "at", f"loss ({level})", f"change ({level})"], rows, 3)
     note = (
         "Intervals are for one new training by the same recipe, with Student's t; they know the scatter of these runs "
-        "and nothing of a law that ceases to hold, nor of data that run out. Every line here is an extrapolation."
+        "and nothing of a law that ceases to hold, nor of data that run out. Change: from the loss that the law "
+        "itself gives the largest. Every line here is an extrapolation."
     )
     if not analysis.rate_gains:
         return f"{table}\n\n{note}"
@@ -199,7 +204,7 @@ def _promises(analysis: Analysis) -> str:
 def _split(analysis: Analysis) -> str:
     law = analysis.laws.get("compute_optimal")
     if not isinstance(law, ComputeOptimal):
-        why = analysis.refused.get("compute_optimal") or analysis.refused.get("joint") or "there is no joint law"
+        why = analysis.refused.get("joint") or analysis.refused.get("compute_optimal") or "there is no joint law"
         return f"Not known: {why}."
     a, b = law.growth
     cost = f"{significant(law.parameters['k'], 3)}·N^{significant(law.parameters['kappa'], 3)}"
@@ -208,9 +213,11 @@ def _split(analysis: Analysis) -> str:
     for factor in (1, *FACTORS):
         best = law.optimum(factor * largest)
         loss = expected(law.predict(factor * largest, analysis.level), analysis.level)
-        low, high = law.observed["N"]
-        outside = "" if low <= best.parameters <= high else " (not among the sizes trained)"
-        rows.append([significant(factor * largest), f"{count(best.parameters)}{outside}", count(best.pixels), loss])
+        size, data = (
+            count(value) + ("" if law.observed[name][0] <= value <= law.observed[name][1] else " (never trained)")
+            for name, value in (("N", best.parameters), ("D", best.pixels))
+        )
+        rows.append([significant(factor * largest), size, data, loss])
     table = markdown_table(["PFLOPs", "N*", "D* (pixels)", "expected loss"], rows, 0)
     return (
         f"A training pixel costs {cost} FLOP, as counted in these runs. With the joint law the best size grows as "
@@ -299,12 +306,13 @@ def _caveats(analysis: Analysis) -> str:
         for warning in law.warnings:
             warned.setdefault(warning, []).append(TITLES[law.name])
     told += [f"{warning} ({'; '.join(titles)})" for warning, titles in warned.items() if warning not in told]
-    law = compute_law(analysis)
-    if law is not None:
-        told.append(
-            f"Beyond {count(max(point.parameters for point in analysis.observations))} parameters and "
-            f"{significant(law.observed['C'][1])} PFLOPs nothing was observed."
-        )
+    parameters, pixels, pflops = (
+        max(getattr(point, name) for point in analysis.observations) for name in ("parameters", "pixels", "pflops")
+    )
+    told.append(
+        f"beyond {count(parameters)} parameters, {count(pixels)} pixels and {significant(pflops)} PFLOPs nothing was "
+        "observed"
+    )
     return _bullets(dict.fromkeys(told))
 
 

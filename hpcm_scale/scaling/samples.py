@@ -9,6 +9,7 @@ import numpy as np
 from hpcm_scale.scaling.frontier import FrontierPoint
 from hpcm_scale.scaling.laws.points import CannotFit, Points
 from hpcm_scale.scaling.observations import Observation
+from hpcm_scale.scaling.words import count
 
 SAME = 0.01
 """Amounts of data within a hundredth count as one: batches rarely end on the very pixel."""
@@ -31,7 +32,7 @@ def trained(observations: Sequence[Observation]) -> tuple[list[Observation], tup
 
 
 def of_parameters(observations: Sequence[Observation]) -> Points:
-    """Points of L(N): one annealed training of each size and seed, at the most data that all sizes share.
+    """Points of L(N): one annealed training of each size, model and seed, at the most data that all sizes share.
 
     Where no amount of data is shared by all sizes, each size comes with its longest training, and a warning: such a
     law mixes what size buys with what data buys. Unannealed trainings are used only if there are no others. Raises
@@ -50,17 +51,18 @@ def of_parameters(observations: Sequence[Observation]) -> Points:
     for size in sizes:
         longest = max(each.pixels for each in usable if each.parameters == size)
         at = _at(usable, size, longest if shared is None else shared)
-        chosen += {each.seed: each for each in at}.values()  # the last of each seed, in order of pixels and name
+        # The last of each model and seed, in order of pixels and name.
+        chosen += {(each.model, each.seed): each for each in at}.values()
     kind = "annealed trainings" if chosen[0].annealed else "trainings, not annealed"
     if shared is None:
         data = f"{kind}, each size's longest"
         least, most = (pick(chosen, key=lambda each: each.pixels) for pick in (min, max))
         warnings += (
-            f"the sizes share no amount of training data ({least.model} had {least.pixels:.3g} pixels, {most.model} "
-            f"{most.pixels:.3g}), so L(N) mixes what size and data buy; the joint law keeps them apart",
+            f"the sizes share no amount of training data ({least.model} had {count(least.pixels)} pixels, {most.model} "
+            f"{count(most.pixels)}), so L(N) mixes what size and data buy; the joint law keeps them apart",
         )
     else:
-        data = f"{kind} on {shared:.3g} pixels" + (", the most that all sizes share" if shared < amounts[0] else "")
+        data = f"{kind} on {count(shared)} pixels" + (", the most that all sizes share" if shared < amounts[0] else "")
     return _points("parameters", {"N": [each.parameters for each in chosen]}, chosen, data, warnings)
 
 
@@ -79,8 +81,10 @@ def of_compute(frontier: Sequence[FrontierPoint], *, whole: bool) -> Points:
     )
     if whole and not all(point.annealed for point in chosen):
         warnings += ("learning rates had not decayed at some points: the whole frontier mixes two kinds of loss",)
+    if len({point.parameters for point in chosen}) == 1:
+        warnings += (f"{chosen[0].model} alone is on it: this law of compute says what more data buys one size",)
     kind = "the whole frontier" if whole else "the annealed frontier"
-    data = f"{len(chosen)} runs on {kind}, the last of the points of each ({len(frontier)} points in all)"
+    data = f"each run's last point on {kind} ({len(frontier)} points in all)"
     of = "compute_whole" if whole else "compute"
     return _points(of, {"C": [point.pflops for point in chosen]}, chosen, data, warnings)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.verdict import doubts, headline
-from hpcm_scale.scaling.words import DASH, count, percent, significant
+from hpcm_scale.scaling.words import DASH, count, loss, percent, significant
 
 
 def print_summary(analysis: Analysis) -> None:
@@ -68,8 +68,9 @@ def _laws(analysis: Analysis) -> Table:
 
 
 _LEGEND = (
-    "← preferred. Of: the annealed sizes at equal data, the annealed or the whole frontier. Held out: error at the "
-    "largest size or compute, fitted without it. 10 ×: loss at ten times the largest."
+    "← preferred. Of: one training of each size, at equal data if they share any; the annealed or the whole "
+    "frontier; all trainings. Held out: error at the largest size or compute, fitted without it. 10 ×: loss at ten "
+    "times the largest."
 )
 _OF = {"parameters": "sizes", "compute": "annealed", "compute_whole": "whole", "joint": "trainings"}
 
@@ -78,4 +79,4 @@ def _ahead(law: Law, level: float) -> str:
     if len(law.variables) > 1:
         return DASH
     value, low, high = law.predict(10 * law.observed[law.variables[0]][1], level)
-    return f"{value:.4f}" + (f" ({low:.4f}…{high:.4f})" if math.isfinite(low) else "")
+    return loss(value) + (f" ({loss(low)}…{loss(high)})" if math.isfinite(low) else "")

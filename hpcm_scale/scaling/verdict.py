@@ -7,7 +7,7 @@ import math
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.laws.floor import ENOUGH
 from hpcm_scale.scaling.laws.law import Law
-from hpcm_scale.scaling.words import TITLES, count, expected, percent
+from hpcm_scale.scaling.words import TITLES, count, expected, loss, percent
 
 FACTORS = (2, 10)
 """Multiples of the largest size (or compute) that laws are asked about."""
@@ -19,8 +19,9 @@ def parameter_law(analysis: Analysis) -> Law | None:
 
 
 def compute_law(analysis: Analysis) -> Law | None:
-    """The preferred law of compute: of the annealed frontier, or else of the whole one."""
-    return _preferred(analysis, "compute") or _preferred(analysis, "compute_whole")
+    """The preferred law of compute: of the annealed frontier or else the whole one, no exponent at its edge."""
+    laws = (_preferred(analysis, key) for key in ("compute", "compute_whole"))
+    return next((law for law in laws if law is not None and not law.at_edge), None)
 
 
 def _preferred(analysis: Analysis, key: str) -> Law | None:
@@ -40,8 +41,8 @@ def headline(analysis: Analysis) -> str:
     largest = law.observed["N"][1]
     ahead = law.predict(10 * largest, analysis.level)
     text = (
-        f"By the {TITLES[law.name]}, 10 times the largest size ({count(10 * largest)} parameters) comes to a loss of "
-        f"{expected(ahead, analysis.level)}."
+        f"By the {TITLES[law.name]} ({law.data}), 10 times the largest size ({count(10 * largest)} parameters) comes "
+        f"to a loss of {expected(ahead, analysis.level)}."
     )
     return f"{text} At fixed λ: {analysis.rate_gain.sentence}." if analysis.rate_gain else text
 
@@ -52,23 +53,26 @@ def doubts(analysis: Analysis) -> list[str]:
     if law is None:
         return []
     told = []
-    sizes = len({point.parameters for point in analysis.observations})
+    sizes = len({residual.x for residual in analysis.trust[law.name].residuals})
     slope = law.parameters["alpha"]
     error = (law.standard_errors or {}).get("alpha")
     if slope <= 0 or law.parameters["A"] == 0:
         told.append("the loss does not fall with parameters here")
     elif error is not None and slope < 2 * error:
         told.append(f"the exponent, {slope:.3f}, is less than two standard errors ({error:.3f}) from zero")
+    if law.at_edge:
+        told.append("an exponent ended at the edge of its range, so the law foretells nothing")
     if not law.converged:
         told.append("the fit did not converge")
     if law.covariance is None:
         told.append("there are no more trainings than parameters of the law, so nothing tells how sure it is")
     told += _contested(analysis)
+    told += _more_data(analysis, law)
     told += _held_out(analysis, law)
     if sizes < ENOUGH:
         told.append(f"{sizes} sizes are few: with fewer than {ENOUGH} a floor can hardly be told from none")
     if not any(point.annealed for point in analysis.observations):
-        told.append("no run was annealed: its loss still holds the noise of a high learning rate")
+        told.append("no run was annealed: the losses still hold what a decay of the learning rate would take off")
     smallest, reached = law.observed["N"]
     if reached < 10 * smallest:
         told.append(f"the sizes span a factor of {reached / smallest:.1f}, and ten times is a longer way than that")
@@ -84,6 +88,18 @@ def _contested(analysis: Analysis) -> list[str]:
     gain = analysis.rate_gains.get(line.name)
     rate = f"; {gain.sentence}" if gain else ""
     return [f"{comparison.reason}; without a floor, ten times the largest size comes to {ahead}{rate}"]
+
+
+def _more_data(analysis: Analysis, law: Law) -> list[str]:
+    """That a training on more data than the law's is already below what the law promises."""
+    ahead = law.predict(10 * law.observed["N"][1], analysis.level).value
+    best = min(analysis.observations, key=lambda each: each.loss)
+    if best.run in law.runs or best.loss >= ahead:
+        return []
+    return [
+        f"on {count(best.pixels)} pixels {best.model} has come to {loss(best.loss)}, below this law at ten times the "
+        "largest size: more data buys more than size on so little, and what looks like a floor may be that of the data"
+    ]
 
 
 def _held_out(analysis: Analysis, law: Law) -> list[str]:

@@ -89,8 +89,13 @@ def with_error(value: float, error: float | None) -> str:
 def expected(prediction: Prediction, level: float) -> str:
     """A predicted loss and its interval: "1.234 (95 %: 1.201…1.268)"."""
     if not math.isfinite(prediction.low):
-        return f"{prediction.value:.4f} (no interval: as many parameters as points)"
-    return f"{prediction.value:.4f} ({level * 100:g} %: {prediction.low:.4f}…{prediction.high:.4f})"
+        return f"{loss(prediction.value)} (no interval)"
+    return f"{loss(prediction.value)} ({level * 100:g} %: {loss(prediction.low)}…{loss(prediction.high)})"
+
+
+def loss(value: float) -> str:
+    """A loss: "1.2340", or a power of ten where an interval has lost all bounds."""
+    return f"{value:.4f}" if 1e-3 <= value < 1e3 else significant(value, 2)
 
 
 def percent(share: float, digits: int = 2) -> str:

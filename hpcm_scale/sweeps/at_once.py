@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 
 from rich.live import Live
@@ -18,7 +19,6 @@ from rich.live import Live
 from hpcm_scale.sweeps.devices import Share, free_port
 from hpcm_scale.sweeps.job_process import JobProcess
 from hpcm_scale.sweeps.jobs import Job
-from hpcm_scale.sweeps.log import last_mark, lives, tail
 from hpcm_scale.sweeps.plan import plan_of
 from hpcm_scale.sweeps.state import Follower, RunState
 from hpcm_scale.sweeps.summary import at_end, sentence
@@ -48,8 +48,8 @@ class AtOnce:
         self._free = list(shares)
         self._threads = max(1, cores // sum(share.processes for share in shares))
         self._grace = grace
-        self._running: dict[str, _Running] = {}
-        self._followers = {job.name: Follower(job.folder, plan_of(job)) for job in jobs}
+        self._running: dict[Path, _Running] = {}
+        self._followers = {job.folder: Follower(job.folder, plan_of(job)) for job in jobs}
         self._signals: list[tuple[int, float]] = []
         self._obeyed = 0
 
@@ -65,16 +65,14 @@ class AtOnce:
                 self._obey()
                 self._collect()
                 if on_terminal and time.monotonic() > drawn + DRAW_SECONDS:
-                    screen.update(table(self._states(), self._stopping()), refresh=True)
+                    with _heard():
+                        screen.update(table(self._states(), self._stopping()), refresh=True)
                     drawn = time.monotonic()
                 time.sleep(POLL_SECONDS)
         return self._signals[0][0] if self._signals else None
 
     def _start(self, job: Job) -> None:
-        if lives(last_mark(tail(job.log))):
-            _tell(f"{job.name} is still being trained by processes of an earlier call, and left to them: {job.log}")
-            return
-        share = self._free.pop(0)
+        share = self._free[0]
         port = free_port([running.port for running in self._running.values()])
         extensions = tempfile.mkdtemp(prefix="hpcm_torch_extensions_")
         environment = os.environ | {"TORCH_EXTENSIONS_DIR": extensions}
@@ -85,18 +83,24 @@ class AtOnce:
         # No regular file: a list of other machines that may lie in its usual place is not for these jobs.
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull]
         where = [*share.arguments(), "--master_port", str(port), "--module", "hpcm_scale.train"]
-        process = JobProcess([*launcher, *where, *job.overrides], job.log, environment, self._grace)
-        self._running[job.name] = _Running(job, share, port, process, extensions)
-        _tell(f"{job.name}: started on {share}; log: {job.log}")
+        try:
+            process = JobProcess([*launcher, *where, *job.overrides], job.log, environment, self._grace)
+        except BlockingIOError:
+            shutil.rmtree(extensions)
+            _tell(f"{job.folder} is being trained by processes of another call, and left to them: {job.log}")
+            return
+        self._free.remove(share)
+        self._running[job.folder] = _Running(job, share, port, process, extensions)
+        _tell(f"{job.folder}: started on {share}; log: {job.log}")
 
     def _collect(self) -> None:
         """Take leave of the jobs that have ended."""
-        for name, running in list(self._running.items()):
+        for folder, running in list(self._running.items()):
             if running.process.poll() is not None:
-                del self._running[name]
+                del self._running[folder]
                 self._free.append(running.share)
                 shutil.rmtree(running.extensions, ignore_errors=True)
-                _tell(sentence(running.job, at_end(running.job, self._followers[name].look())))
+                _tell(sentence(running.job, at_end(running.job, self._followers[folder].look())))
 
     def _obey(self) -> None:
         """Asked to stop, end the jobs in good order; asked again, at once."""
@@ -117,13 +121,13 @@ class AtOnce:
 
     def _states(self) -> list[RunState]:
         """How far the jobs are, by their files and by what only the one who starts their processes knows."""
-        waiting = {job.name for job in self._waiting}
+        waiting = {job.folder for job in self._waiting}
         states = []
-        for name, follower in self._followers.items():
+        for folder, follower in self._followers.items():
             state = follower.look()
-            if name in self._running:
+            if folder in self._running:
                 state = replace(state, state="stopping" if self._signals else "running", note="")
-            elif name in waiting:
+            elif folder in waiting:
                 state = replace(state, state="waiting", note="")
             states.append(state)
         return states
@@ -151,4 +155,16 @@ class AtOnce:
 def _tell(text: str) -> None:
     """A line where no terminal shows the table."""
     if not sys.stderr.isatty():
-        print(text, flush=True)
+        with _heard():
+            print(text, flush=True)
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Once the terminal, or the program behind a pipe, is gone, what is said goes nowhere: the jobs still need us."""
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from hpcm_scale.errors import UserError, is_first_process
-from hpcm_scale.sweeps.jobs import Job, unfinished
+from hpcm_scale.sweeps.jobs import Job, reached, unfinished
 from hpcm_scale.sweeps.plan import write_plans
 from hpcm_scale.sweeps.summary import summary
 from hpcm_scale.training import processes
 from hpcm_scale.training.run import run
-from hpcm_scale.training.run_folder import RunFolder
 
 
 def train_in_turn(jobs: Sequence[Job]) -> int:
@@ -25,7 +25,7 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
     left = unfinished(jobs, world_size)
     if is_first_process():
         write_plans(jobs)
-    failures: dict[str, str] = {}
+    failures: dict[Path, str] = {}
     for job in left:
         try:
             run(job.config)
@@ -33,19 +33,11 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
             common = isinstance(error, UserError) and not error.local
             if world_size > 1 and not common:
                 raise
-            failures[job.name] = _told(job, error)
+            failures[job.folder] = _told(job, error)
             continue
-        if _reached(job) < job.last_step:
+        if reached(job) < job.last_step:
             break  # asked to stop
-    skipped = {job.name for job in jobs} - {job.name for job in left}
-    code = summary(jobs, skipped, failures) if is_first_process() else 0
-    return code
-
-
-def _reached(job: Job) -> int:
-    """The step of the newest checkpoint: the same for every process."""
-    newest = RunFolder(job.folder).checkpoints.newest()
-    return newest[1]["step"] if newest else 0
+    return summary(jobs, left, failures) if is_first_process() else 0
 
 
 def _told(job: Job, error: Exception) -> str:
@@ -54,5 +46,5 @@ def _told(job: Job, error: Exception) -> str:
         traceback.print_exception(error, file=sys.stderr)
     line = " ".join(str(error).split()) or type(error).__name__
     if is_first_process():
-        sys.stderr.write(f"hpcm: {job.name}: {line}\n")
+        sys.stderr.write(f"hpcm: {job.folder}: {line}\n")
     return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -21,12 +22,14 @@ _LAUNCHER = "deepspeed.launcher."
 class JobProcess:
     """Starts `command`; what its processes say is appended to `log`.
 
-    Asked to end, they have `grace` seconds before they are killed.
+    Asked to end, they have `grace` seconds before they are killed. Raises BlockingIOError where processes that
+    another call started write this log still.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str], grace: float) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("ab", buffering=0)
+        self._lock()
         self._log.write(starting(command).encode())
         self._process = subprocess.Popen(
             command,
@@ -65,6 +68,16 @@ class JobProcess:
         """End all of the job's processes at once."""
         self._stopping = True
         self._kill()
+
+    def _lock(self) -> None:
+        """The lock on the log is this job's as long as any of its processes lives: they all inherit it."""
+        try:
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._log.close()
+            raise
+        except OSError:
+            pass  # a file system without locks
 
     def _ask(self) -> None:
         """SIGTERM to the training processes; DeepSpeed's own two then end with them.

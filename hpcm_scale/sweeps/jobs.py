@@ -57,6 +57,11 @@ def make_job(config: Config, overrides: Sequence[str], swept: Sequence[str]) -> 
     return Job(config, (*kept, "hydra.mode=RUN"))  # an experiment may ask for a multirun: this is one of its jobs
 
 
+def reached(job: Job) -> int:
+    """The step of the newest checkpoint, 0 where there is none; a journal need not have a line of that step."""
+    return max(RunFolder(job.folder).checkpoints.steps(), default=0)
+
+
 def _named(config: Config) -> dict[str, str | None]:
     return {"dir": config.run.dir, "sweep": config.run.sweep}
 
@@ -94,7 +99,7 @@ def unfinished(jobs: Sequence[Job], world_size: int) -> list[Job]:
             folder = RunFolder(job.folder)
             resume = folder.resume(config, world_size, digest(data.shards, data.retries, data.timeout))
         except UserError as error:
-            raise UserError(f"{job.name}: {error}") from error
+            raise UserError(f"{job.folder}: {error}") from error
         done = resume.step >= job.last_step
         if not done or (resume.step == config.train.steps and exported_step(folder.weights_file) != resume.step):
             left.append(job)

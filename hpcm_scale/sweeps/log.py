@@ -15,6 +15,10 @@ import psutil
 
 MARK = "hpcm sweep: "
 """What every line of ours begins with."""
+_MARKS = re.compile(
+    rf"^{MARK}(?:(submitted|starting|started)\b(?: on (\S+) as process group (\d+)$)?|(ended) with exit code (-?\d+)$)",
+    re.MULTILINE,
+)
 TAIL = 1 << 16
 """Bytes at the end of a log that are looked at."""
 
@@ -63,14 +67,11 @@ def tail(path: Path) -> str:
 
 def last_mark(text: str) -> Mark | None:
     """The last line of ours in a log's text."""
-    lines = [line for line in text.splitlines() if line.startswith(MARK)]
-    if not lines:
+    marks = list(_MARKS.finditer(text))
+    if not marks:
         return None
-    kind, *rest = lines[-1].removeprefix(MARK).split()
-    if kind == "ended":
-        return Mark(kind, code=int(rest[-1]))
-    here = kind == "started" and rest[:2] == ["on", socket.gethostname()]
-    return Mark(kind, group=int(rest[-1]) if here else None)
+    kind, host, group, ended_with, code = marks[-1].groups()
+    return Mark(ended_with or kind, int(code or 0), int(group) if host == socket.gethostname() else None)
 
 
 def last_error(text: str) -> str:

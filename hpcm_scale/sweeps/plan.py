@@ -33,10 +33,10 @@ class Planned:
 
 
 def planned(config: dict[str, Any], overrides: Sequence[str] = ()) -> Planned:
-    """What a run's configuration says. Raises KeyError or TypeError for what is no run's configuration."""
+    """What a run's configuration says. Raises KeyError, TypeError or ValueError for what is no run's."""
+    model, lmbda, steps = config["model"]["name"], config["objective"]["lmbda"], config["train"]["steps"]
     parameters = _parameters(json.dumps(config["model"], sort_keys=True))
-    model, train = config["model"]["name"], config["train"]
-    return Planned(model, parameters, config["objective"]["lmbda"], train["steps"], tuple(overrides))
+    return Planned(str(model), parameters, float(lmbda), int(steps), tuple(overrides))
 
 
 def plan_of(job: Job) -> Planned:

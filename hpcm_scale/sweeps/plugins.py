@@ -134,8 +134,7 @@ class DeepSpeedLauncher(_JobsLauncher):
         left = unfinished(jobs, options.gpus_per_job)
         write_plans(jobs)
         signal = AtOnce(left, parts[: max(1, len(left))], cores, options.grace).train()
-        names = {job.name for job in left}
-        code = summary(jobs, skipped=[job.name for job in jobs if job.name not in names])
+        code = summary(jobs, left)
         return code if signal is None else 128 + signal
 
 

@@ -40,7 +40,8 @@ srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID 
     @PYTHON@ -m hpcm_scale.train @OVERRIDES@
 
 # Stopped before its end, with a checkpoint, and not being ended by Slurm (cancelled, or requeued already): again.
-unfinished='import sys; from hpcm_scale.scaling.runs import load_run; sys.exit(load_run(sys.argv[1]).step >= @STEP@)'
+unfinished='import sys; from hpcm_scale.training.run_folder import RunFolder
+sys.exit(max(RunFolder(sys.argv[1]).checkpoints.steps(), default=0) >= @STEP@)'
 if @PYTHON@ -c "$unfinished" @RUN@ && [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -110,18 +111,18 @@ def submit(jobs: Sequence[Job], options: SlurmOptions) -> None:
     write_plans(jobs)
     for job in jobs:
         if job not in left:
-            print(f"{job.name}: finished already")
+            print(f"{job.folder}: finished already")
             continue
         path = job.folder.with_name(job.name + ".sbatch")
         with writing(path):
             write_text(path, script(job, options))
         queued = _queued(job) if options.submit else None
         if not options.submit:
-            print(f"{job.name}: sbatch {shlex.quote(str(path))}")
+            print(f"{job.folder}: sbatch {shlex.quote(str(path))}")
         elif queued:
-            print(f"{job.name}: in the queue already, as Slurm job {queued}")
+            print(f"{job.folder}: in the queue already, as Slurm job {queued}")
         else:
-            print(f"{job.name}: Slurm job {_sbatch(job, path)}, log: {job.log}", flush=True)
+            print(f"{job.folder}: Slurm job {_sbatch(job, path)}, log: {job.log}", flush=True)
 
 
 def _queued(job: Job) -> str | None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hpcm_scale.errors import UserError
 from hpcm_scale.sweeps.log import last_error, last_mark, lives, log_of, tail
 from hpcm_scale.sweeps.plan import Planned, planned
 from hpcm_scale.tracking import journal
@@ -64,9 +65,10 @@ class Follower:
         self._forget()
 
     def look(self) -> RunState:
-        """The run's state now. A journal that cannot be read is no obstacle: the note tells of it."""
+        """The run's state now. A journal that is damaged is no obstacle: the note tells of it."""
         self._read_config()
-        note = self._read_journal()
+        self._read_journal()
+        note = self._damage
         log = tail(log_of(self.folder))
         state = self._state(log)
         if state == "failed":
@@ -89,6 +91,7 @@ class Follower:
         )
 
     def _forget(self) -> None:
+        self._damage = ""
         self._last: dict[str, Any] = {}
         self._training: dict[str, Any] = {}
         self._evaluation: dict[str, Any] = {}
@@ -102,10 +105,10 @@ class Follower:
         try:
             self._plan = planned(OmegaConf.to_container(OmegaConf.load(file)))
             self._config_time = changed
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, KeyError, TypeError):
+        except (YAMLError, OmegaConfBaseException, OSError, KeyError, TypeError, ValueError):
             return  # half gone, or no run's
 
-    def _read_journal(self) -> str:
+    def _read_journal(self) -> None:
         """Take in what has been added; a resumed run replaces its journal by a shorter one, read from its start."""
         file = self.folder / journal.FILE_NAME
         try:
@@ -117,18 +120,20 @@ class Follower:
             for record in journal.new_records(self._journal):
                 self._take(record)
         except OSError:
-            return ""
-        except (journal.UserError, AttributeError) as error:
-            return str(error)
-        return ""
+            return  # not there yet
+        except UserError as error:
+            self._damage = str(error)
+        except (AttributeError, KeyError):
+            self._damage = f"{file} holds a line that is not a run's; remove the line"
 
     def _take(self, record: dict[str, Any]) -> None:
-        self._last = record
-        if record.get("eval/loss") is not None:
-            self._evaluation = record
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        self._recent.append((numbers["step"], numbers["time"]))
+        self._last = numbers
+        if "eval/loss" in numbers:
+            self._evaluation = numbers
         elif "train/loss" in record:
-            self._training = record
-        self._recent.append((record["step"], record["time"]))
+            self._training = numbers
 
     def _seconds_left(self) -> float | None:
         if len(self._recent) < 2 or self._plan is None:
@@ -141,11 +146,11 @@ class Follower:
         if lives(mark):
             return "running"
         written, logged = (_changed(path) or 0 for path in (self._journal_file, log_of(self.folder)))
-        if self._plan and self._last and self._last["step"] >= self._plan.steps:
-            return "finished"
         ended = mark is not None and mark.kind == "ended" and logged >= written
         if ended and mark.code:
-            return "failed"
+            return "failed"  # even with all steps done: the last evaluation, checkpoint or export may be missing
+        if self._plan and self._last and self._last["step"] >= self._plan.steps:
+            return "finished"
         here = mark is not None and mark.group is not None  # its processes were looked for, and there are none
         begun = self.folder.is_dir()
         waiting = mark is not None and mark.kind == "submitted" and logged >= written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,13 +35,26 @@ def table(states: Sequence[RunState], remark: str = "") -> Group:
     for heading in ("size", "step", "loss", "bpp", "PSNR", "PFLOPs", "time", "left"):
         grid.add_column(heading, justify="right", no_wrap=True)
     grid.add_column("state", no_wrap=True)
-    for state in states:
+    for state, name in zip(states, _names(states), strict=True):
         model = [] if named else [state.plan.model if state.plan else "?"]
-        grid.add_row(state.name, *model, *_row(state), style="dim" if state.state == "waiting" else None)
-    notes = [Text(f"{state.name}: {state.note}", style="red") for state in states if state.note]
+        grid.add_row(Text(name), *map(Text, model), *_row(state), style="dim" if state.state == "waiting" else None)
+    notes = [
+        Text(f"{name}: {state.note}", style="red")
+        for state, name in zip(states, _names(states), strict=True)
+        if state.note
+    ]
     if any(state.loss is not None and not state.evaluated for state in states):
         notes.insert(0, Text("* of training: not evaluated yet", style="dim"))
     return Group(grid, *notes, *([Text(remark)] if remark else []))
+
+
+def _names(states: Sequence[RunState]) -> list[str]:
+    """The names of the run folders or, where several have the same, where they lie below what they have in common."""
+    if len({state.name for state in states}) == len(states):
+        return [state.name for state in states]
+    folders = [state.folder.absolute() for state in states]
+    top = os.path.commonpath([folder.parent for folder in folders])
+    return [os.path.relpath(folder, top) for folder in folders]
 
 
 def _row(state: RunState) -> list[str | Text]:

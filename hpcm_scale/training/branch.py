@@ -14,6 +14,20 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.training.run_folder import RunFolder
 
 
+def trunks(paths: Sequence[str]) -> list[Path]:
+    """The folders among `paths` but for branches, each once: so a pattern such as `runs/ladder/*`, which also takes in
+    other files and earlier branches, names the trunks. Raises UserError if there is none."""
+    folders = [path for path in dict.fromkeys(map(Path, paths)) if not path.is_file()]
+    found = [folder for folder in folders if not _is_branch(RunFolder(folder).config_file)]
+    if not found:
+        raise UserError(f"no trunk among {' '.join(paths)}: only branches or files; name the run folder of a trunk")
+    return found
+
+
+def _is_branch(config: Path) -> bool:
+    return config.is_file() and from_yaml(config).run.branch_of is not None
+
+
 def branch(trunk: str | Path, at: int, decay: float, changes: Sequence[str] = ()) -> Config:
     """The configuration of the branch off `trunk` at step `at` whose last part `decay`, a fraction of all its steps
     (those of the trunk included), anneals.
@@ -23,7 +37,7 @@ def branch(trunk: str | Path, at: int, decay: float, changes: Sequence[str] = ()
     """
     if not 0 < decay < 1:
         raise UserError(f"--decay {decay:g} must lie between 0 and 1: the part of the branch's steps that anneals")
-    trunk = Path(trunk) if Path(trunk).name else Path(trunk).resolve()
+    trunk = Path(trunk).resolve() if Path(trunk).name in ("", "..") else Path(trunk)
     folder = RunFolder(trunk)
     folder.branch_point(at)
     steps = round(at / (1 - decay))

@@ -159,13 +159,19 @@ def test_the_command_draws_and_says_how_far_each_run_is(tmp_path: Path, capsys: 
         (["curves", "nano", "--out", "curve.jpeg"], ".png"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_file(tmp_path: Path, arguments: list[str], reason: str) -> None:
+def test_mistakes_are_one_line_and_leave_no_file(tmp_path, monkeypatch, capsys, arguments, reason) -> None:
+    monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "nano", steps=5)
     make_run(tmp_path / "young", steps=0, of=10)
-    command = [sys.executable, "-m", "hpcm_scale.scaling", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert reason in done.stderr
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    told = capsys.readouterr()
+    assert (end.value.code, told.out, told.err.count("\n")) == (2, "", 1)
+    assert reason in told.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nano", "young"]
+
+
+def test_it_starts_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hpcm_scale.scaling", "curves", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

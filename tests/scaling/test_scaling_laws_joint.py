@@ -6,6 +6,7 @@ from law_surfaces import AMOUNTS, SIZES, columns, joint_points, joint_surface
 from scipy.optimize import least_squares, minimize
 from scipy.special import huber, logsumexp
 
+from hpcm_scale.scaling.laws.compute_optimal import Cost, compute_optimal
 from hpcm_scale.scaling.laws.joint import fit_joint
 from hpcm_scale.scaling.laws.points import CannotFit, Points
 from hpcm_scale.scaling.laws.sum_of_powers import EXPONENTS
@@ -131,9 +132,14 @@ def test_an_outlier_hardly_moves_it():
 def test_what_does_not_determine_it_is_refused():
     points = joint_points()
     two_amounts = points.take(np.flatnonzero(points.variables["D"] < AMOUNTS[-1]))
-    with pytest.raises(CannotFit, match="there are 6 and 2, in 12 trainings"):
+    with pytest.raises(CannotFit, match="there are 6, 2 and 12"):
         fit_joint(two_amounts)
-    with pytest.raises(CannotFit, match="there are 2 and 3, in 6 trainings"):
+    with pytest.raises(CannotFit, match="there are 2, 3 and 6"):
         fit_joint(points.take(np.flatnonzero(points.variables["N"] < SIZES[2])))
+    edge = fit_joint(Points.bare(points.loss + 1e3 * (points.variables["N"] == SIZES[0]), "both", **points.variables))
+    assert edge.at_edge
+    with pytest.raises(CannotFit, match="edge of its range"):
+        compute_optimal(edge, Cost.exact(6, 1), (1.0, 10.0))
     few = fit_joint(points)
+    assert not few.at_edge
     assert few.warnings == ("3 amounts of training data say little about the floor E and the exponents beside it",)

@@ -87,7 +87,7 @@ def test_leaving_what_was_observed_is_flagged(ladder_analysis) -> None:
     assert all(words in far for words in ("the budget is", "the size is", "the training data is"))
     near = make_plan(ladder_analysis, Setting(), pflops=1e-6)
     assert near.outside[0].startswith("the budget is 1/")
-    assert "lies outside the presets" in near.notes[0]
+    assert "lies outside the presets" in near.notes[-1]
 
 
 def test_without_a_joint_law_the_frontier_serves_and_it_is_said(without_joint, capsys) -> None:
@@ -107,12 +107,20 @@ def test_what_cannot_be_planned_is_one_sentence(ladder_analysis, without_joint) 
         make_plan(ladder_analysis, Setting(), target_loss=0.5)
     with pytest.raises(UserError, match="these laws cannot plan: the joint law needs 3 amounts"):
         make_plan(replace(without_joint, preferred={}), Setting(), pflops=1)
+    edge = {name: replace(law, parameters=law.parameters | {"alpha": 4.0}) for name, law in without_joint.laws.items()}
+    floors = {"compute": "floor_of_compute", "compute_whole": "floor_of_compute_whole"}
+    with pytest.raises(UserError, match="these laws cannot plan"):
+        make_plan(replace(without_joint, laws=edge, preferred=floors), Setting(), pflops=1)
+    with pytest.raises(UserError, match="--target-loss nan"):
+        make_plan(ladder_analysis, Setting(), target_loss=float("nan"))
+    with pytest.raises(UserError, match="--crop 100 does not fit"):
+        make_plan(ladder_analysis, Setting(crop=100), pflops=1)
     with pytest.raises(UserError, match="--batch-size 32 does not divide over --gpus 64; use --batch-size 64"):
         make_plan(ladder_analysis, Setting(gpus=64, batch_size=32), pflops=1)
     for wrong, option in ((Setting(mfu=0.0), "--mfu"), (Setting(level=1.0), "--level"), (Setting(gpus=0), "--gpus")):
         with pytest.raises(UserError, match=option):
             make_plan(ladder_analysis, wrong, pflops=1)
-    with pytest.raises(UserError, match="--pflops -1"):
+    with pytest.raises(UserError, match="budget in PFLOPs -1"):
         make_plan(ladder_analysis, Setting(), pflops=-1)
 
 

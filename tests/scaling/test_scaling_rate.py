@@ -49,6 +49,13 @@ def test_the_interval_is_carried_through():
         assert (gain.high - gain.low) * 0.25 < 1.5 * (ahead.high - ahead.low)
 
 
+def test_no_more_than_all_can_be_saved():
+    wild = fit_power_law(size_points(np.array([1.0, 3.0, 0.4, 2.0, 0.3, 1.0])))
+    gain = rate_gain(wild, "small", SIZES[-1], 0.1)
+    assert gain.low == -1 and gain.change < -1
+    assert gain.sentence.endswith("too far for first order")
+
+
 def test_the_sentence():
     law = fit_power_law(size_points(np.array([1.0, 0.9, 0.82, 0.73, 0.66, 0.6])))
     gain = rate_gain(law, "small", SIZES[-1], 0.5)

@@ -59,11 +59,30 @@ def test_a_law_that_holds_is_told_first_and_without_doubt() -> None:
     assert "10× parameters: bitrate −" in opening
 
 
-def test_the_first_lines_say_when_the_data_do_not_support_a_law(ladder_analysis) -> None:
+def test_the_first_lines_say_why_to_doubt_a_law(ladder_analysis) -> None:
     opening = report(ladder_analysis, []).split("\n\n")[1]
-    assert opening.startswith("**The data do not support much of a law:**")
-    assert "- Fitted without the largest size, the law misses it" in opening
+    assert opening.startswith("**Reasons to doubt what follows:**")
     assert "an F test rejects the power law without a floor" in opening
+    assert "without a floor, ten times the largest size comes to" in opening
+
+
+def test_a_law_that_misses_the_largest_size_is_doubted(ladder_analysis) -> None:
+    line = ladder_analysis.laws["power_law_of_parameters"].name
+    told = doubts(replace(ladder_analysis, preferred={**ladder_analysis.preferred, "parameters": line}))
+    assert any(doubt.startswith("fitted without the largest size, the law misses it") for doubt in told)
+
+
+def test_sizes_that_the_law_does_not_rest_on_do_not_count() -> None:
+    study = observed(np.geomspace(2e5, 2e7, 6), np.geomspace(2, 1.6, 6))
+    hot = [replace(each, annealed=index < 4) for index, each in enumerate(study.observations)]
+    assert any(doubt.startswith("4 sizes are few") for doubt in doubts(analyse(replace(study, observations=hot))))
+
+
+def test_a_law_that_more_data_have_already_beaten_is_doubted() -> None:
+    study = observed(np.geomspace(2e5, 2e7, 6), [2, 1.9, 1.85, 1.82, 1.8, 1.79])
+    more = replace(study.observations[2], run="more", pixels=5e9, images=80_000, pflops=1.0, loss=1.2)
+    told = doubts(analyse(replace(study, observations=[*study.observations, more])))
+    assert any(doubt.startswith("on 5.00 B pixels m") and "more data buys more" in doubt for doubt in told)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +132,12 @@ def test_the_report_holds_runs_laws_trust_figures_and_what_was_left_out(ladder_a
     assert "| power law of parameters | 2 × | 34.3 M parameters |" in text
     assert "branches share their trunk: they are not independent" in text
     most = max(point.pflops for point in ladder_analysis.observations)
-    assert f"Beyond 17.2 M parameters and {most:.4f} PFLOPs nothing was observed." in text
-    assert "- Broken is left out: its eval/loss was never finite." in report(believable(), [])
+    assert f"Beyond 17.2 M parameters, 524 M pixels and {most:.4f} PFLOPs nothing was observed." in text
+    assert "B (never trained)" in text
+    assert (
+        "- annealed trainings on 524 M pixels (power law of parameters; power law of parameters with a floor)." in text
+    )
+    assert "- broken is left out: its eval/loss was never finite." in report(believable(), [])
     assert "nan" not in text.lower().replace("nano", "")
     assert "None" not in text
 

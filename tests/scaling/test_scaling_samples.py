@@ -16,11 +16,11 @@ def test_sizes_are_compared_at_the_most_data_that_all_share():
     cut = [each for each in observations if each.parameters < SIZES[-1] - 1 or each.pixels < AMOUNTS[-1]]
     points = samples.of_parameters(cut)
     assert len(points) == SIZES.size
-    assert points.data == "annealed trainings on 1e+09 pixels, the most that all sizes share"
+    assert points.data == "annealed trainings on 1.00 B pixels, the most that all sizes share"
     assert all(run.endswith("-d1000000000-s0") for run in points.runs)
     assert points.warnings == ()
     full = samples.of_parameters(observations[::-1])
-    assert full.data == "annealed trainings on 1e+10 pixels"
+    assert full.data == "annealed trainings on 10.0 B pixels"
     assert list(full.variables["N"]) == sorted(full.variables["N"])
 
 
@@ -35,14 +35,14 @@ def test_without_shared_data_each_size_comes_with_its_longest_training():
     points = samples.of_parameters(observations)
     assert list(points.loss) == [1 / (1 + at) for at in range(6)]
     assert points.warnings[0].startswith(
-        "the sizes share no amount of training data (n200000 had 1e+08 pixels, n20000000"
+        "the sizes share no amount of training data (n200000 had 100 M pixels, n20000000"
     )
 
 
 def test_unannealed_trainings_count_only_if_there_are_no_others():
     observations = ladder()
     mixed = [replace(each, annealed=each.pixels < AMOUNTS[-1]) for each in observations]
-    assert samples.of_parameters(mixed).data == "annealed trainings on 1e+09 pixels"
+    assert samples.of_parameters(mixed).data == "annealed trainings on 1.00 B pixels"
     assert len(samples.of_both(mixed)) == 12
     hot = [replace(each, annealed=False) for each in observations]
     for points in (samples.of_parameters(hot), samples.of_both(hot)):
@@ -60,6 +60,8 @@ def test_every_seed_is_a_training():
     assert points.different("N") == 6
     twice = [*ladder(), training(SIZES[0], AMOUNTS[-1], 5.0, run="zz again")]
     assert len(samples.of_parameters(twice)) == 6  # the same seed again is no other training
+    twin = [*ladder(), replace(ladder()[2], run="twin", model="twin")]
+    assert len(samples.of_parameters(twin)) == 7  # a model of the same size is
 
 
 def test_a_frontier_counts_each_run_once():
@@ -77,10 +79,11 @@ def test_a_frontier_counts_each_run_once():
     assert (whole.of, whole.runs) == ("compute_whole", ("a", "b"))
     np.testing.assert_array_equal(whole.variables["C"], [0.2, 0.5])
     np.testing.assert_array_equal(whole.loss, [1.3, 1.0])
-    assert "2 runs on the whole frontier, the last of the points of each (5 points in all)" in whole.data
-    assert len(whole.warnings) == 2
+    assert whole.data == "each run's last point on the whole frontier (5 points in all)"
+    assert len(whole.warnings) == 3
+    assert whole.warnings[-1].startswith("nano alone is on it")
     assert "not independent" in whole.warnings[0]
-    assert len(samples.of_compute([point for point in points if point.annealed], whole=False).warnings) == 1
+    assert len(samples.of_compute([point for point in points if point.annealed], whole=False).warnings) == 2
     with pytest.raises(CannotFit, match="no run is on the annealed frontier"):
         samples.of_compute([], whole=False)
 

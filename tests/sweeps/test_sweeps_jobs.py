@@ -93,7 +93,8 @@ def test_the_ladder_is_a_multirun_without_being_told(train, shards, tmp_path):
     for name, overrides in written.items():
         config = compose([override for override in overrides if override != "hydra.mode=RUN"])
         assert config.run.dir == f"runs/ladder/{name}" and config.run.sweep == "ladder"
-        assert name == f"model={config.model.name}" and config.schedule.decay > 0 and config.train.keep_at
+        assert name == f"model={config.model.name}" and config.train.keep_at
+        assert config.schedule.decay == 0 and config.schedule.boundaries == []  # trunks: only branches decay
     assert output.count("sbatch runs/ladder/") == len(plan)
 
     (tmp_path / "runs" / "ladder" / "model=nano.sbatch").unlink()

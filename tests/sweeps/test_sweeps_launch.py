@@ -20,7 +20,7 @@ from hpcm_scale.sweeps.state import Follower
 
 pytestmark = pytest.mark.launch
 
-COMMON = ("train.batch_size=2", "train.checkpoint_every=1", "log.wandb=disabled", "data.workers=0", "engine=zero0")
+COMMON = ("train.batch_size=2", "train.checkpoint_every=1", "log.wandb=disabled", "data.workers=0", "engine=accelerate")
 SWEEP = Path("runs") / "sweep_model"
 STEPS = 6
 
@@ -179,7 +179,9 @@ def test_slurm_trains_what_is_not_finished_and_says_how_far_it_is(shards, train,
     shutil.copytree(nano, other)
     journal = (nano / "metrics.jsonl").read_text().splitlines(keepends=True)
     (other / "metrics.jsonl").write_text(journal[0])
+    shutil.rmtree(other / "checkpoints" / "step_00000002")
     assert submit("exit 3") == "failed" and not (tmp_path / "calls").exists()  # a mistake is not tried again
     assert submit("kill -TERM $PPID") == "stopped" and (tmp_path / "calls").read_text() == "requeue 41\n"
+    shutil.copytree(nano / "checkpoints", other / "checkpoints", dirs_exist_ok=True)
     (other / "metrics.jsonl").write_text("".join(journal))
     assert submit("exit 0") == "finished" and (tmp_path / "calls").read_text() == "requeue 41\n"

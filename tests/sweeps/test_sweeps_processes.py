@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import shutil
+import signal
 import sys
 import time
 
 import pytest
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.sweeps.at_once import AtOnce
+from hpcm_scale.sweeps.at_once import AtOnce, _tell
 from hpcm_scale.sweeps.devices import Share
 from hpcm_scale.sweeps.job_process import JobProcess
-from hpcm_scale.sweeps.jobs import make_job
-from hpcm_scale.sweeps.log import group_members, last_error, last_mark, started, tail
+from hpcm_scale.sweeps.jobs import Job, make_job
+from hpcm_scale.sweeps.log import group_members, last_error, last_mark, tail
+from hpcm_scale.sweeps.summary import summary
 
 
 def wait(process: JobProcess) -> int:
@@ -86,14 +88,49 @@ def test_what_outlives_its_launcher_is_ended_and_told_as_a_failure(start):
     assert last_error(tail(start.log)) == "a process was ended by SIGKILL"
 
 
-def test_a_run_that_an_earlier_call_still_trains_is_left_to_it(tmp_path, monkeypatch, capfd):
+def test_a_run_that_another_call_trains_is_left_to_it(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     job = make_job(compose(["model=nano"]), ["model=nano"], ["model"])
-    job.log.parent.mkdir(parents=True)
-    other = subprocess.Popen([sys.executable, "-c", "input()", "hpcm_scale.train"], stdin=-1, start_new_session=True)
+    other = JobProcess(["sleep", "60"], job.log, os.environ, 1)
     try:
-        job.log.write_text(started(other.pid))
+        other._log.close()  # as if that call were dead: its processes live on
         assert AtOnce([job], [Share(1, ())], cores=1, grace=1).train() is None
     finally:
-        other.communicate(b"\n")
-    assert "still being trained" in capfd.readouterr().out and not job.folder.exists()
+        os.killpg(other._process.pid, signal.SIGKILL)
+        other._process.wait()
+    assert "being trained by processes of another call" in capfd.readouterr().out and not job.folder.exists()
+    again = JobProcess(["true"], job.log, os.environ, 1)
+    assert wait(again) == 0
+
+
+def test_runs_of_one_name_in_several_folders_are_kept_apart(tmp_path, monkeypatch, capfd):
+    """Each is waited for and told of: here, that it fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    jobs = [Job(compose([f"run.dir={size}/trial", "model=nano"]), ()) for size in ("a", "b")]
+    assert AtOnce(jobs, [Share(1, ())] * 2, cores=1, grace=1).train() is None
+    output = capfd.readouterr().out
+    assert "a/trial: failed: " in output and "b/trial: failed: " in output
+    assert summary(jobs, jobs) == 1
+    rows = [line.split()[0] for line in capfd.readouterr().out.splitlines() if " nano " in line]
+    assert rows == ["a/trial", "b/trial"]
+
+
+def test_jobs_are_seen_to_their_end_when_nobody_reads_what_is_said(monkeypatch):
+    """As of `… | tee log` after Ctrl-C: tee is gone first."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(sys, "stderr", pipe)
+        _tell("a job has ended")
+        print("the summary", flush=True)
+
+
+def test_how_far_a_run_is_does_not_hang_on_the_journals_interval(tmp_path, monkeypatch, capfd):
+    """Stopped at step 3, as asked, with a line of the journal every 10 steps."""
+    monkeypatch.chdir(tmp_path)
+    job = Job(compose(["run.dir=run", "model=nano", "train.stop_after=3", "log.every=10"]), ())
+    (job.folder / "checkpoints" / "step_00000003").mkdir(parents=True)
+    (job.folder / "checkpoints" / "step_00000003" / "complete.json").write_text("{}")
+    assert summary([job], [job]) == 0 and " 3/2,000,000 " in capfd.readouterr().out

@@ -43,6 +43,18 @@ def test_why_a_run_failed(text):
     assert last_error(f"hpcm: of an earlier start\n{starting(['x'])}{text}") == ERRORS[text]
 
 
+def test_a_run_whose_end_fails_is_not_finished(make_run):
+    run = make_run("run", 10)  # the journal is whole, the export of the weights met a full disk
+    told(run, started(1) + "OSError: no space\n" + ended(1))
+    assert Follower(run).look().state == "failed"
+
+
+@pytest.mark.parametrize("torn", ["", "ended", "ended with exit code ", "started on ", "started on a as process group"])
+def test_a_torn_mark_is_none(torn):
+    mark = last_mark(starting(["x"]) + f"hpcm sweep: {torn}")
+    assert mark is not None and mark.group is None and mark.kind != "ended"
+
+
 def test_marks_come_back_from_a_log():
     assert last_mark("") is None and last_mark("step 3\n") is None
     assert last_mark(started(12) + "words\n") == Mark("started", group=12)
@@ -129,10 +141,15 @@ def test_what_cannot_be_read_does_not_hide_the_others(make_run, tmp_path, capsys
     (make_run("journal", 4) / "metrics.jsonl").write_text("no json\n")
     (make_run("config", 4) / "config.yaml").write_text("a: [")
     (make_run("foreign", 4) / "config.yaml").write_text("model: {name: x, width: 3}\ntrain: {steps: 7}")
+    (make_run("steps", 4) / "config.yaml").write_text("model: {name: 3}\nobjective: {lmbda: a}\ntrain: {steps: null}")
+    (make_run("modelless", 4) / "config.yaml").write_text("model: null")
+    for name, line in {"list": "[1]", "number": "3", "stepless": '{"time": 1}', "timeless": '{"step": 1}'}.items():
+        (make_run(name, 4) / "metrics.jsonl").write_text(line + "\n")
+    make_run("[red]", 4)  # no markup
     main(["status", str(tmp_path)])
     output = capsys.readouterr().out
-    assert all(name in output for name in ("whole", "journal", "config", "foreign"))
-    assert "not JSON" in " ".join(output.split())
+    assert all(f" {path.name} " in output for path in tmp_path.iterdir())
+    assert "not JSON" in " ".join(output.split()) and output.count("holds a line that is not a run's") == 4
 
 
 def test_a_branch_is_a_run_like_any_other(make_run):

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from hpcm_scale.branch import main
 from hpcm_scale.config.compose import compose, from_yaml
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.branch import branch
+from hpcm_scale.training.branch import branch, trunks
 from hpcm_scale.training.run_folder import RunFolder
 from hpcm_scale.training.schedule import learning_rate
 
@@ -77,6 +78,20 @@ def test_what_cannot_branch(at, decay, changes, says, tmp_path):
         branch(tmp_path / "nowhere", at, 0.2)
 
 
+def test_a_pattern_names_the_trunks_among_what_it_finds(tmp_path, monkeypatch):
+    folder = trunk(tmp_path / "trunk")
+    config = branch(folder.path, 40, 0.2)
+    RunFolder(config.run.dir).write_facts(config)
+    (tmp_path / "sweep.json").write_text("{}")
+    everything = sorted(map(str, tmp_path.iterdir()))
+    assert len(everything) == 3 and trunks([*everything, f"{folder.path}/"]) == [folder.path]
+    with pytest.raises(UserError, match=r"no trunk among .*sweep\.json"):
+        trunks([config.run.dir, str(tmp_path / "sweep.json")])
+    (folder.path / "wandb").mkdir()
+    monkeypatch.chdir(folder.path / "wandb")
+    assert branch("..", 40, 0.2).run.dir == config.run.dir
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "digest", "says"),
     [
@@ -96,7 +111,7 @@ def test_a_branch_is_no_other_run(changes, world_size, digest, says, tmp_path):
 
 @pytest.mark.launch
 @pytest.mark.parametrize(("engine", "processes"), [("accelerate", 1), ("zero2", 2)])
-def test_branches_train(engine, processes, train, launch):
+def test_branches_train(engine, processes, train, launch, monkeypatch, capsys):
     """For real: the first step is the trunk's own, in every digit; the command called again has nothing to do."""
     name = f"trunk_{engine}"
     keys = ("schedule=wsd", "schedule.decay=0", "schedule.learning_rate=1e-3", "train.keep_at=[3]", "train.steps=5")
@@ -114,5 +129,6 @@ def test_branches_train(engine, processes, train, launch):
     assert records[1]["train/learning_rate"] < whole[4]["train/learning_rate"]
     assert (folder / "weights.safetensors").is_file()
     if processes == 1:
-        again = launch(*command, module="hpcm_scale.branch", processes=processes)
-        assert again.returncode == 0 and "skipped" in again.stdout
+        monkeypatch.chdir(launch.folder)
+        main(command)
+        assert "skipped" in capsys.readouterr().out

@@ -7,18 +7,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hpcm_scale.scaling.analysis import Analysis
-from hpcm_scale.scaling.figures.style import SHORT_COMPUTE, calm, column, log_axis, loss_label, size_styles
+from hpcm_scale.scaling.figures.style import SHORT_COMPUTE, calm, column, log_axis, loss_label, ribbon, size_styles
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.observations import Study
+from hpcm_scale.scaling.verdict import compute_law
 from hpcm_scale.scaling.words import SHORT, count
 
 CAPTION = (
     "Loss of every run against cumulative training compute, smoothed. Grey steps: the whole frontier, the lowest "
     "smoothed loss up to each compute, annealed or not. Marks ringed in black: the annealed frontier, to which the law "
-    "is fitted where there is one; dashed, with the prediction interval for one new training, it goes on beyond what "
-    "was observed."
+    "is fitted where there is one; dashed, with the prediction interval for one new training where that is within a "
+    "factor of 1.5, it goes on beyond what was observed."
 )
-_COMPUTE_LAWS = ("compute", "compute_whole")
 
 
 def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -> bool:
@@ -28,12 +28,14 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     figure.set_size_inches(figure.get_figwidth(), 3.6)
     axes = figure.add_subplot()
     styles = size_styles({curve.model: curve.parameters for curve in study.curves})
-    law = frontier_law(analysis)
+    law = compute_law(analysis)
     bottom, top = _loss_range(study, analysis)
     for curve in study.curves:
         shown = curve.smoothed <= top
         colour, _ = styles[curve.model]
-        axes.plot(curve.pflops[shown], curve.smoothed[shown], color=colour, linewidth=0.8, alpha=0.75, zorder=3)
+        alone = "." if shown.sum() == 1 else None  # one point makes no line
+        line = {"color": colour, "linewidth": 0.8, "alpha": 0.75, "marker": alone, "zorder": 3}
+        axes.plot(curve.pflops[shown], curve.smoothed[shown], **line)
     left = min((line.get_xdata()[0] for line in axes.lines if len(line.get_xdata())), default=1e-6)
     right = max(curve.pflops[-1] for curve in study.curves)
     _frontiers(axes, analysis, styles, top)
@@ -52,12 +54,6 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     known, _ = axes.get_legend_handles_labels()
     column(figure, [*handles, *[handle for handle in known if handle not in handles]])
     return True
-
-
-def frontier_law(analysis: Analysis) -> Law | None:
-    """The preferred law of compute: of the annealed frontier, or else of the whole one."""
-    names = [analysis.preferred[key] for key in _COMPUTE_LAWS if key in analysis.preferred]
-    return analysis.laws[names[0]] if names else None
 
 
 def _loss_range(study: Study, analysis: Analysis) -> tuple[float, float]:
@@ -87,8 +83,7 @@ def _law(axes: Axes, law: Law, level: float, extrapolate: float, bottom: float) 
     compute = np.geomspace(low, high * extrapolate, 200)
     expected = law.predict(compute, level)
     axes.plot(compute, expected.value, "--", color="black", linewidth=1.1, zorder=4, label=f"law: {SHORT[law.name]}")
-    if np.isfinite(expected.low).all():
-        interval = f"{level * 100:g} % of new trainings"
-        axes.fill_between(compute, expected.low, expected.high, color="black", alpha=0.09, linewidth=0, label=interval)
-        bottom = min(bottom, max(float(expected.low.min()), 0.6 * bottom))
+    tells = ribbon(axes, compute, expected, color="black", alpha=0.09, label=f"{level * 100:g} % of new trainings")
+    if tells.any():
+        bottom = min(bottom, max(float(expected.low[tells].min()), 0.6 * bottom))
     return min(bottom, float(expected.value.min())), compute[-1]

@@ -18,12 +18,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file
+from hpcm_scale.scaling.laws.law import Prediction
 from hpcm_scale.scaling.words import count
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette without its yellow: told apart by colour-blind readers."""
 MARKERS = "osD^vh<p>X"
 FORMATS = (".png", ".svg", ".pdf")
+WIDEST = 1.5
+"""Factor between a law and the end of its interval from which on a ribbon says nothing, and is not drawn."""
 WIDTH = 3.5
 """Inches: one column of a two-column paper, where the type below is its real size."""
 COMPUTE = "training compute (PFLOPs; 1 PFLOP = 10¹⁵ floating-point operations)"
@@ -141,6 +144,14 @@ def plain(value: float) -> str:
 def number_parameters(axis: Axis) -> None:
     """Write the numbers of an axis of parameters as 300 k, 1 M, 3 M."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: count(value, exact=True)))
+
+
+def ribbon(axes: Axes, x: np.ndarray, expected: Prediction, **style) -> np.ndarray:
+    """Fill the interval of a law where it tells something (`WIDEST`); returns where that is, bool like `x`."""
+    tells = expected.high < WIDEST * expected.value  # so is not NaN
+    if tells.any():
+        axes.fill_between(x, expected.low, expected.high, where=tells, linewidth=0, **style)
+    return tells
 
 
 def size_styles(sizes: dict[str, int]) -> dict[str, tuple[str, str]]:

@@ -26,8 +26,8 @@ class Comparison:
     f_probability: float | None
     """Probability of so much better a fit by the floor if there were none; None without degrees of freedom."""
     contested: bool
-    """AICc prefers the power law, but the F test rejects it, and decides: on six trainings AICc charges 28 more for a
-    fourth parameter than for a third, and overlooked nine in ten floors, simulated, that the F test saw in all."""
+    """AICc prefers the power law, but the F test rejects it, and decides: on six trainings AICc charges 30 for a floor,
+    and overlooked nine in ten floors, simulated, that the F test saw in all."""
 
 
 def compare(power_law: Law, floor: Law | None) -> Comparison:

@@ -116,10 +116,13 @@ def compute_optimal(joint: Law, cost: Cost, pflops: tuple[float, float]) -> Comp
         pflops: least and most compute of the trainings behind it.
 
     Raises:
-        CannotFit: the joint law does not fall with N or with D, or the cost does not grow with N: no optimum.
+        CannotFit: the joint law does not fall with N or with D, has an exponent at the edge of its range, or the cost
+            does not grow with N: no optimum.
     """
     if not (joint.parameters["A"] > 0 and joint.parameters["B"] > 0 and cost.kappa > 0):
         raise CannotFit("there is no best split: by the joint law, size or data costs or buys nothing")
+    if joint.at_edge:
+        raise CannotFit("an exponent of the joint law ended at the edge of its range, so it tells no best split")
     spread = None
     if joint.covariance is not None:
         spread = np.zeros((7, 7))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from hpcm_scale.scaling.laws.law import TERMS, Law
@@ -30,7 +32,8 @@ def fit_floor(points: Points) -> Law:
     ((variable, _),) = points.variables.items()
     different = points.different(variable)
     if different < FEWEST:
-        raise CannotFit(f"a floor needs {FEWEST} different {variable} at least, and there are {different}")
+        there = f"there are {different}{points.origin}"
+        raise CannotFit(f"a floor needs {FEWEST} different {variable} at least, and {there}")
     warnings = list(points.warnings)
     if different < ENOUGH:
         warnings.append(
@@ -66,7 +69,7 @@ def law_with_floor(
     if not fit.converged:
         warnings.append("the fit did not converge")
     errors = None if spread is None else dict(zip(parameters, np.sqrt(np.diag(spread)).tolist(), strict=True))
-    return Law(
+    law = Law(
         name=name,
         formula=formula,
         data=points.data,
@@ -81,8 +84,21 @@ def law_with_floor(
         aicc=None if delta else aicc(fit.residuals, len(parameters)),
         converged=fit.converged,
         r=None,
-        warnings=tuple(warnings),
+        warnings=(),
     )
+    return replace(law, warnings=(*warnings, *_exponents(law)))
+
+
+def _exponents(law: Law) -> list[str]:
+    """Sentences on exponents that these points do not tell."""
+    if law.at_edge:
+        low, high = EXPONENTS
+        return [f"an exponent ended at the edge of its range ({low:g} to {high:g}): do not use this law"]
+    return [
+        f"the points hardly determine {name}, {law.parameters[name]:.2g} ± {error:.2g}"
+        for _, name in TERMS
+        if (error := (law.standard_errors or {}).get(name, 0.0)) > law.parameters.get(name, 0.0) / 2
+    ]
 
 
 def _boundaries(points: Points, fit: SumOfPowers) -> list[str]:
@@ -95,7 +111,4 @@ def _boundaries(points: Points, fit: SumOfPowers) -> list[str]:
         for variable, coefficient in zip(points.variables, fit.coefficients, strict=True)
         if coefficient == 0
     ]
-    if fit.at_edge:
-        low, high = EXPONENTS
-        told.append(f"an exponent ended at the edge of its range ({low:g} to {high:g}): do not use this law")
     return told

@@ -29,8 +29,8 @@ def fit_joint(points: Points, delta: float = HUBER) -> Law:
     sizes, amounts = points.different("N"), points.different("D")
     if min(sizes, amounts) < FEWEST or len(points) < PARAMETERS:
         raise CannotFit(
-            f"the joint law needs {FEWEST} sizes and {FEWEST} amounts of training data, {PARAMETERS} trainings in all; "
-            f"there are {sizes} and {amounts}, in {len(points)} trainings"
+            f"the joint law needs {FEWEST} sizes, {FEWEST} amounts of training data and {PARAMETERS} trainings; "
+            f"there are {sizes}, {amounts} and {len(points)}"
         )
     warnings = list(points.warnings)
     for count, what in ((sizes, "sizes"), (amounts, "amounts of training data")):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from hpcm_scale.scaling.laws.sum_of_powers import EXPONENTS
 from hpcm_scale.scaling.plain import from_plain, to_plain
 
 TERMS = (("A", "alpha"), ("B", "beta"))
@@ -68,6 +69,13 @@ class Law:
     def variables(self) -> tuple[str, ...]:
         """What `predict` takes: ("N",), ("C",), or ("N", "D")."""
         return tuple(self.observed)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether an exponent ended at the edge of the range it was sought in: such a law only describes its points."""
+        low, high = EXPONENTS
+        fitted = [self.parameters[name] for _, name in TERMS if name in self.parameters and "E" in self.parameters]
+        return any(not 1.01 * low <= exponent <= high / 1.01 for exponent in fitted)
 
     def predict(self, x: ArrayLike | tuple[ArrayLike, ArrayLike], level: float = 0.95) -> Prediction:
         """The loss at `x`, and between what bounds one new training there comes out with probability `level`.

@@ -60,6 +60,11 @@ class Points:
         steps = np.diff(np.sort(np.log(self.variables[variable])))
         return 1 + int(np.sum(steps > tolerance)) if len(self) else 0
 
+    @property
+    def origin(self) -> str:
+        """Ends a sentence on how many there are: " among …", or nothing for bare numbers."""
+        return f" among {self.data}" if self.data else ""
+
     def observed(self) -> dict[str, tuple[float, float]]:
         """Lowest and highest value of each variable."""
         return {name: (float(values.min()), float(values.max())) for name, values in self.variables.items()}

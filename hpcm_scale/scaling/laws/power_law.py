@@ -24,7 +24,8 @@ def fit_power_law(points: Points) -> Law:
     """
     ((variable, x),) = points.variables.items()
     if points.different(variable) < 2:
-        raise CannotFit(f"a power law needs two different {variable}, and there is {min(len(points), 1)}")
+        there = f"there is {min(len(points), 1)}{points.origin}"
+        raise CannotFit(f"a power law needs two different {variable}, and {there}")
     line = stats.linregress(np.log(x), np.log(points.loss))
     amplitude, alpha = float(np.exp(line.intercept)), -float(line.slope)
     residuals = np.log(points.loss) - (line.intercept + line.slope * np.log(x))

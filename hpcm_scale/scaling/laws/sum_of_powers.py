@@ -41,12 +41,6 @@ class SumOfPowers:
     """½·Σr², or the sum of Huber's loss of r."""
     converged: bool
 
-    @property
-    def at_edge(self) -> bool:
-        """Whether an exponent has come to an end of the range it is sought in."""
-        low, high = EXPONENTS
-        return bool(np.any((self.exponents < low * 1.01) | (self.exponents > high / 1.01)))
-
 
 def fit_sum_of_powers(variables: Sequence[np.ndarray], loss: np.ndarray, delta: float | None = None) -> SumOfPowers:
     """Least squares of the residuals of log L, or Huber's loss of them with threshold `delta`.
