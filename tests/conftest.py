@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+PHOTOS = ["Aqua", "Kite", "Wood", "Storm", "butterfly", "drop", "jelly", "cloud", "beam", "zen", "fog", "Dune"]
 
 # Background jobs of a shell ignore Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,3 +28,14 @@ def shared(project: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("../shared is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shards(shared, tmp_path_factory) -> Path:
+    """A small set of real photos."""
+    out = tmp_path_factory.mktemp("data") / "shards"
+    photos = [str(shared / "data" / "photos" / "train" / f"{name}.jpg") for name in PHOTOS]
+    subprocess.run(
+        [sys.executable, "-m", "hpcm_scale.shards", "build", *photos, "--out", str(out)], check=True, timeout=120
+    )
+    return out

@@ -75,8 +75,10 @@ def slurm(active: Path, tmp_path: Path) -> dict[str, str]:
     training = (
         f'echo "rank $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR" >>"{tmp_path}/calls"\n'
         f'echo "$@" >"{tmp_path}/arguments"\n'
-        'mkdir -p "$FOLDER"; echo "train: {steps: 9}" >"$FOLDER/config.yaml"\n'
-        """printf '{"step": %s}\\n' "$REACHES" >"$FOLDER/metrics.jsonl"\n"""
+        'mkdir -p "$FOLDER"\n'
+        'echo "{model: {name: 1b}, objective: {lmbda: 0.013}, train: {steps: 9}}" >"$FOLDER/config.yaml"\n'
+        """printf '{"step": %s, "time": 1, "train/images": 1, "compute/pflops": 1}\\n' "$REACHES" """
+        '>"$FOLDER/metrics.jsonl"\n'
         'exit "${TRAINING_FAILS:-0}"'
     )
     python = (active / "bin/python").read_text().removeprefix("#!/bin/bash\n")

@@ -1,28 +1,14 @@
-"""Shards, and run folders made by hand."""
+"""The command in this process, and run folders made by hand."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from hpcm_scale.config.compose import compose, to_yaml
-
-PHOTOS = ["Aqua", "Kite", "Wood", "drop"]
-
-
-@pytest.fixture(scope="session")
-def shards(shared, tmp_path_factory) -> Path:
-    """A small set of real photos."""
-    out = tmp_path_factory.mktemp("data") / "shards"
-    photos = [str(shared / "data" / "photos" / "train" / f"{name}.jpg") for name in PHOTOS]
-    subprocess.run(
-        [sys.executable, "-m", "hpcm_scale.shards", "build", *photos, "--out", str(out)], check=True, timeout=120
-    )
-    return out
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Shards and launches for the training tests."""
+"""Launches for the training tests."""
 
 from __future__ import annotations
 
@@ -10,19 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-PHOTOS = ["Aqua", "Kite", "Wood", "Storm", "butterfly", "drop", "jelly", "cloud", "beam", "zen", "fog", "Dune"]
-
-
-@pytest.fixture(scope="session")
-def shards(shared, tmp_path_factory) -> Path:
-    """A small set of real photos."""
-    out = tmp_path_factory.mktemp("data") / "shards"
-    photos = [str(shared / "data" / "photos" / "train" / f"{name}.jpg") for name in PHOTOS]
-    subprocess.run(
-        [sys.executable, "-m", "hpcm_scale.shards", "build", *photos, "--out", str(out)], check=True, timeout=120
-    )
-    return out
 
 
 @pytest.fixture(scope="session")
