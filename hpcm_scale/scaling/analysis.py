@@ -30,6 +30,7 @@ from hpcm_scale.tracking.progress import progress
 FORMAT = "hpcm_scale laws 1"
 """Of laws.json."""
 FILE_NAME = "laws.json"
+PARAMETER_LAWS = ("power_law_of_parameters", "floor_of_parameters")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def analyse(study: Study, *, bootstrap: int = 0, level: float = 0.95) -> Analysi
     of_parameters = fitting.pair("parameters", lambda: samples.of_parameters(observations))
     fitting.pair("compute", lambda: samples.of_compute(annealed, whole=False))
     fitting.pair("compute_whole", lambda: samples.of_compute(whole, whole=True))
-    fitting.add("joint", fit_joint, lambda: samples.of_both(observations))
+    fitting.add("joint", fit_joint, samples.of_both(observations))
     fitting.add_compute_optimal(observations)
     comparisons = fitting.comparisons()
     gains = _rate_gains(fitting.laws, of_parameters, observations, level)
@@ -136,14 +137,19 @@ class _Fitting:
 
     def pair(self, of: str, choose: Callable[[], Points]) -> Points | None:
         """A power law without and with a floor through the same points, which are returned if there are any."""
-        self.add(f"power_law_of_{of}", fit_power_law, choose)
-        self.add(f"floor_of_{of}", fit_floor, choose)
-        return choose() if f"power_law_of_{of}" in self.laws else None
-
-    def add(self, name: str, fit: Fit, choose: Callable[[], Points]) -> None:
-        """One law of the points that `choose` gives, with what can be said for and against it."""
+        names = f"power_law_of_{of}", f"floor_of_{of}"
         try:
             points = choose()
+        except CannotFit as refusal:
+            self.refused |= dict.fromkeys(names, str(refusal))
+            return None
+        for name, fit in zip(names, (fit_power_law, fit_floor), strict=True):
+            self.add(name, fit, points)
+        return points if names[0] in self.laws else None
+
+    def add(self, name: str, fit: Fit, points: Points) -> None:
+        """One law of these points, with what can be said for and against it."""
+        try:
             law = fit(points)
         except CannotFit as refusal:
             self.refused[name] = str(refusal)
@@ -193,8 +199,7 @@ def _rate_gains(
     if not rates:
         return {}
     reference = largest[0].model, float(size), float(np.mean(rates))
-    names = [name for name in ("power_law_of_parameters", "floor_of_parameters") if name in laws]
-    return {name: rate_gain(laws[name], *reference, level=level) for name in names}
+    return {name: rate_gain(laws[name], *reference, level=level) for name in PARAMETER_LAWS if name in laws}
 
 
 def write_laws(analysis: Analysis, path: str | Path) -> None:

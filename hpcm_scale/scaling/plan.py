@@ -23,6 +23,7 @@ from hpcm_scale.model.shapes import forward_flops_per_image, on_meta, parameter_
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Law, Prediction
+from hpcm_scale.scaling.verdict import no_best_split
 from hpcm_scale.scaling.words import count, significant
 
 SECONDS_A_DAY = 86_400
@@ -186,7 +187,7 @@ def _guide(analysis: Analysis) -> _Guide:
     if isinstance(optimal, ComputeOptimal):
         joint = analysis.laws["joint"]
         return _Guide((joint, optimal), lambda c: optimal.optimum(c).parameters, optimal, joint, optimal.warnings)
-    why = analysis.refused.get("joint") or analysis.refused.get("compute_optimal") or "there is no joint law"
+    why = no_best_split(analysis)
     for key, points in (("compute", analysis.frontier_annealed), ("compute_whole", analysis.frontier)):
         law = analysis.laws.get(analysis.preferred.get(key, ""))
         if law is None or law.at_edge or len({point.parameters for point in points}) < 2:
@@ -278,10 +279,9 @@ def _finite(value: float) -> float | None:
 
 def _outside(analysis: Analysis, guide: _Guide, pflops: float, chosen: Training) -> tuple[str, ...]:
     observed = {name: bounds for law in guide.laws for name, bounds in law.observed.items()}
-    spent = [point.pflops for point in analysis.observations]
-    observed.setdefault("N", _bounds([point.parameters for point in analysis.observations]))
-    observed.setdefault("D", _bounds([point.pixels for point in analysis.observations]))
-    observed["C"] = observed.get("C", _bounds(spent))
+    for name, quantity in (("N", "parameters"), ("D", "pixels"), ("C", "pflops")):
+        values = [getattr(point, quantity) for point in analysis.observations]
+        observed.setdefault(name, (min(values), max(values)))
     what = {
         "C": ("the budget", pflops, "PFLOPs"),
         "N": ("the size", chosen.parameters, "parameters"),
@@ -295,10 +295,6 @@ def _outside(analysis: Analysis, guide: _Guide, pflops: float, chosen: Training)
         if value < low / 1.001:
             told.append(f"{words} is 1/{significant(low / value, 2)} of the least observed ({count(low)} {unit})")
     return tuple(told)
-
-
-def _bounds(values: list[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def _command(analysis: Analysis, chosen: Training, setting: Setting) -> str:

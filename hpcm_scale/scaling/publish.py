@@ -17,7 +17,7 @@ from hpcm_scale.scaling.analysis import FILE_NAME, Analysis, read_laws
 from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.report import REPORT
 from hpcm_scale.scaling.verdict import compute_law, doubts, headline
-from hpcm_scale.tracking.wandb_follower import AXES, settings
+from hpcm_scale.tracking.wandb_follower import AXES, load_wandb, settings
 from hpcm_scale.tracking.wandb_view import run_id
 
 KEPT = (REPORT, FILE_NAME)
@@ -40,10 +40,7 @@ def publish(folder: Path, *, project: str | None = None, group: str | None = Non
         raise UserError("the runs do not share one wandb project; name it with --project")
     if not group:
         raise UserError("the runs do not share one sweep; name the wandb group with --group")
-    # Without this, wandb looks up its maker's telemetry server even when offline (wandb 0.31).
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
+    wandb = load_wandb()
     with writing(folder / "wandb"):
         (folder / "wandb").mkdir(exist_ok=True)  # where it cannot, wandb would quietly use the temporary folder
         identifier = run_id(folder)

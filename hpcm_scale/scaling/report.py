@@ -10,7 +10,7 @@ from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.trust import Bootstrap, HeldOut
-from hpcm_scale.scaling.verdict import FACTORS, doubts, headline, improvement, parameter_law
+from hpcm_scale.scaling.verdict import FACTORS, doubts, headline, improvement, no_best_split, parameter_law
 from hpcm_scale.scaling.words import (
     DASH,
     TITLES,
@@ -204,8 +204,7 @@ def _promises(analysis: Analysis) -> str:
 def _split(analysis: Analysis) -> str:
     law = analysis.laws.get("compute_optimal")
     if not isinstance(law, ComputeOptimal):
-        why = analysis.refused.get("joint") or analysis.refused.get("compute_optimal") or "there is no joint law"
-        return f"Not known: {why}."
+        return f"Not known: {no_best_split(analysis)}."
     a, b = law.growth
     cost = f"{significant(law.parameters['k'], 3)}·N^{significant(law.parameters['kappa'], 3)}"
     largest = law.observed["C"][1]

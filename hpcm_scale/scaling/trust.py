@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from hpcm_scale.scaling.laws.law import Law
+from hpcm_scale.scaling.laws.law import Law, Prediction
 from hpcm_scale.scaling.laws.points import CannotFit, Points
 
 Fit = Callable[[Points], Law]
@@ -125,7 +125,7 @@ def bootstrap(
             continue
         names = tuple(law.parameters)
         drawn.append(list(law.parameters.values()))
-        losses.append(law.predict(at if len(at) > 1 else at[0]).value)
+        losses.append(_predict(law, at).value)
     if len(drawn) < max(resamples / 2, 1):
         raise CannotFit(f"only {len(drawn)} of {resamples} resamples have enough different sizes for this law")
     ends = [(1 - level) / 2, (1 + level) / 2]
@@ -145,11 +145,15 @@ def _x(points: Points, index: int) -> tuple[float, ...]:
     return tuple(float(values[index]) for values in points.variables.values())
 
 
+def _predict(law: Law, x: tuple[float, ...], level: float = 0.95) -> Prediction:
+    return law.predict(x if len(x) > 1 else x[0], level)
+
+
 def _residuals(law: Law, points: Points) -> tuple[Residual, ...]:
     residuals = []
     for index, (run, model) in enumerate(zip(points.runs, points.models, strict=True)):
         x, observed = _x(points, index), float(points.loss[index])
-        predicted = law.predict(x if len(x) > 1 else x[0]).value
+        predicted = _predict(law, x).value
         residuals.append(Residual(run, model, x, observed, predicted, math.log(observed / predicted)))
     return tuple(residuals)
 
@@ -163,7 +167,7 @@ def _held_out(fit: Fit, points: Points, out: np.ndarray, level: float) -> tuple[
     held = []
     for index in np.flatnonzero(out):
         x, observed = _x(points, index), float(points.loss[index])
-        value, low, high = law.predict(x if len(x) > 1 else x[0], level)
+        value, low, high = _predict(law, x, level)
         known = not math.isnan(low)
         held.append(
             HeldOut(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hpcm_scale.scaling.analysis import Analysis
+from hpcm_scale.scaling.analysis import PARAMETER_LAWS, Analysis
 from hpcm_scale.scaling.laws.floor import ENOUGH
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.words import TITLES, count, expected, loss, percent
@@ -24,6 +24,11 @@ def compute_law(analysis: Analysis) -> Law | None:
     return next((law for law in laws if law is not None and not law.at_edge), None)
 
 
+def no_best_split(analysis: Analysis) -> str:
+    """Why there is no compute-optimal law."""
+    return analysis.refused.get("joint") or analysis.refused.get("compute_optimal") or "there is no joint law"
+
+
 def _preferred(analysis: Analysis, key: str) -> Law | None:
     return analysis.laws[analysis.preferred[key]] if key in analysis.preferred else None
 
@@ -32,11 +37,7 @@ def headline(analysis: Analysis) -> str:
     """What ten times the largest size promises, or that nothing can be said."""
     law = parameter_law(analysis)
     if law is None:
-        reasons = [
-            analysis.refused[name]
-            for name in ("power_law_of_parameters", "floor_of_parameters")
-            if name in analysis.refused
-        ]
+        reasons = [analysis.refused[name] for name in PARAMETER_LAWS if name in analysis.refused]
         return f"These runs carry no law of parameters: {reasons[0] if reasons else 'there is none to fit'}."
     largest = law.observed["N"][1]
     ahead = law.predict(10 * largest, analysis.level)
@@ -116,7 +117,7 @@ def _held_out(analysis: Analysis, law: Law) -> list[str]:
 
 def _better(analysis: Analysis, law: Law, miss: float) -> str:
     """That another law of parameters foretold the largest size better."""
-    for name in ("power_law_of_parameters", "floor_of_parameters"):
+    for name in PARAMETER_LAWS:
         held = analysis.trust[name].largest if name in analysis.trust else ()
         worst = max((abs(each.error) for each in held), default=math.inf)
         if name != law.name and worst < miss:

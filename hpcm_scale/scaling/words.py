@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hpcm_scale.scaling.laws.law import Law, Prediction
+from hpcm_scale.scaling.laws.law import Prediction
 
 TITLES = {
     "power_law_of_parameters": "power law of parameters",
@@ -55,25 +55,6 @@ def significant(value: float, digits: int = 4) -> str:
 def round_to(value: float, digits: int) -> float:
     """`value` to so many significant digits."""
     return float(f"{value:.{digits - 1}e}")
-
-
-def formula(law: Law) -> str:
-    """The formula of a law with its numbers in it, for example "L = 0.912 + 24.1·N^−0.330"."""
-    text = law.formula
-    for name, symbol in (("alpha", "α"), ("beta", "β"), ("kappa", "κ"), ("gamma", "γ")):
-        if name in law.parameters:
-            text = text.replace(symbol, significant(law.parameters[name], 3))
-    for name, value in law.parameters.items():
-        if len(name) == 1:
-            text = _replace_word(text, name, significant(value, 4))
-    return text
-
-
-def _replace_word(text: str, name: str, number: str) -> str:
-    """`name` where it stands for itself, not inside another word, left of it an operator or a space."""
-    parts = text.split(" ")
-    parts = ["·".join(number if piece == name else piece for piece in part.split("·")) for part in parts]
-    return " ".join(parts)
 
 
 def with_error(value: float, error: float | None) -> str:

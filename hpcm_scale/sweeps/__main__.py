@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.live import Live
 
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.scaling.runs import CONFIG_NAME
 from hpcm_scale.sweeps.plan import FILE_NAME, Planned, read_plan
-from hpcm_scale.sweeps.state import CONFIG_NAME, Follower, RunState
+from hpcm_scale.sweeps.state import Follower, RunState
 from hpcm_scale.sweeps.table import console, table
 from hpcm_scale.tracking.journal import FILE_NAME as JOURNAL_NAME
 

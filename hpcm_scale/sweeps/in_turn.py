@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcm_scale.errors import UserError, is_first_process
-from hpcm_scale.sweeps.jobs import Job, reached, unfinished
+from hpcm_scale.sweeps.jobs import Job, unfinished
 from hpcm_scale.sweeps.plan import write_plans
 from hpcm_scale.sweeps.summary import summary
 from hpcm_scale.training import processes
@@ -35,7 +35,7 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
                 raise
             failures[job.folder] = _told(job, error)
             continue
-        if reached(job) < job.last_step:
+        if job.reached < job.last_step:
             break  # asked to stop
     return summary(jobs, left, failures) if is_first_process() else 0
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from hpcm_scale.config.checks import check
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import name_run
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import load_index
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.weights import exported_step
 from hpcm_scale.sweeps.log import log_of
-from hpcm_scale.training.run import run_directory
-from hpcm_scale.training.run_folder import RunFolder
+from hpcm_scale.training.run_folder import RunFolder, run_directory
+from hpcm_scale.training.start import prepare
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,11 @@ class Job:
         """The step it is to be trained to."""
         return self.config.train.stop_after or self.config.train.steps
 
+    @property
+    def reached(self) -> int:
+        """The step of its newest checkpoint; a journal need not have a line of that step."""
+        return RunFolder(self.folder).checkpoints.reached()
+
 
 def make_job(config: Config, overrides: Sequence[str], swept: Sequence[str]) -> Job:
     """Name a job that Hydra has composed from `overrides`; `swept` are the keys that the multirun varies."""
@@ -55,11 +58,6 @@ def make_job(config: Config, overrides: Sequence[str], swept: Sequence[str]) -> 
     kept = [override for override in overrides if override.split("=")[0] not in ("run.dir", "run.sweep")]
     kept += [f"run.{key}={quoted(value)}" for key, value in _named(config).items() if value is not None]
     return Job(config, (*kept, "hydra.mode=RUN"))  # an experiment may ask for a multirun: this is one of its jobs
-
-
-def reached(job: Job) -> int:
-    """The step of the newest checkpoint, 0 where there is none; a journal need not have a line of that step."""
-    return max(RunFolder(job.folder).checkpoints.steps(), default=0)
 
 
 def _named(config: Config) -> dict[str, str | None]:
@@ -84,23 +82,14 @@ def unfinished(jobs: Sequence[Job], world_size: int) -> list[Job]:
         other = taken.setdefault(job.folder.absolute(), job)
         if other is not job:
             raise UserError(f"two runs of the sweep share run.dir={job.folder}; leave run.dir out, it is then named")
-    digest = cache(lambda shards, retries, timeout: load_index(shards, retries=retries, timeout=timeout).digest)
-    images = cache(ImageSet)
+    once = {"open_index": cache(load_index), "open_images": cache(ImageSet)}
     left = []
     for job in jobs:
-        config = job.config
         try:
-            check(config, world_size)
-            data = config.data
-            if data.shards is None:
-                raise UserError("data.shards is not set; name the folder that `hpcm shards build` made")
-            if config.eval.images:
-                images(config.eval.images, config.eval.limit)
-            folder = RunFolder(job.folder)
-            resume = folder.resume(config, world_size, digest(data.shards, data.retries, data.timeout))
+            start = prepare(job.config, world_size, **once)
         except UserError as error:
             raise UserError(f"{job.folder}: {error}") from error
-        done = resume.step >= job.last_step
-        if not done or (resume.step == config.train.steps and exported_step(folder.weights_file) != resume.step):
+        stopped = job.last_step <= start.resume.step < job.config.train.steps  # where train.stop_after asked for it
+        if not (start.finished or stopped):
             left.append(job)
     return left

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcm_scale.config.compose import model_from_dict, to_dict
+from hpcm_scale.config.compose import to_dict
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text, writing
+from hpcm_scale.scaling.facts import parameters_by_part
 
 if TYPE_CHECKING:
     from hpcm_scale.sweeps.jobs import Job
@@ -35,8 +35,7 @@ class Planned:
 def planned(config: dict[str, Any], overrides: Sequence[str] = ()) -> Planned:
     """What a run's configuration says. Raises KeyError, TypeError or ValueError for what is no run's."""
     model, lmbda, steps = config["model"]["name"], config["objective"]["lmbda"], config["train"]["steps"]
-    parameters = _parameters(json.dumps(config["model"], sort_keys=True))
-    return Planned(str(model), parameters, float(lmbda), int(steps), tuple(overrides))
+    return Planned(str(model), _parameters(config), float(lmbda), int(steps), tuple(overrides))
 
 
 def plan_of(job: Job) -> Planned:
@@ -65,11 +64,8 @@ def read_plan(folder: Path) -> dict[str, Planned]:
         raise UserError(f"{folder / FILE_NAME} is damaged; remove it, the sweep's command writes it again") from error
 
 
-@cache
-def _parameters(model: str) -> int | None:
-    from hpcm_scale.model.shapes import on_meta, parameter_count
-
+def _parameters(config: dict[str, Any]) -> int | None:
     try:
-        return parameter_count(on_meta(model_from_dict(json.loads(model))))
+        return sum(parameters_by_part(config).values())
     except UserError:
         return None

@@ -121,6 +121,7 @@ class DeepSpeedLauncher(_JobsLauncher):
 
     def train(self, jobs: Sequence[Job]) -> int:
         """Train the jobs; prints a table at the end."""
+        from hpcm_scale.data.processes import available_cores
         from hpcm_scale.sweeps.at_once import AtOnce
         from hpcm_scale.sweeps.devices import shares, visible_gpus
         from hpcm_scale.sweeps.jobs import unfinished
@@ -129,7 +130,7 @@ class DeepSpeedLauncher(_JobsLauncher):
 
         options = self.options
         gpus = visible_gpus() if options.gpus is None else list(options.gpus)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
         parts = shares(gpus, options.gpus_per_job, options.jobs_at_once, cores)
         left = unfinished(jobs, options.gpus_per_job)
         write_plans(jobs)

@@ -41,7 +41,7 @@ srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID 
 
 # Stopped before its end, with a checkpoint, and not being ended by Slurm (cancelled, or requeued already): again.
 unfinished='import sys; from hpcm_scale.training.run_folder import RunFolder
-sys.exit(max(RunFolder(sys.argv[1]).checkpoints.steps(), default=0) >= @STEP@)'
+sys.exit(RunFolder(sys.argv[1]).checkpoints.reached() >= @STEP@)'
 if @PYTHON@ -c "$unfinished" @RUN@ && [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

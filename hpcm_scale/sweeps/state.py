@@ -15,11 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.scaling.runs import CONFIG_NAME
 from hpcm_scale.sweeps.log import last_error, last_mark, lives, log_of, tail
 from hpcm_scale.sweeps.plan import Planned, planned
 from hpcm_scale.tracking import journal
 
-CONFIG_NAME = "config.yaml"
 QUIET_SECONDS = 120.0
 """A run whose files have not changed for so long, and for four times as long as lately between two lines of its
 journal, is taken to have stopped where its processes cannot be looked up: it may run on another machine."""

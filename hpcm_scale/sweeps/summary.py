@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from hpcm_scale.sweeps.jobs import Job, reached
+from hpcm_scale.sweeps.jobs import Job
 from hpcm_scale.sweeps.log import last_mark, lives, tail
 from hpcm_scale.sweeps.plan import plan_of
 from hpcm_scale.sweeps.state import Follower, RunState
@@ -18,7 +18,7 @@ def at_end(job: Job, state: RunState, failure: str | None = None) -> RunState:
     """The state of a job whose processes have ended, though its files may have been written just now."""
     if failure is not None:
         return replace(state, state="failed", note=failure, seconds_left=None)
-    state = replace(state, step=max(state.step, reached(job)))
+    state = replace(state, step=max(state.step, job.reached))
     if state.state == "running" and not lives(last_mark(tail(job.log))):  # unless they are those of another call
         return replace(state, state="stopped", seconds_left=None)
     return state
@@ -49,7 +49,7 @@ def summary(jobs: Sequence[Job], left: Sequence[Job], failures: Mapping[Path, st
         states.append(state if job in left else replace(state, state="skipped"))
     console().print(table(states))
     trained = [
-        state.state in ("finished", "skipped") or (state.state == "stopped" and reached(job) >= job.last_step)
+        state.state in ("finished", "skipped") or (state.state == "stopped" and job.reached >= job.last_step)
         for job, state in zip(jobs, states, strict=True)
     ]
     if not all(trained):

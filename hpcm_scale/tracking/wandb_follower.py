@@ -69,10 +69,7 @@ class Trainer(Thread):
 
 def mirror(order: dict[str, Any], trainer: Trainer) -> None:
     """Mirror the journal until training has ended and its last whole line is shown."""
-    # Without this, wandb looks up its maker's telemetry server even when offline (wandb 0.31).
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
+    wandb = load_wandb()
     run_dir, offline = Path(order["run_dir"]), order["mode"] == "offline"
     (run_dir / "wandb").mkdir(exist_ok=True)  # where it cannot, wandb would quietly use the temporary folder
     superseded = list((run_dir / "wandb").glob(f"offline-run-*-{order['id']}*"))
@@ -117,6 +114,14 @@ def unseen(records: Iterator[dict[str, Any]], shown: dict[str, Any]) -> Iterator
         step, evaluation = shown.get("step", -1), shown.get("eval/loss")
         if record["step"] > step or (record["step"] == step and record.get("eval/loss", evaluation) != evaluation):
             yield record
+
+
+def load_wandb() -> Any:
+    """The package, which without this looks up its maker's telemetry server even when offline (wandb 0.31)."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb
 
 
 def settings(wandb: Any, trainer: int) -> Any:

@@ -42,6 +42,10 @@ class Checkpoints:
         """The steps that have complete checkpoints, ascending."""
         return sorted(int(folder.name.removeprefix("step_")) for folder in self.complete())
 
+    def reached(self) -> int:
+        """The step of the newest one, 0 where there is none."""
+        return max(self.steps(), default=0)
+
     def save(self, engine: Engine, state: dict[str, Any], keep: int, keep_at: Collection[int] = ()) -> None:
         """Write a checkpoint of step `state["step"]`; remove all but the newest `keep` and those of `keep_at`."""
         folder = self._of(state["step"])

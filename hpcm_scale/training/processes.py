@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from hpcm_scale.data.processes import available_cores
+
 
 def world_size() -> int:
     """Processes of this run."""
@@ -30,8 +32,7 @@ def complete_environment() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         # CPU processes of one machine share its cores instead of fighting for them.
         neighbours = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // neighbours))
+        torch.set_num_threads(max(1, available_cores() // neighbours))
 
 
 def _free_port() -> int:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from hpcm_scale.compute.hardware import peak_flops
 from hpcm_scale.compute.tracker import PETA, ComputeTracker
-from hpcm_scale.config.checks import check, micro_batch_size
+from hpcm_scale.config.checks import micro_batch_size
 from hpcm_scale.config.schema import Config, EngineName, Precision
 from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.data.index import ShardIndex, load_index
+from hpcm_scale.data.index import ShardIndex
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
-from hpcm_scale.model.weights import exported_step, save_weights
+from hpcm_scale.model.weights import save_weights
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
 from hpcm_scale.training.costs import training_flops_per_image
@@ -25,6 +23,7 @@ from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.recorder import Recorder
 from hpcm_scale.training.run_folder import Resume, RunFolder
 from hpcm_scale.training.signals import StopRequest
+from hpcm_scale.training.start import prepare
 
 
 def run(config: Config) -> None:
@@ -33,24 +32,12 @@ def run(config: Config) -> None:
     Every process of the launch calls it. All that can be refused is refused before they start to talk to
     each other: UserError, one sentence.
     """
-    world_size = processes.world_size()
-    check(config, world_size)
-    if config.data.shards is None:
-        raise UserError("data.shards is not set; name the folder that `hpcm shards build` made")
-    index = load_index(config.data.shards, retries=config.data.retries, timeout=config.data.timeout)
-    images = ImageSet(config.eval.images, config.eval.limit) if config.eval.images else None
-    folder = RunFolder(run_directory(config))
-    resume = folder.resume(config, world_size, index.digest)
-    if resume.step == config.train.steps and exported_step(folder.weights_file) == resume.step:
-        tell(f"{folder.path} is finished at step {resume.step}; a larger train.steps would lengthen it")
+    start = prepare(config, processes.world_size())
+    if start.finished:
+        tell(f"{start.folder.path} is finished at step {start.resume.step}; a larger train.steps would lengthen it")
         return
     processes.complete_environment()
-    _train(config, folder, resume, images, index)
-
-
-def run_directory(config: Config) -> Path:
-    """`run.dir`, or runs/<model> where it is not set."""
-    return Path(config.run.dir or f"runs/{config.model.name}")
+    _train(config, start.folder, start.resume, start.images, start.index)
 
 
 def tell(text: str) -> None:

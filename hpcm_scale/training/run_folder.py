@@ -39,6 +39,11 @@ _MAY_CHANGE = (
 _BRANCH_MAY_CHANGE = (*_MAY_CHANGE, "schedule.", "run.")
 
 
+def run_directory(config: Config) -> Path:
+    """`run.dir`, or runs/<model> where it is not set."""
+    return Path(config.run.dir or f"runs/{config.model.name}")
+
+
 @dataclass(frozen=True)
 class Resume:
     """Where a command takes a run up."""

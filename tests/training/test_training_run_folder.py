@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 from hpcm_scale.config.compose import compose, to_dict
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.run import run_directory
-from hpcm_scale.training.run_folder import RunFolder
+from hpcm_scale.training.run_folder import RunFolder, run_directory
 
 
 def started(path, config: Config | None = None) -> RunFolder:

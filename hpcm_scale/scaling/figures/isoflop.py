@@ -9,16 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hpcm_scale.scaling.analysis import Analysis
-from hpcm_scale.scaling.figures.style import (
-    PARAMETERS,
-    calm,
-    colours,
-    column,
-    log_axis,
-    loss_label,
-    marker,
-    number_parameters,
-)
+from hpcm_scale.scaling.figures.style import colours, log_axis, marker, over_parameters
 from hpcm_scale.scaling.frontier import Slice, isoflop_slices
 from hpcm_scale.scaling.observations import Curve, Study
 from hpcm_scale.scaling.words import count, significant
@@ -47,11 +38,7 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     sizes = np.concatenate([each.parameters for each in slices])
     log_axis(axes.xaxis, sizes.min() * 0.8, sizes.max() * 1.25)
     log_axis(axes.yaxis, lowest * 0.97, top * 1.03)
-    number_parameters(axes.xaxis)
-    axes.set_xlabel(PARAMETERS)
-    axes.set_ylabel(loss_label(analysis.metric))
-    calm(axes)
-    column(figure, axes.get_legend_handles_labels()[0], 2)
+    over_parameters(figure, axes, analysis.metric)
     return True
 
 

@@ -27,7 +27,8 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
         return False
     figure.set_size_inches(figure.get_figwidth(), 3.6)
     axes = figure.add_subplot()
-    styles = size_styles({curve.model: curve.parameters for curve in study.curves})
+    sizes = {curve.model: curve.parameters for curve in study.curves}
+    styles = size_styles(sizes)
     law = compute_law(analysis)
     bottom, top = _loss_range(study, analysis)
     for curve in study.curves:
@@ -39,7 +40,6 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     left = min((line.get_xdata()[0] for line in axes.lines if len(line.get_xdata())), default=1e-6)
     right = max(curve.pflops[-1] for curve in study.curves)
     _frontiers(axes, analysis, styles, top)
-    handles = []
     if law is not None:
         bottom, right = _law(axes, law, analysis.level, extrapolate, bottom)
     log_axis(axes.xaxis, left * 0.9, right * 1.1, 7)
@@ -47,7 +47,7 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     axes.set_xlabel(SHORT_COMPUTE)
     axes.set_ylabel(loss_label(analysis.metric))
     calm(axes)
-    sizes = {curve.model: curve.parameters for curve in study.curves}
+    handles = []
     for model in sorted(sizes, key=sizes.__getitem__):
         colour, mark = styles[model]
         handles += axes.plot([], [], color=colour, marker=mark, markersize=4, label=f"{model} ({count(sizes[model])})")

@@ -6,17 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpcm_scale.scaling.analysis import Analysis
-from hpcm_scale.scaling.figures.style import (
-    COLOURS,
-    PARAMETERS,
-    calm,
-    column,
-    log_axis,
-    loss_label,
-    number_parameters,
-    ribbon,
-)
+from hpcm_scale.scaling.analysis import PARAMETER_LAWS, Analysis
+from hpcm_scale.scaling.figures.style import COLOURS, log_axis, over_parameters, ribbon
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.observations import Study
 from hpcm_scale.scaling.words import SHORT, count, significant
@@ -55,11 +46,7 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
         axes.axvline(max(sizes) * 1.12, color="0.55", linewidth=0.8, linestyle=":", zorder=1)
     log_axis(axes.xaxis, min(sizes) * 0.75, end * 1.1)
     log_axis(axes.yaxis, *bounds)
-    number_parameters(axes.xaxis)
-    axes.set_xlabel(PARAMETERS)
-    axes.set_ylabel(loss_label(analysis.metric))
-    calm(axes)
-    column(figure, axes.get_legend_handles_labels()[0], 2)
+    over_parameters(figure, axes, analysis.metric)
     return True
 
 
@@ -80,7 +67,7 @@ def _line(axes: Axes, law: Law, sizes: np.ndarray, analysis: Analysis) -> tuple[
 
 
 def _points(axes: Axes, analysis: Analysis) -> None:
-    used = used_runs(analysis)
+    used = {run for name in PARAMETER_LAWS if name in analysis.laws for run in analysis.laws[name].runs}
     for point in analysis.observations:
         style = {"color": "black", "zorder": 5} if point.run in used else {"color": "0.45", "mfc": "none", "zorder": 4}
         axes.plot(point.parameters, point.loss, "o", markersize=4, markeredgewidth=0.8, **style)
@@ -89,11 +76,3 @@ def _points(axes: Axes, analysis: Analysis) -> None:
         axes.plot([], [], "o", color="black", markersize=4, label="fitted")
     if any(point.run not in used for point in analysis.observations):
         axes.plot([], [], "o", markersize=4, label="not fitted: other amount\nof data, or not annealed", **hollow)
-
-
-def used_runs(analysis: Analysis) -> set[str]:
-    """The runs that the laws of parameters rest on."""
-    fits = [
-        analysis.trust[name] for name in ("power_law_of_parameters", "floor_of_parameters") if name in analysis.trust
-    ]
-    return {residual.run for trust in fits for residual in trust.residuals}

@@ -56,10 +56,10 @@ _PAPER = {
 
 
 @contextmanager
-def paper(height: float = 2.6) -> Iterator[Figure]:
-    """A figure one column wide and `height` inches high, to be drawn and saved in here."""
+def paper() -> Iterator[Figure]:
+    """A figure one column wide, to be given its height, drawn and saved in here."""
     with matplotlib.rc_context(_PAPER):
-        yield Figure(figsize=(WIDTH, height), dpi=300, layout="constrained")
+        yield Figure(figsize=(WIDTH, WIDTH), dpi=300, layout="constrained")
 
 
 def check_format(path: str | Path) -> Path:
@@ -160,6 +160,15 @@ def size_styles(sizes: dict[str, int]) -> dict[str, tuple[str, str]]:
     return {
         model: (colour, marker(i)) for i, (model, colour) in enumerate(zip(ordered, colours(len(ordered)), strict=True))
     }
+
+
+def over_parameters(figure: Figure, axes: Axes, metric: str) -> None:
+    """What every figure of loss over parameters ends with: numbers and labels of its axes, the legend."""
+    number_parameters(axes.xaxis)
+    axes.set_xlabel(PARAMETERS)
+    axes.set_ylabel(loss_label(metric))
+    calm(axes)
+    column(figure, axes.get_legend_handles_labels()[0], 2)
 
 
 def loss_label(metric: str) -> str:
