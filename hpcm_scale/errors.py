@@ -11,6 +11,10 @@ from functools import wraps
 from typing import NoReturn
 
 
+STOPPED = 75
+"""Exit code of a run that was asked to stop and left a checkpoint: the same command goes on (EX_TEMPFAIL)."""
+
+
 class UserError(Exception):
     """A mistake the user can mend: its text is one sentence that names the cause and the mend.
 

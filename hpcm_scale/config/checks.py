@@ -16,6 +16,8 @@ _LEAST = {
     "train.checkpoint_every": 1,
     "train.keep_checkpoints": 1,
     "train.max_skipped": 1,
+    "train.max_rollbacks": 0,
+    "train.keep_every": 1,
     "train.seed": 0,
     "eval.every": 1,
     "eval.limit": 1,
@@ -24,12 +26,22 @@ _LEAST = {
     "data.retries": 1,
     "data.prefetch": 1,
     "data.workers": 0,
+    "data.max_bad": 0,
     "schedule.warmup": 0,
     "schedule.decay": 0,
     "run.branch_at": 1,
     "engine.world_size": 1,
 }
-_POSITIVE = ("train.clip_norm", "objective.lmbda", "schedule.learning_rate", "data.timeout")
+_POSITIVE = (
+    "train.clip_norm",
+    "train.spike",
+    "train.max_hours",
+    "train.stall_minutes",
+    "engine.join_minutes",
+    "objective.lmbda",
+    "schedule.learning_rate",
+    "data.timeout",
+)
 _MODEL_LEAST = {
     "channels": 1,
     "latent_channels": 8,
@@ -72,7 +84,7 @@ def check(config: Config, world_size: int) -> None:
             raise UserError(f"{key}={value} must be at least {least}")
     for key in _POSITIVE:
         value = attrgetter(key)(config)
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{key}={value} must be greater than 0, and finite")
     _check_batch(config, world_size)
     _check_engine(config, world_size)

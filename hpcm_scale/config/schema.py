@@ -42,6 +42,17 @@ class EngineName(Enum):
     accelerate = "accelerate"
 
 
+class Divergence(Enum):
+    """What follows a step whose loss or gradient is not finite, or whose loss leaps."""
+
+    skip = "skip"
+    """The step is left out, and its images with it."""
+    rollback = "rollback"
+    """Back to the last good checkpoint, and on from there without the images of that step."""
+    stop = "stop"
+    """The run ends."""
+
+
 class WandbMode(Enum):
     """Where the wandb view of the journal goes."""
 
@@ -117,6 +128,10 @@ class DataConfig:
     """Tries for one read from a URL, with exponential back-off, before the run ends."""
     timeout: float = 30.0
     """Seconds before one read from a URL counts as failed."""
+    max_bad: int = 100
+    """Photos that may turn out to be unreadable, each replaced by another, before the run ends."""
+    pipe: bool = False
+    """Whether data.shards may be `pipe:COMMAND`, a shell command that writes the file {} to its standard output."""
 
 
 @dataclass
@@ -157,14 +172,28 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+    on_divergence: Divergence = Divergence.skip
+    """What to do with a step whose loss or gradient is not finite, or whose loss leaps."""
+    spike: float | None = 10.0
+    """A loss leaps if it is more than so many times the median of the last 100; unset: never."""
     max_skipped: int = 10
-    """Steps skipped in a row for non-finite losses or gradients before the run ends."""
+    """Steps skipped in a row before the run ends."""
+    max_rollbacks: int = 10
+    """Rollbacks of the whole run before it ends."""
     checkpoint_every: int = 5000
     """Steps between resumable checkpoints; one is always written when training ends or stops."""
     keep_checkpoints: int = 2
     """The newest so many are kept."""
     keep_at: list[int] = field(default_factory=list)
     """Steps after which a checkpoint is left for good, for `hpcm branch`."""
+    keep_every: int | None = None
+    """Checkpoints of every so many steps are kept for good, too."""
+    keep_best: bool = True
+    """Keep, besides, the checkpoint with the lowest evaluation loss."""
+    max_hours: float | None = None
+    """Hours after which this command stops, with a checkpoint, as if it had been asked to."""
+    stall_minutes: float = 30.0
+    """Minutes without a step after which the run ends, with the stack traces of all its processes."""
 
 
 @dataclass
@@ -191,6 +220,8 @@ class EngineConfig:
     precision: Precision = Precision.fp32
     world_size: int | None = None
     """Processes; training checks it against the launcher, `hpcm estimate` plans for it."""
+    join_minutes: float = 10.0
+    """Minutes that the processes of a run wait for each other at its start."""
     options: dict[str, Any] = field(default_factory=dict)
     """Merged into DeepSpeed's own configuration, for what has no key here."""
 
