@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import NoReturn
 
-
 STOPPED = 75
 """Exit code of a run that was asked to stop and left a checkpoint: the same command goes on (EX_TEMPFAIL)."""
 
@@ -23,6 +22,14 @@ class UserError(Exception):
 
     local = False
     """Met by this process, perhaps by no other: it must speak itself."""
+    exit_code = 2
+
+
+class Fault(UserError):
+    """A process or a machine that failed: nobody's mistake, told in one sentence by the one process that raises it."""
+
+    local = True
+    exit_code = 1
 
 
 @contextmanager
@@ -48,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a `UserError` of a command into one line on stderr and exit code 2."""
+    """Turn a `UserError` of a command into one line on stderr and its exit code."""
 
     @wraps(command)
     def wrapped(*arguments, **keywords) -> None:
@@ -57,7 +64,7 @@ def one_line(command: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             if error.local or is_first_process():
                 sys.stderr.write(f"hpcm: {' '.join(str(error).split())}\n")
-            raise SystemExit(2) from None
+            raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folder, translated, typed
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import STOPPED, UserError, one_line
 from hpcm_scale.sweeps import plugins  # noqa: F401 (makes itself known to Hydra)
 from hpcm_scale.training.processes import without_launcher_arguments
 
@@ -49,7 +49,8 @@ def main() -> None:
             raise UserError("hydra/launcher is for several runs; add -m, or leave it out")
         from hpcm_scale.training.run import run  # after the arguments: torch takes seconds to import
 
-        run(composed[0][0])
+        if not run(composed[0][0]):
+            raise SystemExit(STOPPED)
 
 
 def _train_in_turn(composed: list[tuple[Config, list[str]]], swept: list[str]) -> None:

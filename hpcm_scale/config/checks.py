@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from operator import attrgetter
 
-from hpcm_scale.config.schema import Config, EngineName, Fusion, ModelConfig, ScheduleConfig
+from hpcm_scale.config.schema import Config, DataConfig, EngineName, Fusion, ModelConfig, ScheduleConfig
+from hpcm_scale.config.urls import PIPE, check_no_secret
 from hpcm_scale.errors import UserError
 
 # The smallest value of each key that counts something; unset optional keys pass.
@@ -77,6 +78,7 @@ _GENERATED = {
 
 def check(config: Config, world_size: int) -> None:
     """Raise UserError, naming the key and the mend, for a configuration that cannot be trained."""
+    _check_source(config.data)
     check_model(config.model)
     for key, least in _LEAST.items():
         value = attrgetter(key)(config)
@@ -104,6 +106,17 @@ def check(config: Config, world_size: int) -> None:
         raise UserError(f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas={train.betas} must be two numbers from 0 up to, not including, 1")
+
+
+def _check_source(data: DataConfig) -> None:
+    shards = data.shards or ""
+    check_no_secret(shards, "data.shards")
+    if not shards.startswith(PIPE):
+        return
+    if not data.pipe:
+        raise UserError(f"data.shards={PIPE}… runs a shell command; set data.pipe=true if that is meant")
+    if data.cache is None:
+        raise UserError(f"data.shards={PIPE}… gives whole shards; set data.cache to a folder that keeps them")
 
 
 def side_multiple(model: ModelConfig) -> int:

@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from hpcm_scale.config.checks import check_model
 from hpcm_scale.config.schema import Config, ModelConfig
+from hpcm_scale.config.urls import check_no_secret
 from hpcm_scale.errors import UserError
 
 CONFIG_NAME = "config"
@@ -113,6 +114,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Refuse keys that do not exist, naming the nearest one that does."""
     groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
     known = set(_keys(Config)) | groups
+    for line in overrides:  # before all else: Hydra writes them down, and errors repeat them
+        check_no_secret(line, line.split("=")[0])
     for override in map(_parsed, overrides):
         key = override.key_or_group
         if key in groups and not (override.is_delete() and key in _OPTIONAL_GROUPS):

@@ -42,7 +42,7 @@ class EngineName(Enum):
     accelerate = "accelerate"
 
 
-class Divergence(Enum):
+class OnDivergence(Enum):
     """What follows a step whose loss or gradient is not finite, or whose loss leaps."""
 
     skip = "skip"
@@ -172,7 +172,7 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float = 1.0
     """Largest global gradient norm."""
-    on_divergence: Divergence = Divergence.skip
+    on_divergence: OnDivergence = OnDivergence.skip
     """What to do with a step whose loss or gradient is not finite, or whose loss leaps."""
     spike: float | None = 10.0
     """A loss leaps if it is more than so many times the median of the last 100; unset: never."""

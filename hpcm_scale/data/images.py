@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+MAX_PIXELS = 170_000_000
+"""Of one image: photos of the largest cameras have 151 million. More is refused by the header, before it unfolds."""
 Colour = tuple[int, int, int]
 BACKGROUND: Colour = (255, 255, 255)
 """What shows through transparent pixels: white."""
@@ -56,16 +58,21 @@ def decode(data: bytes, background: Colour | None = BACKGROUND) -> Image.Image:
     """Decode a JPEG, PNG or WebP file wholly to 8-bit RGB by the rule of `to_rgb`.
 
     Raises `ValueError`, with the reason as its text, for anything that is no such file, is truncated
-    or broken, or unfolds to more pixels than Pillow's limit of about 179 million; and where `to_rgb` does.
+    or broken, or has more than `MAX_PIXELS`; and where `to_rgb` does.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata and large images: neither is an error
-            return to_rgb(Image.open(BytesIO(data), formats=FORMATS), background)
+            image = Image.open(BytesIO(data), formats=FORMATS)  # reads the header only
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            return to_rgb(image, background)
     except Image.UnidentifiedImageError:
         raise ValueError("not a JPEG, PNG or WebP image") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"too many pixels: {error}") from None
+    except Image.DecompressionBombError:
+        # Pillow's own limit is twice this number, or none; it matters where a program has lowered it.
+        limit = min(MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
+        raise ValueError(f"too many pixels: more than {limit:,}") from None
     except (MemoryError, TransparentImage):
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on broken files

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from hpcm_scale.data.retrying import Unreadable
 from hpcm_scale.data.storage import open_storage
 from hpcm_scale.errors import UserError
 
@@ -20,6 +22,8 @@ UNFINISHED = "unfinished"
 """Folder inside the set that holds everything until all of it is whole."""
 COLUMNS = ("shard", "offset", "length", "width", "height", "crc32")
 """Integer columns of the samples; beside them `key` and `extension`, both strings."""
+BLOCK = 512
+"""A tar is made of blocks: one of header for each file, then its bytes, padded with zeros."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ShardIndex:
     """
 
     def __init__(self, shards: Sequence[Shard], samples: dict[str, Sequence], built: dict) -> None:
-        """Raises `ValueError` if the columns do not fit together."""
+        """Raises `ValueError` if the columns do not fit together, or tell what no set that was built here has."""
         self.shards = list(shards)
         self.built = built
         self.keys: list[str] = list(samples["key"])
@@ -53,6 +57,37 @@ class ShardIndex:
             raise ValueError("its columns differ in length")
         if len(self) and not 0 <= self.shard.min() <= self.shard.max() < len(self.shards):
             raise ValueError("it names shards that it does not list")
+        self._check_names()
+        self._check_places()
+
+    def _check_names(self) -> None:
+        """Names become paths: none may lead out of the folder of the set, or of a cache."""
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) < len(names):
+            raise ValueError("it lists a shard twice")
+        for name in (*names, *self.keys, *set(self.extensions)):
+            if not isinstance(name, str) or not is_plain(name):
+                raise ValueError(f"{name!r} is not a plain relative name")
+        if any("/" in name for name in (*names, *set(self.extensions))):
+            raise ValueError("its shards lie in other folders")
+        for shard in self.shards:
+            if not isinstance(shard.bytes, int) or not re.fullmatch("[0-9a-f]{64}", str(shard.sha256)):
+                raise ValueError(f"bytes and sha256 of {shard.name} are not those of a file")
+
+    def _check_places(self) -> None:
+        """Every photo lies inside its shard, behind a tar header of its own, and over no other photo."""
+        if not len(self):
+            return
+        sizes = np.array([shard.bytes for shard in self.shards], dtype=np.int64)[self.shard]
+        inside = (self.offset >= BLOCK) & (self.offset <= sizes) & (self.length > 0)
+        inside &= self.length <= sizes - self.offset
+        order = np.lexsort((self.offset, self.shard))
+        shard, offset, length = self.shard[order], self.offset[order], self.length[order]
+        apart = (shard[1:] != shard[:-1]) | (offset[1:] - BLOCK >= offset[:-1] + length[:-1])
+        if not (inside.all() and apart.all()):
+            raise ValueError("it has photos that overlap, or lie outside of their shards")
+        if min(self.width.min(), self.height.min()) < 1:
+            raise ValueError("it has photos without pixels")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -91,12 +126,19 @@ class ShardIndex:
         return json.dumps(content, separators=(",", ":"))
 
 
-def load_index(location: str, *, retries: int = 5, timeout: float = 30.0) -> ShardIndex:
-    """Read the index of the shards in a folder or at a URL of any fsspec scheme.
+def is_plain(name: str) -> bool:
+    """Whether a name, perhaps with folders, stays below wherever it is put: relative, without `..`, printable."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
 
-    Raises `UserError` if there is none, if it cannot be read, or if it is of another format version.
+
+def load_index(location: str, *, retries: int = 5, timeout: float = 30.0, pipe: bool = False) -> ShardIndex:
+    """Read the index of the shards in a folder, at a URL of any fsspec scheme or, if `pipe`, behind `pipe:COMMAND`.
+
+    Raises `UserError` if there is none, if it cannot be read or is no index of a set that was built here, or if it is
+    of another format version.
     """
-    storage = open_storage(location, retries=retries, timeout=timeout)
+    storage = open_storage(location, retries=retries, timeout=timeout, pipe=pipe)
     try:
         text = storage.read(INDEX)
     except (FileNotFoundError, NotADirectoryError):
@@ -104,6 +146,11 @@ def load_index(location: str, *, retries: int = 5, timeout: float = 30.0) -> Sha
         if Path(location, UNFINISHED).is_dir():
             raise UserError(f"the shards at {location} are unfinished; go on {command}") from None
         raise UserError(f"there are no shards at {location}; build them {command}") from None
+    except Unreadable as error:
+        raise UserError(
+            f"cannot read {storage.describe(INDEX)} {error}; check the server and the network, or raise data.retries "
+            "or data.timeout"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {storage.describe(INDEX)}: {error.strerror}") from None
     finally:
@@ -114,7 +161,7 @@ def load_index(location: str, *, retries: int = 5, timeout: float = 30.0) -> Sha
             raise ValueError(f"it is not of format version {VERSION}")
         shards = [Shard(**shard) for shard in content["shards"]]
         return ShardIndex(shards, content["samples"], content["built"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"the index of the shards at {location} cannot be used ({error}); build the shards again"
         ) from None

@@ -22,7 +22,7 @@ def random_words(seed: int, epoch: int, purpose: int, sample: int, count: int) -
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
+@lru_cache(maxsize=3)  # a batch may straddle two epochs, and what replaces a photo is of the next
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The samples of one epoch in the order they are visited: a read-only permutation, int64 (size,)."""
     order = np.argsort(random_words(seed, epoch, ORDER, 0, size), kind="stable")

@@ -10,13 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
+
+import psutil
 
 from hpcm_scale.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What terminals, launchers and Slurm send to a whole process tree; whether to stop is for the parent to decide."""
 
 
 def available_cores() -> int:
@@ -25,19 +30,29 @@ def available_cores() -> int:
 
 
 def follow(stop: Connection | None = None) -> None:
-    """Make this worker ignore Ctrl-C and SIGTERM, and end with its parent or when `stop` can be read.
-
-    Launchers send SIGTERM to the whole process tree; whether to stop is for the parent to decide.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Make this worker ignore `STOP_SIGNALS`, and end with its parent or when `stop` can be read."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     awaited = [multiprocessing.parent_process().sentinel, *([] if stop is None else [stop])]
     threading.Thread(target=_end_after, args=(awaited,), daemon=True).start()
 
 
 def _end_after(awaited: list) -> None:
     wait(awaited)
+    for started in psutil.Process().children(recursive=True):  # the command of a pipe
+        started.kill()
     os._exit(0)
+
+
+@contextmanager
+def sheltered() -> Iterator[None]:
+    """Start workers in here: no signal reaches them before they `follow`, and none is lost for this process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import webdataset as wds
 
-from hpcm_scale.data.index import Shard
-
-BLOCK = 512
-"""A tar is made of blocks: one of header for each file, then its bytes, padded with zeros."""
+from hpcm_scale.data.index import BLOCK, Shard
 
 
 def padding(length: int) -> int:

@@ -1,25 +1,23 @@
-"""Reading byte ranges of shards: from a folder, from a URL, or from a URL by way of a local cache."""
+"""Reading byte ranges of shards: from a folder, from a URL, or from a shell command."""
 
 from __future__ import annotations
 
 import gc
 import os
-import random
-import time
 from collections.abc import Callable
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import aiohttp
 import fsspec
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
+from hpcm_scale.config.urls import PIPE, check_no_secret
+from hpcm_scale.data.pipe import PipeStorage
+from hpcm_scale.data.retrying import Retrying
 from hpcm_scale.errors import UserError
-
-Result = TypeVar("Result")
 
 
 class LocalStorage:
@@ -33,17 +31,22 @@ class LocalStorage:
         self._handles: dict[str, BinaryIO] = {}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start … stop − 1 of a file, fewer if it ends before. Raises `FileNotFoundError`."""
+        """Bytes start … stop − 1 of a file, fewer if it ends before. Raises `OSError`."""
         handle = self._handles.pop(name, None) or (self.folder / name).open("rb", buffering=0)
         self._handles[name] = handle
         if len(self._handles) > self.OPEN_FILES:
             self._handles.pop(next(iter(self._handles))).close()
-        if stop is None:
-            stop = os.fstat(handle.fileno()).st_size
-        return os.pread(handle.fileno(), stop - start, start)
+        size = os.fstat(handle.fileno()).st_size  # memory is taken for what is there, not for what is asked for
+        stop = size if stop is None else min(stop, size)
+        return os.pread(handle.fileno(), max(0, stop - start), start)
 
     def describe(self, name: str) -> str:
         return str(self.folder / name)
+
+    def renew(self, name: str) -> None:
+        """Open the file anew for the next read: another may have taken its place."""
+        if name in self._handles:
+            self._handles.pop(name).close()
 
     def close(self) -> None:
         while self._handles:
@@ -53,25 +56,23 @@ class LocalStorage:
 class RemoteStorage:
     """A folder behind a URL: http(s) by range requests, other schemes by their fsspec packages.
 
-    A read that fails is tried `retries` times in all, with exponential back-off and jitter, unless the
-    server says that it will never succeed; then it is one `UserError`. `timeout` is in seconds per read.
+    A read that fails is tried `retries` times in all, unless the server says that it will never succeed. `timeout` is
+    in seconds per read. Credentials and endpoints are those of the environment.
     """
 
     def __init__(self, url: str, *, retries: int, timeout: float) -> None:
+        check_no_secret(url, "the URL of the shards")
         self.url = url.rstrip("/")
-        self.retries = retries
         self.timeout = timeout
-        options = {"skip_instance_cache": True}  # closed when this storage is
-        if self.url.startswith(("http://", "https://")):
-            stalled = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-            options["client_kwargs"] = {"timeout": stalled}
+        self._retrying = Retrying(retries)
         try:
-            self.files, self.root = fsspec.core.url_to_fs(self.url, **options)
+            self.files, self.root = fsspec.core.url_to_fs(self.url, **options(self.url, timeout))
         except (ValueError, ImportError) as error:
             raise UserError(f"cannot read {url}: {error}") from None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes start … stop − 1 of a file. Raises `FileNotFoundError`, or `UserError` for other failures."""
+        """Bytes start … stop − 1 of a file. Raises `FileNotFoundError`, `Unreadable`, or `UserError` for what no
+        other file would mend."""
 
         def fetch() -> bytes:
             data = self._fetch(name, start, stop)
@@ -84,7 +85,7 @@ class RemoteStorage:
                 raise OSError(f"{len(data)} bytes came instead of {stop - start}")
             return data
 
-        return self._persist(name, fetch)
+        return self._retrying(name, self.describe(name), fetch)
 
     def _fetch(self, name: str, start: int, stop: int | None) -> bytes:
         span = {} if stop is None else {"start": start, "end": stop}
@@ -100,10 +101,13 @@ class RemoteStorage:
             self.files.get_file(f"{self.root}/{name}", str(target))
             check(target)
 
-        self._persist(name, fetch)
+        self._retrying(name, self.describe(name), fetch)
 
     def describe(self, name: str) -> str:
         return f"{self.url}/{name}"
+
+    def renew(self, name: str) -> None:
+        """Nothing is held: every read asks the server."""
 
     def close(self) -> None:
         """Close the connections, for a process forked from this one would disturb them as it drops them.
@@ -113,36 +117,29 @@ class RemoteStorage:
         self.files = None
         gc.collect()
 
-    def _persist(self, name: str, action: Callable[[], Result]) -> Result:
-        for attempt in count(1):
-            try:
-                return action()
-            except (UserError, FileNotFoundError):
-                raise
-            except Exception as error:  # every scheme raises kinds of its own
-                if attempt >= self.retries or is_permanent(error):
-                    reason = " ".join(f"{type(error).__name__} {error}".split())
-                    tries = "1 try" if attempt == 1 else f"{attempt} tries"
-                    raise UserError(
-                        f"cannot read {self.describe(name)} after {tries} ({reason}); check the server and "
-                        "the network, or raise data.retries or data.timeout"
-                    ) from error
-            time.sleep(pause(attempt))
+
+def options(url: str, timeout: float) -> dict[str, Any]:
+    """What fsspec is told of a URL: how long to wait, and to try once, for trying again is for `Retrying`."""
+    told: dict[str, Any] = {"skip_instance_cache": True}  # closed when the storage is
+    if url.startswith(("http://", "https://")):
+        stalled = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        told["client_kwargs"] = {"timeout": stalled}
+    elif url.startswith(("s3://", "s3a://")):
+        given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        once = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
+        told["config_kwargs"] = once | given
+    return told
 
 
-def is_permanent(error: Exception) -> bool:
-    """Whether trying again is useless: an HTTP status 4xx other than time-out and too many requests."""
-    status = getattr(error, "status", None)
-    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+Storage = LocalStorage | RemoteStorage | PipeStorage
 
 
-def pause(attempt: int) -> float:
-    """Seconds before the next try: 0.5, 1, 2 … 30, of which up to a half is taken off by chance."""
-    return min(30.0, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-
-
-def open_storage(location: str, *, retries: int, timeout: float) -> LocalStorage | RemoteStorage:
-    """The storage at a path, or at a URL of any scheme that fsspec knows."""
+def open_storage(location: str, *, retries: int, timeout: float, pipe: bool = False) -> Storage:
+    """The storage at a path, at a URL of any scheme that fsspec knows, or, if `pipe`, behind `pipe:COMMAND`."""
+    if str(location).startswith(PIPE):
+        if not pipe:
+            raise UserError(f"{PIPE}… runs a shell command; set data.pipe=true and data.cache if that is meant")
+        return PipeStorage(location, retries=retries, timeout=timeout)
     if "://" not in str(location):
         return LocalStorage(location)
     storage = RemoteStorage(location, retries=retries, timeout=timeout)

@@ -1,10 +1,10 @@
-"""Proving a set of shards whole: every hash, every tar header, every photo decoded."""
+"""Proving a set of shards whole: every hash, every member of every tar, every photo decoded."""
 
 from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import BinaryIO
 from zlib import crc32
 
 from hpcm_scale.data.images import decode
-from hpcm_scale.data.index import Shard, ShardIndex
+from hpcm_scale.data.index import BLOCK, Shard, ShardIndex, is_plain
 from hpcm_scale.data.processes import parallel_map
-from hpcm_scale.data.shard_writer import BLOCK, padding
+from hpcm_scale.data.shard_writer import padding
 from hpcm_scale.data.storage import sha256_of
 
 PHOTOS_PER_JOB = 32
@@ -67,8 +67,8 @@ def verify_shards(folder: str | Path, index: ShardIndex, *, workers: int, progre
 def jobs(folder: Path, index: ShardIndex) -> Iterator[partial]:
     """Checks of shards and of runs of samples, each returning (photos checked, damage found)."""
     for number, shard in enumerate(index.shards):
-        yield partial(check_shard, folder, shard)
         samples = (index.shard == number).nonzero()[0]
+        yield partial(check_shard, folder, shard, frozenset(index.offset[samples].tolist()))
         for start in range(0, len(samples), PHOTOS_PER_JOB):
             entries = [entry_of(index, sample) for sample in samples[start : start + PHOTOS_PER_JOB]]
             yield partial(check_samples, folder, shard, entries)
@@ -85,17 +85,41 @@ def run(job: partial) -> tuple[int, list[Damage]]:
     return job()
 
 
-def check_shard(folder: Path, shard: Shard) -> tuple[int, list[Damage]]:
-    """Presence, size and hash of one shard."""
+def check_shard(folder: Path, shard: Shard, offsets: frozenset[int]) -> tuple[int, list[Damage]]:
+    """Presence, size and hash of one shard, and that its tar holds nothing but the photos at `offsets`, in bytes."""
     path = folder / shard.name
     if not path.is_file():
         return 0, [Damage(shard.name, "missing")]
+    damages = [Damage(shard.name, what) for what in strangers(path, offsets)]
     size = path.stat().st_size
     if size != shard.bytes:
-        return 0, [Damage(shard.name, f"{size} bytes instead of {shard.bytes}")]
-    if sha256_of(path) != shard.sha256:
-        return 0, [Damage(shard.name, HASH_DIFFERS)]
-    return 0, []
+        damages.append(Damage(shard.name, f"{size} bytes instead of {shard.bytes}"))
+    elif sha256_of(path) != shard.sha256:
+        damages.append(Damage(shard.name, HASH_DIFFERS))
+    return 0, damages
+
+
+def strangers(path: Path, offsets: frozenset[int]) -> Iterator[str]:
+    """What is in a tar beside plain files at `offsets`, up to where it is damaged, which the hash tells."""
+    damage = suppress(tarfile.TarError, ValueError, OSError, EOFError, MemoryError, OverflowError)
+    with damage, tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                yield f"its member {member.name!r} is no plain file but {KINDS.get(member.type, 'of another kind')}"
+            elif not is_plain(member.name):
+                yield f"its member {member.name!r} would lie outside of the folder that it is unpacked to"
+            elif member.offset_data not in offsets:
+                yield f"its member {member.name!r} is not in the index"
+
+
+KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a named pipe",
+    tarfile.DIRTYPE: "a folder",
+}
 
 
 HASH_DIFFERS = "its sha256 differs, although every photo in it is whole"

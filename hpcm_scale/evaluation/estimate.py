@@ -70,13 +70,14 @@ def evaluate(
     world_size: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda values: values,
     keep: int = 0,
+    progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Code every image once and measure it; every process calls it and gets all results.
 
     Images are padded at the right and bottom, by replication, to multiples of `multiple` pixels, and
     counted by their own pixels. Each process takes every `world_size`-th image and calls the codec equally
     often (a sharded model needs all of them at every call); `reduce` sums a tensor over the processes. Up
-    to `keep` of this process's images come back with their reconstructions.
+    to `keep` of this process's images come back with their reconstructions. `progress` is called after each image.
     """
     table = torch.zeros(len(images), 8, dtype=torch.float64)
     kept: list[tuple[int, Tensor, Tensor]] = []
@@ -85,6 +86,7 @@ def evaluate(
         surplus = index >= len(images)  # fewer images than processes in the last turn: code one for company
         pixels = images.load(0 if surplus else index)
         measured, rounded = estimate(codec, pixels, multiple=multiple, lmbda=lmbda, device=device)
+        progress()
         if surplus:
             continue
         height, width = pixels.shape[1:]

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcm_scale.errors import UserError, is_first_process
+from hpcm_scale.errors import STOPPED, UserError, is_first_process
 from hpcm_scale.sweeps.jobs import Job, unfinished
 from hpcm_scale.sweeps.plan import write_plans
 from hpcm_scale.sweeps.summary import summary
@@ -26,18 +26,20 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
     if is_first_process():
         write_plans(jobs)
     failures: dict[Path, str] = {}
+    stopped = False
     for job in left:
         try:
-            run(job.config)
+            stopped = not run(job.config)
         except Exception as error:
             common = isinstance(error, UserError) and not error.local
             if world_size > 1 and not common:
                 raise
             failures[job.folder] = _told(job, error)
             continue
-        if job.reached < job.last_step:
-            break  # asked to stop
-    return summary(jobs, left, failures) if is_first_process() else 0
+        if stopped:
+            break
+    code = summary(jobs, left, failures) if is_first_process() else 0
+    return STOPPED if stopped else code
 
 
 def _told(job: Job, error: Exception) -> str:

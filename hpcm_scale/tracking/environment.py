@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from hpcm_scale import __version__
+from hpcm_scale.config.urls import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "wandb", "hydra-core", "numpy")
 
@@ -20,8 +21,8 @@ PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "wandb", "hydra-co
 def environment() -> dict[str, Any]:
     """Versions, git commit, command line and hardware, as plain JSON values.
 
-    Holds no environment variables and no user name; the home folder is written as `~`. `git` is None
-    unless the package is run from a git checkout; `dirty` tells of changes to tracked files.
+    Holds no environment variables, no user name and no secret of a URL; the home folder is written as `~`. `git`
+    is None unless the package is run from a git checkout; `dirty` tells of changes to tracked files.
     """
     return {
         "python": platform.python_version(),
@@ -65,7 +66,7 @@ def _git() -> dict[str, Any] | None:
 def _command() -> str:
     interpreter, *arguments = sys.orig_argv
     home = f"{Path.home()}/"
-    return " ".join([Path(interpreter).name, *(argument.replace(home, "~/") for argument in arguments)])
+    return without_secrets(" ".join([Path(interpreter).name, *(text.replace(home, "~/") for text in arguments)]))
 
 
 def _cpu_model() -> str:

@@ -10,7 +10,9 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 from hpcm_scale.errors import UserError
@@ -31,18 +33,35 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = self._open()
+        self._waiting: list[bytes] = []
+        self._lock = Lock()  # a checkpoint's thread syncs what the training loop appends
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one line. Numbers keep full precision (tensor and numpy scalars are taken as numbers);
-        NaN and infinities become null. Raises OSError when the disk is full."""
+        NaN and infinities become null. Where the disk is full, lines wait in memory and are tried again next time."""
         missing = [key for key in REQUIRED if key not in record]
         assert not missing, f"a journal line needs {', '.join(missing)}"
         values = {key: _plain(value) for key, value in record.items()}
         line = json.dumps(values, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            self._waiting.append(line)
+            with suppress(OSError):
+                self._write_waiting()
+
+    @property
+    def waiting(self) -> int:
+        """Lines that could not be written yet."""
+        return len(self._waiting)
+
+    def _write_waiting(self) -> None:
         # One write of one line to a file opened with O_APPEND: a reader never sees lines mixed, and a
         # killed process leaves at most its last line torn.
-        if os.write(self._descriptor, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        while self._waiting:
+            end = os.fstat(self._descriptor).st_size
+            if os.write(self._descriptor, self._waiting[0]) < len(self._waiting[0]):
+                os.ftruncate(self._descriptor, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            del self._waiting[0]
 
     def resume(self, step: int) -> None:
         """Go back to the checkpoint of `step`: drop a torn last line and every line of a later step."""
@@ -58,13 +77,20 @@ class Journal:
         self._descriptor = self._open()
 
     def sync(self) -> None:
-        """Make all lines survive a power cut; called before a checkpoint is marked complete."""
-        os.fsync(self._descriptor)
+        """Make all lines survive a power cut; called before a checkpoint is marked complete.
+
+        Raises OSError if it cannot, for a full disk among other reasons.
+        """
+        with self._lock:
+            self._write_waiting()
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Sync and close; the journal cannot be appended to afterwards."""
-        self.sync()
-        os.close(self._descriptor)
+        """Sync and close; the journal cannot be appended to afterwards. Raises OSError if lines are lost by that."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._descriptor)
 
     def _open(self) -> int:
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hpcm_scale.config.checks import accumulation
 from hpcm_scale.config.schema import Config
-from hpcm_scale.files import whole_file
 from hpcm_scale.training.engine import Engine, Stepped, poisoned
-from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate
-
-_FILE = "engine.pt"
+from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate, whole_pieces
+from hpcm_scale.training.pieces import Piece
 
 
 class AccelerateEngine(Engine):
     """See `Engine`."""
+
+    replicated = True
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -35,24 +33,22 @@ class AccelerateEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(poisoned(loss) * self._share)
 
-    def step(self, learning_rate: float) -> Stepped:
+    def step(self, learning_rate: float, leave_out: bool = False) -> Stepped:
         set_learning_rate(self._optimizer, learning_rate)
-        norm = float(clip_and_guard(self._optimizer, self._config.train.clip_norm))
+        norm = float(clip_and_guard(self._optimizer, self._config.train.clip_norm, leave_out))
         self._optimizer.step()
         self._optimizer.zero_grad()
         return Stepped(norm, self._optimizer.overflow)
 
-    def save(self, folder: Path) -> None:
-        if self.rank == 0:
-            state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
-            with whole_file(folder / _FILE) as unfinished:
-                torch.save(state, unfinished)
-        self._accelerator.wait_for_everyone()
+    def pieces(self) -> list[Piece]:
+        return whole_pieces(self._optimizer, self._model.named_parameters())
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / _FILE, map_location="cpu", weights_only=True)  # copied to the device below
-        self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+    def take_over(self, updates: int) -> None:
+        self._optimizer.set_updates(updates)
+
+    @property
+    def updates(self) -> int:
+        return self._optimizer.updates
 
     def reduce(self, values: Tensor) -> Tensor:
         return self._accelerator.reduce(values.to(self.device, copy=True), reduction="sum")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 
 import deepspeed
 import deepspeed.ops
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.schema import Config
 from hpcm_scale.training.engine import Engine, Stepped, poisoned
-from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate
-
-_TAG = "engine"
+from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate, whole_pieces
+from hpcm_scale.training.pieces import Piece
 
 
 class DeepSpeedEngine(Engine):
@@ -31,6 +30,8 @@ class DeepSpeedEngine(Engine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         self._config = config
+        self._stage = config.engine.zero_stage
+        self.replicated = self._stage == 0
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         accelerator = get_accelerator()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -50,21 +51,60 @@ class DeepSpeedEngine(Engine):
         if not boundary:
             self._engine.step()  # only counts the micro-batch
 
-    def step(self, learning_rate: float) -> Stepped:
+    def step(self, learning_rate: float, leave_out: bool = False) -> Stepped:
         set_learning_rate(self._engine.optimizer, learning_rate)
-        if self._config.engine.zero_stage == 0:
-            norm = float(clip_and_guard(self._optimizer, self._config.train.clip_norm))
+        if self._stage == 0:
+            norm = float(clip_and_guard(self._optimizer, self._config.train.clip_norm, leave_out))
+        else:
+            self._optimizer.overflow = leave_out
         before = self._engine.skipped_steps
         self._engine.step()
-        if self._config.engine.zero_stage > 0:
+        if self._stage > 0:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return Stepped(norm, self._engine.skipped_steps > before)
+        return Stepped(norm, leave_out or self._engine.skipped_steps > before)
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    def pieces(self) -> list[Piece]:
+        if self._stage == 0:
+            return whole_pieces(self._optimizer, self._engine.module.named_parameters())
+        held = self._held_by_stage_3 if self._stage == 3 else self._held_by_stages_1_and_2
+        return [
+            piece
+            for name, parameter in self._engine.module.named_parameters()
+            for part in held(parameter)
+            for piece in self._optimizer.pieces(name, *part)
+        ]
 
-    def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag=_TAG)
+    def _held_by_stages_1_and_2(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
+        """Start in the flattened parameter, the flat tensor that is optimized, offset in it, number of elements."""
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            held = self._engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield part.start, held, place.start, part.numel
+
+    def _held_by_stage_3(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
+        """The same of stage 3, which cuts every parameter into as many parts as there are processes."""
+        zero = self._engine.optimizer
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        start = self.rank * parameter.ds_tensor.ds_numel
+        size = min(int(size), parameter.ds_numel - start)  # the last part is padded
+        if size > 0:
+            yield start, zero.fp32_partitioned_groups_flat[group], int(offset), size
+
+    def take_over(self, updates: int) -> None:
+        self._optimizer.set_updates(updates)
+        zero = self._engine.optimizer
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero.checkpoint_event_prologue()
+            for flat, held in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+                flat.data.copy_(held.data)
+            zero.checkpoint_event_epilogue()  # gathers anew the small parameters that every process keeps whole
+
+    @property
+    def updates(self) -> int:
+        return self._optimizer.updates
 
     def reduce(self, values: Tensor) -> Tensor:
         values = values.to(self.device, copy=True)
@@ -75,7 +115,7 @@ class DeepSpeedEngine(Engine):
         state = {}
         for name, parameter in self._engine.module.named_parameters():
             # One at a time: a sharded model need not fit on one device.
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self._config.engine.zero_stage == 3):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
                 if self.rank == 0:
                     state[name] = parameter.detach().to("cpu", torch.float32, copy=True)
         return state if self.rank == 0 else None

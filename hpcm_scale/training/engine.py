@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import Config, EngineName
+from hpcm_scale.training.pieces import Piece
 
 
 class Stepped(NamedTuple):
@@ -18,7 +18,7 @@ class Stepped(NamedTuple):
     grad_norm: float
     """Global 2-norm of the gradients before clipping."""
     skipped: bool
-    """Whether the step was left out, on all processes together, for a gradient that is not finite."""
+    """Whether the step was left out, on all processes together."""
 
 
 class Engine(ABC):
@@ -29,6 +29,8 @@ class Engine(ABC):
     device: torch.device
     module: nn.Module
     """The prepared model: call it as the model itself, on all processes alike."""
+    replicated: bool
+    """Whether every process holds all of the weights and moments."""
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
@@ -42,20 +44,36 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, learning_rate: float) -> Stepped:
-        """Clip and apply the accumulated gradients, or skip them if they are not finite; clear them."""
+    def step(self, learning_rate: float, leave_out: bool = False) -> Stepped:
+        """Clip and apply the accumulated gradients, or skip them if told to or if they are not finite; clear them."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer to `folder`; every process calls it."""
+    def pieces(self) -> list[Piece]:
+        """What this process holds of weights and Adam moments, all of it where nothing is sharded (`replicated`)."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote; every process calls it, as many as saved it."""
+    def take_over(self, updates: int) -> None:
+        """Go on from what has been written to the pieces, as after `updates` steps; every process calls it."""
+
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Optimizer steps that changed the weights."""
 
     @abstractmethod
     def reduce(self, values: Tensor) -> Tensor:
         """The sum over all processes of a tensor, which itself stays as it is."""
+
+    def gather(self, text: str) -> list[str]:
+        """What every process says, in order of rank; each calls it with a text of its own, often empty."""
+        said = text.encode()
+        lengths = torch.zeros(self.world_size, dtype=torch.float64)
+        lengths[self.rank] = len(said)
+        lengths = [int(length) for length in self.reduce(lengths).tolist()]
+        letters = torch.zeros(self.world_size, max(lengths), dtype=torch.float32)
+        letters[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.float32)
+        rows = self.reduce(letters).to(torch.uint8).tolist() if max(lengths) else letters.tolist()
+        return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Wait for all processes."""

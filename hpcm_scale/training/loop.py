@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hpcm_scale.compute.tracker import ComputeTracker
 from hpcm_scale.config.checks import accumulation, side_multiple
-from hpcm_scale.config.schema import Config
+from hpcm_scale.config.schema import Config, OnDivergence
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import UserError, alone
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.objective.rate_distortion import RateDistortion, rate_distortion_loss
+from hpcm_scale.training.bad_photos import BadPhotos
+from hpcm_scale.training.divergence import Diverged, LossHistory, limit_reached
 from hpcm_scale.training.engine import Engine
 from hpcm_scale.training.meter import Meter
 from hpcm_scale.training.noise import image_noise
 from hpcm_scale.training.recorder import Recorder
 from hpcm_scale.training.run_folder import RunFolder
+from hpcm_scale.training.saver import Saved, Saver
 from hpcm_scale.training.schedule import learning_rate
 from hpcm_scale.training.signals import StopRequest
+
+
+class Agreed(NamedTuple):
+    """What the processes tell each other once a step; sums over them."""
+
+    loss: float
+    bpp: float
+    bpp_y: float
+    bpp_z: float
+    mse: float
+    psnr: float
+    upscaled: float
+    """Photos smaller than the crop."""
+    bad: float
+    """Photos of the next step that could not be read."""
+    trouble: float
+    """Processes that cannot get their images of the next step."""
+    stopping: float
+    """Processes that were asked to stop."""
+    written: float
+    """Processes that have written their file of the checkpoint."""
+    unwritten: float
+    """Processes that could not."""
 
 
 @dataclass
@@ -40,55 +66,128 @@ class Trainer:
     images: ImageSet | None
     data_digest: str
     stop: StopRequest
+    saver: Saver
+    alive: Callable[[int], None]
+    """Called with the step whenever there is progress."""
+    rollbacks: int = 0
     step: int = 0
     skipped_in_a_row: int = 0
     upscaled: int = 0
     """Photos smaller than the crop so far."""
+    failed_checkpoints: int = 0
     meter: Meter = field(default_factory=Meter)
+    losses: LossHistory = field(default_factory=LossHistory)
+    bad: BadPhotos = field(default_factory=BadPhotos)
+    stopped: bool = False
+    """Whether it was asked to stop, and did."""
+    _batches: list[Batch] = field(default_factory=list)
+    """The micro-batches of the next step, fetched while it is not yet needed, so that no process fails alone."""
+    _trouble: str = ""
+    """Why they could not be."""
+    _evaluation: float | None = None
+    """Evaluation loss at this very step."""
 
     def train(self, stream: Iterator[Batch]) -> None:
-        """Train on the stream; leaves a checkpoint of the last step done."""
+        """Train on the stream; leaves a checkpoint of the last step done.
+
+        Raises UserError, the same on all processes, when the run cannot go on; Diverged to have it go back.
+        """
         config, last_step = self.config, self.config.train.stop_after or self.config.train.steps
+        self.alive(self.step)
+        if self.step < last_step:
+            self.fetch(stream)
+            self.raise_trouble()
         while self.step < last_step:
-            stopping = self.train_step(stream)
+            agreed = self.train_step(stream, last=self.step + 1 == last_step)
             self.step += 1
+            self._evaluation = None
+            self.alive(self.step)
             if self.step % config.log.every == 0 or self.step == config.train.steps:
                 self.log()
             if self.images and (self.step % config.eval.every == 0 or self.step == config.train.steps):
                 self.evaluate(self.images)
+            self.stopped = agreed.stopping > 0
+            ending = self.stopped or agreed.trouble > 0 or self.bad.too_many(config.data.max_bad)
             due = self.step % config.train.checkpoint_every == 0 or self.step in config.train.keep_at
-            if stopping or due or self.step == last_step:
-                self.checkpoint()
-            if stopping:
-                self.recorder.say(f"asked to stop: checkpoint at step {self.step}; the same command goes on")
+            if ending or due or self.step == last_step:
+                self.checkpoint(last=ending or self.step == last_step)
+            self.raise_trouble(agreed)
+            if self.stopped:
+                reason = f" ({self.stop.reason})" if self.stop.reason else ""
+                self.recorder.say(f"asked to stop{reason}: checkpoint at step {self.step}; the same command goes on")
                 return
 
-    def train_step(self, stream: Iterator[Batch]) -> bool:
-        """One optimizer step; whether any process was asked to stop."""
-        config, engine = self.config, self.engine
-        rounds = accumulation(config, engine.world_size)
-        measured = torch.zeros(len(RateDistortion._fields) + 2, dtype=torch.float64)
-        waited = 0.0
-        for _ in range(rounds):
-            before = time.perf_counter()
-            with alone():
-                batch = next(stream)
-            waited += time.perf_counter() - before
+    def train_step(self, stream: Iterator[Batch], last: bool) -> Agreed:
+        """One optimizer step, and the images of the next one unless it is the `last`."""
+        measured = torch.zeros(len(Agreed._fields), dtype=torch.float64)
+        rounds = len(self._batches)
+        for batch in self._batches:
             result = self.forward(batch)
-            engine.backward(result.loss)
-            means = torch.stack([value.detach().double() for value in result]).cpu() / rounds
-            measured += torch.cat([means, torch.tensor([batch.upscaled, 0.0])])
-        rate = learning_rate(config.schedule, self.step, config.train.steps)
-        stepped = engine.step(rate)
-        measured[-1] = self.stop.received
-        *means, upscaled, stopping = engine.reduce(measured).tolist()
-        values = dict(zip(RateDistortion._fields, (mean / engine.world_size for mean in means), strict=True))
+            self.engine.backward(result.loss)
+            means = torch.stack([value.detach().double() for value in result]).cpu() / rounds / self.engine.world_size
+            measured += torch.cat([means, torch.tensor([batch.upscaled, *[0.0] * 5])])
+        waited = 0.0 if last else self.fetch(stream)
+        bad = sum(len(batch.bad) for batch in self._batches)
+        flags = (bad, bool(self._trouble), self.stop.received(), *self.saver.flags())
+        measured[-len(flags) :] = torch.tensor(flags)
+        agreed = Agreed(*self.engine.reduce(measured).tolist())
+        self.apply(agreed)
+        self.upscaled += int(agreed.upscaled)
+        self.tracker.step(self.config.train.batch_size, waited)
+        self.recorder.advance(agreed.loss)
+        self.tell(self.saver.settle(agreed.written, agreed.unwritten))
+        if agreed.bad:
+            self.count_bad()
+        return agreed
+
+    def apply(self, agreed: Agreed) -> None:
+        """Take the optimizer step, or leave it out, by what `train.on_divergence` says, for all processes alike."""
+        train = self.config.train
+        wrong = self.losses.verdict(agreed.loss, train.spike)
+        stepped = self.engine.step(learning_rate(self.config.schedule, self.step, train.steps), bool(wrong))
+        if stepped.skipped and not wrong:
+            wrong = "its gradient is not finite"
+        values = {name: getattr(agreed, name) for name in RateDistortion._fields}
         self.meter.add(values | {"grad_norm": stepped.grad_norm}, stepped.skipped)
-        self.upscaled += int(upscaled)
-        self.tracker.step(config.train.batch_size, waited)
-        self.recorder.advance(values["loss"])
-        self.count_skipped(stepped.skipped)
-        return stopping > 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if wrong else 0
+        if not wrong:
+            self.losses.add(agreed.loss)
+            return
+        step = self.step + 1
+        if train.on_divergence == OnDivergence.rollback:
+            raise Diverged(step, wrong)
+        if train.on_divergence == OnDivergence.stop:
+            raise UserError(
+                f"step {step} is left out and the run ends: {wrong}; train.on_divergence=skip or rollback goes on"
+            )
+        self.recorder.say(f"step {step} skipped: {wrong}")
+        if self.skipped_in_a_row >= train.max_skipped:
+            raise limit_reached(self.skipped_in_a_row, step)
+
+    def fetch(self, stream: Iterator[Batch]) -> float:
+        """Get the images of the next step; returns the seconds waited. Trouble is kept, for all to meet together."""
+        before = time.perf_counter()
+        try:
+            self._batches = [next(stream) for _ in range(accumulation(self.config, self.engine.world_size))]
+        except UserError as error:
+            self._batches, self._trouble = [], str(error)
+        return time.perf_counter() - before
+
+    def count_bad(self) -> None:
+        """Take note, on all processes alike, of photos that any of them could not read."""
+        told = self.bad.told([photo for batch in self._batches for photo in batch.bad])
+        for line in self.bad.add(self.engine.gather(told)):
+            self.recorder.say(line)
+
+    def raise_trouble(self, agreed: Agreed | None = None) -> None:
+        """End all processes with one sentence if one of them cannot go on for want of images."""
+        if self.bad.too_many(self.config.data.max_bad):
+            raise self.bad.error(self.config.data.max_bad)
+        if agreed is not None and not agreed.trouble:
+            return
+        trouble = next(filter(None, self.engine.gather(self._trouble)), None)
+        if trouble is not None:
+            raise UserError(trouble)
 
     def forward(self, batch: Batch) -> RateDistortion:
         """Means over this process's images of one micro-batch."""
@@ -98,25 +197,15 @@ class Trainer:
         lmbda = self.config.objective.lmbda
         return rate_distortion_loss(images, coded.x_hat, coded.bits_y, coded.bits_z, lmbda).mean()
 
-    def count_skipped(self, skipped: bool) -> None:
-        """Give up after too many steps in a row without a finite loss and gradient."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if skipped:
-            self.recorder.say(f"step {self.step + 1} skipped: its loss or gradient is not finite")
-        if self.skipped_in_a_row >= self.config.train.max_skipped:
-            raise UserError(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step + 1}, had no finite loss and "
-                "gradient; go on from the last checkpoint with other data, or start anew with a lower "
-                "schedule.learning_rate"
-            )
-
     def log(self) -> None:
         """One journal line: means over the steps since the last one."""
         means = self.meter.take([*RateDistortion._fields, "grad_norm"])
         rate = learning_rate(self.config.schedule, self.step - 1, self.config.train.steps)
         train = {f"train/{name}": value for name, value in means.items()}
-        counts = {"train/learning_rate": rate, "train/upscaled": self.upscaled}
-        self.recorder.line(self.position() | train | counts | self.tracker.rates())
+        counts = {"learning_rate": rate, "upscaled": self.upscaled, "bad_photos": len(self.bad)}
+        counts |= {"rollbacks": self.rollbacks, "failed_checkpoints": self.failed_checkpoints}
+        train |= {f"train/{name}": value for name, value in counts.items()}
+        self.recorder.line(self.position() | train | self.tracker.rates())
 
     def evaluate(self, images: ImageSet) -> None:
         """Loss at λ, bpp and PSNR on the evaluation images."""
@@ -133,23 +222,43 @@ class Trainer:
                 world_size=engine.world_size,
                 reduce=engine.reduce,
                 keep=self.config.log.images if engine.rank == 0 else 0,
+                progress=lambda: self.alive(self.step),
             )
         engine.module.train()
         self.tracker.restart_clock()
         mean = evaluation.mean()
+        self._evaluation = mean["loss"]
         self.recorder.pictures(self.step, evaluation.reconstructions)
         self.recorder.line(self.position() | {f"eval/{name}": value for name, value in mean.items()})
         self.recorder.say(
             f"step {self.step}: {self.tracker.pflops:.4g} PFLOPs, evaluation loss {mean['loss']:.4f}, "
-            f"{mean['bpp']:.4f} bpp, {mean['psnr']:.2f} dB on {len(images)} images"
+            f"{mean['bpp']:.4f} bpp, {mean['psnr']:.2f} dB"
         )
 
-    def checkpoint(self) -> None:
-        """A point to go on from."""
-        self.recorder.sync()
-        train = self.config.train
-        self.folder.checkpoints.save(self.engine, self.state(), train.keep_checkpoints, train.keep_at)
+    def checkpoint(self, last: bool = False) -> None:
+        """Begin to write what a resumed run needs; wait for it if it is the `last` of this call.
+
+        Raises UserError if the last one cannot be written.
+        """
+        self.tell(self.saver.begin(self.state()))
+        ended = self.saver.finish() if last else []
         self.tracker.restart_clock()
+        self.alive(self.step)
+        if ended:
+            kept = self.folder.checkpoints.reached()
+            raise UserError(
+                f"the checkpoint of step {self.step} could not be written ({ended[-1].error}); mend that, and the same "
+                f"command goes on from step {kept}"
+            )
+
+    def tell(self, ended: list[Saved]) -> None:
+        """Say aloud that a checkpoint could not be written; training goes on."""
+        for saved in ended:
+            self.failed_checkpoints += 1
+            self.recorder.warn(
+                f"the checkpoint of step {saved.step} could not be written ({saved.error}); training goes on, and the "
+                "ones before are still there"
+            )
 
     def position(self) -> dict[str, float]:
         """The keys that every journal line has."""
@@ -161,15 +270,20 @@ class Trainer:
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
             "upscaled": self.upscaled,
+            "failed_checkpoints": self.failed_checkpoints,
             "tracker": self.tracker.state(),
             "meter": self.meter.state(),
-            "world_size": self.engine.world_size,
+            "losses": self.losses.losses,
+            "bad": self.bad.reasons,
+            "evaluation": self._evaluation,
             "data": self.data_digest,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state`."""
         self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
-        self.upscaled = state["upscaled"]
+        self.upscaled, self.failed_checkpoints = state["upscaled"], state["failed_checkpoints"]
         self.tracker.load_state(state["tracker"])
         self.meter = Meter(**state["meter"])
+        self.losses = LossHistory(state["losses"])
+        self.bad = BadPhotos(state["bad"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import TrainConfig
+from hpcm_scale.training.pieces import Piece
 
 
 class GuardedAdam(torch.optim.Adam):
@@ -21,18 +22,48 @@ class GuardedAdam(torch.optim.Adam):
     def step(self, closure=None):
         return None if self.overflow else super().step(closure)
 
+    @property
+    def updates(self) -> int:
+        """Steps taken, those left out not counted."""
+        return int(max((float(state["step"]) for state in self.state.values()), default=0))
+
+    def set_updates(self, updates: int) -> None:
+        """Go on as after so many steps."""
+        for state in self.state.values():
+            state["step"].fill_(updates)
+
+    def pieces(self, name: str, start: int, held: Tensor, offset: int, size: int) -> Iterator[Piece]:
+        """Elements offset … offset + size − 1 of `held`, a flat tensor that is optimized, and of its moments: they
+        are the parameter `name` from element `start` on. Moments that there are not yet are made, zero."""
+        state = self.state[held]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(held), torch.zeros_like(held)
+        for kind, tensor in (("weight", held), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
+            yield Piece(kind, name, start, tensor.detach().view(-1)[offset : offset + size])
+
 
 def create_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> GuardedAdam:
     """Adam with the configured betas; the learning rate is set at every step."""
     return GuardedAdam(parameters, lr=0.0, betas=tuple(train.betas))
 
 
-def clip_and_guard(optimizer: GuardedAdam, clip_norm: float) -> Tensor:
-    """Clip the global gradient norm; mark the step to be left out if it is not finite. Returns the norm."""
+def clip_and_guard(optimizer: GuardedAdam, clip_norm: float, leave_out: bool) -> Tensor:
+    """Clip the global gradient norm; mark the step to be left out if asked to, or if it is not finite.
+
+    Returns the norm.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimizer.overflow = not bool(norm.isfinite())
+    optimizer.overflow = leave_out or not bool(norm.isfinite())
     return norm
+
+
+def whole_pieces(optimizer: GuardedAdam, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Piece]:
+    """The pieces of named parameters that are not sharded."""
+    return [
+        piece for name, held in parameters for piece in optimizer.pieces(name, 0, held, offset=0, size=held.numel())
+    ]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

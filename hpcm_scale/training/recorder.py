@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,12 @@ class Recorder:
         self._bar = progress(total=config.train.steps, initial=step, description=folder.path.name, unit="step")
 
     def line(self, record: dict[str, Any]) -> None:
-        """Append one journal line."""
+        """Append one journal line; what cannot be written for want of space is kept for the next time."""
         if self._first:
+            waiting = self._journal.waiting
             self._journal.append(record)
+            if self._journal.waiting and not waiting:
+                self.warn(f"{self._journal.path} cannot be written (the disk is full?); training goes on meanwhile")
 
     def advance(self, loss: float | None) -> None:
         """One step more on the progress bar."""
@@ -44,13 +48,20 @@ class Recorder:
         if self._first:
             self._bar.write(text)
 
+    def warn(self, text: str) -> None:
+        """Say aloud what went wrong though training goes on: also where nobody looks at the progress."""
+        if self._first:
+            self._bar.clear()
+            sys.stderr.write(f"hpcm: {text}\n")
+            sys.stderr.flush()
+
     def pictures(self, step: int, reconstructions: Sequence[Reconstruction]) -> None:
         """Show original and reconstruction side by side; before the evaluation's journal line."""
         if self._first and reconstructions:
             self._wandb.images(step, [_picture(item) for item in reconstructions])
 
     def sync(self) -> None:
-        """What was recorded so far survives a power cut."""
+        """What was recorded so far survives a power cut. Raises OSError if it cannot be made to."""
         if self._first:
             self._journal.sync()
 
@@ -58,8 +69,10 @@ class Recorder:
         """Let go of journal, wandb and terminal."""
         if self._first:
             self._bar.close()
-            self._journal.close()
-            self._wandb.close(exit_code)
+            try:
+                self._journal.close()
+            finally:
+                self._wandb.close(exit_code)
 
 
 def _picture(item: Reconstruction) -> tuple[str, Any, str]:

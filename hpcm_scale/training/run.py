@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from hpcm_scale.compute.hardware import peak_flops
 from hpcm_scale.compute.tracker import PETA, ComputeTracker
 from hpcm_scale.config.checks import micro_batch_size
-from hpcm_scale.config.schema import Config, EngineName, Precision
-from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.data.index import ShardIndex
+from hpcm_scale.config.schema import Config, EngineName, OnDivergence, Precision
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
+from hpcm_scale.files import writing
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
 from hpcm_scale.model.weights import save_weights
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
+from hpcm_scale.training.checkpoints import Checkpoint, Retention
 from hpcm_scale.training.costs import training_flops_per_image
+from hpcm_scale.training.differences import facts
+from hpcm_scale.training.divergence import Diverged, Divergence, culprits
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.loop import Trainer
+from hpcm_scale.training.pieces import fill
 from hpcm_scale.training.recorder import Recorder
-from hpcm_scale.training.run_folder import Resume, RunFolder
+from hpcm_scale.training.rendezvous import initialise, join, telling_refusals
+from hpcm_scale.training.run_folder import Resume
+from hpcm_scale.training.run_lock import RunLock
+from hpcm_scale.training.saver import Saver
 from hpcm_scale.training.signals import StopRequest
-from hpcm_scale.training.start import prepare
+from hpcm_scale.training.start import Start, prepare
+from hpcm_scale.training.watch import Watch
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> bool:
     """Train, or go on training, what the configuration describes, in the folder `run.dir`.
 
-    Every process of the launch calls it. All that can be refused is refused before they start to talk to
-    each other: UserError, one sentence.
+    Every process of the launch calls it. Returns whether it got as far as it was to; if not, it was asked to stop.
+    All that can be refused is refused before they start to talk to each other: UserError, one sentence.
     """
-    start = prepare(config, processes.world_size())
+    processes.complete_environment()
+    with telling_refusals():
+        start = prepare(config, processes.world_size())
+    group = join(facts(config, start.index.digest), config.engine.join_minutes)
+    group.agree({"run folder": {"finished": start.finished}})
     if start.finished:
         tell(f"{start.folder.path} is finished at step {start.resume.step}; a larger train.steps would lengthen it")
-        return
-    processes.complete_environment()
-    _train(config, start.folder, start.resume, start.images, start.index)
+        return True
+    locks: list[RunLock] = []
+    group.first(lambda: locks.append(RunLock(start.folder.path)))
+    stop = StopRequest(start.folder.stop_file, config.train.max_hours, first=group.rank == 0)
+    stall_minutes = config.train.stall_minutes
+    try:
+        with Watch(group, 60 * stall_minutes, start.folder.path / "stacks", on_orphaned=stop.request) as watch:
+            initialise(group, stall_minutes)
+            return _train(config, start, stop, watch)
+    finally:
+        stop.close()
+        for lock in locks:
+            lock.release()
 
 
 def tell(text: str) -> None:
@@ -46,95 +69,188 @@ def tell(text: str) -> None:
         print(text, flush=True)
 
 
-def _train(config: Config, folder: RunFolder, resume: Resume, images: ImageSet | None, index: ShardIndex) -> None:
-    shapes = on_meta(config.model)
-    flops = training_flops_per_image(shapes, config.data.crop)
-    parameters = parameter_count(shapes)
+def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> bool:
     engine = create_engine(config)
-    if engine.reduce(torch.tensor([float(resume.step)])).item() != resume.step * engine.world_size:
-        raise UserError(
-            f"some processes find step {resume.step} in run.dir={folder.path} and others do not; "
-            "put it on a file system that all machines share"
-        )
     torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32
     torch.manual_seed(config.train.seed)
     model = HPCM(config.model, precision=config.engine.precision)
     engine.prepare(model)
-    peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
-    tracker = ComputeTracker(flops, engine.device, peak and peak * engine.world_size)
-    tell(_opening(config, folder, resume, engine, parameters, flops))
-    if engine.rank == 0:
-        folder.write_facts(config)
-    facts = {"parameters": parameters, "parameters_by_part": parameters_by_part(shapes)}
-    facts |= {"environment": environment()}
-    recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=facts)
-    trainer = Trainer(config, engine, model, folder, recorder, tracker, images, index.digest, StopRequest())
-    stream = None
-    failed = True
+    training = _Training(config, start, engine, model, stop, watch)
     try:
-        if resume.checkpoint:
-            engine.load(resume.checkpoint)
-            trainer.load_state(resume.state)
-        stream = open_stream(
-            config.data,
-            seed=config.train.seed,
-            first_image=trainer.step * config.train.batch_size,
-            last_image=None,
-            batch_size=config.train.batch_size,
-            micro_batch_size=micro_batch_size(config, engine.world_size),
-            rank=engine.rank,
-            world_size=engine.world_size,
-            index=index,
-        )
-        tracker.start_clock()
-        trainer.train(stream)
-        _finish(trainer, engine)
-        failed = False
+        resume = training.choose()
+        tell(training.opening(resume))
+        if engine.rank == 0:
+            start.folder.write_facts(config)
+        while True:
+            try:
+                return training.attempt(resume)
+            except Diverged as diverged:
+                training.go_back(diverged)
+                resume = training.choose()
     finally:
-        trainer.stop.close()
-        if stream is not None:
-            stream.close()
-        recorder.close(exit_code=int(failed))
         engine.close()
 
 
-def _finish(trainer: Trainer, engine: Engine) -> None:
-    """Export the weights of a finished run, or say how a stopped one goes on."""
-    config, folder, step = trainer.config, trainer.folder, trainer.step
-    if step < config.train.steps:
-        if config.train.stop_after is not None and step >= config.train.stop_after:
-            trainer.recorder.say(
-                f"stopped at step {step} of {config.train.steps}; without train.stop_after the same command goes on"
+@dataclass
+class _Training:
+    """What the attempts at one run have in common: more than one where it is taken back for a divergence."""
+
+    config: Config
+    start: Start
+    engine: Engine
+    model: HPCM
+    stop: StopRequest
+    watch: Watch
+
+    def __post_init__(self) -> None:
+        self.shapes = on_meta(self.config.model)
+        self.flops = training_flops_per_image(self.shapes, self.config.data.crop)
+        self.parameters = parameter_count(self.shapes)
+
+    def choose(self) -> Resume:
+        """The checkpoint to go on from, every byte of which has been looked at by one process or another."""
+        engine, folder = self.engine, self.start.folder
+
+        def examine(checkpoint: Checkpoint) -> str:
+            flaw = checkpoint.flaw(hashes=True, rank=engine.rank, world_size=engine.world_size)
+            return next(filter(None, engine.gather(flaw)), "")
+
+        found = {int(step) for step in engine.gather(str(folder.checkpoints.reached()))}
+        if len(found) > 1:
+            raise UserError(
+                f"some processes find step {max(found)} in run.dir={folder.path} and others do not; "
+                "put it on a file system that all machines share"
             )
-        return
-    state = engine.weights()
-    if state is not None:
-        facts = {
-            "lmbda": config.objective.lmbda,
-            "precision": config.engine.precision.value,
-            "step": step,
-            "images": trainer.tracker.images,
-            "pflops": trainer.tracker.pflops,
-        }
-        save_weights(folder.weights_file, state, config.model, facts)
-    trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")
+        return folder.resume(self.config, self.start.index.digest, examine)
 
-
-def _opening(config: Config, folder: RunFolder, resume: Resume, engine: Engine, parameters: int, flops: int) -> str:
-    """What is about to happen, and what it will cost."""
-    stage = f"ZeRO {config.engine.zero_stage}" if config.engine.name == EngineName.deepspeed else "accelerate"
-    lines = [
-        f"{folder.path}: {config.model.name}, {parameters:,} parameters, λ = {config.objective.lmbda}, {stage} on "
-        f"{engine.world_size} × {engine.device.type}, {config.train.steps:,} steps of "
-        f"{config.train.batch_size} images, {config.train.steps * config.train.batch_size * flops / PETA:.4g} PFLOPs"
-    ]
-    if resume.checkpoint and resume.checkpoint.parent == folder.checkpoints.folder:
-        lines.append(f"going on from step {resume.step} ({resume.checkpoint.name})")
-    elif resume.checkpoint:
-        lines.append(f"branching off {config.run.branch_of} at step {resume.step}")
-    if resume.previous and resume.previous.train.steps != config.train.steps:
-        lines.append(
-            f"train.steps changes from {resume.previous.train.steps} to {config.train.steps}: the learning-rate "
-            "schedule, where it is in fractions of the run, changes with it"
+    def attempt(self, resume: Resume) -> bool:
+        """Train from `resume` on; whether it got as far as it was to."""
+        config, engine, folder = self.config, self.engine, self.start.folder
+        described = {"parameters": self.parameters, "parameters_by_part": parameters_by_part(self.shapes)}
+        described |= {"environment": environment()}
+        divergences = folder.divergences()
+        peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
+        tracker = ComputeTracker(self.flops, engine.device, peak and peak * engine.world_size)
+        recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=described)
+        saver = Saver(engine, folder.checkpoints, Retention.of(config.train), before=recorder.sync)
+        trainer = Trainer(
+            config=config,
+            engine=engine,
+            model=self.model,
+            folder=folder,
+            recorder=recorder,
+            tracker=tracker,
+            images=self.start.images,
+            data_digest=self.start.index.digest,
+            stop=self.stop,
+            saver=saver,
+            alive=self.watch.alive,
+            rollbacks=len(divergences),
         )
-    return "\n".join(lines)
+        stream = None
+        failed = True
+        try:
+            self._load(resume, trainer)
+            stream = open_stream(
+                config.data,
+                seed=config.train.seed,
+                first_image=trainer.step * config.train.batch_size,
+                last_image=None,
+                batch_size=config.train.batch_size,
+                micro_batch_size=micro_batch_size(config, engine.world_size),
+                rank=engine.rank,
+                world_size=engine.world_size,
+                index=self.start.index,
+                left_out=[range(noted.first, noted.last + 1) for noted in divergences],
+            )
+            if trainer.step == 0 and config.train.on_divergence == OnDivergence.rollback:
+                trainer.checkpoint()  # something to go back to from the first step on
+            tracker.start_clock()
+            trainer.train(stream)
+            self._finish(trainer)
+            failed = False
+        except Diverged:
+            trainer.tell(saver.finish())
+            raise
+        finally:
+            saver.close()
+            if stream is not None:
+                stream.close()
+            recorder.close(exit_code=int(failed))
+        return not trainer.stopped
+
+    def go_back(self, diverged: Diverged) -> None:
+        """Have the next attempt go on without the images of the step that diverged."""
+        folder, train = self.start.folder, self.config.train
+        before = folder.divergences()
+        if len(before) >= train.max_rollbacks:
+            raise UserError(
+                f"{diverged}, after train.max_rollbacks={train.max_rollbacks} rollbacks; start anew with a lower "
+                "schedule.learning_rate, or allow more"
+            )
+        checkpoint = folder.checkpoints.reached()
+        first, last = culprits(diverged.step, checkpoint, before, train.batch_size)
+        self.engine.barrier()  # all have read the file
+        if self.engine.rank == 0:
+            folder.note_divergence(Divergence(diverged.step, diverged.reason, first, last))
+        self.engine.barrier()
+        tell(f"{diverged}: back to step {checkpoint}, and on without the images {first:,} to {last:,} of the run")
+
+    def opening(self, resume: Resume) -> str:
+        """What is about to happen, and what it will cost."""
+        config, engine, folder = self.config, self.engine, self.start.folder
+        stage = f"ZeRO {config.engine.zero_stage}" if config.engine.name == EngineName.deepspeed else "accelerate"
+        lines = [
+            f"{folder.path}: {config.model.name}, {self.parameters:,} parameters, λ = {config.objective.lmbda}, "
+            f"{stage} on {engine.world_size} × {engine.device.type}, {config.train.steps:,} steps of "
+            f"{config.train.batch_size} images, "
+            f"{config.train.steps * config.train.batch_size * self.flops / PETA:.4g} PFLOPs"
+        ]
+        if resume.choice:
+            checkpoint = resume.choice.checkpoint
+            lines += [f"passed over: {damaged}" for damaged in resume.choice.damaged]
+            if checkpoint.folder.parent == folder.checkpoints.folder:
+                lines.append(f"going on from step {resume.step} ({checkpoint.folder.name})")
+            else:
+                lines.append(f"branching off {config.run.branch_of} at step {resume.step}")
+        if resume.previous and resume.previous.train.steps != config.train.steps:
+            lines.append(
+                f"train.steps changes from {resume.previous.train.steps} to {config.train.steps}: the learning-rate "
+                "schedule, where it is in fractions of the run, changes with it"
+            )
+        return "\n".join(lines)
+
+    def _load(self, resume: Resume, trainer: Trainer) -> None:
+        if resume.choice is None:
+            return
+        checkpoint, state, _ = resume.choice
+        files, _ = checkpoint.read()
+        try:
+            fill([checkpoint.folder / name for name in files], self.engine.pieces())
+        except ValueError as error:
+            raise UserError(f"{checkpoint.folder} does not fit this model ({error}); choose another run.dir") from error
+        self.engine.take_over(state["updates"])
+        trainer.load_state(state)
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Export the weights of a finished run, or say how a stopped one goes on."""
+        config, folder, step = self.config, self.start.folder, trainer.step
+        if step < config.train.steps:
+            if not trainer.stopped:
+                trainer.recorder.say(
+                    f"stopped at step {step} of {config.train.steps}; without train.stop_after the same command goes on"
+                )
+            return
+        state = self.engine.weights()
+        if state is not None:
+            described = {
+                "lmbda": config.objective.lmbda,
+                "precision": config.engine.precision.value,
+                "step": step,
+                "images": trainer.tracker.images,
+                "pflops": trainer.tracker.pflops,
+            }
+            with writing(folder.weights_file):
+                save_weights(folder.weights_file, state, config.model, described)
+        trainer.stopped = False  # asked to, but there was nothing left to do
+        trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")

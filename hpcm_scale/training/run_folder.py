@@ -10,9 +10,11 @@ from typing import Any
 from hpcm_scale.config.compose import from_yaml, to_dict, to_yaml
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import write_text
+from hpcm_scale.files import write_text, writing
 from hpcm_scale.tracking.environment import environment
-from hpcm_scale.training.checkpoints import Checkpoints
+from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Choice, Examine
+from hpcm_scale.training.divergence import Divergence
+from hpcm_scale.training.run_lock import LOCK
 from hpcm_scale.training.schedule import decay_start
 
 # What may change when a run goes on; everything else would make it another run.
@@ -58,16 +60,14 @@ def run_directory(config: Config) -> Path:
 class Resume:
     """Where a command takes a run up."""
 
-    checkpoint: Path | None
-    """None: from nothing."""
-    state: dict[str, Any]
-    """The loop's state in the checkpoint; empty from nothing."""
+    choice: Choice | None
+    """The checkpoint; None: from nothing."""
     previous: Config | None
 
     @property
     def step(self) -> int:
         """Optimizer steps already done."""
-        return self.state.get("step", 0)
+        return self.choice.state["step"] if self.choice else 0
 
 
 class RunFolder:
@@ -79,37 +79,39 @@ class RunFolder:
         self.journal_file = self.path / "metrics.jsonl"
         self.weights_file = self.path / "weights.safetensors"
         self.environment_file = self.path / "environment.json"
+        self.divergences_file = self.path / "divergences.json"
+        self.stop_file = self.path / "stop"
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
-    def resume(self, config: Config, world_size: int, data_digest: str) -> Resume:
+    def resume(self, config: Config, data_digest: str, examine: Examine = Checkpoint.flaw) -> Resume:
         """What of an earlier run this command continues; writes nothing.
 
-        That is the folder's own newest checkpoint, or else, for a branch, the one of its trunk. Raises
-        UserError, naming the key, if the folder holds a different run, or the trunk is one.
+        That is the folder's own newest checkpoint in which `examine` finds no flaw, or else, for a branch, the one
+        of its trunk. Raises UserError, naming the key, if the folder holds a different run, or the trunk is one.
         """
         previous = None
         if self.config_file.is_file():
             previous = from_yaml(self.config_file)
             self._refuse_other_run(previous, config, _MAY_CHANGE)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
             raise UserError(f"run.dir={self.path} exists and is not a run; choose another run.dir")
-        newest = self.checkpoints.newest()
+        newest = self.checkpoints.newest(examine)
         if newest is not None:
-            self._refuse_state(newest[1], config, world_size, data_digest)
-            return Resume(*newest, previous)
+            self._refuse_state(newest.state, config, data_digest)
+            return Resume(newest, previous)
         if config.run.branch_of is None:
-            return Resume(None, {}, previous)
+            return Resume(None, previous)
         trunk = RunFolder(config.run.branch_of)
-        start = trunk.branch_point(config.run.branch_at)
+        start = trunk.branch_point(config.run.branch_at, examine)
         trunk._refuse_other_run(from_yaml(trunk.config_file), config, _BRANCH_MAY_CHANGE)
-        trunk._refuse_state(start[1], config, world_size, data_digest)
-        return Resume(*start, previous)
+        trunk._refuse_state(start.state, config, data_digest)
+        return Resume(start, previous)
 
-    def branch_point(self, step: int) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint of `step`, before any decay, and the loop's state in it. Raises UserError if there is none."""
+    def branch_point(self, step: int, examine: Examine = Checkpoint.flaw) -> Choice:
+        """The checkpoint of `step`, before any decay. Raises UserError if there is none, or it is damaged."""
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run; name the folder of the run to branch off")
-        point = self.checkpoints.at(step)
+        point = self.checkpoints.at(step, examine)
         if point is None:
             steps = ", ".join(map(str, self.checkpoints.steps())) or "none yet"
             raise UserError(
@@ -126,18 +128,28 @@ class RunFolder:
 
     def write_facts(self, config: Config) -> None:
         """Record the resolved configuration and the environment, beside those of earlier starts."""
+        with writing(self.path):
+            self._write_facts(config)
+
+    def _write_facts(self, config: Config) -> None:
         write_text(self.config_file, to_yaml(config))
         starts = []
         if self.environment_file.is_file():
             starts = json.loads(self.environment_file.read_text(encoding="utf-8"))
         write_text(self.environment_file, json.dumps([*starts, environment()], indent=1))
 
-    def _refuse_state(self, state: dict[str, Any], config: Config, world_size: int, data_digest: str) -> None:
-        if state["world_size"] != world_size:
-            raise UserError(
-                f"{self.path} was trained by {state['world_size']} processes, not {world_size}; start as many "
-                "as before, or choose another run.dir"
-            )
+    def divergences(self) -> list[Divergence]:
+        """The steps that the run has been taken back for, in the order of time."""
+        if not self.divergences_file.is_file():
+            return []
+        return [Divergence(**noted) for noted in json.loads(self.divergences_file.read_text(encoding="utf-8"))]
+
+    def note_divergence(self, divergence: Divergence) -> None:
+        """Have every later start go on without its images."""
+        noted = [entry._asdict() for entry in (*self.divergences(), divergence)]
+        write_text(self.divergences_file, json.dumps(noted, indent=1))
+
+    def _refuse_state(self, state: dict[str, Any], config: Config, data_digest: str) -> None:
         if state["data"] != data_digest:
             raise UserError(
                 f"data.shards={config.data.shards} holds other photos than {self.path} was trained on; name "

@@ -42,9 +42,9 @@ def prepare(
     data = config.data
     if data.shards is None:
         raise UserError("data.shards is not set; name the folder that `hpcm shards build` made")
-    index = open_index(data.shards, retries=data.retries, timeout=data.timeout)
+    index = open_index(data.shards, retries=data.retries, timeout=data.timeout, pipe=data.pipe)
     images = open_images(config.eval.images, config.eval.limit) if config.eval.images else None
     folder = RunFolder(run_directory(config))
-    resume = folder.resume(config, world_size, index.digest)
+    resume = folder.resume(config, index.digest)
     finished = resume.step == config.train.steps and exported_step(folder.weights_file) == resume.step
     return Start(folder, resume, index, images, finished)

@@ -10,36 +10,57 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from fork_server import TRAINING, ForkServer
 
 
 @pytest.fixture(scope="session")
-def launch(shards, tmp_path_factory):
-    """`launch(*overrides, processes=2, launcher=True, ...)`: a real training, in an empty working folder."""
+def fork_server():
+    """A process that has imported what trainings import."""
+    with ForkServer(TRAINING, os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def launch(shards, fork_server, tmp_path_factory):
+    """`launch(*overrides, processes=2, launcher=False, ...)`: a real training, in an empty working folder.
+
+    Its processes are forked, which spares them the imports; with `launcher=True` they are started as a user starts
+    them. Where there are GPUs they always are.
+    """
     folder = tmp_path_factory.mktemp("runs")
 
-    def start(*overrides: str, processes: int = 2, module: str = "hpcm_scale.train", wait: bool = True, **variables):
+    def start(
+        *overrides: str,
+        processes: int = 2,
+        module: str = "hpcm_scale.train",
+        wait: bool = True,
+        launcher: bool = False,
+        **variables,
+    ):
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-        command = [sys.executable, "-m", module]
-        if processes > 1:
-            deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-            port = ["--master_port", str(free_port())]
-            command = [deepspeed, "--num_gpus", str(processes), *port, "--module", module]
-        process = subprocess.Popen(
-            [*command, *overrides],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        if launcher or torch.cuda.is_available():
+            process = started(module, overrides, processes, folder, environment)
+        else:
+            process = fork_server.start(module, overrides, cwd=folder, env=environment, processes=processes)
         if not wait:
             return process
         stdout, stderr = process.communicate(timeout=400)
-        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     start.folder = folder
     return start
+
+
+def started(module: str, arguments: tuple[str, ...], processes: int, cwd: Path, env: dict) -> subprocess.Popen[str]:
+    """The module as its user starts it."""
+    command = [sys.executable, "-m", module]
+    if processes > 1:
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        port = ["--master_port", str(free_port())]
+        command = [deepspeed, "--num_gpus", str(processes), *port, "--module", module]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *arguments], cwd=cwd, env=env, start_new_session=True, **streams)
 
 
 @pytest.fixture(scope="session")

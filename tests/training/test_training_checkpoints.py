@@ -1,15 +1,25 @@
-"""Checkpoints count only when they are whole."""
+"""Checkpoints count only when they are whole, and belong to no engine."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
 from hpcm_scale.training.accelerate_engine import AccelerateEngine
-from hpcm_scale.training.checkpoints import Checkpoints
+from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Retention
+from hpcm_scale.training.pieces import Piece, fill, share, write
+from hpcm_scale.training.saver import Saved, Saver
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +31,11 @@ def engine() -> AccelerateEngine:
     return engine
 
 
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints")
+
+
 def train_step(engine: AccelerateEngine) -> float:
     loss = engine.module(torch.arange(8.0, device=engine.device).view(2, 4)).square().mean()
     engine.backward(loss)
@@ -28,62 +43,171 @@ def train_step(engine: AccelerateEngine) -> float:
     return loss.item()
 
 
-def test_retention_and_marker(engine, tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
+def save(engine, checkpoints, *steps: int, before=lambda: None, losses=None, **retention) -> list[Saved]:
+    saver = Saver(engine, checkpoints, Retention(**({"keep": 1} | retention)), before=before)
+    ended = []
+    for step in steps:
+        ended += saver.begin({"step": step, "note": "λ", "evaluation": (losses or {}).get(step)})
+    ended += saver.finish()
+    saver.close()
+    return ended
+
+
+def test_retention_and_manifest(engine, checkpoints):
     assert checkpoints.newest() is None
     (checkpoints.folder / "step_00000005").mkdir(parents=True)  # of a save that never finished
     for step in (10, 20, 30):
-        checkpoints.save(engine, {"step": step, "note": "λ"}, keep=2)
-        path, state = checkpoints.newest()
-        assert path.name == f"step_{step:08d}" and state == {"step": step, "note": "λ"}
+        assert save(engine, checkpoints, step, keep=2) == []
+        checkpoint, state, damaged = checkpoints.newest()
+        assert checkpoint.folder.name == f"step_{step:08d}" and damaged == []
+        assert state["step"] == step and state["note"] == "λ"
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step_00000020", "step_00000030"]
-    checkpoints.save(engine, {"step": 100_000_000}, keep=1)
-    assert [path.name for path in checkpoints.complete()] == ["step_100000000"]
+    files = sorted(path.name for path in checkpoints.of(30).folder.iterdir())
+    assert files == ["complete.json", "rank_00000.safetensors"]
+    save(engine, checkpoints, 100_000_000)
+    assert checkpoints.steps() == [100_000_000]
 
 
-def test_what_is_kept_for_good(engine, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for step in (10, 20, 30, 40):
-        checkpoints.save(engine, {"step": step}, keep=1, keep_at=[10, 30, 99])
-    assert checkpoints.steps() == [10, 30, 40]
-    assert checkpoints.at(30) == (tmp_path / "step_00000030", {"step": 30})
-    assert checkpoints.at(20) is None and checkpoints.newest()[1] == {"step": 40}
-    checkpoints.save(engine, {"step": 50}, keep=1)  # no longer asked for: the run was started again without
-    assert checkpoints.steps() == [50]
+def test_what_is_kept_for_good(engine, checkpoints):
+    losses = {20: 1.5, 30: 1.0, 40: 2.0}
+    save(engine, checkpoints, 10, 20, 30, 40, 45, steps=[10, 99], best=True, losses=losses)
+    assert checkpoints.steps() == [10, 30, 45]
+    assert checkpoints.at(30).state["evaluation"] == 1.0 and checkpoints.at(20) is None
+    save(engine, checkpoints, 50, 60, 70, 75, every=50)
+    assert checkpoints.steps() == [50, 75]
 
 
-def test_training_goes_on_from_a_checkpoint_bit_for_bit(engine, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(engine, checkpoints):
     for _ in range(3):
         train_step(engine)
-    checkpoints.save(engine, {"step": 3}, keep=1)
+    save(engine, checkpoints, 3)
     losses = [train_step(engine) for _ in range(3)]
-    engine.load(checkpoints.newest()[0])
+    checkpoint, state, _ = checkpoints.newest()
+    fill([checkpoint.folder / name for name in checkpoint.read()[0]], engine.pieces())
+    engine.take_over(state["updates"])
     assert [train_step(engine) for _ in range(3)] == losses
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_an_interrupted_save_leaves_the_last_one_valid(engine, tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(engine, {"step": 10}, keep=1)
+def test_training_goes_on_while_a_checkpoint_is_written(engine, checkpoints):
+    """What is written is what was there when it began, whatever the next steps change."""
+    saver = Saver(engine, checkpoints, Retention(1), before=lambda: None)
+    weight = engine.pieces()[0].values.clone()
+    saver.begin({"step": 1})
+    train_step(engine)
+    while saver.flags() == (0.0, 0.0):
+        pass
+    assert checkpoints.newest() is None  # not before all have told
+    assert saver.settle(*saver.flags()) == []
+    assert saver.finish() == []
+    saver.close()
+    written = load_file(checkpoints.of(1).folder / "rank_00000.safetensors")
+    assert torch.equal(written["weight/weight@0"], weight)
+    assert not torch.equal(engine.pieces()[0].values, weight)
 
-    def fails(folder) -> None:
-        (folder / "engine.pt").write_bytes(b"half")
-        raise OSError("no space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
-        patched.setattr(engine, "save", fails)
-        checkpoints.save(engine, {"step": 20}, keep=1)
-    assert checkpoints.newest()[1] == {"step": 10}
-    checkpoints.save(engine, {"step": 20}, keep=1)
-    assert checkpoints.newest()[1] == {"step": 20}
-    engine.load(checkpoints.newest()[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("odd")])
+def test_a_save_that_fails_leaves_the_last_one_valid(error, engine, checkpoints):
+    save(engine, checkpoints, 10)
+
+    def fails() -> None:
+        raise error
+
+    [ended] = save(engine, checkpoints, 20, before=fails)
+    assert ended.step == 20 and ended.error in ("No space left on device", "odd")
+    assert checkpoints.newest().state["step"] == 10
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000010"]
+    assert save(engine, checkpoints, 20) == []
+    assert checkpoints.steps() == [20]
 
 
-def test_a_damaged_marker_is_told_with_its_mend(engine, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(engine, {"step": 10}, keep=1)
-    (tmp_path / "step_00000010" / "complete.json").write_text("{")
-    with pytest.raises(UserError, match=r"step_00000010.* is damaged; remove .*step_00000010"):
+def test_weights_that_are_not_finite_are_never_saved(checkpoints):
+    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]))
+    engine.prepare(nn.Linear(4, 4))
+    save(engine, checkpoints, 10)
+    engine.pieces()[0].values[3] = torch.nan
+    [ended] = save(engine, checkpoints, 20)
+    assert ended == Saved(20, "weights or moments are not finite")
+    assert checkpoints.steps() == [10]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "rank_00000.safetensors is damaged": lambda folder: flip(folder / "rank_00000.safetensors"),
+    "rank_00000.safetensors is missing": lambda folder: (folder / "rank_00000.safetensors").unlink(),
+    "instead of": lambda folder: os.truncate(folder / "rank_00000.safetensors", 100),
+    "complete.json is damaged": lambda folder: flip(folder / "complete.json"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named_and_the_one_before_is_taken(what, engine, checkpoints):
+    save(engine, checkpoints, 10, 20, keep=2)
+    DAMAGE[what](checkpoints.of(20).folder)
+
+    def examine(checkpoint: Checkpoint) -> str:
+        return checkpoint.flaw(hashes=True)
+
+    checkpoint, state, [damaged] = checkpoints.newest(examine)
+    assert checkpoint.step == state["step"] == 10
+    assert "step_00000020" in damaged and what in damaged
+    with pytest.raises(UserError, match=r"step_00000020 cannot be used .*; choose another step"):
+        checkpoints.at(20, examine)
+    DAMAGE[what](checkpoints.of(10).folder)
+    with pytest.raises(UserError, match="no checkpoint is whole .*step_00000020.*step_00000010.*to begin again"):
+        checkpoints.newest(examine)
+
+
+def test_every_process_looks_at_its_share_of_the_hashes(tmp_path):
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    for name in "abc":
+        (folder / name).write_bytes(name.encode() * 9)
+    checkpoint = Checkpoint(folder)
+    from hpcm_scale.data.storage import sha256_of
+
+    checkpoint.complete({name: (9, sha256_of(folder / name)) for name in "abc"}, {"step": 1})
+    flip(folder / "b")
+    flaws = [checkpoint.flaw(hashes=True, rank=rank, world_size=2) for rank in range(2)]
+    assert flaws == ["", "b is damaged"]
+
+
+def test_a_checkpoint_of_another_format_is_no_checkpoint(checkpoints):
+    folder = checkpoints.of(7).folder
+    folder.mkdir(parents=True)
+    (folder / "complete.json").write_text(json.dumps({"step": 7}))
+    with pytest.raises(UserError, match="complete.json is damaged"):
         checkpoints.newest()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    writers=st.integers(1, 5),
+    readers=st.integers(1, 5),
+)
+def test_pieces_of_any_number_of_processes_are_read_by_any_other(sizes, writers, readers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pieces")
+    whole = [Piece("weight", f"layer.{i}", 0, torch.randn(size)) for i, size in enumerate(sizes)]
+    files = []
+    for rank in range(writers):
+        part = share(whole, rank, writers)
+        files.append(folder / f"{rank}.safetensors")
+        write(files[-1], {piece.key: piece.values.clone() for piece in part})
+    blank = [piece._replace(values=torch.full_like(piece.values, torch.nan)) for piece in whole]
+    for rank in range(readers):
+        fill(files, share(blank, rank, readers))
+    for written, read in zip(whole, blank, strict=True):
+        assert torch.equal(written.values, read.values)
+
+
+def test_pieces_that_are_not_all_there_are_told(tmp_path):
+    write(tmp_path / "a", {"weight/x@0": torch.ones(3)})
+    with pytest.raises(ValueError, match="weight/x@0 is not all there"):
+        fill([tmp_path / "a"], [Piece("weight", "x", 0, torch.zeros(4))])
+    with pytest.raises(ValueError, match="weight/y@0 is not all there"):
+        fill([tmp_path / "a"], [Piece("weight", "y", 0, torch.zeros(2))])

@@ -29,7 +29,7 @@ def test_one_line_and_exit_code_2(mistake, launch, shards):
 
 @pytest.mark.launch
 def test_the_launcher_passes_the_line_and_the_code_on(launch, shards):
-    result = launch("model=nano", f"data.shards={shards}", "data.crop=200", "run.dir=refused")
+    result = launch("model=nano", f"data.shards={shards}", "data.crop=200", "run.dir=refused", launcher=True)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
     assert len(lines) == 1 and "data.crop=200" in lines[0]

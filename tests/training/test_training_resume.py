@@ -1,4 +1,4 @@
-"""Stopping and going on, with real DeepSpeed launches of two processes."""
+"""Stopping and going on, with DeepSpeed on two processes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_fewer_steps_than_done_and_another_run_are_refused(unbroken, launch, sha
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch, shards):
     overrides = ("engine=zero1", "train.steps=5000", "log.wandb=disabled")
     options = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3")
-    process = launch(*options, *overrides, "run.dir=terminated", wait=False)
+    process = launch(*options, *overrides, "run.dir=terminated", wait=False, launcher=True)
     journal = launch.folder / "terminated" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (journal.is_file() and journal.read_text().count("\n") >= 3):

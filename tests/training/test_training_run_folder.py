@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from hpcm_scale.config.compose import compose, to_dict
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
+from hpcm_scale.training.divergence import Divergence
 from hpcm_scale.training.run_folder import RunFolder, run_directory
 
 
@@ -20,16 +21,15 @@ def started(path, config: Config | None = None) -> RunFolder:
 
 
 def checkpoint(folder: RunFolder, step: int, **changes) -> None:
-    state = {"step": step, "world_size": 2, "data": "digest"} | changes
-    path = folder.checkpoints.folder / f"step_{step:08d}"
-    path.mkdir(parents=True)
-    (path / "complete.json").write_text(json.dumps(state))
+    made = folder.checkpoints.of(step)
+    made.folder.mkdir(parents=True)
+    made.complete({}, {"step": step, "data": "digest"} | changes)
 
 
-def refused(folder: RunFolder, config: Config, world_size: int = 2, digest: str = "digest") -> str:
+def refused(folder: RunFolder, config: Config, digest: str = "digest") -> str:
     before = sorted(folder.path.rglob("*")) if folder.path.is_dir() else None
     with pytest.raises(UserError) as error:
-        folder.resume(config, world_size, digest)
+        folder.resume(config, digest)
     assert before == (sorted(folder.path.rglob("*")) if folder.path.is_dir() else None)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -39,8 +39,8 @@ def test_a_new_run_takes_a_new_or_empty_folder(tmp_path):
     config = compose(["model=nano"])
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
-        resume = RunFolder(tmp_path / name).resume(config, 2, "digest")
-        assert resume.checkpoint is None and resume.previous is None and resume.step == 0
+        resume = RunFolder(tmp_path / name).resume(config, "digest")
+        assert resume.choice is None and resume.previous is None and resume.step == 0
     assert not (tmp_path / "new").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"")
@@ -57,13 +57,13 @@ def test_where_an_unnamed_run_goes():
 def test_the_same_command_goes_on_from_the_newest_checkpoint(tmp_path):
     config = compose(["model=nano"])
     folder = started(tmp_path / "run")
-    assert folder.resume(config, 2, "digest").step == 0
+    assert folder.resume(config, "digest").step == 0
     for step in (40, 80):
         checkpoint(folder, step, meter={"steps": 3})
     (folder.checkpoints.folder / "step_00000120").mkdir()  # interrupted: no marker
-    resume = folder.resume(config, 2, "digest")
-    assert resume.step == 80 and resume.checkpoint.name == "step_00000080"
-    assert resume.state["meter"] == {"steps": 3} and resume.previous == config
+    resume = folder.resume(config, "digest")
+    assert resume.step == 80 and resume.choice.checkpoint.folder.name == "step_00000080"
+    assert resume.choice.state["meter"] == {"steps": 3} and resume.previous == config
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, object]:
@@ -74,10 +74,12 @@ def flat(values: dict, prefix: str = "") -> dict[str, object]:
     return result
 
 
-FREE = ["train.steps", "train.stop_after", "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped"]
-FREE += ["train.keep_at"]
-FREE += ["data.shards", "data.workers", "data.prefetch", "data.cache", "data.retries", "data.timeout"]
-FREE += ["eval.images", "eval.every", "eval.limit", "engine.world_size"]
+FREE = ["steps", "stop_after", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "keep_at", "keep_every"]
+FREE += ["keep_best", "on_divergence", "spike", "max_skipped", "max_rollbacks", "max_hours", "stall_minutes"]
+FREE = [f"train.{key}" for key in FREE]
+FREE += [f"data.{key}" for key in ("shards", "workers", "prefetch", "cache", "retries", "timeout", "max_bad", "pipe")]
+FREE += [f"engine.{key}" for key in ("name", "zero_stage", "offload", "world_size", "join_minutes", "options")]
+FREE += ["eval.images", "eval.every", "eval.limit"]
 FREE += ["log.every", "log.wandb", "log.project", "log.images", "run.dir", "run.sweep"]
 OTHERS = {
     "data.shards": "elsewhere",
@@ -87,6 +89,7 @@ OTHERS = {
     "run.sweep": "other",
     "run.branch_of": "elsewhere",
     "train.keep_at": [40],
+    "train.on_divergence": "stop",
     "schedule.decay": 0.2,
     "model.name": "other",
     "model.fusion": "none",
@@ -129,20 +132,19 @@ def test_what_may_change_when_a_run_goes_on(key, run_at_40):
     config = OmegaConf.to_object(structured)
     assert flat(to_dict(config))[key] != KEYS[key]
     if key in FREE:
-        assert run_at_40.resume(config, 2, "digest").step == 40
+        assert run_at_40.resume(config, "digest").step == 40
     else:
         text = refused(run_at_40, config)
         assert key in text and "choose another run.dir" in text
 
 
-def test_another_launch_or_other_photos_are_refused(run_at_40):
+def test_other_photos_and_fewer_steps_are_refused(run_at_40):
     config = compose(["model=nano"])
-    assert "was trained by 2 processes, not 4; start as many" in refused(run_at_40, config, world_size=4)
     assert "data.shards" in refused(run_at_40, config, digest="other")
     shorter = compose(["model=nano", "train.steps=39"])
     assert "has 40 steps already, more than train.steps=39" in refused(run_at_40, shorter)
     longer = compose(["model=nano", "train.steps=40"])
-    assert run_at_40.resume(longer, 2, "digest").previous.train.steps == 2_000_000
+    assert run_at_40.resume(longer, "digest").previous.train.steps == 2_000_000
 
 
 def test_a_damaged_configuration_is_told(tmp_path):
@@ -156,5 +158,14 @@ def test_the_folder_records_every_start(tmp_path):
     folder.write_facts(compose(["model=nano", "train.steps=7"]))
     starts = json.loads(folder.environment_file.read_text())
     assert len(starts) == 2 and all("torch" in start["packages"] for start in starts)
-    assert folder.resume(compose(["model=nano", "train.steps=7"]), 2, "digest").previous.train.steps == 7
+    assert folder.resume(compose(["model=nano", "train.steps=7"]), "digest").previous.train.steps == 7
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "environment.json"]
+
+
+def test_divergences_are_noted_for_every_later_start(tmp_path):
+    folder = started(tmp_path / "run")
+    assert folder.divergences() == []
+    noted = [Divergence(step, "its loss is not finite", 4 * step - 4, 4 * step - 1) for step in (7, 9)]
+    for divergence in noted:
+        folder.note_divergence(divergence)
+    assert RunFolder(folder.path).divergences() == noted

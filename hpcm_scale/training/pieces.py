@@ -1,0 +1,108 @@
+"""What training changes, in pieces that belong to no engine: parts of named parameters and of their Adam moments.
+
+So a checkpoint that one engine wrote with any number of processes is read by another with any other number.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""A parameter, and Adam's running means of its gradient and of the gradient's square."""
+
+
+class Piece(NamedTuple):
+    """A part of one flattened tensor."""
+
+    kind: str
+    """One of KINDS."""
+    name: str
+    """The parameter's name in the model."""
+    start: int
+    """Where it begins in the flattened parameter."""
+    values: Tensor
+    """The living fp32 values (n,): written to, they are trained on."""
+
+    @property
+    def key(self) -> str:
+        """What it is called in a file."""
+        return f"{self.kind}/{self.name}@{self.start}"
+
+
+def share(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
+    """Of pieces that every process holds alike, the part that process `rank` writes: an even one of their elements."""
+    total = sum(piece.values.numel() for piece in pieces)
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    part, position = [], 0
+    for piece in pieces:
+        start, stop = (min(max(edge - position, 0), piece.values.numel()) for edge in (first, last))
+        if start < stop:
+            part.append(piece._replace(start=piece.start + start, values=piece.values[start:stop]))
+        position += piece.values.numel()
+    return part
+
+
+class HostCopy:
+    """A copy of pieces in host memory, whose room is used again for the next one."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def take(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """Copy the pieces; valid until the next call."""
+        for piece in pieces:
+            if piece.key not in self._tensors:
+                on_device = piece.values.device.type == "cuda"
+                self._tensors[piece.key] = torch.empty(piece.values.shape, pin_memory=on_device)
+            self._tensors[piece.key].copy_(piece.values, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._tensors
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write copied pieces to a safetensors file. Raises OSError, for a full disk among others."""
+    try:
+        save_file(tensors, path)
+    except Exception as error:  # the library wraps the system's errors in one of its own
+        raise OSError(f"{error}") from error
+
+
+def fill(files: Sequence[Path], pieces: Sequence[Piece]) -> None:
+    """Read the values of `pieces` from files that `write` wrote, whatever the pieces in them.
+
+    Raises ValueError if they do not hold all of them.
+    """
+    with ExitStack() as stack, torch.no_grad():
+        stored: dict[str, list[tuple[int, int, object]]] = defaultdict(list)
+        for path in files:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensor, _, start = key.rpartition("@")
+                values = file.get_slice(key)
+                stored[tensor].append((int(start), int(start) + values.get_shape()[0], values))
+        for piece in pieces:
+            missing = piece.values.numel()
+            for first, last, part in _overlaps(stored[f"{piece.kind}/{piece.name}"], piece):
+                piece.values[first - piece.start : last - piece.start].copy_(part)
+                missing -= last - first
+            if missing:
+                raise ValueError(f"{piece.key} is not all there")
+
+
+def _overlaps(stored: list[tuple[int, int, object]], piece: Piece) -> Iterator[tuple[int, int, Tensor]]:
+    """What of a piece is in the stored parts: from where to where in the flattened parameter, and its values."""
+    end = piece.start + piece.values.numel()
+    for start, stop, values in stored:
+        first, last = max(start, piece.start), min(stop, end)
+        if first < last:
+            yield first, last, values[first - start : last - start]

@@ -1,0 +1,127 @@
+"""Processes that do not come, come with something else, or to the wrong place: one sentence, soon."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from watch_processes import PROBE, Probes, free_port
+
+from hpcm_scale.training.differences import difference
+from hpcm_scale.training.peers import Peer, numbers
+
+COMMAND = "type the same command on all machines"
+
+
+def test_a_process_that_never_comes_is_named(tmp_path):
+    ended = Probes(tmp_path, 4, "join_minutes=0.05", ranks=[0, 1]).end()
+    assert ended.codes == [2, 2]
+    host = socket.gethostname()
+    assert ended.lines == [
+        f"hpcm: processes 2-3 of 4 did not come within 0.05 minutes (processes 0-1 from {host} did); "
+        "start the missing machine, or raise engine.join_minutes"
+    ]
+
+
+def test_nobody_at_the_address(tmp_path):
+    port = free_port()
+    ended = Probes(tmp_path, 2, "join_minutes=0.02", ranks=[1], port=port).end()
+    assert ended.codes == [2]
+    assert f"got no answer from process 0 at 127.0.0.1:{port}" in ended.lines[-1]
+    assert len(ended.lines) == 1
+
+
+def test_a_port_in_use(tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ended = Probes(tmp_path, 1, port=port).end()
+    assert ended.codes == [2]
+    assert ended.lines == [
+        f"hpcm: port {port} of this machine is in use; choose another with --master_port (or MASTER_PORT)"
+    ]
+
+
+def test_two_runs_on_one_port_do_not_mix(tmp_path):
+    port = free_port()
+    first = Probes(tmp_path, 2, "steps=400", port=port)
+    first.await_line("process 0 is at step 2")
+    second = Probes(tmp_path, 2, port=port).end()
+    assert second.codes == [2, 2]
+    assert all("hpcm: port" in line and "use" in line for line in second.lines)
+    assert first.end().codes == [0, 0]
+
+
+def test_other_settings_are_named(tmp_path):
+    ended = Probes(tmp_path, 3, own={2: ["fact=6"]}).end()
+    assert ended.codes == [2, 2, 2]
+    assert len(ended.lines) == 1
+    assert ended.lines[0].startswith("hpcm: process 2 (pid ")
+    assert "has train.steps=6, and process 0 (pid " in ended.lines[0] and ended.lines[0].endswith(f"has 5; {COMMAND}")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_what_one_process_is_refused_for_ends_all_soon(tmp_path, who):
+    ended = Probes(tmp_path, 2, "refused=no shards", f"who={who}", "join_minutes=5").end(45)
+    assert ended.codes == [2, 2]
+    assert len(ended.lines) == 1
+    assert ended.lines[0].startswith(f"hpcm: process {who} (pid ") and ended.lines[0].endswith("): no shards")
+
+
+def test_what_all_are_refused_for_is_said_once_and_at_once(tmp_path):
+    alone = Probes(tmp_path, 1, "refused=no shards").end()
+    ended = Probes(tmp_path, 2, "refused=no shards").end()
+    assert (ended.codes, ended.lines) == ([2, 2], ["hpcm: no shards"])
+    assert ended.seconds < 2 * alone.seconds + 5  # twice the work on these cores, and far less than a process waits
+
+
+def test_both_engines_train_in_the_group_that_was_joined(tmp_path):
+    probe = Path(__file__).with_name("group_probe.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    done = subprocess.run(
+        [*command, str(free_port()), str(probe)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("group")]
+    assert sorted(said) == [
+        f"group {engine} {rank} of 2: same" for engine in ("accelerate", "deepspeed") for rank in (0, 1)
+    ]
+
+
+def test_a_process_started_by_hand_for_many_without_an_address(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    done = subprocess.run(
+        [sys.executable, str(PROBE)],
+        env=environment | {"RANK": "0", "WORLD_SIZE": "2"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("hpcm: RANK is set and MASTER_ADDR is not")
+
+
+def test_differences_are_found_at_any_depth():
+    peers = [Peer(rank, "host", rank, 0.0) for rank in range(3)]
+    same = {"version": {"torch": "2.13.0"}, "setting": {"train": {"steps": 5, "betas": [0.9, 0.99]}}}
+    assert difference(peers, [same, same, same]) is None
+    other = same | {"setting": {"train": {"steps": 5, "betas": [0.9, 0.9]}}}
+    assert "process 2 (pid 2 on host) has train.betas=[0.9, 0.9]" in difference(peers, [same, same, other])
+    older = same | {"version": {"torch": "2.9.0"}}
+    assert difference(peers, [same, older, other]).endswith("has 2.13.0; install the same versions on all machines")
+
+
+def test_numbers():
+    assert numbers([3]) == "process 3"
+    assert numbers([0, 1, 2, 5, 7, 8]) == "processes 0-2, 5, 7-8"

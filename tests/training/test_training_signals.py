@@ -1,0 +1,58 @@
+"""Being asked to stop: signals, a file, the clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hpcm_scale.training import signals
+from hpcm_scale.training.signals import SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_given_back(number, tmp_path):
+    before = signal.getsignal(number)
+    request = StopRequest(tmp_path / "stop")
+    assert not request.received()
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)  # at once: the same one, passed on by a launcher
+    assert request.received() and request.reason == signal.Signals(number).name
+    request.close()
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_at_once():
+    program = (
+        "import os, pathlib, signal, time; from hpcm_scale.training import signals; signals.ONCE_SECONDS = 0.1;"
+        "request = signals.StopRequest(pathlib.Path('stop'));"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); print(request.received(), flush=True);"
+        "os.kill(os.getpid(), signal.SIGUSR1); time.sleep(9); print('still here')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "True\n" and result.returncode == -signal.SIGUSR1, result.stderr
+
+
+def test_the_stop_file_is_obeyed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "LOOK_SECONDS", 0.0)
+    file = tmp_path / "stop"
+    request, other = StopRequest(file), StopRequest(file, first=False)
+    assert not request.received()
+    file.touch()
+    assert request.received() and not other.received()
+    other.close()
+    assert file.exists()
+    request.close()
+    assert not file.exists()
+
+
+def test_the_time_runs_out(tmp_path):
+    request = StopRequest(tmp_path / "stop", hours=0.2 / 3600)
+    assert not request.received()
+    time.sleep(0.25)
+    assert request.received() and "train.max_hours" in request.reason
+    request.close()

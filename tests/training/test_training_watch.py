@@ -1,0 +1,146 @@
+"""Whatever happens to one process, all end within a minute, and the last line says what it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from watch_processes import PROBE, Probes, await_line, free_port
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_exception_of_one_ends_all_and_is_said_last_and_once(tmp_path, who):
+    ended = Probes(tmp_path, 2, "does=raise", f"who={who}").end()
+    assert ended.codes == [1, 1]
+    assert ended.lines[-1].endswith("ArithmeticError: one and one is three")
+    assert sum("Traceback" in line for line in ended.lines) == 1
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_killed_process_is_named(tmp_path, who):
+    ended = Probes(tmp_path, 3, "does=kill", f"who={who}").end()
+    assert ended.codes == [-9 if rank == who else 1 for rank in range(3)]
+    pid = re.search(rf"process {who} is at step 2, pid (\d+)", "\n".join(ended.lines))[1]
+    assert ended.lines[-1].startswith(f"hpcm: process {who} (pid {pid} on ")
+    assert "is gone: killed, or out of memory" in ended.lines[-1]
+    assert not any("Traceback" in line or "gloo" in line for line in ended.lines)
+
+
+def test_a_mistake_that_one_process_meets_is_the_last_line(tmp_path):
+    ended = Probes(tmp_path, 2, "does=mistake", "who=1").end()
+    assert (ended.codes, ended.lines[-1]) == ([2, 2], "hpcm: the shards are gone")
+
+
+def test_a_mistake_that_all_meet_is_told_once_and_at_once(tmp_path):
+    ended = Probes(tmp_path, 2, "does=all_mistake").end()
+    assert ended.codes == [2, 2]
+    assert [line for line in ended.lines if "hpcm" in line] == ["hpcm: the loss is not finite"]
+
+
+def test_a_mistake_that_one_process_takes_for_common_ends_all(tmp_path):
+    ended = Probes(tmp_path, 2, "does=one_mistake", "who=1").end()
+    assert (ended.codes, ended.lines[-1]) == ([2, 2], "hpcm: the loss is not finite")
+
+
+def test_a_process_that_does_nothing_any_more_is_noticed_by_its_silence(tmp_path):
+    ended = Probes(tmp_path, 3, "does=freeze", "who=1", "lost_seconds=5").end()
+    assert ended.codes == [1, -9, 1]
+    assert re.search(r"process 1 \(pid \d+ on .*\) has not been heard of for 5 s", ended.lines[-1])
+
+
+def test_a_stall_leaves_stack_traces_of_all_and_says_where_it_hangs(tmp_path):
+    ended = Probes(tmp_path, 2, "does=sleep", "who=1", "stall_seconds=3").end()
+    assert ended.codes == [1, 1]
+    assert re.fullmatch(
+        r"hpcm: no step for 0.05 minutes after step 2 \(process 1 is in fail \(watch_probe.py:\d+\)\); "
+        r"stack traces: stacks",
+        ended.lines[-1],
+    )
+    assert any(re.search(r"process 0: all_reduce .*train \(watch_probe.py", line) for line in ended.lines)
+    assert "in fail" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
+    assert "in all_reduce" in (tmp_path / "stacks" / "rank_00000.txt").read_text()
+
+
+def test_an_interrupted_process_takes_the_others_along_without_a_word(tmp_path):
+    ended = Probes(tmp_path, 2, "does=interrupt", "who=1").end()
+    assert ended.codes == [130, 130]
+    assert not any("Traceback" in line or "hpcm" in line for line in ended.lines)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_nobody_is_missed_that_ends_before_or_after_the_others(tmp_path, late):
+    ended = Probes(tmp_path, 2, f"late={late}", "times=2", "steps=3", "lost_seconds=2").end()
+    assert ended.codes == [0, 0]
+    assert sum("is done: 2 added up" in line for line in ended.lines) == 4
+    assert not any("hpcm" in line for line in ended.lines)
+
+
+def test_the_end_is_watched_too(tmp_path):
+    probes = Probes(tmp_path, 2, "late=0", "steps=2")
+    pid = int(probes.await_line("process 0 is at step 2").split()[-1])
+    os.kill(pid, signal.SIGKILL)
+    ended = probes.end()
+    assert ended.codes == [-9, 1]
+    assert "process 0 (pid" in ended.lines[-1]
+
+
+def test_one_process_alone_ends_as_ever(tmp_path):
+    ended = Probes(tmp_path, 1, "does=raise", "who=0").end()
+    assert (ended.codes, ended.lines[-1].split("]:")[-1].strip()) == ([1], "ArithmeticError: one and one is three")
+
+
+def _deepspeed(folder: Path, *arguments: str) -> tuple[subprocess.Popen, Path]:
+    log = folder / "log.txt"
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "critical", "--num_gpus", "2"]
+    with log.open("w", encoding="utf-8") as handle:
+        process = subprocess.Popen(
+            [*launcher, "--master_port", str(free_port()), str(PROBE), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            cwd=folder,
+            stdout=handle,
+            stderr=handle,
+        )
+    return process, log
+
+
+@pytest.mark.launch
+def test_the_cause_is_the_last_line_under_deepspeed(tmp_path):
+    process, log = _deepspeed(tmp_path, "does=kill", "who=1")
+    process.wait(60)
+    lines = log.read_text().splitlines()
+    assert lines[-1].startswith("hpcm: process 1 (pid ") and "is gone" in lines[-1]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("whom", ["deepspeed", "launch.py"])
+def test_processes_whose_launcher_is_killed_stop_in_good_order(tmp_path, whom):
+    process, log = _deepspeed(tmp_path, "steps=100000", "pause=0.05")
+    said = lambda: log.read_text().splitlines()  # noqa: E731
+    pids = [int(await_line(said, f"process {rank} is at step 2").split()[-1]) for rank in (0, 1)]
+    ranks = [psutil.Process(pid) for pid in pids]
+    victim = process if whom == "deepspeed" else ranks[0].parent()
+    victim.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    for rank in alive:
+        rank.kill()
+    process.wait(30)
+    assert not alive
+    stops = [line for line in said() if "stops at step" in line]
+    assert len(stops) == 2 and any("launcher is gone" in line for line in stops)
+
+
+def test_watching_costs_a_step_nothing(tmp_path):
+    from hpcm_scale.training.watch import Watch
+
+    watch = object.__new__(Watch)
+    start = time.perf_counter()
+    for step in range(100_000):
+        watch.alive(step)
+    assert (time.perf_counter() - start) / 100_000 < 20e-6  # s

@@ -1,0 +1,94 @@
+"""A training without a model: processes that meet, watch each other, and add numbers up, until one of them …
+
+Arguments: `join_minutes=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and what
+process `who` does in its third step, `does=raise|mistake|all_mistake|one_mistake|kill|freeze|sleep|interrupt`, or `late=who` after its
+last; or before it joins, `refused=text`. `fact=…` is what the processes compare; `lost_seconds=…` takes the place of
+the watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from hpcm_scale.errors import STOPPED, UserError, alone, one_line
+from hpcm_scale.training import processes, watch
+from hpcm_scale.training.rendezvous import initialise, join, telling_refusals
+from hpcm_scale.training.run_lock import RunLock
+
+
+@one_line
+def main() -> None:
+    given = dict(argument.split("=", 1) for argument in processes.without_launcher_arguments(sys.argv[1:]))
+    processes.complete_environment()
+    watch.LOST_SECONDS = float(given.get("lost_seconds", watch.LOST_SECONDS))
+    for _ in range(int(given.get("times", "1"))):
+        train(given)
+
+
+def train(given: dict[str, str]) -> None:
+    rank = int(os.environ["RANK"])
+    who = rank == int(given.get("who", "-1"))
+    with telling_refusals():
+        if "refused" in given and (who or "who" not in given):
+            raise UserError(given["refused"])
+    facts = {"setting": {"train": {"steps": given.get("fact", "5")}}}
+    group = join(facts, float(given.get("join_minutes", "0.5")))
+    folder = Path(given.get("folder", "."))
+    if "lock" in given:
+        group.first(lambda: locks.append(RunLock(folder, float(given["lock"]))))
+    asked: list[str] = []
+    with watch.Watch(
+        group, float(given.get("stall_seconds", "60")), folder / "stacks", on_orphaned=asked.append
+    ) as guard:
+        initialise(group, 30)
+        for step in range(1, int(given.get("steps", "5")) + 1):
+            if step == 3 and (who or given.get("does") == "all_mistake"):
+                fail(given["does"])
+            total = torch.tensor([1.0, float(bool(asked))])
+            torch.distributed.all_reduce(total)
+            if total[1]:
+                say(f"process {rank} stops at step {step}: {asked}")
+                raise SystemExit(STOPPED)
+            guard.alive(step)
+            time.sleep(float(given.get("pause", "0.01")))
+            if step == 2:
+                say(f"process {rank} is at step 2, pid {os.getpid()}")
+        if given.get("late") == str(rank):
+            time.sleep(3)
+    say(f"process {rank} is done: {total[0]:g} added up")
+
+
+locks: list[RunLock] = []
+
+
+def fail(how: str) -> None:
+    if how == "raise":
+        raise ArithmeticError("one and one is three")
+    if how == "mistake":
+        with alone():
+            raise UserError("the shards are gone")
+    if how in ("all_mistake", "one_mistake"):
+        raise UserError("the loss is not finite")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "sleep":
+        time.sleep(100)
+    if how == "interrupt":
+        raise KeyboardInterrupt
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())  # whole, whatever others write
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Starts the probe's processes as a scheduler without a launcher does, and collects what they say together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+PROBE = Path(__file__).with_name("watch_probe.py")
+
+
+class Ended(NamedTuple):
+    codes: list[int]
+    lines: list[str]
+    """Of all processes, in the order in which they were written."""
+    seconds: float
+
+
+class Probes:
+    """`processes` probes that are to meet, or those `ranks` of them; each may have arguments of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: int,
+        *arguments: str,
+        ranks: Sequence[int] | None = None,
+        own: dict[int, list[str]] | None = None,
+        port: int | None = None,
+    ) -> None:
+        self._start = time.monotonic()
+        port = port or free_port()
+        self._log = folder / f"log_{port}_{time.monotonic_ns()}.txt"
+        self.processes = []
+        with self._log.open("w", encoding="utf-8") as log:
+            for rank in range(processes) if ranks is None else ranks:
+                given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+                environment = os.environ | {name: str(value) for name, value in given.items()}
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(PROBE), *arguments, *(own or {}).get(rank, [])],
+                        env=environment | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+                        cwd=folder,
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
+
+    def said(self) -> list[str]:
+        return self._log.read_text(encoding="utf-8").splitlines()
+
+    def await_line(self, part: str, seconds: float = 60) -> str:
+        """Wait until one of them says something with `part` in it."""
+        return await_line(self.said, part, seconds)
+
+    def end(self, seconds: float = 60) -> Ended:
+        """Wait for all; none may outlive `seconds`, which are what a user is promised."""
+        try:
+            codes = [process.wait(max(0.1, self._start + seconds - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return Ended(codes, self.said(), time.monotonic() - self._start)
+
+
+def await_line(said, part: str, seconds: float = 60) -> str:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for line in said():
+            if part in line:
+                return line
+        time.sleep(0.05)
+    raise AssertionError(f"nobody says {part!r}: {said()}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
