@@ -75,6 +75,14 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError, OSError):
             raise ValueError(f"{_MANIFEST} is damaged") from None
 
+    @property
+    def evaluation(self) -> float | None:
+        """Evaluation loss at its step; None if there was none, or it cannot be told."""
+        try:
+            return self.read()[1].get("evaluation")
+        except ValueError:
+            return None
+
     def complete(self, files: dict[str, File], state: dict[str, Any]) -> None:
         """Write the manifest: from now on the checkpoint counts."""
         content = {"sha256": _digest(files, state), "files": files, "state": state}
@@ -170,12 +178,7 @@ class Checkpoints:
 
     def retain(self, retention: Retention) -> None:
         """Remove what is not kept, and what interrupted saves have left."""
-        losses: dict[int, float | None] = {}
-        for checkpoint in self.complete():
-            try:
-                losses[checkpoint.step] = checkpoint.read()[1].get("evaluation")
-            except ValueError:
-                losses[checkpoint.step] = None
+        losses = {checkpoint.step: checkpoint.evaluation for checkpoint in self.complete()}
         kept = {self.of(step).folder for step in retention.kept(losses)}
         for folder in sorted(self.folder.glob("step_*")):
             if folder not in kept:

@@ -268,13 +268,15 @@ def _tell(error: UserError) -> None:
     """Raises what is to be said in place of the error, if that is something else."""
     try:
         group = _connected(REFUSED_SECONDS)
+    except UserError:
+        error.local = True  # nobody else hears of it
+        return
+    try:
         group.meet({}, REFUSED_SECONDS, refusal=str(error))
     except Fault:
-        error.local = True  # nobody else heard of it
+        error.local = True
     except UserError as verdict:
-        if verdict.local or "in use" in str(verdict):
-            error.local = True
-        elif str(verdict) != str(error):
+        if str(verdict) != str(error):
             raise verdict from None
 
 

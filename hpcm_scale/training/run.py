@@ -81,12 +81,9 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> boo
         tell(training.opening(resume))
         if engine.rank == 0:
             start.folder.write_facts(config)
-        while True:
-            try:
-                return training.attempt(resume)
-            except Diverged as diverged:
-                training.go_back(diverged)
-                resume = training.choose()
+        while (reached := training.attempt(resume)) is None:
+            resume = training.choose()
+        return reached
     finally:
         engine.close()
 
@@ -123,8 +120,8 @@ class _Training:
             )
         return folder.resume(self.config, self.start.index.digest, examine)
 
-    def attempt(self, resume: Resume) -> bool:
-        """Train from `resume` on; whether it got as far as it was to."""
+    def attempt(self, resume: Resume) -> bool | None:
+        """Train from `resume` on; whether it got as far as it was to, None if it has to go back for a divergence."""
         config, engine, folder = self.config, self.engine, self.start.folder
         described = {"parameters": self.parameters, "parameters_by_part": parameters_by_part(self.shapes)}
         described |= {"environment": environment()}
@@ -169,9 +166,10 @@ class _Training:
             trainer.train(stream)
             self._finish(trainer)
             failed = False
-        except Diverged:
+        except Diverged as diverged:
             trainer.tell(saver.finish())
-            raise
+            self._go_back(diverged)
+            return None
         finally:
             saver.close()
             if stream is not None:
@@ -179,7 +177,7 @@ class _Training:
             recorder.close(exit_code=int(failed))
         return not trainer.stopped
 
-    def go_back(self, diverged: Diverged) -> None:
+    def _go_back(self, diverged: Diverged) -> None:
         """Have the next attempt go on without the images of the step that diverged."""
         folder, train = self.start.folder, self.config.train
         before = folder.divergences()

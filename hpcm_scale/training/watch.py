@@ -85,17 +85,18 @@ class Watch:
             self._step = step
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if error is None or (isinstance(error, SystemExit) and error.code in (0, None, STOPPED)):
-            common = self._all_come("end")
+        stopped = error is None or (isinstance(error, SystemExit) and error.code in (0, None, STOPPED))
+        if stopped:
+            together = self._all_come("end")
         elif isinstance(error, UserError) and not error.local:
-            common = self._all_come(f"mistake {hashlib.sha256(str(error).encode()).hexdigest()}", ALIKE_SECONDS)
+            together = self._all_come(f"mistake {hashlib.sha256(str(error).encode()).hexdigest()}", ALIKE_SECONDS)
         else:
-            common = self._group.world_size == 1
-        if common:
+            together = self._group.world_size == 1
+        if together:
             self._close()
             return False
         ignore_termination()
-        if _is_disconnection(error):
+        if stopped or _is_disconnection(error):
             self._await_news()
         if self._cause() is None:
             self._line.post({"text": _one_line(error), "code": _exit_code(error), "rank": self._rank, "raised": True})
@@ -122,19 +123,21 @@ class Watch:
 
     def _all_come(self, where: str, seconds: float = float("inf")) -> bool:
         """Whether all processes come here within `seconds`, and nothing else happens meanwhile."""
-        deadline = time.monotonic() + seconds
-        come = self._line.count(where, 1)
-        while come is not None and come < self._group.world_size and time.monotonic() < deadline and not self._cause():
-            time.sleep(POLL_SECONDS)
-            come = self._line.count(where, 0)
-        if come != self._group.world_size:
+        if not self._counted(where, seconds):
             return False
         self._safe.set()  # from here on, any of them may end
-        deadline = time.monotonic() + ALIKE_SECONDS
-        seen = self._line.count(f"{where} seen", 1)
-        while seen is not None and seen < self._group.world_size and time.monotonic() < deadline:
+        self._counted(f"{where} seen", ALIKE_SECONDS)
+        return True
+
+    def _counted(self, what: str, seconds: float) -> bool:
+        """Count this process in; whether all are within `seconds`."""
+        deadline = time.monotonic() + seconds
+        count = self._line.count(what, 1)
+        while count != self._group.world_size:
+            if self._line.broken or self._cause() or time.monotonic() > deadline:
+                return False
             time.sleep(POLL_SECONDS)
-            seen = self._line.count(f"{where} seen", 0)
+            count = self._line.count(what, 0)
         return True
 
     def _close(self) -> None:

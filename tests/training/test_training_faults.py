@@ -131,6 +131,11 @@ def test_on_a_full_disk_training_goes_on(keys, tmp_path):
         assert run.newest() > step
 
 
+def failures(run: Run) -> int:
+    """Checkpoints that it has said could not be written."""
+    return run.output().count("could not be written")
+
+
 def hashes(run: Run) -> dict[str, str]:
     """Of all files of the complete checkpoints."""
     folders = [marker.parent for marker in run.checkpoints.glob("step_*/complete.json")]

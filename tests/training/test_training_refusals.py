@@ -16,10 +16,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_one_line_and_exit_code_2(mistake, launch, shards):
-    """As a process of a launch of two sees it."""
     defaults = {"model": "model=nano", "data.shards": f"data.shards={shards}", "train.batch_size": "train.batch_size=4"}
     overrides = [value for key, value in defaults.items() if key != mistake.split("=")[0]]
-    result = launch(*overrides, mistake, "run.dir=refused", processes=1, WORLD_SIZE="2", RANK="0")
+    result = launch(*overrides, mistake, "run.dir=refused")
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.startswith("hpcm: ") and result.stderr.count("\n") == 1
     assert MISTAKES[mistake] in result.stderr

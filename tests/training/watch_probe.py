@@ -1,9 +1,9 @@
 """A training without a model: processes that meet, watch each other, and add numbers up, until one of them …
 
-Arguments: `join_minutes=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and what
-process `who` does in its third step, `does=raise|mistake|all_mistake|one_mistake|kill|freeze|sleep|interrupt`, or `late=who` after its
-last; or before it joins, `refused=text`. `fact=…` is what the processes compare; `lost_seconds=…` takes the place of
-the watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds.
+Arguments: `join_minutes=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and
+what process `who` does in its third step, `does=…` (see `fail`), or `late=who` after its last; or, before it joins,
+`refused=text`. `fact=…` is what the processes compare; `lost_seconds=…` and `grace_seconds=…` take the place of the
+watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> None:
     given = dict(argument.split("=", 1) for argument in processes.without_launcher_arguments(sys.argv[1:]))
     processes.complete_environment()
     watch.LOST_SECONDS = float(given.get("lost_seconds", watch.LOST_SECONDS))
+    watch.GRACE_SECONDS = float(given.get("grace_seconds", "1"))
     for _ in range(int(given.get("times", "1"))):
         train(given)
 
