@@ -63,6 +63,10 @@ def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -
         table.add_row("in host memory", f"{memory.host / 1e9:,.2f}")
     Console().print(table)
     print("fragmentation and temporary memory of kernels come on top: 10 to 20 %")
+    print(
+        f"a checkpoint: {needs.checkpoint / 1e9:,.2f} GB, of which each process keeps its "
+        f"{needs.checkpoint / world_size / 1e9:,.2f} GB in host memory"
+    )
     hours = needs.seconds(peak * world_size, mfu) / 3600
     print(
         f"{config.train.steps:,} steps of {config.train.batch_size} images: {needs.images:,} images, "

@@ -10,14 +10,17 @@ PIPE = "pipe:"
 """What a source starts with that is a shell command and no URL."""
 
 _SECRETS = (
-    re.compile(r"(?P<keep>//)[^/\s:@'\"]*:[^/\s'\"]*(?=@)"),  # ftp://user:password@host
+    re.compile(r"(?P<keep>//)[^/\s:@'\"]*:(?!\$)[^/\s'\"]+(?=@)"),  # ftp://user:password@host
     re.compile(r"(?P<keep>https?://)[^/\s@'\"$]+(?=@)"),  # a token in place of the user, as of git hosts
     re.compile(
         r"(?P<keep>[?&;](?:[\w.-]*(?:token|signature|secret|passw|credential|accesskey|api[-_]?key|auth)[\w.-]*"
         r"|sig|key|pwd)=)[^&#\s'\"$]+",
         re.IGNORECASE,
     ),
-    re.compile(r"(?P<keep>\bauthorization\s*:\s*)(?:(?:bearer|basic|token)\s+)?[^\s'\"$]+", re.IGNORECASE),
+    re.compile(
+        r"(?P<keep>\bauthorization\s*:\s*)(?:(?:bearer|basic|token)\s+)?(?!(?:bearer|basic|token)\s)[^\s'\"$]+",
+        re.IGNORECASE,
+    ),
 )
 """Each matches a secret after what may be kept. What a shell will fill in (`$TOKEN`) is none."""
 

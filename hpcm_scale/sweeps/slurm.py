@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcm_scale.errors import UserError
+from hpcm_scale.errors import STOPPED, UserError
 from hpcm_scale.files import write_text, writing
 from hpcm_scale.sweeps.jobs import Job, unfinished
 from hpcm_scale.sweeps.log import MARK
@@ -26,25 +26,11 @@ _BODY = r"""
 set -euo pipefail
 cd -- @FOLDER@
 echo "@MARK@started in Slurm job $SLURM_JOB_ID"
-trap 'echo "@MARK@ended with exit code $?"' EXIT
+trap 'code=$?; echo "@MARK@ended with exit code $((code == @STOPPED@ ? 0 : code))"' EXIT
 @SETUP@
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over from sbatch
 
-# No launcher between Slurm and training: the signal to stop reaches every process at once, and nothing cuts
-# short the checkpoint that follows.
-trap : TERM # sent to this script too, it does not end it
-srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' train \
-    @PYTHON@ -m hpcm_scale.train @OVERRIDES@
-
-# Stopped before its end, with a checkpoint, and not being ended by Slurm (cancelled, or requeued already): again.
-unfinished='import sys; from hpcm_scale.training.run_folder import RunFolder
-sys.exit(RunFolder(sys.argv[1]).checkpoints.reached() >= @STEP@)'
-if @PYTHON@ -c "$unfinished" @RUN@ && [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+@UNDER_SLURM@
+under_slurm @PYTHON@ -m hpcm_scale.train @OVERRIDES@
 """
 
 
@@ -61,8 +47,8 @@ def script(job: Job, options: SlurmOptions) -> str:
         "SETUP": "\n".join(options.setup),
         "PYTHON": shlex.quote(sys.executable),
         "OVERRIDES": " ".join(map(shlex.quote, job.overrides)),
-        "STEP": str(job.last_step),
-        "RUN": shlex.quote(str(job.folder)),
+        "STOPPED": str(STOPPED),
+        "UNDER_SLURM": Path(__file__).with_name("slurm_job.sh").read_text(encoding="utf-8"),
     }
     body = _BODY
     for name, value in parts.items():
@@ -81,7 +67,7 @@ def _header(job: Job, options: SlurmOptions) -> list[str]:
         f"--output={shlex.quote(str(job.log.absolute()).replace('%', '%%'))}",
         "--open-mode=append",
         "--requeue",
-        f"--signal=TERM@{options.grace}",
+        f"--signal=USR1@{options.grace}",
     ]
     if options.gpus_per_node:
         lines.append(f"--gpus-per-node={options.gpus_per_node}")

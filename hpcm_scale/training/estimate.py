@@ -10,6 +10,7 @@ from hpcm_scale.config.deepspeed import LIVE_PARAMETERS, REDUCED_PARAMETERS
 from hpcm_scale.config.schema import Config, EngineName
 from hpcm_scale.model.shapes import on_meta, parameter_count
 from hpcm_scale.training.costs import activation_bytes, training_flops_per_image
+from hpcm_scale.training.pieces import KINDS
 
 _FP32 = 4
 _ADAM_MOMENTS = 2
@@ -50,6 +51,11 @@ class Estimate:
     def pflops(self) -> float:
         """Model PFLOPs of the whole run."""
         return self.flops_per_image * self.images / PETA
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint; each process keeps its share in host memory from the first one on."""
+        return _FP32 * len(KINDS) * self.parameters
 
     def seconds(self, peak: float, mfu: float) -> float:
         """Time of the run on processes with `peak` FLOP/s together, of which `mfu` (0 to 1) are used."""

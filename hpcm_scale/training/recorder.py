@@ -71,8 +71,9 @@ class Recorder:
             self._bar.close()
             try:
                 self._journal.close()
-            finally:
-                self._wandb.close(exit_code)
+            except OSError as error:
+                self.warn(f"the last lines of {self._journal.path} are lost ({error.strerror or error})")
+            self._wandb.close(exit_code)
 
 
 def _picture(item: Reconstruction) -> tuple[str, Any, str]:

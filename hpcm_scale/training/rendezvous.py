@@ -25,7 +25,7 @@ POLL_SECONDS = 0.05
 REFUSED_SECONDS = 10.0
 """How long a process that cannot take part waits for the others, to tell them."""
 READ_SECONDS = 5.0
-"""How long the process that keeps the store stays for others to read why they are refused."""
+"""How long the process that keeps the store stays for others to read what it found."""
 _ANSWER_SECONDS = 30.0
 """A store that answers at all answers within so long."""
 
@@ -171,7 +171,7 @@ class Group:
             )
         else:
             refusal = difference(peers, [entry["facts"] for entry in entries])
-        return {"refusal": refusal, "peers": [peer._asdict() for peer in peers]}
+        return {"refusal": refusal, "peers": [peer._asdict() for peer in peers], "came": len(here)}
 
     def _verdict(self, name: str, judge: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
         """What the first process says of an exchange. Raises UserError if it is a refusal."""
@@ -186,7 +186,9 @@ class Group:
         except (DistNetworkError, DistStoreError):
             raise Fault(f"process 0 at {self.address[0]} has gone while the others joined it") from None
         if verdict.get("refusal"):
-            self._part(name)
+            ignore_termination()
+        self._await_readers(name, verdict.get("came", self.world_size))
+        if verdict.get("refusal"):
             raise UserError(verdict["refusal"])
         return verdict
 
@@ -198,13 +200,12 @@ class Group:
             self._refuse_orphan()
             time.sleep(POLL_SECONDS)
 
-    def _part(self, name: str) -> None:
-        """Leave a refused meeting; the process that keeps the store goes, and speaks, last."""
-        ignore_termination()
+    def _await_readers(self, name: str, readers: int) -> None:
+        """The first process, which keeps the store, may end after this, and speaks last."""
         with suppress(DistNetworkError, DistStoreError):
             read = self.store.add(f"{name}/read", 1)
             deadline = time.monotonic() + READ_SECONDS
-            while self.rank == 0 and read < self.store.add(f"{name}/came", 0) and time.monotonic() < deadline:
+            while self.rank == 0 and read < readers and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
                 read = self.store.add(f"{name}/read", 0)
 

@@ -252,8 +252,9 @@ def test_an_unfinished_build_of_other_photos_is_begun_anew(photo_folder, small_s
 def test_a_million_samples_load_quickly(tmp_path):
     count = 1_000_000
     samples = {name: range(10**6, 10**6 + count) for name in COLUMNS} | {"shard": [0] * count}
+    samples |= {"offset": range(512, 10**7 * count, 10**7)}
     samples |= {"key": [f"folder/photo_{i:07d}" for i in range(count)], "extension": ["jpg"] * count}
-    index = ShardIndex([Shard("shard-000000.tar", bytes=1, sha256="0")], samples, {})
+    index = ShardIndex([Shard("shard-000000.tar", bytes=10**7 * count, sha256="0" * 64)], samples, {})
     (tmp_path / "index.json").write_text(index.to_json())
     began = time.perf_counter()
     loaded = load_index(str(tmp_path))

@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpcm_scale.data.build import examine
 from hpcm_scale.data.crop import cut
-from hpcm_scale.data.images import decode, to_array
+from hpcm_scale.data.image_set import ImageSet, read_image
+from hpcm_scale.data.images import MAX_PIXELS, decode, to_array
+from hpcm_scale.data.sources import Source
+from hpcm_scale.errors import UserError
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -129,12 +133,35 @@ def test_truncated_files_are_broken(photo, kind):
             decode(data[: int(part * len(data))])
 
 
-def test_a_decompression_bomb_is_refused_before_it_unfolds():
-    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = png16(np.zeros((1, 1), np.uint16), 0)
-    bomb = data[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
-    with pytest.raises(ValueError, match="too many pixels"):
-        decode(bomb)
+    return data[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
+
+
+@pytest.mark.parametrize("pillows_limit", [Image.MAX_IMAGE_PIXELS, None, 10**12])
+@pytest.mark.parametrize("size", [(40_000, 40_000), (MAX_PIXELS + 1, 1), (13_100, 13_100), (65_000, 65_000)])
+def test_a_decompression_bomb_is_refused_before_it_unfolds(monkeypatch, size, pillows_limit):
+    """Whatever other libraries have made of Pillow's limit, which is the whole process's."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)
+    with pytest.raises(ValueError, match=r"^too many pixels: more than 170,000,000$"):
+        decode(bomb(*size))
+
+
+def test_as_many_pixels_as_the_limit_are_no_bomb():
+    with pytest.raises(ValueError, match="broken image"):  # there are no pixels in it
+        decode(bomb(17_000, 10_000))
+
+
+def test_a_bomb_is_refused_wherever_an_image_comes_in(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(bomb(40_000, 40_000))
+    reason = "too many pixels: more than 170,000,000"
+    assert examine(Source(tmp_path / "bomb.png", "bomb.png", "bomb", 1), min_side=0) == reason
+    with pytest.raises(UserError, match=reason):
+        read_image(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match=reason):
+        ImageSet(tmp_path).load(0)
 
 
 @settings(max_examples=150, deadline=None)

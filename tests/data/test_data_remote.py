@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import fsspec
@@ -14,10 +13,11 @@ import torch
 from range_server import RangeServer
 
 from hpcm_scale.config.schema import DataConfig
-from hpcm_scale.data import storage
+from hpcm_scale.data import retrying
 from hpcm_scale.data.cache import CachedStorage
 from hpcm_scale.data.index import load_index
-from hpcm_scale.data.storage import RemoteStorage, is_permanent, pause
+from hpcm_scale.data.retrying import is_permanent, pause
+from hpcm_scale.data.storage import RemoteStorage
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError
 
@@ -31,7 +31,7 @@ def server(small_set, tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(storage, "pause", lambda attempt: pause(attempt) / 50)
+    monkeypatch.setattr(retrying, "pause", lambda attempt: pause(attempt) / 50)
 
 
 def read(location, *, last=24, **data):
@@ -81,47 +81,9 @@ def test_passing_failures_are_waited_out(server, expected, workers):
     assert not +server.failures and not +server.cut_short
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_lasting_failure_is_one_clear_error(server, workers):
-    server.status["shard-000001.tar"] = 503
-    with pytest.raises(UserError) as caught:
-        read(server.url, workers=workers)
-    text = str(caught.value)
-    assert f"{server.url}/shard-000001.tar after 4 tries" in text and "503" in text
-    assert "Traceback" not in text and "\n" not in text and text.count(";") == 1
-    assert 4 <= server.requests["shard-000001.tar"] <= 4 * max(workers, 1)
-
-
-def test_what_will_never_succeed_is_not_tried_again(server):
-    server.status["shard-000001.tar"] = 403
-    with pytest.raises(UserError, match=r"shard-000001.tar after 1 try .*403"):
-        read(server.url)
-    del server.status["shard-000001.tar"]
-    (server.folder / "shard-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"cannot read http.*/shard-000001.tar \(it is not there\)"):
-        read(server.url)
-    (server.folder / "index.json").unlink()
-    with pytest.raises(UserError, match=r"no shards at http.*; build them"):
-        read(server.url)
-
-
-def test_a_silent_server_is_given_up(server):
-    server.delay["shard-000000.tar"] = 3
-    began = time.perf_counter()
-    with pytest.raises(UserError, match=r"shard-000000.tar after 2 tries .*Timeout"):
-        read(server.url, timeout=0.2, retries=2)
-    assert time.perf_counter() - began < 2.5
-
-
 def test_no_server_at_all(server):
     with pytest.raises(UserError, match=r"cannot read http://127.0.0.1:9/photos/index.json after 2 tries"):
         read("http://127.0.0.1:9/photos", retries=2)
-
-
-def test_damage_on_the_way_is_noticed(server):
-    server.damaged.add("shard-000002.tar")
-    with pytest.raises(UserError, match=r"sample .* in http.*/shard-000002.tar is damaged"):
-        read(server.url, last=48)
 
 
 def test_a_server_without_ranges_asks_for_a_cache(server, expected, tmp_path):
@@ -167,16 +129,6 @@ def test_several_processes_share_one_cache(server, tmp_path):
     counts = [process.communicate(timeout=60)[0] for process in processes]
     assert counts == [f"{len(index.shards)}\n"] * 4
     assert all(server.whole[shard.name] == 1 for shard in index.shards)
-
-
-def test_the_cache_keeps_nothing_that_is_not_right(server, tmp_path):
-    cache = tmp_path / "cache"
-    server.damaged.add("shard-000001.tar")
-    with pytest.raises(UserError, match=r"shard-000001.tar after 4 tries .*not the shard"):
-        read(server.url, cache=str(cache))
-    index = load_index(str(server.folder))
-    assert not (cache / f"{index.shards[1].sha256}.tar").exists()
-    assert not list(cache.glob("*.part")) and not list(cache.glob(".*.part"))
 
 
 def test_what_a_killed_process_left_in_the_cache_is_swept(server, tmp_path):

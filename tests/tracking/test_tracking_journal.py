@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -110,6 +111,27 @@ def test_a_torn_last_line_is_left_out_and_read_once_it_is_whole(tmp_path: Path) 
         path.write_bytes(whole[0] + whole[1])
         assert list(new_records(living)) == [line(2)]
         assert list(new_records(living)) == []
+
+
+def test_lines_that_find_no_room_wait_for_it(tmp_path: Path) -> None:
+    """The room is limited by the system: a first write is cut short, later ones fail."""
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.append(line(1))
+    size = journal.path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    try:
+        for step in (2, 3):
+            journal.append(line(step))
+        assert journal.waiting == 2 and journal.path.stat().st_size == size
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            journal.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append(line(4))
+    assert journal.waiting == 0
+    journal.close()
+    assert read_journal(journal.path) == [line(step) for step in (1, 2, 3, 4)]
 
 
 def test_damage_and_absence_are_told_in_one_sentence(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import on_meta
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 from hpcm_scale.training import estimate as estimates
+from hpcm_scale.training.accelerate_engine import AccelerateEngine
 from hpcm_scale.training.costs import activation_bytes, training_flops_per_image
 from hpcm_scale.training.noise import image_noise
 
@@ -116,3 +117,12 @@ def test_flops_and_time_of_a_run():
     assert result.images == 8000 and result.flops_per_image == flops
     assert result.pflops == pytest.approx(8000 * flops / 1e15)
     assert result.seconds(peak=1e15, mfu=0.5) == pytest.approx(2 * result.pflops)
+
+
+def test_bytes_of_a_checkpoint():
+    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]))
+    engine.prepare(HPCM(compose_model("nano")))
+    assert (
+        sum(piece.values.nbytes for piece in engine.pieces())
+        == estimates.estimate(compose(["model=nano"]), 2).checkpoint
+    )

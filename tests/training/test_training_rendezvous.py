@@ -65,6 +65,12 @@ def test_other_settings_are_named(tmp_path):
     assert "has train.steps=6, and process 0 (pid " in ended.lines[0] and ended.lines[0].endswith(f"has 5; {COMMAND}")
 
 
+def test_nobody_is_left_behind_where_there_is_nothing_to_do(tmp_path):
+    ended = Probes(tmp_path, 3, "finished=").end()
+    assert ended.codes == [0, 0, 0]
+    assert sorted(ended.lines) == [f"process {rank} has nothing to do" for rank in range(3)]
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_what_one_process_is_refused_for_ends_all_soon(tmp_path, who):
     ended = Probes(tmp_path, 2, "refused=no shards", f"who={who}", "join_minutes=5").end(45)

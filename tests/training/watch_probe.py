@@ -2,8 +2,8 @@
 
 Arguments: `join_minutes=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and
 what process `who` does in its third step, `does=…` (see `fail`), or `late=who` after its last; or, before it joins,
-`refused=text`. `fact=…` is what the processes compare; `lost_seconds=…` and `grace_seconds=…` take the place of the
-watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds.
+`refused=text`. `fact=…` is what the processes compare, `finished=` all that they do; `lost_seconds=…` and
+`grace_seconds=…` take the place of the watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ def train(given: dict[str, str]) -> None:
             raise UserError(given["refused"])
     facts = {"setting": {"train": {"steps": given.get("fact", "5")}}}
     group = join(facts, float(given.get("join_minutes", "0.5")))
+    if "finished" in given:
+        say(f"process {rank} has nothing to do")
+        return
     folder = Path(given.get("folder", "."))
     if "lock" in given:
         group.first(lambda: locks.append(RunLock(folder, float(given["lock"]))))

@@ -1,0 +1,225 @@
+"""Trouble that passes leaves no trace: replaced files, a damaged cache, a full disk; and workers that are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from crops import assert_same, seen
+from range_server import RangeServer
+
+from hpcm_scale.config.schema import DataConfig
+from hpcm_scale.data.index import load_index
+from hpcm_scale.data.photos import Photos
+from hpcm_scale.data.processes import STOP_SIGNALS, follow, sheltered
+from hpcm_scale.data.stream import open_stream
+from hpcm_scale.errors import UserError
+
+ONE_PROCESS = {"seed": 3, "first_image": 0, "batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1}
+
+
+@pytest.fixture
+def folder(small_set, tmp_path) -> Path:
+    return Path(shutil.copytree(small_set, tmp_path / "set"))
+
+
+@pytest.fixture(scope="module")
+def expected(small_set):
+    return seen(small_set)
+
+
+def damage(path: Path) -> None:
+    """A file of the same size takes its place, every byte of it wrong."""
+    wrong = bytes(byte ^ 255 for byte in path.read_bytes())
+    path.with_suffix(".new").write_bytes(wrong)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("how", ["damaged", "short"])
+def test_a_shard_that_is_mended_while_the_run_goes_on_is_opened_again(folder, how):
+    """What is held open is the file of before."""
+    index = load_index(str(folder))
+    photos = Photos(DataConfig(shards=str(folder), crop=64), index, seed=3, left_out=())
+    whole = {shard.name: (folder / shard.name).read_bytes() for shard in index.shards}
+    for name in whole:
+        if how == "damaged":
+            damage(folder / name)
+        else:
+            (folder / name).write_bytes(b"short")
+        photos.storage.read(name, 0, 10)
+    for name, data in whole.items():
+        (folder / "new").write_bytes(data)
+        (folder / "new").replace(folder / name)
+    assert all(photos.crop_at(image).bad == [] for image in range(23))
+    photos.close()
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again_once(small_set, expected, tmp_path):
+    index = load_index(str(small_set))
+    with RangeServer(small_set) as server:
+        assert_same(seen(server.url, cache=str(tmp_path)), expected)
+        first, second = (tmp_path / f"{shard.sha256}.tar" for shard in index.shards[:2])
+        damage(first)
+        second.write_bytes(b"short")
+        found = seen(server.url, cache=str(tmp_path))
+        assert_same(found, expected)
+        assert found.bad == []
+        assert [server.whole[shard.name] for shard in index.shards] == [2, 2] + [1] * (len(index.shards) - 2)
+
+
+READ = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from crops import seen
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
+found = seen(sys.argv[2], cache=sys.argv[3], workers=int(sys.argv[5]), batch_size=1)
+print(len(found.bad), *found.keys.values())
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_without_room_falls_back_to_the_url(small_set, expected, tmp_path, workers):
+    """The largest file that the system lets the process write is smaller than a shard."""
+    cache = tmp_path / "cache"
+    with RangeServer(small_set) as server:
+        command = [
+            sys.executable,
+            "-c",
+            READ,
+            str(Path(__file__).parent),
+            server.url,
+            str(cache),
+            "20000",
+            str(workers),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["0", *expected.keys.values()], done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("hpcm: ")]
+    assert said == [
+        f"hpcm: cannot write to data.cache={cache} (File too large); what is not there yet is read from its source"
+    ]
+    assert len(list(cache.glob("*.tar"))) <= 1 and not list(cache.glob(".*.part"))  # the last one is small
+
+
+def test_a_cache_that_cannot_be_made_is_one_error(small_set, tmp_path):
+    (tmp_path / "file").touch()
+    with RangeServer(small_set) as server, pytest.raises(UserError, match=r"cannot write .*file/cache"):
+        seen(server.url, cache=str(tmp_path / "file" / "cache"))
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_is_killed_is_one_error_of_the_iterator(small_set, blow):
+    """As by the kernel when memory runs out; and nowhere else than from the iterator."""
+    config = DataConfig(shards=str(small_set), crop=64, workers=2)
+    before = set(multiprocessing.active_children())
+    stream = open_stream(config, last_image=None, **ONE_PROCESS)
+    next(stream)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    assert len(workers) == 2
+    os.kill(workers[0].pid, blow)
+    workers[0].join(10)
+    time.sleep(0.2)  # a handler that raises would do so here
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"a data worker was killed by signal {blow:d}.*data\.workers"):
+        for _ in range(100):
+            next(stream)
+    assert time.monotonic() - began < 20
+    assert not psutil.wait_procs([psutil.Process(w.pid) for w in workers if psutil.pid_exists(w.pid)], timeout=5)[1]
+
+
+def ready_after_a_while(started, ready, stop) -> None:
+    """A worker in whose first moments much happens before it follows its parent."""
+    started.set()
+    time.sleep(0.5)
+    follow(stop)
+    ready.set()
+    time.sleep(30)
+
+
+def test_signals_do_not_end_a_worker_in_its_first_moments():
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    started, ready = context.Event(), context.Event()
+    worker = context.Process(target=ready_after_a_while, args=(started, ready, here), daemon=True)
+    with sheltered():
+        worker.start()
+    assert started.wait(10)
+    for number in STOP_SIGNALS:
+        os.kill(worker.pid, number)
+    assert ready.wait(10) and worker.is_alive()
+    for number in STOP_SIGNALS:
+        os.kill(worker.pid, number)
+    time.sleep(0.2)
+    assert worker.is_alive()
+    there.send(None)
+    worker.join(5)
+    assert worker.exitcode == 0
+
+
+def test_a_signal_during_the_start_reaches_this_process_afterwards():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_arguments: received.append(1))
+    try:
+        with sheltered():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+            assert received == []
+        assert received == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_workers_of_a_stream_are_sheltered(small_set):
+    """SIGTERM to each of them as soon as it exists."""
+    config = DataConfig(shards=str(small_set), crop=64, workers=2)
+    ended, hit = threading.Event(), set()
+
+    def fire() -> None:
+        this = psutil.Process()
+        while not ended.is_set():
+            for child in this.children():
+                if child.pid not in hit and child.pid not in others:
+                    hit.add(child.pid)
+                    child.send_signal(signal.SIGTERM)
+
+    others = {child.pid for child in psutil.Process().children()}
+    gun = threading.Thread(target=fire)
+    gun.start()
+    try:
+        stream = open_stream(config, last_image=32, **ONE_PROCESS)
+        assert len(list(stream)) == 8
+    finally:
+        ended.set()
+        gun.join()
+    assert len(hit) >= 2
+
+
+@pytest.mark.parametrize("busy", ["pause", "silence"])
+def test_closing_does_not_wait_for_a_worker_that_waits_for_a_server(small_set, busy):
+    config = DataConfig(crop=64, workers=2, retries=50, timeout=60, prefetch=1)
+    with RangeServer(small_set) as server:
+        config.shards = server.url
+        stream = open_stream(config, last_image=None, **ONE_PROCESS)
+        next(stream)
+        time.sleep(1)  # the batch that each worker keeps ready is ready
+        for name in [shard.name for shard in load_index(str(small_set)).shards]:
+            if busy == "pause":
+                server.status[name] = 503
+            else:
+                server.delay[name] = 5
+        next(stream)  # it was ready; now its worker asks for another
+        time.sleep(1)
+        workers = multiprocessing.active_children()
+        began = time.monotonic()
+        stream.close()
+        assert time.monotonic() - began < 3
+        assert not [worker for worker in workers if worker.is_alive()]
