@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on every GPU of this machine (CUDA_VISIBLE_DEVICES chooses among them): bash launch/one_node.sh
 # [overrides, such as train.batch_size=64 run.dir=runs/other]. The run's folder is runs/MODEL unless told otherwise.
-# Stopped or cut off, the same command goes on.
+# Stopped or cut off, the same command goes on. SIGTERM, SIGUSR1 or Ctrl-C: it leaves a checkpoint, exit code 75.
 set -euo pipefail
 
 model=68m         # hpcm models lists them
@@ -13,5 +13,6 @@ precision=bf16    # arithmetic of the convolutions: bf16 or fp32
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd -- "$project"
-exec deepspeed --module hpcm_scale.train model="$model" data.shards="$shards" eval.images="$images" \
+. launch/under_deepspeed.sh
+under_deepspeed --module hpcm_scale.train model="$model" data.shards="$shards" eval.images="$images" \
     train.steps="$steps" engine="$engine" engine.precision="$precision" "$@"

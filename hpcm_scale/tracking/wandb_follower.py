@@ -161,7 +161,7 @@ def main() -> None:
     # and its hold on stdout tells the training process that it lives.
     if os.fork():
         os._exit(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     terminal, life = os.fdopen(os.dup(2), "w"), os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)

@@ -27,7 +27,7 @@ from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.pieces import fill
 from hpcm_scale.training.recorder import Recorder
 from hpcm_scale.training.rendezvous import initialise, join, telling_refusals
-from hpcm_scale.training.run_folder import Resume
+from hpcm_scale.training.run_folder import Resume, RunFolder, run_directory
 from hpcm_scale.training.run_lock import RunLock
 from hpcm_scale.training.saver import Saver
 from hpcm_scale.training.signals import StopRequest
@@ -42,6 +42,14 @@ def run(config: Config) -> bool:
     All that can be refused is refused before they start to talk to each other: UserError, one sentence.
     """
     processes.complete_environment()
+    stop = StopRequest(RunFolder(run_directory(config)).stop_file, config.train.max_hours, first=is_first_process())
+    try:
+        return _join_and_train(config, stop)
+    finally:
+        stop.close()
+
+
+def _join_and_train(config: Config, stop: StopRequest) -> bool:
     with telling_refusals():
         start = prepare(config, processes.world_size())
     group = join(facts(config, start.index.digest), config.engine.join_minutes)
@@ -51,14 +59,13 @@ def run(config: Config) -> bool:
         return True
     locks: list[RunLock] = []
     group.first(lambda: locks.append(RunLock(start.folder.path)))
-    stop = StopRequest(start.folder.stop_file, config.train.max_hours, first=group.rank == 0)
-    stall_minutes = config.train.stall_minutes
+    stop.listen()
     try:
-        with Watch(group, 60 * stall_minutes, start.folder.path / "stacks", on_orphaned=stop.request) as watch:
-            initialise(group, stall_minutes)
+        stalled = 60 * config.train.stall_minutes
+        with Watch(group, stalled, start.folder.path / "stacks", on_orphaned=stop.request) as watch:
+            initialise(group, config.train.stall_minutes)
             return _train(config, start, stop, watch)
     finally:
-        stop.close()
         for lock in locks:
             lock.release()
 

@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+from hpcm_scale.errors import STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONCE_SECONDS = 2.0
 """Signals so close together are one: launchers pass on to each process what its whole group has got already."""
@@ -17,8 +19,9 @@ LOOK_SECONDS = 1.0
 class StopRequest:
     """Whether this process has been asked to stop; the loop agrees on it with the others.
 
-    By SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm), of which a second one ends the process at once; by `file`, looked
-    for by the first process and removed when it is obeyed; or by the time: `hours` from now.
+    By SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm), of which a second one ends the process at once, and so does the
+    first one before `listen` is called, for there is nothing to be saved; by `file`, looked for by the first process
+    and removed when it is obeyed; or by the time: `hours` from now.
     """
 
     def __init__(self, file: Path, hours: float | None = None, first: bool = True) -> None:
@@ -28,8 +31,13 @@ class StopRequest:
         self._looked = 0.0
         self._end = time.monotonic() + hours * 3600 if hours else None
         self._hours = hours
+        self._listening = False
         self._signalled: float | None = None
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def listen(self) -> None:
+        """From now on signals are noted: there is a loop that asks for them."""
+        self._listening = True
 
     def request(self, reason: str) -> None:
         """Ask it to."""
@@ -54,6 +62,8 @@ class StopRequest:
             self._file.unlink(missing_ok=True)
 
     def _note(self, number: int, frame: object) -> None:
+        if not self._listening:
+            raise SystemExit(STOPPED)
         now = time.monotonic()
         if self._signalled is not None and now > self._signalled + ONCE_SECONDS:
             signal.signal(number, signal.SIG_DFL)

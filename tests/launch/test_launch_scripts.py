@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from launch_shell import BASE_PATH, bash, program
 
 from hpcm_scale.config.compose import compose
+from hpcm_scale.errors import STOPPED
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def test_one_node_starts_a_run_that_can_be_configured(checkout, active, launcher
     done = bash(script, "model=micro", "data.cache=a folder", cwd=checkout.parent, VIRTUAL_ENV=active)
     assert done.returncode == 0, done.stderr
     arguments = calls()[2:]  # pip comes first
-    assert arguments[:2] == ["--module", "hpcm_scale.train"]
+    assert arguments[:4] == ["--log_level", "critical", "--module", "hpcm_scale.train"]
     config = compose(overrides(arguments))
     assert (config.model.name, config.data.cache, config.data.shards) == ("micro", "a folder", "shards")
 
@@ -54,8 +57,32 @@ def test_many_nodes_by_hostfile_with_and_without_ssh(checkout, active, launcher,
         assert "pdsh is missing" in bash(script, cwd=checkout, VIRTUAL_ENV=active).stderr
     assert "MASTER_ADDR is not" in bash(script, cwd=checkout, VIRTUAL_ENV=active, NODE_RANK="1").stderr
     calls()
-    bash(script, cwd=checkout, VIRTUAL_ENV=active, NODE_RANK="1", MASTER_ADDR="first")
-    assert calls()[2:7] == ["--no_ssh", "--node_rank", "1", "--master_addr", "first"]
+    bash(script, cwd=checkout, VIRTUAL_ENV=active, NODE_RANK="1", MASTER_ADDR="first", MASTER_PORT="41000")
+    where = ["--master_addr", "first", "--master_port", "41000"]
+    assert calls()[2:11] == ["--hostfile", "hostfile", "--no_ssh", "--node_rank", "1", *where]
+
+
+def test_exit_codes_and_signals_pass_through(checkout, active, tmp_path) -> None:
+    """`deepspeed`, its launcher and a training process that takes its time to stop, as programs of the shell."""
+    training = (
+        f'trap "sleep 1; echo stopped; exit {STOPPED}" USR1; touch "{tmp_path}/trains"; while :; do sleep 0.1; done'
+    )
+    program(tmp_path / "training", training)
+    program(tmp_path / "launcher", f'trap "echo killed; exit 1" USR1; "{tmp_path}/training" & wait $!')
+    program(active / "bin/deepspeed", f'"{tmp_path}/launcher"; exit')
+    environment = {"PATH": BASE_PATH, "VIRTUAL_ENV": str(active)}
+    command = ["bash", checkout / "launch/one_node.sh"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "trains").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output.splitlines()[-1], errors) == (STOPPED, "stopped", "")
+
+    program(active / "bin/deepspeed", "exit $((256 - 9))")  # as when a process was killed
+    killed = bash(checkout / "launch/one_node.sh", cwd=checkout, VIRTUAL_ENV=active)
+    assert (killed.returncode, killed.stderr) == (247, "one_node.sh: a training process was ended by signal 9\n")
 
 
 @pytest.fixture
@@ -63,8 +90,9 @@ def slurm(active: Path, tmp_path: Path) -> dict[str, str]:
     """Slurm's variables, an `srun` that starts one task after the other, and `scontrol`."""
     program(
         active / "bin/srun",
-        'shift\nfor rank in 0 1 2 3; do SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) "$@" || exit; done\n'
-        '[ -z "${SIGNAL_THE_SCRIPT:-}" ] || kill -TERM $PPID',
+        "code=0; while [[ $1 == -* ]]; do shift; done\n"
+        'for rank in 0 1 2 3; do SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) "$@" || code=$?; done\n'
+        '[ -z "${SIGNAL_THE_SCRIPT:-}" ] || kill -TERM $PPID\nexit $code',
     )
     program(
         active / "bin/scontrol",
@@ -75,11 +103,7 @@ def slurm(active: Path, tmp_path: Path) -> dict[str, str]:
     training = (
         f'echo "rank $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR" >>"{tmp_path}/calls"\n'
         f'echo "$@" >"{tmp_path}/arguments"\n'
-        'mkdir -p "$FOLDER"\n'
-        'echo "{model: {name: 1b}, objective: {lmbda: 0.013}, train: {steps: 9}}" >"$FOLDER/config.yaml"\n'
-        """printf '{"step": %s, "time": 1, "train/images": 1, "compute/pflops": 1}\\n' "$REACHES" """
-        '>"$FOLDER/metrics.jsonl"\n'
-        'exit "${TRAINING_FAILS:-0}"'
+        'exit "$ENDS_WITH"'
     )
     python = (active / "bin/python").read_text().removeprefix("#!/bin/bash\n")
     program(active / "bin/python", f'if [ "$1 $2" = "-m hpcm_scale.train" ]; then shift 2\n{training}\nfi\n{python}')
@@ -93,26 +117,26 @@ def slurm(active: Path, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_slurm_numbers_the_ranks_and_requeues_what_is_not_finished(checkout, calls, slurm, tmp_path) -> None:
+def test_slurm_numbers_the_ranks_and_requeues_what_was_stopped(checkout, project, calls, slurm, tmp_path) -> None:
+    """A real Slurm is in test_launch_slurm.py; this is for machines without one."""
     script = shutil.copy(checkout / "launch/slurm.sbatch", tmp_path / "slurm_script")  # as Slurm does
+    (checkout / "hpcm_scale").symlink_to(project / "hpcm_scale")
     ranks = [f"rank {rank} {rank % 2} 4 2 first" for rank in range(4)]
+    again = "scontrol requeue 41"
 
-    def submit(*arguments: str, folder: str = "runs/1b", **variables: str) -> tuple[int, list[str]]:
-        """The exit code and, after those of pip, the calls."""
-        done = bash(script, *arguments, cwd=checkout, FOLDER=folder, **slurm | variables)
+    def submit(code: int, *arguments: str, **variables: str) -> tuple[int, list[str]]:
+        """The exit code and, after those of pip, the calls; training ends with `code`."""
+        done = bash(script, *arguments, cwd=checkout, ENDS_WITH=str(code), **slurm | variables)
         assert not done.stderr, done.stderr
         return done.returncode, [call for call in calls() if not call.startswith("pip")]
 
-    assert submit("train.seed=7", REACHES="5") == (0, [*ranks, "scontrol requeue 41"])
+    assert submit(0, "train.seed=7") == (0, ranks)
     config = compose((tmp_path / "arguments").read_text().split())
-    assert (config.model.name, config.run.dir, config.train.seed) == ("1b", "runs/1b", 7)
-
-    assert submit(REACHES="9") == (0, ranks)  # finished
-    assert submit("run.dir=a b", folder="a b", REACHES="5") == (0, [*ranks, "scontrol requeue 41"])
-    assert submit("train.stop_after=5", REACHES="5") == (0, ranks)  # stopped where it was asked to
-    assert submit(REACHES="5", TRAINING_FAILS="3") == (3, ranks[:1])  # a mistake is not tried again
-    assert submit(REACHES="5", SIGNAL_THE_SCRIPT="yes") == (0, [*ranks, "scontrol requeue 41"])
-    assert submit(REACHES="5", SIGNAL_THE_SCRIPT="yes", STATE="COMPLETING") == (0, ranks)  # cancelled, say
+    assert (config.model.name, config.train.seed) == ("1b", 7)
+    assert submit(2) == (2, ranks)  # a mistake is not tried again
+    assert submit(STOPPED) == (STOPPED, [*ranks, again])
+    assert submit(STOPPED, SIGNAL_THE_SCRIPT="yes") == (STOPPED, [*ranks, again])
+    assert submit(STOPPED, STATE="COMPLETING") == (STOPPED, ranks)  # cancelled, or in the queue already
 
 
 def test_the_photos_of_the_quickstart(project: Path, tmp_path: Path) -> None:

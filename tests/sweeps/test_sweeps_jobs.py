@@ -25,7 +25,7 @@ def scripts(folder: Path) -> dict[str, list[str]]:
     """The overrides of each job that Slurm would be given, by the run's name, in order of names."""
     found = {}
     for path in sorted(folder.glob("*.sbatch")):
-        words = shlex.split(path.read_text().partition("\nsrun ")[2].partition("\n\n")[0])
+        words = shlex.split(path.read_text().partition("\nunder_slurm ")[2])
         found[path.stem] = words[words.index("hpcm_scale.train") + 1 :]
     return found
 

@@ -1,10 +1,8 @@
-"""Real multiruns on the CPU: killed, failing, interrupted, finished by the same command; under Slurm's stand-ins."""
+"""Real multiruns on the CPU: killed, failing, interrupted, finished by the same command."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -135,53 +133,3 @@ def test_without_a_launcher_one_after_the_other_and_one_failing(shards, tmp_path
     assert process.returncode == 1 and "IsADirectoryError" in errors, output + errors
     assert "model=nano: [Errno 21] Is a directory" in " ".join(output.split())
     assert steps(whole) == [1, 2] and Follower(whole).look().state == "finished"
-
-
-def program(path: Path, script: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
-    path.chmod(0o755)
-
-
-def test_slurm_trains_what_is_not_finished_and_says_how_far_it_is(shards, train, tmp_path, monkeypatch):
-    """Stand-ins for Slurm's programs: sbatch runs the script at once, its output appended where the script says."""
-    variables = "SLURM_JOB_ID=41 SLURM_JOB_NODELIST=n SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_CPUS_PER_TASK=1"
-    program(
-        tmp_path / "bin" / "sbatch",
-        f'log=$(sed -n "s/^#SBATCH --output=//p" "$2"); {variables} bash "$2" >>"$log" 2>&1; echo "41;cluster"',
-    )
-    srun = tmp_path / "bin" / "srun"
-    program(srun, 'shift; SLURM_PROCID=0 SLURM_LOCALID=0 "$@"')
-    program(tmp_path / "bin" / "squeue", 'case "$*" in *hpcm_model=450k_*) echo 57;; esac')
-    program(
-        tmp_path / "bin" / "scontrol",
-        f'case "$1 $2" in "show hostnames") echo 127.0.0.1;; "show job") echo JobState=RUNNING;; '
-        f'*) echo "$*" >>"{tmp_path}/calls";; esac',
-    )
-    nano, other = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k"))
-    call = ("-m", "model=nano,450k", "train.steps=2", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=0")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-
-    code, output, errors = train(*call, f"data.shards={shards}", *COMMON)
-    assert code == 0, output + errors
-    assert "model=nano: Slurm job 41, log: " in output
-    assert "model=450k: in the queue already, as Slurm job 57" in output
-    assert steps(nano) == [1, 2] and Follower(nano).look().state == "finished"
-    assert not other.exists() and not (tmp_path / "calls").exists()
-
-    def submit(training: str) -> str:
-        """The state of the other run after its script was run with `training` for srun."""
-        program(srun, training)
-        submission = [str(tmp_path / "bin" / "sbatch"), "--parsable", f"{other}.sbatch"]
-        subprocess.run(submission, check=True, timeout=60)
-        return Follower(other).look().state
-
-    shutil.copytree(nano, other)
-    journal = (nano / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (other / "metrics.jsonl").write_text(journal[0])
-    shutil.rmtree(other / "checkpoints" / "step_00000002")
-    assert submit("exit 3") == "failed" and not (tmp_path / "calls").exists()  # a mistake is not tried again
-    assert submit("kill -TERM $PPID") == "stopped" and (tmp_path / "calls").read_text() == "requeue 41\n"
-    shutil.copytree(nano / "checkpoints", other / "checkpoints", dirs_exist_ok=True)
-    (other / "metrics.jsonl").write_text("".join(journal))
-    assert submit("exit 0") == "finished" and (tmp_path / "calls").read_text() == "requeue 41\n"

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from hpcm_scale.errors import STOPPED
 from hpcm_scale.training import signals
 from hpcm_scale.training.signals import SIGNALS, StopRequest
 
@@ -18,6 +19,7 @@ from hpcm_scale.training.signals import SIGNALS, StopRequest
 def test_a_signal_is_noted_and_given_back(number, tmp_path):
     before = signal.getsignal(number)
     request = StopRequest(tmp_path / "stop")
+    request.listen()
     assert not request.received()
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)  # at once: the same one, passed on by a launcher
@@ -29,12 +31,21 @@ def test_a_signal_is_noted_and_given_back(number, tmp_path):
 def test_a_second_signal_ends_at_once():
     program = (
         "import os, pathlib, signal, time; from hpcm_scale.training import signals; signals.ONCE_SECONDS = 0.1;"
-        "request = signals.StopRequest(pathlib.Path('stop'));"
+        "request = signals.StopRequest(pathlib.Path('stop')); request.listen();"
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); print(request.received(), flush=True);"
         "os.kill(os.getpid(), signal.SIGUSR1); time.sleep(9); print('still here')"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.stdout == "True\n" and result.returncode == -signal.SIGUSR1, result.stderr
+
+
+def test_before_training_a_signal_ends_at_once(tmp_path):
+    request = StopRequest(tmp_path / "stop")
+    with pytest.raises(SystemExit) as end:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert end.value.code == STOPPED
+    request.close()
 
 
 def test_the_stop_file_is_obeyed_once(tmp_path, monkeypatch):

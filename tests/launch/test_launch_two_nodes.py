@@ -1,0 +1,139 @@
+"""Two nodes without ssh, on loopback: one run, stopped on one node, one node lost, finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from hpcm_scale.errors import STOPPED
+
+pytestmark = pytest.mark.launch
+
+COMMON = ("model=nano", "train.batch_size=4", "engine=accelerate", "engine.precision=fp32", "schedule=constant")
+QUICK = ("log.wandb=disabled", "data.workers=0", "train.steps=5000")
+MODULE = "hpcm_scale.train"
+COMPARED = ("step", "train/images", "compute/pflops", "train/loss", "train/bpp", "train/psnr", "train/grad_norm")
+NODES = ("localhost", "127.0.0.1")
+
+
+class Nodes:
+    """The commands that are typed on each node, at work at the same time."""
+
+    def __init__(self, commands: Sequence[Sequence[str | Path]], folder: Path, variables: dict[str, str]) -> None:
+        self.logs = [folder / f"node_{rank}.log" for rank in range(len(commands))]
+        self.processes = []
+        for rank, (command, log) in enumerate(zip(commands, self.logs, strict=True)):
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    list(map(str, command)),
+                    cwd=folder,
+                    env=os.environ | variables | {"NODE_RANK": str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            self.processes.append(process)
+
+    def said(self) -> str:
+        return "\n".join(log.read_text() for log in self.logs)
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 200
+        while not condition():
+            ended = [process.returncode for process in self.processes if process.poll() is not None]
+            assert time.monotonic() < deadline and not ended, self.said()
+            time.sleep(0.02)
+
+    def codes(self, seconds: float) -> list[int]:
+        """Their exit codes, all within so long."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
+
+    def kill(self, rank: int) -> None:
+        """All processes of a node at once, as when its power fails."""
+        os.killpg(self.processes[rank].pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def start(checkout, active, tmp_path, shards) -> Iterator[Callable[..., Nodes]]:
+    """`start(command, *overrides)`: `command` with the overrides on both nodes, in the folder of a hostfile."""
+    (checkout / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NODES), encoding="utf-8")
+    (active / "bin/deepspeed").symlink_to(Path(sys.executable).with_name("deepspeed"))
+    with socket.create_server((NODES[1], 0)) as probe:
+        port = str(probe.getsockname()[1])
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": str(active)}
+    variables |= {"MASTER_ADDR": NODES[1], "MASTER_PORT": port}
+    started: list[Nodes] = []
+
+    def both(command: Callable[[int, str], Sequence[str | Path]], *overrides: str) -> Nodes:
+        words = (*COMMON, *QUICK, f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", *overrides)
+        started.append(Nodes([[*command(rank, port), *words] for rank in range(2)], checkout, variables))
+        return started[-1]
+
+    yield both
+    for nodes in started:
+        for rank, process in enumerate(nodes.processes):
+            if process.poll() is None:
+                nodes.kill(rank)
+                process.wait()
+
+
+def script(rank: int, port: str) -> list[str | Path]:
+    return ["bash", "launch/many_nodes.sh"]
+
+
+def typed(rank: int, port: str) -> list[str | Path]:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    where = ("--master_addr", NODES[1], "--master_port", port)
+    return [launcher, "--no_ssh", "--node_rank", str(rank), "--hostfile", "hostfile", *where, "--module", MODULE]
+
+
+def alone(rank: int, port: str) -> list[str | Path]:
+    """The processes of one node, without a launcher."""
+    numbers = (f"RANK={rank}", f"LOCAL_RANK={rank}", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=2")
+    return ["env", *numbers, sys.executable, "-m", MODULE]
+
+
+def journal(run: Path) -> list[list[float]]:
+    """What the lines of a journal have that does not depend on the time."""
+    file = run / "metrics.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [[line[key] for key in COMPARED] for line in lines]
+
+
+def test_two_nodes_are_one_run_that_stops_dies_and_is_finished_together(start, tmp_path):
+    run = tmp_path / "run"
+    nodes = start(script)
+    nodes.wait_for(lambda: len(journal(run)) > 3)
+    nodes.processes[1].terminate()  # the script alone, as a supervisor does
+    assert nodes.codes(60) == [STOPPED, STOPPED], nodes.said()
+    stopped_at = len(journal(run))
+    assert max((run / "checkpoints").glob("step_*")).name == f"step_{stopped_at:08d}"
+    last = [log.read_text().splitlines()[-1] for log in nodes.logs]
+    assert "the same command goes on" in last[0], nodes.said()
+
+    one_node = start(alone, f"train.stop_after={stopped_at}", f"run.dir={tmp_path / 'one_node'}")
+    assert one_node.codes(200) == [0, 0], one_node.said()
+    assert journal(tmp_path / "one_node") == journal(run)
+
+    nodes = start(script)
+    nodes.wait_for(lambda: len(journal(run)) > stopped_at + 1)
+    assert f"going on from step {stopped_at}" in nodes.said()
+    nodes.kill(1)
+    code, killed = nodes.codes(60)
+    assert killed == -signal.SIGKILL and code not in (0, STOPPED), nodes.said()
+
+    nodes = start(typed, f"train.stop_after={stopped_at + 3}")
+    assert nodes.codes(200) == [0, 0], nodes.said()
+    assert [line[0] for line in journal(run)] == list(range(1, stopped_at + 4))
