@@ -196,7 +196,7 @@ def _fork_ranks(processes: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CROSS_RANK="0", CROSS_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(WORLD_SIZE=str(processes), LOCAL_SIZE=str(processes))
     ranks = set()
     for rank in range(processes):

@@ -96,6 +96,7 @@ class Trainer:
         self.alive(self.step)
         if self.step < last_step:
             self.fetch(stream)
+            self.count_bad()
             self.raise_trouble()
         while self.step < last_step:
             agreed = self.train_step(stream, last=self.step + 1 == last_step)

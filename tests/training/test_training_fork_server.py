@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
-OTHER = {"MASTER_PORT", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"}
-"""Variables that differ from launch to launch, or are for GPUs."""
+OTHER = {"MASTER_PORT", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK", "CROSS_RANK", "CROSS_SIZE"}
+"""Variables that differ from launch to launch, are for GPUs, or tell training to look after DeepSpeed's launcher."""
 
 
 @pytest.fixture
