@@ -20,19 +20,19 @@ from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
 from hpcm_scale.training.checkpoints import Checkpoint, Retention
 from hpcm_scale.training.costs import training_flops_per_image
-from hpcm_scale.training.differences import facts
 from hpcm_scale.training.divergence import Diverged, Divergence, culprits
 from hpcm_scale.training.engine import Engine, create_engine
+from hpcm_scale.training.group.differences import facts
+from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
+from hpcm_scale.training.group.watch import Watch
 from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.pieces import fill
 from hpcm_scale.training.recorder import Recorder
-from hpcm_scale.training.rendezvous import initialise, join, telling_refusals
 from hpcm_scale.training.run_folder import Resume, RunFolder, run_directory
 from hpcm_scale.training.run_lock import RunLock
 from hpcm_scale.training.saver import Saver
 from hpcm_scale.training.signals import StopRequest
 from hpcm_scale.training.start import Start, prepare
-from hpcm_scale.training.watch import Watch
 
 
 def run(config: Config) -> bool:

@@ -129,6 +129,8 @@ class RunFolder:
     def write_facts(self, config: Config) -> None:
         """Record the resolved configuration and the environment, beside those of earlier starts."""
         with writing(self.path):
+            for left_behind in self.path.glob(".*.part"):  # of a process that was killed while it wrote
+                left_behind.unlink()
             self._write_facts(config)
 
     def _write_facts(self, config: Config) -> None:

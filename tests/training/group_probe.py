@@ -7,9 +7,9 @@ import os
 import torch.distributed
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.training.differences import facts
 from hpcm_scale.training.engine import create_engine
-from hpcm_scale.training.rendezvous import initialise, join
+from hpcm_scale.training.group.differences import facts
+from hpcm_scale.training.group.rendezvous import initialise, join
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def test_damage_is_named_and_the_one_before_is_taken(what, engine, checkpoints):
     with pytest.raises(UserError, match=r"step_00000020 cannot be used .*; choose another step"):
         checkpoints.at(20, examine)
     DAMAGE[what](checkpoints.of(10).folder)
-    with pytest.raises(UserError, match="no checkpoint is whole .*step_00000020.*step_00000010.*to begin again"):
+    with pytest.raises(UserError, match=r"no checkpoint is whole .*step_00000020.*step_00000010.*to begin again"):
         checkpoints.newest(examine)
 
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_format_is_no_checkpoint(checkpoints):
     folder = checkpoints.of(7).folder
     folder.mkdir(parents=True)
     (folder / "complete.json").write_text(json.dumps({"step": 7}))
-    with pytest.raises(UserError, match="complete.json is damaged"):
+    with pytest.raises(UserError, match=r"complete\.json is damaged"):
         checkpoints.newest()
 
 

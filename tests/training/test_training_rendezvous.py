@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from watch_processes import PROBE, Probes, free_port
 
-from hpcm_scale.training.differences import difference
-from hpcm_scale.training.peers import Peer, numbers
+from hpcm_scale.training.group.differences import difference
+from hpcm_scale.training.group.peers import Peer, numbers
 
 COMMAND = "type the same command on all machines"
 

@@ -136,7 +136,7 @@ def test_processes_whose_launcher_is_killed_stop_in_good_order(tmp_path, whom):
 
 
 def test_watching_costs_a_step_nothing(tmp_path):
-    from hpcm_scale.training.watch import Watch
+    from hpcm_scale.training.group.watch import Watch
 
     watch = object.__new__(Watch)
     start = time.perf_counter()

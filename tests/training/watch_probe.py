@@ -18,8 +18,9 @@ import torch
 import torch.distributed
 
 from hpcm_scale.errors import STOPPED, UserError, alone, one_line
-from hpcm_scale.training import processes, watch
-from hpcm_scale.training.rendezvous import initialise, join, telling_refusals
+from hpcm_scale.training import processes
+from hpcm_scale.training.group import watch
+from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
 from hpcm_scale.training.run_lock import RunLock
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch.distributed
 
 from hpcm_scale.errors import STOPPED, Fault, UserError
-from hpcm_scale.training.peers import Peer, numbers
-from hpcm_scale.training.rendezvous import POLL_SECONDS, Group, ignore_termination
-from hpcm_scale.training.stacks import main_thread, summary, write_stacks
-from hpcm_scale.training.store_line import StoreLine
+from hpcm_scale.training.group.peers import Peer, numbers
+from hpcm_scale.training.group.rendezvous import POLL_SECONDS, Group, ignore_termination
+from hpcm_scale.training.group.stacks import main_thread, summary, write_stacks
+from hpcm_scale.training.group.store_line import StoreLine
 
 LOOK_SECONDS = 0.5
 LOST_SECONDS = 25.0

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpcm_scale.training.peers import numbers
+from hpcm_scale.training.group.peers import numbers
 
 _FRAMES = 4
 

@@ -11,7 +11,7 @@ from typing import Any
 from hpcm_scale import __version__
 from hpcm_scale.config.compose import to_dict
 from hpcm_scale.config.schema import Config
-from hpcm_scale.training.peers import Peer
+from hpcm_scale.training.group.peers import Peer
 
 Facts = Mapping[str, Mapping[str, Any]]
 """Plain JSON values by name, by kind."""

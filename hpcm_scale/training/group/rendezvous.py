@@ -18,8 +18,8 @@ import torch.distributed
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
 from hpcm_scale.errors import Fault, UserError
-from hpcm_scale.training.differences import Facts, difference
-from hpcm_scale.training.peers import Launcher, Peer, numbers
+from hpcm_scale.training.group.differences import Facts, difference
+from hpcm_scale.training.group.peers import Launcher, Peer, numbers
 
 POLL_SECONDS = 0.05
 REFUSED_SECONDS = 10.0

@@ -1,0 +1,119 @@
+"""Stopped on two processes with one engine, gone on with on others with another: how far do the numbers part?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fork_server import ForkServer
+
+from fault_campaign.runs import Run, ended_with, key
+
+EXACT = ("train/images", "train/learning_rate", "compute/pflops")
+TOLERANCE = 1e-5
+"""Largest relative difference of losses."""
+START = 2
+"""Processes that every run begins on."""
+
+
+@dataclass
+class Cell:
+    """One way to go on. The differences are the largest relative ones from the unbroken run, after the change."""
+
+    before: str
+    """Engine that it begins with."""
+    after: str
+    processes: int
+    """That it goes on with."""
+    loss: float | None = None
+    grad_norm: float | None = None
+    evaluation: float | None = None
+    exact: bool = False
+    """Whether steps, images, PFLOPs and learning rate are the unbroken run's."""
+    failure: str = ""
+
+    @property
+    def good(self) -> bool:
+        losses = (self.loss, self.evaluation)
+        return self.exact and not self.failure and all(loss is not None and loss < TOLERANCE for loss in losses)
+
+
+@dataclass
+class ElasticCampaign:
+    """Goes through the matrix; `cells` holds what came of it."""
+
+    folder: Path
+    overrides: Sequence[str]
+    """Keys of every run; `train.batch_size` divides by all numbers of processes."""
+    first: int = 4
+    """Steps before the change."""
+    more: int = 4
+    """Steps after it."""
+    forks: ForkServer | None = None
+    advance: Callable[[], Any] = lambda: None
+    """Called after each cell."""
+    cells: list[Cell] = field(default_factory=list)
+
+    def go_through(self, ways: Sequence[tuple[str, str, int]]) -> None:
+        """Each way: the engine before, the engine and the number of processes after."""
+        for engine in dict.fromkeys(before for before, _, _ in ways):
+            unbroken = self._train(f"unbroken_{engine}", engine)
+            self._train(f"from_{engine}", engine, stop=True)
+            for before, after, processes in ways:
+                if before == engine:
+                    self.cells.append(self._go_on(Cell(before, after, processes), unbroken))
+                    self.advance()
+
+    def _train(self, name: str, engine: str, stop: bool = False) -> Run:
+        run = self._run(name, engine, START)
+        if stop:
+            run.overrides.append(f"train.stop_after={self.first}")
+        with ended_with(run):
+            code = run.finish(self.forks)
+        if code:
+            raise RuntimeError(f"{name} ended with exit code {code}: {run.output()[-2000:]}")
+        return run
+
+    def _run(self, name: str, engine: str, processes: int) -> Run:
+        steps = self.first + self.more
+        every = [f"train.steps={steps}", f"train.checkpoint_every={self.first}", f"eval.every={self.first}"]
+        return Run(self.folder / name, [*self.overrides, *every, f"engine={engine}"], processes)
+
+    def _go_on(self, cell: Cell, unbroken: Run) -> Cell:
+        name = f"{cell.before}_to_{cell.after}_on_{cell.processes}"
+        shutil.copytree(self.folder / f"from_{cell.before}", self.folder / name)
+        run = self._run(name, cell.after, cell.processes)
+        with ended_with(run):
+            try:
+                code = run.finish(self.forks)
+            except TimeoutError as error:
+                cell.failure = str(error)
+                return cell
+        if code:
+            cell.failure = f"exit code {code}: {run.output()[-500:]}"
+            return cell
+        found, expected = run.records(), unbroken.records()
+        cell.exact = [_exact(record) for record in found] == [_exact(record) for record in expected]
+        if cell.exact:
+            later = [pair for pair in zip(found, expected, strict=True) if pair[0]["step"] > self.first]
+            cell.loss = _apart(later, "train/loss")
+            cell.grad_norm = _apart(later, "train/grad_norm")
+            cell.evaluation = _apart(later, "eval/loss")
+        return cell
+
+
+def ways(engines: Sequence[str], starts: Sequence[str], processes: Sequence[int]) -> list[tuple[str, str, int]]:
+    """From every engine to every engine on as many processes; from `starts` also on other numbers of `processes`."""
+    same = [(before, after, START) for before in engines for after in engines]
+    return same + [(before, after, n) for before in starts for after in engines for n in processes]
+
+
+def _exact(record: dict[str, Any]) -> tuple[Any, ...]:
+    return *key(record), *(record.get(name) for name in EXACT)
+
+
+def _apart(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], name: str) -> float:
+    return max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for ours, theirs in pairs if name in theirs)

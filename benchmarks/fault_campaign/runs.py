@@ -1,0 +1,244 @@
+"""One run folder, the command that trains it, and the processes of that command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from fork_server import ForkServer
+from safetensors.torch import load_file
+
+from hpcm_scale.sweeps.devices import free_port
+
+LONGEST_AFTERLIFE = 60.0
+"""Seconds within which all processes of a run have ended once one of them has failed."""
+POLL_SECONDS = 0.002
+_LAUNCH = "deepspeed.launcher.launch"
+_LONGEST_LINE = 8192
+"""Bytes of a journal line, at most."""
+_MARK = "FAULT_CAMPAIGN_RUN"
+
+
+class Run:
+    """A run folder and the one command that is typed, again and again, to train it.
+
+    Each `start` is a session of its own, by which its processes are found, and by the folder's name in their command
+    line or environment where they have left it. With `forks`, processes are forked from that server, without
+    DeepSpeed's launcher.
+    """
+
+    def __init__(self, folder: Path, overrides: Sequence[str], processes: int = 2, log: Path | None = None) -> None:
+        self.folder = folder.absolute()
+        self.log = log or self.folder.with_name(f"{self.folder.name}.log")
+        self.journal = self.folder / "metrics.jsonl"
+        self.weights = self.folder / "weights.safetensors"
+        self.checkpoints = self.folder / "checkpoints"
+        self.overrides = [*overrides, f"run.dir={self.folder}"]
+        self.processes = processes
+        self.port = free_port([])
+        self.started = 0.0
+        """Clock of the last start, seconds since the epoch."""
+        self._process: Any = None
+        self._sessions: list[int] = []
+        self._said = 0
+        self._noted = False
+
+    def start(self, forks: ForkServer | None = None) -> None:
+        """Type the command."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ | {_MARK: str(self.folder)}
+        self._noted = False
+        self._said = self.log.stat().st_size if self.log.exists() else 0
+        self.started = time.time()
+        if forks:
+            where = {"cwd": self.folder.parent, "env": environment, "processes": self.processes}
+            self._process = forks.start("hpcm_scale.train", self.overrides, **where)
+        else:
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [*self._launcher(), *self.overrides],
+                    cwd=self.folder.parent,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        self._sessions.append(self._process.pid)
+
+    def _launcher(self) -> list[str]:
+        train = ["-m", "hpcm_scale.train"]
+        if self.processes == 1:
+            return [sys.executable, "-u", *train]
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull]
+        return [*runner, "--num_gpus", str(self.processes), "--master_port", str(self.port), "--module", train[1]]
+
+    @property
+    def forked(self) -> bool:
+        """Whether the processes of the last start were forked."""
+        return not isinstance(self._process, subprocess.Popen)
+
+    def poll(self) -> int | None:
+        """The exit code of the command, None while it runs."""
+        code = self._process.poll()
+        if code is not None and self.forked and not self._noted:
+            self._noted = True
+            with self.log.open("a") as log:
+                log.writelines(self._process.communicate())
+        return code
+
+    def output(self) -> str:
+        """What the command has said since it was typed last; of forked processes only once they have ended."""
+        return self.log.read_bytes()[self._said :].decode(errors="replace")
+
+    def finish(self, forks: ForkServer | None = None, limit: float = 600.0) -> int:
+        """Type the command and wait for its end and that of all its processes; its exit code."""
+        self.start(forks)
+        wait_for(lambda: self.poll() is not None, limit, f"the end of {self.folder.name}")
+        self.wait_until_gone()
+        return self.poll()
+
+    def members(self) -> list[psutil.Process]:
+        """The living processes of all starts."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if os.getsid(process.pid) in self._sessions:
+                return True
+            named = [process.environ().get(_MARK, ""), *process.cmdline()]
+        except (OSError, psutil.Error):
+            return False  # it has ended by now
+        return str(self.folder) in named or f"run.dir={self.folder}" in named
+
+    def launchers(self) -> list[psutil.Process]:
+        """DeepSpeed's runner and its launch.py."""
+        leader = psutil.Process(self._process.pid)
+        return [leader, *(child for child in leader.children() if _LAUNCH in child.cmdline())]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The living training processes of the last start, in order of rank; none while it starts."""
+        with suppress(psutil.Error):
+            if self.processes == 1:
+                return [psutil.Process(self._process.pid)]
+            leader, *below = self.launchers()
+            children = sorted((below or [leader])[-1].children(), key=lambda child: child.pid)
+            return [child for child in children if self._is_ours(child) and (below or self.forked)]
+        return []
+
+    def wait_until_gone(self, limit: float = LONGEST_AFTERLIFE) -> float:
+        """Seconds until no process is left. Raises TimeoutError after `limit`, and ends what is left."""
+        began = time.monotonic()
+        while left := self.members():
+            self.poll()
+            if time.monotonic() > began + limit:
+                names = "; ".join(" ".join(process.cmdline())[:200] for process in left if process.is_running())
+                self.end()
+                raise TimeoutError(f"{len(left)} processes of {self.folder.name} outlive it by {limit:.0f} s: {names}")
+            time.sleep(0.05)
+        self.poll()
+        return time.monotonic() - began
+
+    def end(self) -> None:
+        """Kill whatever is left."""
+        for process in self.members():
+            with suppress(psutil.Error):
+                process.kill()
+
+    def records(self) -> list[dict[str, Any]]:
+        """The whole lines of the journal; none before there is one."""
+        try:
+            lines = self.journal.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+    def last(self) -> dict[str, Any] | None:
+        """The last whole line of the journal."""
+        try:
+            with self.journal.open("rb") as journal:
+                journal.seek(max(0, self.journal.stat().st_size - _LONGEST_LINE * 2))
+                lines = journal.read().splitlines(keepends=True)
+        except FileNotFoundError:
+            return None
+        whole = [line for line in lines if line.endswith(b"\n")]
+        return json.loads(whole[-1]) if whole else None
+
+    def step(self) -> int:
+        """The last step in the journal."""
+        last = self.last()
+        return last["step"] if last else 0
+
+    def complete(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        return sorted(int(file.parent.name.removeprefix("step_")) for file in self.checkpoints.glob("*/complete.json"))
+
+    def newest(self) -> int:
+        """The step of the newest complete checkpoint, 0 without one."""
+        return max(self.complete(), default=0)
+
+    def new_steps(self, after: int) -> int:
+        """How far beyond step `after` the journal has got since the last start; −1 before it was taken up again."""
+        try:
+            if self.journal.stat().st_mtime < self.started:
+                return -1
+        except FileNotFoundError:
+            return -1
+        return self.step() - after
+
+
+@contextmanager
+def ended_with(run: Run) -> Iterator[Run]:
+    """Nothing of the run outlives this."""
+    try:
+        yield run
+    finally:
+        run.end()
+
+
+def wait_for(condition: Callable[[], bool], limit: float, what: str, pause: float = 0.02) -> float:
+    """Seconds until `condition()`. Raises TimeoutError after `limit`."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() > began + limit:
+            raise TimeoutError(f"{what} did not come within {limit:.0f} s")
+        time.sleep(pause)
+    return time.monotonic() - began
+
+
+def numbers(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Everything in a journal that does not depend on the clock."""
+    return [
+        {key: value for key, value in record.items() if key != "time" and not key.startswith("perf/")}
+        for record in records
+    ]
+
+
+def key(record: dict[str, Any]) -> tuple[int, str]:
+    """What tells a journal line from all others: its step, and whether it is of training or evaluation."""
+    return record["step"], "eval" if "eval/loss" in record else "train"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two exported models are bit-identical."""
+    ours, theirs = load_file(one), load_file(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL to all of them at once."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
