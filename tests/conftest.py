@@ -12,9 +12,10 @@ import pytest
 
 PHOTOS = ["Aqua", "Kite", "Wood", "Storm", "butterfly", "drop", "jelly", "cloud", "beam", "zen", "fog", "Dune"]
 
-# Before torch is imported: the networks here are too small for several threads, which would wait for each other in busy
-# loops and take twice the processor time.
+# Before torch is imported: the networks here are too small for several threads, and threads that wait for each other in
+# busy loops take many times the time where others use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Background jobs of a shell ignore Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
