@@ -49,7 +49,7 @@ def main() -> None:
             raise UserError("hydra/launcher is for several runs; add -m, or leave it out")
         from hpcm_scale.training.run import run  # after the arguments: torch takes seconds to import
 
-        if not run(composed[0][0]):
+        if not run(composed[0][0]).done:
             raise SystemExit(STOPPED)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import attrgetter
+from typing import Any
 
 from hpcm_scale.config.schema import Config, DataConfig, EngineName, Fusion, ModelConfig, ScheduleConfig
 from hpcm_scale.config.urls import PIPE, check_no_secret
@@ -184,11 +185,26 @@ def _check_engine(config: Config, world_size: int) -> None:
     for key in engine.options:
         if key in _GENERATED:
             raise UserError(f"engine.options.{key} is generated from {_GENERATED[key]}; set that instead")
+    zero = engine.options.get("zero_optimization")
+    if isinstance(zero, dict):
+        _check_zero_options(zero)
     if engine.world_size not in (None, world_size):
         raise UserError(
             f"engine.world_size={engine.world_size}, but the launcher started {world_size} processes; "
             "leave the key out or start as many"
         )
+
+
+def _check_zero_options(options: dict[str, Any]) -> None:
+    if "stage" in options:
+        raise UserError("engine.options.zero_optimization.stage is generated from engine.zero_stage; set that instead")
+    for key in ("offload_optimizer", "offload_param"):
+        where = options.get(key)
+        if isinstance(where, dict) and where.get("device") == "nvme":
+            raise UserError(
+                f"engine.options.zero_optimization.{key}.device=nvme keeps weights where checkpoints do not find them; "
+                "use cpu"
+            )
 
 
 def _check_branch(config: Config) -> None:

@@ -189,9 +189,9 @@ class TrainConfig:
     keep_every: int | None = None
     """Checkpoints of every so many steps are kept for good, too."""
     keep_best: bool = True
-    """Keep, besides, the checkpoint with the lowest evaluation loss."""
+    """Keep, besides, of the checkpoints at whose steps there was an evaluation, the one with the lowest loss."""
     max_hours: float | None = None
-    """Hours after which this command stops, with a checkpoint, as if it had been asked to."""
+    """Hours from its start after which this command stops, with a checkpoint, as if it had been asked to."""
     stall_minutes: float = 30.0
     """Minutes without a step after which the run ends, with the stack traces of all its processes."""
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from hpcm_scale.data.index import Shard
 from hpcm_scale.data.pipe import PipeStorage
 from hpcm_scale.data.retrying import Unreadable
-from hpcm_scale.data.storage import LocalStorage, RemoteStorage, sha256_of
-from hpcm_scale.files import whole_file, writing
+from hpcm_scale.data.storage import LocalStorage, RemoteStorage
+from hpcm_scale.files import sha256_of, whole_file, writing
 
 
 class CachedStorage:

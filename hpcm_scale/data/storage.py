@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -144,12 +143,3 @@ def open_storage(location: str, *, retries: int, timeout: float, pipe: bool = Fa
         return LocalStorage(location)
     storage = RemoteStorage(location, retries=retries, timeout=timeout)
     return LocalStorage(storage.root) if isinstance(storage.files, LocalFileSystem) else storage
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

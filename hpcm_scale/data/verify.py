@@ -15,7 +15,7 @@ from hpcm_scale.data.images import decode
 from hpcm_scale.data.index import BLOCK, Shard, ShardIndex, is_plain
 from hpcm_scale.data.processes import parallel_map
 from hpcm_scale.data.shard_writer import padding
-from hpcm_scale.data.storage import sha256_of
+from hpcm_scale.files import sha256_of
 
 PHOTOS_PER_JOB = 32
 

@@ -29,13 +29,14 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
     stopped = False
     for job in left:
         try:
-            stopped = not run(job.config)
+            done, asked = run(job.config)
         except Exception as error:
             common = isinstance(error, UserError) and not error.local
             if world_size > 1 and not common:
                 raise
             failures[job.folder] = _told(job, error)
             continue
+        stopped = asked and not (done and job is left[-1])
         if stopped:
             break
     code = summary(jobs, left, failures) if is_first_process() else 0

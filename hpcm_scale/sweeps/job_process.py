@@ -53,7 +53,8 @@ class JobProcess:
         if code is None:
             return None
         if group_members(self._process.pid):  # deepspeed itself was ended from outside: so is what it started
-            self._ask()
+            if self._asked is None:  # asked again, training ends without a checkpoint
+                self._ask()
             return None
         if not self._log.closed:
             self._log.write(ended(0 if self._stopping or code == STOPPED else code).encode())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpcm_scale.config.schema import TrainConfig
-from hpcm_scale.data.storage import sha256_of
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import sync_folder, write_text
+from hpcm_scale.files import sha256_of, sync_folder, write_text
 
 _MANIFEST = "complete.json"
+_FOLDER = re.compile(r"step_\d{8,}")  # and no copy that somebody has put beside it
 
 
 class File(NamedTuple):
@@ -42,8 +44,8 @@ class Retention:
     def kept(self, losses: dict[int, float | None]) -> set[int]:
         """Of the steps that have checkpoints, those that stay; `losses` are evaluations of just these steps."""
         kept = {*sorted(losses)[-self.keep :], *self.steps}
-        kept |= {step for step in losses if self.every and step % self.every == 0}
-        evaluated = {step: loss for step, loss in losses.items() if loss is not None}
+        kept |= {step for step in losses if self.every and step and step % self.every == 0}
+        evaluated = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
         if self.best and evaluated:
             kept.add(min(evaluated, key=evaluated.__getitem__))
         return kept
@@ -73,7 +75,7 @@ class Checkpoint:
                 raise ValueError
             return {name: File(*facts) for name, facts in files.items()}, state
         except (ValueError, KeyError, TypeError, OSError):
-            raise ValueError(f"{_MANIFEST} is damaged") from None
+            raise ValueError(f"{_MANIFEST} is damaged, or of another version") from None
 
     @property
     def evaluation(self) -> float | None:
@@ -136,8 +138,7 @@ class Checkpoints:
 
     def complete(self) -> list[Checkpoint]:
         """Those with a manifest, oldest first."""
-        found = [Checkpoint(manifest.parent) for manifest in self.folder.glob(f"step_*/{_MANIFEST}")]
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
+        return [checkpoint for checkpoint in self._begun() if checkpoint.manifest.is_file()]
 
     def newest(self, examine: Examine = Checkpoint.flaw) -> Choice | None:
         """The newest one without a flaw, None where there has been none.
@@ -176,13 +177,21 @@ class Checkpoints:
         """The checkpoint of `step`, be it there or not."""
         return Checkpoint(self.folder / f"step_{step:08d}")
 
-    def retain(self, retention: Retention) -> None:
-        """Remove what is not kept, and what interrupted saves have left."""
-        losses = {checkpoint.step: checkpoint.evaluation for checkpoint in self.complete()}
-        kept = {self.of(step).folder for step in retention.kept(losses)}
-        for folder in sorted(self.folder.glob("step_*")):
-            if folder not in kept:
-                Checkpoint(folder).remove()
+    def retain(self, retention: Retention, newest: int) -> None:
+        """Remove what is not kept now that there is the one of step `newest`, and what interrupted saves have left.
+
+        Later ones are damaged: they were passed over.
+        """
+        losses = {checkpoint.step: checkpoint.evaluation for checkpoint in self.complete() if checkpoint.step <= newest}
+        kept = retention.kept(losses)
+        for checkpoint in self._begun():
+            if checkpoint.step not in kept or checkpoint.step > newest:
+                checkpoint.remove()
+
+    def _begun(self) -> list[Checkpoint]:
+        """The complete ones and others, oldest first."""
+        found = [Checkpoint(folder) for folder in self.folder.glob("step_*") if _FOLDER.fullmatch(folder.name)]
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def _digest(files: dict[str, Any], state: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.schema import Config
+from hpcm_scale.errors import UserError
 from hpcm_scale.training.engine import Engine, Stepped, poisoned
 from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate, whole_pieces
 from hpcm_scale.training.pieces import Piece
@@ -44,6 +45,7 @@ class DeepSpeedEngine(Engine):
         dictionary = deepspeed_dictionary(self._config, self.world_size)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=dictionary)
         self.module = self._engine
+        self._check_pieces()
 
     def backward(self, loss: Tensor) -> None:
         boundary = self._engine.is_gradient_accumulation_boundary()
@@ -76,11 +78,13 @@ class DeepSpeedEngine(Engine):
 
     def _held_by_stages_1_and_2(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
         """Start in the flattened parameter, the flat tensor that is optimized, offset in it, number of elements."""
-        mapping = parameter._hp_mapping
-        if mapping is not None:
-            held = self._engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-            part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield part.start, held, place.start, part.numel
+        [held] = self._engine.optimizer.single_partition_of_fp32_groups
+        # All parameters lie one after the other in one tensor (DeepSpeed's own map of it is wrong where
+        # round_robin_gradients changes their order), of which every process optimizes a part.
+        begin = parameter.storage_offset() - self.rank * held.numel()
+        first, last = max(begin, 0), min(begin + parameter.numel(), held.numel())
+        if first < last:
+            yield first - begin, held, first, last - first
 
     def _held_by_stage_3(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
         """The same of stage 3, which cuts every parameter into as many parts as there are processes."""
@@ -90,6 +94,25 @@ class DeepSpeedEngine(Engine):
         size = min(int(size), parameter.ds_numel - start)  # the last part is padded
         if size > 0:
             yield start, zero.fp32_partitioned_groups_flat[group], int(offset), size
+
+    def _check_pieces(self) -> None:
+        """Raises UserError, on all processes, unless the pieces are the model: what DeepSpeed moves is not for ever."""
+        right, held = True, 0
+        parameters = dict(self._engine.module.named_parameters())
+        for kind, name, start, values in self.pieces():
+            if kind == "weight":
+                parameter, held = parameters[name], held + values.numel()
+                begin = self.rank * parameter.ds_tensor.ds_numel if self._stage == 3 else 0
+                whole = (parameter.ds_tensor if self._stage == 3 else parameter).detach().view(-1)
+                part = whole[start - begin :][: values.numel()]
+                right = right and torch.equal(part.to(values.device), values)
+        total = sum(parameter.ds_numel if self._stage == 3 else parameter.numel() for parameter in parameters.values())
+        wrong, held = self.reduce(torch.tensor([not right, held], dtype=torch.float64)).tolist()
+        if wrong or held != total * (self.world_size if self.replicated else 1):
+            raise UserError(
+                f"with engine.options={self._config.engine.options} DeepSpeed lays out the weights in a way that "
+                "checkpoints do not follow; leave out what has to do with it"
+            )
 
     def take_over(self, updates: int) -> None:
         self._optimizer.set_updates(updates)

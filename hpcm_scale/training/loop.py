@@ -33,12 +33,8 @@ from hpcm_scale.training.signals import StopRequest
 class Agreed(NamedTuple):
     """What the processes tell each other once a step; sums over them."""
 
-    loss: float
-    bpp: float
-    bpp_y: float
-    bpp_z: float
-    mse: float
-    psnr: float
+    means: RateDistortion
+    """Of the batch: these are means."""
     upscaled: float
     """Photos smaller than the crop."""
     bad: float
@@ -107,7 +103,7 @@ class Trainer:
                 self.log()
             if self.images and (self.step % config.eval.every == 0 or self.step == config.train.steps):
                 self.evaluate(self.images)
-            self.stopped = agreed.stopping > 0
+            self.stopped = agreed.stopping > 0 and self.step < last_step
             ending = self.stopped or agreed.trouble > 0 or self.bad.too_many(config.data.max_bad)
             due = self.step % config.train.checkpoint_every == 0 or self.step in config.train.keep_at
             if ending or due or self.step == last_step:
@@ -120,22 +116,26 @@ class Trainer:
 
     def train_step(self, stream: Iterator[Batch], last: bool) -> Agreed:
         """One optimizer step, and the images of the next one unless it is the `last`."""
-        measured = torch.zeros(len(Agreed._fields), dtype=torch.float64)
+        means = len(RateDistortion._fields)
+        measured = torch.zeros(means + len(Agreed._fields) - 1, dtype=torch.float64)
         rounds = len(self._batches)
         for batch in self._batches:
             result = self.forward(batch)
             self.engine.backward(result.loss)
-            means = torch.stack([value.detach().double() for value in result]).cpu() / rounds / self.engine.world_size
-            measured += torch.cat([means, torch.tensor([batch.upscaled, *[0.0] * 5])])
+            share = torch.stack([value.detach().double() for value in result]).cpu() / rounds / self.engine.world_size
+            measured[:means] += share
+            measured[means] += batch.upscaled
+        self.bad.passed()
         waited = 0.0 if last else self.fetch(stream)
         bad = sum(len(batch.bad) for batch in self._batches)
         flags = (bad, bool(self._trouble), self.stop.received(), *self.saver.flags())
         measured[-len(flags) :] = torch.tensor(flags)
-        agreed = Agreed(*self.engine.reduce(measured).tolist())
+        told = self.engine.reduce(measured).tolist()
+        agreed = Agreed(RateDistortion(*told[:means]), *told[means:])
         self.apply(agreed)
         self.upscaled += int(agreed.upscaled)
         self.tracker.step(self.config.train.batch_size, waited)
-        self.recorder.advance(agreed.loss)
+        self.recorder.advance(agreed.means.loss)
         self.tell(self.saver.settle(agreed.written, agreed.unwritten))
         if agreed.bad:
             self.count_bad()
@@ -144,26 +144,28 @@ class Trainer:
     def apply(self, agreed: Agreed) -> None:
         """Take the optimizer step, or leave it out, by what `train.on_divergence` says, for all processes alike."""
         train = self.config.train
-        wrong = self.losses.verdict(agreed.loss, train.spike)
+        wrong = self.losses.verdict(agreed.means.loss, train.spike)
         stepped = self.engine.step(learning_rate(self.config.schedule, self.step, train.steps), bool(wrong))
         if stepped.skipped and not wrong:
             wrong = "its gradient is not finite"
-        values = {name: getattr(agreed, name) for name in RateDistortion._fields}
-        self.meter.add(values | {"grad_norm": stepped.grad_norm}, stepped.skipped)
+        self.meter.add(agreed.means._asdict() | {"grad_norm": stepped.grad_norm}, stepped.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if wrong else 0
         if not wrong:
-            self.losses.add(agreed.loss)
+            self.losses.add(agreed.means.loss)
             return
         step = self.step + 1
+        if train.on_divergence == OnDivergence.skip:
+            self.recorder.say(f"step {step} skipped: {wrong}")
+            if self.skipped_in_a_row < train.max_skipped:
+                return
+        self.tell(self.saver.finish())  # the checkpoint that is being written still counts
         if train.on_divergence == OnDivergence.rollback:
             raise Diverged(step, wrong)
         if train.on_divergence == OnDivergence.stop:
             raise UserError(
                 f"step {step} is left out and the run ends: {wrong}; train.on_divergence=skip or rollback goes on"
             )
-        self.recorder.say(f"step {step} skipped: {wrong}")
-        if self.skipped_in_a_row >= train.max_skipped:
-            raise limit_reached(self.skipped_in_a_row, step)
+        raise limit_reached(self.skipped_in_a_row, step)
 
     def fetch(self, stream: Iterator[Batch]) -> float:
         """Get the images of the next step; returns the seconds waited. Trouble is kept, for all to meet together."""
@@ -203,7 +205,7 @@ class Trainer:
         means = self.meter.take([*RateDistortion._fields, "grad_norm"])
         rate = learning_rate(self.config.schedule, self.step - 1, self.config.train.steps)
         train = {f"train/{name}": value for name, value in means.items()}
-        counts = {"learning_rate": rate, "upscaled": self.upscaled, "bad_photos": len(self.bad)}
+        counts = {"learning_rate": rate, "upscaled": self.upscaled, "bad_photos": len(self.bad.reasons)}
         counts |= {"rollbacks": self.rollbacks, "failed_checkpoints": self.failed_checkpoints}
         train |= {f"train/{name}": value for name, value in counts.items()}
         self.recorder.line(self.position() | train | self.tracker.rates())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,11 +37,20 @@ from hpcm_scale.training.signals import StopRequest
 from hpcm_scale.training.start import Start, prepare
 
 
-def run(config: Config) -> bool:
+class Outcome(NamedTuple):
+    """How training ended, the same on all processes."""
+
+    done: bool
+    """Whether it got as far as it was to; if not, it was asked to stop."""
+    asked: bool
+    """Whether it was asked to stop, be it too late to: nothing else is to begin."""
+
+
+def run(config: Config) -> Outcome:
     """Train, or go on training, what the configuration describes, in the folder `run.dir`.
 
-    Every process of the launch calls it. Returns whether it got as far as it was to; if not, it was asked to stop.
-    All that can be refused is refused before they start to talk to each other: UserError, one sentence.
+    Every process of the launch calls it. All that can be refused is refused before they start to talk to each other:
+    UserError, one sentence.
     """
     processes.complete_environment()
     stop = StopRequest(RunFolder(run_directory(config)).stop_file, config.train.max_hours, first=is_first_process())
@@ -49,14 +60,14 @@ def run(config: Config) -> bool:
         stop.close()
 
 
-def _join_and_train(config: Config, stop: StopRequest) -> bool:
+def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     with telling_refusals():
         start = prepare(config, processes.world_size())
     group = join(facts(config, start.index.digest), config.engine.join_minutes)
     group.agree({"run folder": {"finished": start.finished}})
     if start.finished:
         tell(f"{start.folder.path} is finished at step {start.resume.step}; a larger train.steps would lengthen it")
-        return True
+        return Outcome(done=True, asked=False)
     locks: list[RunLock] = []
     group.first(lambda: locks.append(RunLock(start.folder.path)))
     stop.listen()
@@ -76,7 +87,7 @@ def tell(text: str) -> None:
         print(text, flush=True)
 
 
-def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> bool:
+def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Outcome:
     engine = create_engine(config)
     torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32
     torch.manual_seed(config.train.seed)
@@ -86,11 +97,12 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> boo
     try:
         resume = training.choose()
         tell(training.opening(resume))
+        engine.barrier()  # all have seen what the folder was like
         if engine.rank == 0:
             start.folder.write_facts(config)
-        while (reached := training.attempt(resume)) is None:
-            resume = training.choose()
-        return reached
+        while isinstance(ended := training.attempt(resume), Diverged):
+            resume = training.go_back(ended)
+        return ended
     finally:
         engine.close()
 
@@ -127,12 +139,12 @@ class _Training:
             )
         return folder.resume(self.config, self.start.index.digest, examine)
 
-    def attempt(self, resume: Resume) -> bool | None:
-        """Train from `resume` on; whether it got as far as it was to, None if it has to go back for a divergence."""
+    def attempt(self, resume: Resume) -> Outcome | Diverged:
+        """Train from `resume` on; Diverged, on all processes, if it has to go back."""
         config, engine, folder = self.config, self.engine, self.start.folder
         described = {"parameters": self.parameters, "parameters_by_part": parameters_by_part(self.shapes)}
         described |= {"environment": environment()}
-        divergences = folder.divergences()
+        divergences = self.divergences()
         peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
         tracker = ComputeTracker(self.flops, engine.device, peak and peak * engine.world_size)
         recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=described)
@@ -167,39 +179,47 @@ class _Training:
                 index=self.start.index,
                 left_out=[range(noted.first, noted.last + 1) for noted in divergences],
             )
-            if trainer.step == 0 and config.train.on_divergence == OnDivergence.rollback:
+            if resume.choice is None and config.train.on_divergence == OnDivergence.rollback:
                 trainer.checkpoint()  # something to go back to from the first step on
             tracker.start_clock()
             trainer.train(stream)
             self._finish(trainer)
+            asked = float(engine.reduce(torch.tensor([float(self.stop.received())])))
             failed = False
         except Diverged as diverged:
-            trainer.tell(saver.finish())
-            self._go_back(diverged)
-            return None
+            failed = False  # it goes on
+            return diverged.with_traceback(None)  # which would keep all that is of this attempt
         finally:
             saver.close()
             if stream is not None:
                 stream.close()
             recorder.close(exit_code=int(failed))
-        return not trainer.stopped
+        return Outcome(done=not trainer.stopped, asked=asked > 0)
 
-    def _go_back(self, diverged: Diverged) -> None:
-        """Have the next attempt go on without the images of the step that diverged."""
+    def divergences(self) -> list[Divergence]:
+        """Those noted so far, the same on all processes, however late a shared file system shows them."""
+        noted = json.dumps(self.start.folder.divergences()) if self.engine.rank == 0 else ""
+        return [Divergence(*values) for values in json.loads(self.engine.gather(noted)[0])]
+
+    def go_back(self, diverged: Diverged) -> Resume:
+        """The checkpoint to go on from, without the images of the step that diverged."""
         folder, train = self.start.folder, self.config.train
-        before = folder.divergences()
+        before = self.divergences()
         if len(before) >= train.max_rollbacks:
             raise UserError(
                 f"{diverged}, after train.max_rollbacks={train.max_rollbacks} rollbacks; start anew with a lower "
                 "schedule.learning_rate, or allow more"
             )
-        checkpoint = folder.checkpoints.reached()
-        first, last = culprits(diverged.step, checkpoint, before, train.batch_size)
-        self.engine.barrier()  # all have read the file
+        resume = self.choose()
+        if resume.choice is None:
+            raise UserError(f"{diverged}, and no checkpoint could be written to go back to; mend that, and start anew")
+        first, last = culprits(diverged.step, resume.step, before, train.batch_size)
         if self.engine.rank == 0:
             folder.note_divergence(Divergence(diverged.step, diverged.reason, first, last))
-        self.engine.barrier()
-        tell(f"{diverged}: back to step {checkpoint}, and on without the images {first:,} to {last:,} of the run")
+        for damaged in resume.choice.damaged:
+            tell(f"passed over: {damaged}")
+        tell(f"{diverged}: back to step {resume.step}, and on without the images {first:,} to {last:,} of the run")
+        return resume
 
     def opening(self, resume: Resume) -> str:
         """What is about to happen, and what it will cost."""
@@ -257,5 +277,4 @@ class _Training:
             }
             with writing(folder.weights_file):
                 save_weights(folder.weights_file, state, config.model, described)
-        trainer.stopped = False  # asked to, but there was nothing left to do
         trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")

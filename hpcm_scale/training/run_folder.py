@@ -149,7 +149,8 @@ class RunFolder:
     def note_divergence(self, divergence: Divergence) -> None:
         """Have every later start go on without its images."""
         noted = [entry._asdict() for entry in (*self.divergences(), divergence)]
-        write_text(self.divergences_file, json.dumps(noted, indent=1))
+        with writing(self.divergences_file):
+            write_text(self.divergences_file, json.dumps(noted, indent=1))
 
     def _refuse_state(self, state: dict[str, Any], config: Config, data_digest: str) -> None:
         if state["data"] != data_digest:

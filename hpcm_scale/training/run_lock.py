@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import writing
 
 LOCK = ".lock"
 """The lock's file in the run folder."""
@@ -23,13 +24,15 @@ _POLL_SECONDS = 0.2
 class RunLock:
     """The lock on the run folder `path`, held until `release`, or until the process ends in whatever way.
 
-    Waits `seconds` for a holder that is just ending. Raises UserError, naming the holder, if it does not end.
+    Waits `seconds` for a holder that is just ending. Raises UserError, naming the holder, if it does not end, and if
+    the folder cannot be made.
     """
 
     def __init__(self, path: str | Path, seconds: float = WAIT_SECONDS) -> None:
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO | None = (path / LOCK).open("a+", encoding="utf-8")
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO | None = (path / LOCK).open("a+", encoding="utf-8")
         deadline = time.monotonic() + seconds
         told = False
         while not self._take():

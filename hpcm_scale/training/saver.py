@@ -6,14 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpcm_scale.data.storage import sha256_of
-from hpcm_scale.files import whole_file, write_text
+from hpcm_scale.files import sha256_of, whole_file, write_text
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, File, Retention
 from hpcm_scale.training.engine import Engine
 from hpcm_scale.training.pieces import HostCopy, share, write
@@ -57,8 +57,9 @@ class Saver:
         before = self.finish()
         engine, checkpoint = self._engine, self._checkpoints.of(state["step"])
         if engine.rank == 0:
-            checkpoint.remove()  # what an interrupted save left
-            checkpoint.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # the thread meets it, too, and it is told
+                checkpoint.remove()  # what an interrupted save left
+                checkpoint.folder.mkdir(parents=True, exist_ok=True)
         engine.barrier()
         pieces = engine.pieces()
         if engine.replicated:
@@ -133,7 +134,7 @@ class Saver:
         checkpoint.complete(files, state)
         for path in paths:
             _note(path).unlink()
-        self._checkpoints.retain(self._retention)
+        self._checkpoints.retain(self._retention, checkpoint.step)
 
 
 def _name(rank: int) -> str:

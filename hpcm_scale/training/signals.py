@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
+
 from hpcm_scale.errors import STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -21,15 +23,17 @@ class StopRequest:
 
     By SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm), of which a second one ends the process at once, and so does the
     first one before `listen` is called, for there is nothing to be saved; by `file`, looked for by the first process
-    and removed when it is obeyed; or by the time: `hours` from now.
+    and removed when it is obeyed; or by the time: `hours` after `began`, in seconds since 1970, which is the start of
+    this process unless given.
     """
 
-    def __init__(self, file: Path, hours: float | None = None, first: bool = True) -> None:
+    def __init__(self, file: Path, hours: float | None = None, first: bool = True, began: float | None = None) -> None:
         self.reason = ""
         """Empty: it has not."""
         self._file = file if first else None
         self._looked = 0.0
-        self._end = time.monotonic() + hours * 3600 if hours else None
+        age = time.time() - (psutil.Process().create_time() if began is None else began)
+        self._end = time.monotonic() + hours * 3600 - age if hours else None
         self._hours = hours
         self._listening = False
         self._signalled: float | None = None

@@ -90,6 +90,12 @@ REFUSED = [
     ),
     ({"engine.options": {"bf16": {"enabled": True}}}, 1, "engine.options.bf16 is generated from engine.precision"),
     ({"engine.options": {"train_batch_size": 64}}, 1, "engine.options.train_batch_size is generated"),
+    ({"engine.options": {"zero_optimization": {"stage": 1}}}, 1, "stage is generated from engine.zero_stage"),
+    (
+        {"engine.options": {"zero_optimization": {"offload_param": {"device": "nvme"}}}},
+        1,
+        "offload_param.device=nvme keeps weights",
+    ),
     # model
     ({"model.channels": [96, 192]}, 1, "model.channels=[96, 192] must be a list of 3 numbers"),
     ({"model.g_a_blocks": [1, 2, 3]}, 1, "model.g_a_blocks"),

@@ -88,6 +88,14 @@ def test_what_outlives_its_launcher_is_ended_and_told_as_a_failure(start):
     assert last_error(tail(start.log)) == "a process was ended by SIGKILL"
 
 
+def test_what_outlives_its_launcher_is_asked_once(start):
+    """Asked again, training takes it for a second signal, which ends it without a checkpoint."""
+    stays = "trap 'asked=$((asked+1))' TERM; for i in {1..9}; do sleep 0.1; done; echo asked $asked"
+    process = start(f"({stays}) & echo ready; kill -KILL $$")
+    assert wait(process) == -9
+    assert "asked 1\n" in tail(start.log)
+
+
 def test_a_run_that_another_call_trains_is_left_to_it(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     job = make_job(compose(["model=nano"]), ["model=nano"], ["model"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from torch import nn
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import sha256_of
 from hpcm_scale.training.accelerate_engine import AccelerateEngine
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Retention
 from hpcm_scale.training.pieces import Piece, fill, share, write
@@ -75,6 +78,27 @@ def test_what_is_kept_for_good(engine, checkpoints):
     assert checkpoints.at(30).state["evaluation"] == 1.0 and checkpoints.at(20) is None
     save(engine, checkpoints, 50, 60, 70, 75, every=50)
     assert checkpoints.steps() == [50, 75]
+
+
+def test_an_evaluation_that_is_not_finite_is_not_the_best(engine, checkpoints):
+    save(engine, checkpoints, 10, 20, 30, best=True, losses={10: math.nan, 20: 1.0, 30: 2.0})
+    assert checkpoints.steps() == [20, 30]
+
+
+def test_later_ones_were_passed_over_and_go(engine, checkpoints):
+    """The one of step 30 was damaged, and training went on from that of step 10."""
+    save(engine, checkpoints, 10, 30, keep=2)
+    flip(checkpoints.of(30).folder / "rank_00000.safetensors")
+    save(engine, checkpoints, 20, keep=2)
+    assert checkpoints.steps() == [10, 20]
+
+
+def test_a_copy_that_somebody_made_is_left_alone(engine, checkpoints):
+    save(engine, checkpoints, 10)
+    copy = shutil.copytree(checkpoints.of(10).folder, checkpoints.folder / "step_00000010.backup")
+    save(engine, checkpoints, 20)
+    assert checkpoints.steps() == [20] and checkpoints.newest().checkpoint.step == 20
+    assert (copy / "complete.json").is_file()
 
 
 def test_training_goes_on_from_a_checkpoint_bit_for_bit(engine, checkpoints):
@@ -169,8 +193,6 @@ def test_every_process_looks_at_its_share_of_the_hashes(tmp_path):
     for name in "abc":
         (folder / name).write_bytes(name.encode() * 9)
     checkpoint = Checkpoint(folder)
-    from hpcm_scale.data.storage import sha256_of
-
     checkpoint.complete({name: (9, sha256_of(folder / name)) for name in "abc"}, {"step": 1})
     flip(folder / "b")
     flaws = [checkpoint.flaw(hashes=True, rank=rank, world_size=2) for rank in range(2)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
+from fault_campaign.injections import flip_byte
 
 from hpcm_scale.training.divergence import LEAST, REMEMBERED, Divergence, LossHistory, culprits
 
@@ -72,6 +74,20 @@ def test_harm_that_shows_a_step_later_is_found(diverge, launch):
     assert [line["train/rollbacks"] for line in journal(launch, "spoilt")] == [0] * 4 + [2] * 4
 
 
+def test_a_rollback_from_a_damaged_checkpoint(diverge, launch):
+    """The checkpoint of step 4 is damaged: step 4, done again, diverges (image 13), and is taken back to step 2."""
+    command = ("rollback_damaged", "loss", "train.on_divergence=rollback", "train.steps=6")
+    result = diverge(*command, "train.stop_after=4", processes=1, image=10**6)
+    assert result.returncode == 0, result.stdout + result.stderr
+    checkpoints = launch.folder / "rollback_damaged" / "checkpoints"
+    [weights] = (checkpoints / "step_00000004").glob("*.safetensors")
+    flip_byte(weights, random.Random(0))
+    result = diverge(*command, "train.checkpoint_every=1", processes=1, image=13)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "step 4: its loss is not finite: back to step 3, and on without the images 12 to 15" in result.stdout
+    assert [line["train/rollbacks"] for line in journal(launch, "rollback_damaged")] == [0, 0, 0, 1, 1, 1]
+
+
 def test_which_images_are_left_out():
     before: list[Divergence] = []
     for expected in ((9, 9), (8, 9), (6, 9), (4, 9), (4, 9)):
@@ -92,10 +108,14 @@ def test_a_rollback_before_the_first_checkpoint_and_its_limit(diverge, launch):
 
 
 def test_stop_ends_the_run_in_one_sentence(diverge, launch):
-    result = diverge("stopped", "loss", "train.on_divergence=stop", "train.steps=8")
+    """The checkpoint of step 4, which is still being written, counts."""
+    result = diverge("stopped", "loss", "train.on_divergence=stop", "train.steps=8", "train.checkpoint_every=4")
     assert result.returncode == 2
     said = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
     assert len(said) == 1 and "step 5 is left out and the run ends: its loss is not finite" in said[0]
+    assert [path.parent.name for path in (launch.folder / "stopped").glob("checkpoints/*/complete.json")] == [
+        "step_00000004"
+    ]
 
 
 def test_a_leaping_loss_is_skipped(diverge, launch):

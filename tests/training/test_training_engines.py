@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
+from hpcm_scale.errors import STOPPED
+
 pytestmark = pytest.mark.launch
 
 STEPS = 3
@@ -45,6 +47,14 @@ def test_one_process_accumulating_agrees_with_two(workers, micro_batch, baseline
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-5)
 
 
+def test_a_checkpoint_follows_deepspeeds_order_of_parameters(baseline, train):
+    """An option of DeepSpeed's own changes it."""
+    common = ("round_robin", "engine=zero2", f"train.steps={STEPS}", "log.wandb=disabled")
+    train(*common, "+engine.options.zero_optimization.round_robin_gradients=true", f"train.stop_after={STEPS - 1}")
+    records = train(*common, processes=1)
+    assert curve(records) == pytest.approx(curve(baseline), rel=1e-6)
+
+
 def test_bf16_trains_close_to_fp32(baseline, train):
     records = train("bf16", "engine=zero2", "engine.precision=bf16", f"train.steps={STEPS}", "log.wandb=disabled")
     assert curve(records) == pytest.approx(curve(baseline), rel=0.02)
@@ -69,18 +79,22 @@ def test_a_diverging_run_skips_counts_and_stops(launch, shards):
 
 
 def test_a_sweep_runs_one_after_the_other(launch, shards):
-    result = launch(
+    """Asked to stop in the last step of the first run, it does not begin the second; the same command does."""
+    command = (
         "-m",
         "model=nano",
         "objective.lmbda=0.0067,0.025",
         f"data.shards={shards}",
         "train.batch_size=2",
         "train.steps=1",
+        "train.max_hours=1e-6",
         "engine=zero0",
         "log.wandb=disabled",
-        processes=1,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
-    for value in ("0.0067", "0.025"):
-        run = launch.folder / "runs" / "sweep_objective.lmbda" / f"objective.lmbda={value}"
-        assert (run / "weights.safetensors").is_file()
+    sweep = launch.folder / "runs" / "sweep_objective.lmbda"
+    for code, trained in ((STOPPED, ["0.0067"]), (0, ["0.0067", "0.025"])):
+        result = launch(*command, processes=1)
+        assert result.returncode == code, result.stdout + result.stderr
+        assert sorted(file.parent.name for file in sweep.glob("*/weights.safetensors")) == [
+            f"objective.lmbda={value}" for value in trained
+        ]

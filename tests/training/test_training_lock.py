@@ -37,3 +37,9 @@ def test_a_lock_is_given_back(tmp_path):
         RunLock(tmp_path / "run", seconds=0)
     lock.release()
     RunLock(tmp_path / "run", seconds=0).release()
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/run \(Not a directory\)"):
+        RunLock(tmp_path / "file" / "run", seconds=0)

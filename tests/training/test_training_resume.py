@@ -97,6 +97,11 @@ def test_more_steps_lengthen_a_finished_run_and_say_so(unbroken, train, evaluati
     assert records[-1]["step"] == 8
 
 
+def test_asked_to_stop_where_it_was_to_stop_anyway_it_is_done(train):
+    train("done", "train.stop_after=1", "train.max_hours=1e-6", "log.wandb=disabled", processes=1)
+    assert "stopped at step 1 of" in train.output
+
+
 def test_fewer_steps_than_done_and_another_run_are_refused(unbroken, launch, shards):
     base = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "engine=zero2", "run.dir=unbroken")
     rate = "schedule.learning_rate=1e-3"

@@ -62,8 +62,11 @@ def test_the_stop_file_is_obeyed_once(tmp_path, monkeypatch):
 
 
 def test_the_time_runs_out(tmp_path):
-    request = StopRequest(tmp_path / "stop", hours=0.2 / 3600)
+    request = StopRequest(tmp_path / "stop", hours=0.2 / 3600, began=time.time())
     assert not request.received()
     time.sleep(0.25)
     assert request.received() and "train.max_hours" in request.reason
+    request.close()
+    request = StopRequest(tmp_path / "stop", hours=1e-6)
+    assert request.received()  # this process has been running for longer: of several trainings, too
     request.close()
