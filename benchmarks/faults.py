@@ -147,7 +147,8 @@ def main() -> int:
         folder = (options.work or Path(temporary)).absolute()
         result, good = options.run(options, folder)
     result = json.loads(json.dumps(result).replace(str(folder), "."))  # what runs have said names their files
-    said = [argument for argument in sys.argv[1:] if argument not in ("--work", str(options.work))]
+    places = ("--work", str(options.work), "--out", str(options.out))
+    said = [argument for argument in sys.argv[1:] if argument not in places]
     result["circumstances"] = circumstances(said, time.monotonic() - began)
     page = write(options.out, options.part, result)
     print(result["text"])
