@@ -170,7 +170,7 @@ def test_the_quickstart_skips_what_is_done(checkout, active, calls, tmp_path) ->
     assert whole.returncode == 0, whole.stderr
     assert [line.split(" ")[:2] for line in calls()] == [
         ["hpcm", "shards"],
-        ["deepspeed", "--quiet"],
+        ["deepspeed", "--log_level"],
         ["hpcm", "evaluate"],
         ["hpcm", "scaling"],
     ]

@@ -11,6 +11,7 @@ from hpcm_scale.config.compose import compose, from_yaml
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
 from hpcm_scale.training.branch import branch, trunks
+from hpcm_scale.training.checkpoints import Checkpoint
 from hpcm_scale.training.run_folder import RunFolder
 from hpcm_scale.training.schedule import learning_rate
 
@@ -20,10 +21,15 @@ def trunk(path, *overrides: str, steps: tuple[int, ...] = (40, 80)) -> RunFolder
     folder = RunFolder(path)
     folder.write_facts(compose(["model=nano", "schedule=wsd", f"run.dir='{path}'", "train.steps=100", *overrides]))
     for step in steps:
-        marker = folder.checkpoints.folder / f"step_{step:08d}" / "complete.json"
-        marker.parent.mkdir(parents=True)
-        marker.write_text(json.dumps({"step": step, "world_size": 2, "data": "digest"}))
+        checkpoint(folder, step)
     return folder
+
+
+def checkpoint(folder: RunFolder, step: int) -> Checkpoint:
+    made = folder.checkpoints.of(step)
+    made.folder.mkdir(parents=True)
+    made.complete({}, {"step": step, "data": "digest"})
+    return made
 
 
 def rates(config: Config) -> list[float]:
@@ -46,15 +52,22 @@ def test_what_a_branch_starts_from(tmp_path):
     folder = trunk(tmp_path / "trunk")
     config = branch(folder.path, 40, 0.5, ["log.wandb=disabled", "data.shards=elsewhere"])
     assert config.data.shards == "elsewhere"
-    resume = RunFolder(config.run.dir).resume(config, 2, "digest")
-    assert resume.step == 40 and resume.checkpoint == folder.checkpoints.folder / "step_00000040"
+    resume = RunFolder(config.run.dir).resume(config, "digest")
+    assert resume.step == 40
+    assert resume.choice.checkpoint.folder == folder.checkpoints.folder / "step_00000040"
     started = RunFolder(config.run.dir)
     started.write_facts(config)
-    assert started.resume(config, 2, "digest").step == 40
-    own = started.checkpoints.folder / "step_00000060" / "complete.json"
-    own.parent.mkdir(parents=True)
-    own.write_text(json.dumps({"step": 60, "world_size": 2, "data": "digest"}))
-    assert started.resume(config, 2, "digest").checkpoint == own.parent
+    assert started.resume(config, "digest").step == 40
+    own = checkpoint(started, 60)
+    assert started.resume(config, "digest").choice.checkpoint.folder == own.folder
+
+
+def test_a_damaged_checkpoint_is_not_branched_off(tmp_path):
+    folder = trunk(tmp_path / "trunk")
+    config = branch(folder.path, 40, 0.5)
+    (folder.checkpoints.of(40).manifest).write_text("{")
+    with pytest.raises(UserError, match=r"step_00000040 cannot be used .*; choose another step"):
+        RunFolder(config.run.dir).resume(config, "digest")
 
 
 @pytest.mark.parametrize(
@@ -93,19 +106,18 @@ def test_a_pattern_names_the_trunks_among_what_it_finds(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "world_size", "digest", "says"),
+    ("changes", "digest", "says"),
     [
-        (["train.seed=1"], 2, "digest", "holds a run with train.seed=0, not 1"),
-        (["objective.lmbda=0.1"], 2, "digest", "objective.lmbda=0.013, not 0.1"),
-        ([], 4, "digest", "was trained by 2 processes, not 4"),
-        ([], 2, "other", "holds other photos"),
+        (["train.seed=1"], "digest", "holds a run with train.seed=0, not 1"),
+        (["objective.lmbda=0.1"], "digest", "objective.lmbda=0.013, not 0.1"),
+        ([], "other", "holds other photos"),
     ],
 )
-def test_a_branch_is_no_other_run(changes, world_size, digest, says, tmp_path):
+def test_a_branch_is_no_other_run(changes, digest, says, tmp_path):
     folder = trunk(tmp_path / "trunk")
     config = branch(folder.path, 40, 0.2, changes)
     with pytest.raises(UserError) as error:
-        RunFolder(config.run.dir).resume(config, world_size, digest)
+        RunFolder(config.run.dir).resume(config, digest)
     assert says in str(error.value)
 
 
