@@ -121,7 +121,7 @@ def test_out_of_time_a_run_of_a_sweep_goes_back_into_the_queue_and_goes_on(slurm
     slurm.wait(job, "PENDING", log.read_text)
     stopped_at = steps(run)[-1]
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    assert "CANCELLED" not in log.read_text()  # as Slurm says when it ends what it has asked to end in vain
+    assert "DUE TO TIME LIMIT" not in log.read_text()  # as Slurm says when it ends what it has asked to in vain
     assert Follower(run).look().state == "stopped"
 
     trained(slurm, job, run, log, stopped_at)
