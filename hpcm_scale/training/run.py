@@ -119,9 +119,11 @@ class _Training:
     watch: Watch
 
     def __post_init__(self) -> None:
-        self.shapes = on_meta(self.config.model)
-        self.flops = training_flops_per_image(self.shapes, self.config.data.crop)
-        self.parameters = parameter_count(self.shapes)
+        shapes = on_meta(self.config.model)
+        self.flops = training_flops_per_image(shapes, self.config.data.crop)
+        self.parameters = parameter_count(shapes)
+        self.described = {"parameters": self.parameters, "parameters_by_part": parameters_by_part(shapes)}
+        self.described |= {"environment": environment()}
 
     def choose(self) -> Resume:
         """The checkpoint to go on from, every byte of which has been looked at by one process or another."""
@@ -142,12 +144,10 @@ class _Training:
     def attempt(self, resume: Resume) -> Outcome | Diverged:
         """Train from `resume` on; Diverged, on all processes, if it has to go back."""
         config, engine, folder = self.config, self.engine, self.start.folder
-        described = {"parameters": self.parameters, "parameters_by_part": parameters_by_part(self.shapes)}
-        described |= {"environment": environment()}
         divergences = self.divergences()
         peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
         tracker = ComputeTracker(self.flops, engine.device, peak and peak * engine.world_size)
-        recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=described)
+        recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=self.described)
         saver = Saver(engine, folder.checkpoints, Retention.of(config.train), before=recorder.sync)
         trainer = Trainer(
             config=config,

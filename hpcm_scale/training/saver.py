@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -65,7 +64,7 @@ class Saver:
         if engine.replicated:
             pieces = share(pieces, engine.rank, engine.world_size)
         tensors = self._host.take(pieces)
-        self._saving = checkpoint, state | {"updates": engine.updates, "world_size": engine.world_size}
+        self._saving = checkpoint, state | {"updates": engine.updates}
         self._written = self._thread.submit(self._write, checkpoint, tensors)
         return before
 
@@ -89,7 +88,7 @@ class Saver:
         if failed:
             reasons = self._engine.gather(_reason(self._written))
             if self._engine.rank == 0:
-                shutil.rmtree(checkpoint.folder, ignore_errors=True)  # makes room again
+                checkpoint.remove()  # makes room again
             ended.append(Saved(checkpoint.step, next(filter(None, reasons))))
         elif self._engine.rank == 0:
             self._completed = self._thread.submit(self._complete, checkpoint, state)
