@@ -95,7 +95,7 @@ def decodes(codec: Codec, data: bytes) -> bool:
 def scales(codec: Codec, data: bytes) -> Tensor:
     """All scales that a decoder of these symbols meets, fp32, on the CPU."""
     met: list[Tensor] = []
-    traverse = codec.model.context.traverse
+    traverse = codec.model.context.traverse_packed
 
     def noting(hyper_parameters: Tensor, code):
         def note(step: int, scale: Tensor, mean: Tensor) -> Tensor:
@@ -104,11 +104,11 @@ def scales(codec: Codec, data: bytes) -> Tensor:
 
         return traverse(hyper_parameters, note)
 
-    codec.model.context.traverse = noting
+    codec.model.context.traverse_packed = noting
     try:
         codec.decode(unpack(data))
     finally:
-        del codec.model.context.traverse
+        del codec.model.context.traverse_packed
     return torch.cat(met)
 
 

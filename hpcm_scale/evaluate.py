@@ -43,9 +43,9 @@ def main() -> None:
     arguments = parser.parse_args()
     _refuse(arguments)
 
-    import torch
     from rich.console import Console
 
+    from hpcm_scale.config.schema import Precision
     from hpcm_scale.data.image_set import ImageSet
     from hpcm_scale.evaluation.curves import model_curve, other_curve, read_weights
     from hpcm_scale.evaluation.image_sets import check_set
@@ -53,6 +53,7 @@ def main() -> None:
     from hpcm_scale.evaluation.pictures import Crops
     from hpcm_scale.evaluation.results import Results, machine
     from hpcm_scale.evaluation.tables import console_table
+    from hpcm_scale.model.layers import set_arithmetic
     from hpcm_scale.model.weights import device_of
     from hpcm_scale.tracking.progress import progress
 
@@ -67,7 +68,7 @@ def main() -> None:
         for index in progress(range(len(images)), description="reading", unit="image"):
             images.load(index)  # a broken one would be refused late
 
-    torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32, as in training
+    set_arithmetic(Precision.fp32)
     crops = Crops(arguments.visual if arguments.out else 0)
     results = Results(arguments.images, arguments.set, len(images), [], machine())
     for group in models:

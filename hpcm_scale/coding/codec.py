@@ -60,7 +60,7 @@ class Codec:
             y = self._analyse(pixels)
             z = model.h_a(y)
             z_symbols = _whole((z - model.hyper_prior.means).round())
-            z_hat = _latent(z_symbols, z) + model.hyper_prior.means
+            z_hat = self._z_hat(z_symbols, z.shape)
             y_values = order.split(y)
             steps: list[tuple[np.ndarray, Tensor]] = []
 
@@ -69,7 +69,7 @@ class Codec:
                 steps.append((_whole(symbols), scales.float().flatten()))
                 return symbols + means
 
-            y_hat = model.context.traverse(model.h_s(z_hat), quantize)
+            y_hat = model.context.traverse_packed(model.h_s(z_hat), quantize)
         z_writer = SymbolWriter()
         z_writer.write(z_symbols, self._z_tables(z.shape))
         shifts = choose_shifts([scales for _, scales in steps], self.tolerance)
@@ -116,7 +116,7 @@ class Codec:
             means = model.hyper_prior.means
             with _exact_arithmetic(means):
                 read.append(SymbolReader(content.z).read(self._z_tables((1, *z_shape))))
-                z_hat = _latent(read[0], means.new_empty(1, *z_shape)) + means
+                z_hat = self._z_hat(read[0], (1, *z_shape))
                 reader = SymbolReader(content.y)
                 shifts = ShiftReader(reader)
 
@@ -124,7 +124,7 @@ class Codec:
                     read.append(reader.read(shifts.tables(scales.flatten())))
                     return _latent(read[-1], means) + means
 
-                y_hat = model.context.traverse(model.h_s(z_hat), code)
+                y_hat = model.context.traverse_packed(model.h_s(z_hat), code)
         except CorruptStream:
             raise UserError(_DESYNCHRONISED) from None
         if _checksum(*read) != content.symbols_checksum:
@@ -153,9 +153,15 @@ class Codec:
         def piece(rows: slice, columns: slice) -> Tensor:
             row = torch.arange(rows.start, rows.stop).clamp(max=height - 1)
             column = torch.arange(columns.start, columns.stop).clamp(max=width - 1)
-            return (pixels[:, row][:, :, column][None].to(parameter.device) / 255).to(parameter.dtype)
+            image = (pixels[:, row][:, :, column][None].to(parameter.device) / 255).to(parameter.dtype)
+            return image.contiguous(memory_format=torch.channels_last)
 
         return analyse(self.model.g_a, piece, self._padded(height, width), self._tile)
+
+    def _z_hat(self, symbols: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        """ẑ, in the memory format in which the networks are fastest."""
+        means = self.model.hyper_prior.means
+        return (_latent(symbols, means.new_empty(shape)) + means).contiguous(memory_format=torch.channels_last)
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         multiple = self.model.multiple

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,23 +44,3 @@ def forward_flops(module: nn.Module, *inputs: Tensor) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter, _RefuseUnknown():
         module(*inputs)
     return counter.get_total_flops()
-
-
-def saved_bytes(forward: Callable[[], Any]) -> int:
-    """Bytes that one forward pass keeps for the backward pass, each storage once; for fake tensors.
-
-    Parameters are not counted: they are there anyway.
-    """
-    storages: dict[int, tuple[Any, int]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        owner = tensor if tensor._base is None else tensor._base  # a linear layer saves its weight transposed
-        if not isinstance(owner, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = (tensor, storage.nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output
-    return sum(size for _, size in storages.values())

@@ -1,8 +1,9 @@
-"""Peak rates of known accelerators, from their makers' data sheets (dense, without sparsity)."""
+"""Rates of known accelerators, from their makers' data sheets: arithmetic (dense, without sparsity) and links."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,30 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("L40S", 91.6e12, 362e12),
     ("(GeForce )?RTX 4090", 82.6e12, 165.2e12),
     ("(GeForce )?RTX 3090", 35.6e12, 71.2e12),
+)
+
+
+class Links(NamedTuple):
+    """Bandwidths in bytes/s, in one direction."""
+
+    node: float
+    """Of one accelerator to the others of its machine."""
+    network: float
+    """Of a whole machine to the others."""
+
+    def ring(self, processes: int, per_node: int) -> float:
+        """Bytes/s that every process sends where rings through all of them, `per_node` a machine, carry the data.
+
+        What one process sends is what leaves its machine, on all network adapters together: every ring leaves it once.
+        """
+        return self.node if processes <= per_node else min(self.node, self.network)
+
+
+# NVLink as a switch joins eight (half of what data sheets give for both directions); network adapters of the maker's
+# own machines: DGX H100 and H200 eight of 400 Gb/s, DGX A100 eight of 200 Gb/s.
+_LINKS: tuple[tuple[str, Links], ...] = (
+    ("H200|H100( SXM5)?( 80GB HBM3)?", Links(450e9, 400e9)),
+    ("A100(-SXM4(?!.*MIG).*)?", Links(300e9, 200e9)),
 )
 
 
@@ -35,4 +60,12 @@ def peak_of(name: str, bf16: bool) -> float | None:
     for pattern, fp32_peak, bf16_peak in _PEAKS:
         if re.fullmatch(f"(NVIDIA )?{pattern}", name):
             return bf16_peak if bf16 else fp32_peak
+    return None
+
+
+def links_of(name: str) -> Links | None:
+    """Bandwidths of an accelerator by its name, in the machines that its maker builds; None if not known."""
+    for pattern, links in _LINKS:
+        if re.fullmatch(f"(NVIDIA )?({pattern})", name):
+            return links
     return None

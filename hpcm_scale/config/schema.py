@@ -35,6 +35,17 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Checkpointing(Enum):
+    """Which activations are computed a second time in the backward pass instead of being kept."""
+
+    none = "none"
+    """None: fastest."""
+    blocks = "blocks"
+    """Those within residual blocks."""
+    steps = "steps"
+    """Those within residual blocks of the transforms and within the steps of the coding order."""
+
+
 class EngineName(Enum):
     """Who runs the processes."""
 
@@ -218,6 +229,10 @@ class EngineConfig:
     offload: bool = False
     """Keep optimizer state and weights in host memory (stage 3)."""
     precision: Precision = Precision.fp32
+    compile: bool = False
+    """Compile the parts of the network with torch.compile; minutes at the start of a run, faster steps."""
+    checkpoint: Checkpointing = Checkpointing.none
+    """Activations to compute again in the backward pass; lets larger models or batches into a device's memory."""
     world_size: int | None = None
     """Processes; training checks it against the launcher, `hpcm estimate` plans for it."""
     join_minutes: float = 10.0

@@ -112,7 +112,7 @@ def estimate(
     """
     height, width = pixels.shape[1:]
     x = pixels.to(device)[None].float() / 255
-    coded = codec(pad(x, multiple))
+    coded = codec(pad(x, multiple).contiguous(memory_format=torch.channels_last))
     x_hat = coded.x_hat[..., :height, :width]
     loss = rate_distortion_loss(x, x_hat, coded.bits_y, coded.bits_z, lmbda)
     return loss, (x_hat[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -2,13 +2,17 @@
 
 y is coded in three scales, each a half-resolution picture of the next: s1, s2, s3 = y itself. Every
 scale is coded in steps; at a step each of the eight channel groups has its own positions, the same
-in every cell of the grid. Nothing here depends on data: a set of positions is a constant gather.
+in every cell of the grid. Nothing here depends on data: a set of positions is a constant mask, or a constant gather.
+
+Grids are (B, 8·C, H, W) with H and W multiples of the cell, or several such grids, `parts`, one after the other in
+the channels. They keep their memory format: channels-last ones are never copied to another.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 GROUPS = 8
 Offset = tuple[int, int]
@@ -17,33 +21,51 @@ Offset = tuple[int, int]
 class Positions(nn.Module):
     """A constant set of positions on a grid: for each channel group, offsets (row, column) in a cell.
 
-    Tensors on the grid are (B, 8·C, H, W) with H and W multiples of the cell; the values at the
-    positions are "packed": (8·offsets, B, C, H/cell, W/cell), groups outermost.
+    The values at the positions are "packed": (8·offsets, B, C, H/cell, W/cell), groups outermost.
     """
 
     def __init__(self, cell: int, offsets: tuple[tuple[Offset, ...], ...]) -> None:
         super().__init__()
         assert len(offsets) == GROUPS and len({len(group) for group in offsets}) == 1
         self.cell, self.offsets = cell, offsets
-        planes = [g * cell**2 + row * cell + col for g, group in enumerate(offsets) for row, col in group]
-        self.register_buffer("planes", torch.tensor(planes), persistent=False)
+        places = [(group, row, column) for group, inside in enumerate(offsets) for row, column in inside]
+        mask = torch.zeros(GROUPS, 1, 1, cell, 1, cell, dtype=torch.bool)
+        for group, row, column in places:
+            mask[group, 0, 0, row, 0, column] = True
+        self.register_buffer("_mask", mask, persistent=False)
+        # The same with groups innermost: the result of `where` takes its memory format from the mask.
+        self.register_buffer("_mask_last", mask.movedim(0, -1).contiguous().movedim(-1, 0), persistent=False)
+        for name, values in zip(("group", "row", "column"), zip(*places, strict=True), strict=True):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+
+    def choose(self, chosen: Tensor, others: Tensor, parts: int = 1) -> Tensor:
+        """The grid `chosen` at the positions, `others` everywhere else."""
+        cells = torch.where(self.mask(others), self.cells(chosen, parts), self.cells(others, parts))
+        return _from_cells(cells)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """The positions of `cells(x)`: (8, 1, 1, cell, 1, cell)."""
+        return self._mask_last if suggest_memory_format(x) == torch.channels_last else self._mask
 
     def take(self, x: Tensor) -> Tensor:
         """The packed values of a grid."""
-        return self._split(x).index_select(0, self.planes)
+        return self.cells(x)[:, 0, self.group, :, :, self.row, :, self.column]
 
     def put(self, values: Tensor, x: Tensor) -> Tensor:
         """A copy of the grid `x` with packed `values` at the positions."""
-        batch, channels, height, width = x.shape
-        planes = self._split(x).index_copy(0, self.planes, values)
-        cells = planes.unflatten(0, (GROUPS, self.cell, self.cell))  # g, r, c, B, C, h, w
-        return cells.permute(3, 0, 4, 5, 1, 6, 2).reshape(batch, channels, height, width)
+        x = x.clone()
+        self.cells(x)[:, 0, self.group, :, :, self.row, :, self.column] = values
+        return x
 
-    def _split(self, x: Tensor) -> Tensor:
-        """Every offset of every group as a plane of its own: (8·cell², B, C, H/cell, W/cell)."""
-        batch, channels, height, width = x.shape
-        shape = (batch, GROUPS, channels // GROUPS, height // self.cell, self.cell, width // self.cell)
-        return x.reshape(*shape, self.cell).permute(1, 4, 6, 0, 2, 3, 5).flatten(0, 2)
+    def cells(self, x: Tensor, parts: int = 1) -> Tensor:
+        """A grid as (B, parts, 8, C, H/cell, cell, W/cell, cell); a view."""
+        channels = x.shape[1] // GROUPS // parts
+        return x.unflatten(3, (-1, self.cell)).unflatten(2, (-1, self.cell)).unflatten(1, (parts, GROUPS, channels))
+
+
+def _from_cells(cells: Tensor) -> Tensor:
+    """The grid of such a view."""
+    return cells.flatten(6, 7).flatten(4, 5).flatten(1, 3)
 
 
 class Scale(nn.Module):
@@ -54,14 +76,16 @@ class Scale(nn.Module):
         self.subgrid = None if subgrid is None else Positions(2, tuple((offset,) for offset in subgrid))
         self.steps = nn.ModuleList(Positions(cell, offsets) for offsets in steps)
 
-    def coarsen(self, x: Tensor) -> Tensor:
-        """The coarser scale's picture of `x`: (B, M, H, W) to (B, M, H/2, W/2)."""
-        height, width = x.shape[2] // 2, x.shape[3] // 2
-        return self.subgrid.take(x).transpose(0, 1).reshape(*x.shape[:2], height, width)
+    def coarsen(self, x: Tensor, parts: int = 1) -> Tensor:
+        """The coarser scale's picture of `x`: (B, parts·M, H, W) to (B, parts·M, H/2, W/2)."""
+        # Of the four values of a cell one is taken, so that the sum is exactly that one.
+        cells = torch.where(self.subgrid.mask(x), self.subgrid.cells(x, parts), 0.0)
+        return cells.sum(dim=(5, 7)).flatten(1, 3).contiguous(memory_format=suggest_memory_format(x))
 
-    def refine(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """A copy of `fine` (B, M, H, W) with `coarse` (B, M, H/2, W/2) on the subgrid."""
-        return self.subgrid.put(coarse.unflatten(1, (GROUPS, -1)).transpose(0, 1), fine)
+    def refine(self, coarse: Tensor, fine: Tensor, parts: int = 1) -> Tensor:
+        """A copy of `fine` (B, parts·M, H, W) with `coarse` (B, parts·M, H/2, W/2) on the subgrid."""
+        repeated = coarse.unflatten(1, (parts, GROUPS, -1))[:, :, :, :, :, None, :, None]
+        return _from_cells(torch.where(self.subgrid.mask(fine), repeated, self.subgrid.cells(fine, parts)))
 
 
 class CodingOrder(nn.Module):
@@ -77,32 +101,17 @@ class CodingOrder(nn.Module):
             ]
         )
 
-    def grids(self, y: Tensor) -> list[Tensor]:
-        """y (B, M, H, W) at every scale, coarse to fine: (B, M, H/4, W/4), …, y itself."""
+    def grids(self, y: Tensor, parts: int = 1) -> list[Tensor]:
+        """y (B, parts·M, H, W) at every scale, coarse to fine: (B, parts·M, H/4, W/4), …, y itself."""
         grids = [y]
         for scale in reversed(self.scales[1:]):
-            grids.append(scale.coarsen(grids[-1]))
+            grids.append(scale.coarsen(grids[-1], parts))
         return grids[::-1]
 
     def split(self, y: Tensor) -> list[Tensor]:
         """The values of y (B, M, H, W) in coding order: one packed tensor per step."""
         grids = self.grids(y)
         return [step.take(grid) for scale, grid in zip(self.scales, grids, strict=True) for step in scale.steps]
-
-    def join(self, packed: list[Tensor]) -> Tensor:
-        """The inverse of `split`."""
-        values, grid = iter(packed), None
-        for scale in self.scales:
-            first = next(values)
-            _, batch, channels, height, width = first.shape
-            cell = scale.steps[0].cell
-            shape = (batch, GROUPS * channels, height * cell, width * cell)
-            empty = first.new_zeros(shape)
-            grid = empty if grid is None else scale.refine(grid, empty)
-            grid = scale.steps[0].put(first, grid)
-            for step in scale.steps[1:]:
-                grid = step.put(next(values), grid)
-        return grid
 
 
 # Where a scale lies on the next finer one, for each channel group.

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
-from hpcm_scale.model.coding_order import CodingOrder, Scale, misplaced
-from hpcm_scale.model.layers import ChannelScale, Conv2d, depthwise_block
+from hpcm_scale.model.coding_order import CodingOrder, Positions, Scale, misplaced
+from hpcm_scale.model.layers import ChannelScale, Pointwise, attend, depthwise_block, recomputed
 from hpcm_scale.model.transforms import start_scales
 
-Code = Callable[[int, Tensor, Tensor], Tensor]
+
+class Place(NamedTuple):
+    """Where in the coding order a step is."""
+
+    step: int
+    """Of all steps."""
+    level: int
+    """Its scale, 0 to 2: s1, s2, s3."""
+    positions: Positions
+    """What it codes."""
+
+
+Code = Callable[[Place, Tensor, Tensor], Tensor]
+"""(place, scales, means) to ŷ, all on the scale's grid, (B, M, …); ŷ counts at the place's positions alone."""
+
+PackedCode = Callable[[int, Tensor, Tensor], Tensor]
 """(step, scales, means) to ŷ at the step's positions; all packed as `Positions` says."""
 
 
@@ -26,12 +43,12 @@ class WindowFusion(nn.Module):
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads, self.window = heads, window
-        self.query, self.key, self.value, self.skip = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.query, self.key, self.value, self.skip = (Pointwise(channels, channels) for _ in range(4))
 
     def forward(self, parameters: Tensor, context: Tensor) -> Tensor:
         query, key, value = self.query(parameters), self.key(context), self.value(context)
-        attended = F.scaled_dot_product_attention(*(self._to_windows(x) for x in (query, key, value)))
-        return self._from_windows(attended, query.shape) + self.skip(parameters)
+        attended = attend(*(self._to_windows(x) for x in (query, key, value)))
+        return self._from_windows(attended, query) + self.skip(parameters)
 
     def _to_windows(self, x: Tensor) -> Tensor:
         """(B, heads·d, H, W) to (B·windows, heads, window², d)."""
@@ -40,11 +57,13 @@ class WindowFusion(nn.Module):
         x = x.reshape(batch, self.heads, channels // self.heads, height // w, w, width // w, w)
         return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(0, 2)
 
-    def _from_windows(self, x: Tensor, shape: torch.Size) -> Tensor:
-        batch, channels, height, width = shape
+    def _from_windows(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse of it, in shape and memory format of `like`."""
+        batch, channels, height, width = like.shape
         w = self.window
         x = x.reshape(batch, height // w, width // w, self.heads, w, w, channels // self.heads)
-        return x.permute(0, 3, 6, 1, 4, 2, 5).reshape(shape)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x.contiguous(memory_format=suggest_memory_format(like))
 
 
 class ContextModel(nn.Module):
@@ -66,55 +85,72 @@ class ContextModel(nn.Module):
         self.q = nn.ModuleList(ChannelScale(3 * latent) for _ in range(sum(networks)))
         self.prior_s1_s2 = _prior(latent, config.prior_s1_s2)
         self.prior_s3 = _prior(latent, config.prior_s3)
-        self.merge = nn.ModuleList(nn.Conv2d(2 * latent, 2 * latent, 1) for _ in range(2))
+        self.merge = nn.ModuleList(Pointwise(2 * latent, 2 * latent) for _ in range(2))
         self.fusion = nn.ModuleList()
         if config.fusion == Fusion.attention:
             self.fusion.extend(WindowFusion(2 * latent, config.attention_heads, window) for window in (4, 8, 8))
+        self.recompute = False
+        """Whether the backward pass computes a step's networks again, instead of keeping what is within."""
 
-    def traverse(self, hyper_parameters: Tensor, code: Code) -> Tensor:
+    def traverse(self, hyper_parameters: Tensor, code: Code) -> tuple[Tensor, Tensor]:
         """Walk through y in coding order.
 
-        hyper_parameters: (B, 2M, H, W) fp32, scales then means. `code` is called once per step with the
-        packed scales and means and answers ŷ there: by quantizing y, or from a stream.
-        Returns ŷ (B, M, H, W) fp32.
+        hyper_parameters: (B, 2M, H, W) fp32, scales then means. `code` is called once per step and answers ŷ:
+        by quantizing y, or from a stream.
+        Returns ŷ (B, M, H, W) fp32, and (B, 2M, H, W) fp32 the scales and means each position was coded with.
         """
-        hyper_grids = self._grids(hyper_parameters)
-        y_hat = torch.zeros_like(hyper_grids[0].chunk(2, dim=1)[0])
-        context = parameters = hyper_grids[0]
+        hyper_grids = self.order.grids(hyper_parameters, parts=2)
+        context = parameters = used = hyper_grids[0]
+        y_hat = _zeros_of_half(context)
         step = 0
         for level, (scale, hyper) in enumerate(zip(self.order.scales, hyper_grids, strict=True)):
-            prior = self.prior_s3 if level == 2 else self.prior_s1_s2
             if level > 0:
-                y_hat = scale.refine(y_hat, torch.zeros_like(hyper.chunk(2, dim=1)[0]))
+                y_hat = scale.refine(y_hat, _zeros_of_half(hyper))
+                used = scale.refine(used, hyper, parts=2)
                 context = self.merge[level - 1](self._refine_context(scale, level, context, hyper))
             for index, positions in enumerate(scale.steps):
                 if step > 0:
-                    adaptor = self.adaptors[level][index - self._without_network[level]]
-                    adapted = adaptor(torch.cat([context, y_hat], dim=1))
-                    parameters = prior.after(self.q[step - 1](prior.before(adapted)))
-                    context = self.fusion[level](parameters, context) if self.fusion else parameters
-                scales, means = (positions.take(part) for part in parameters.chunk(2, dim=1))
-                y_hat = positions.put(code(step, scales, means), y_hat)
+                    networks = partial(self._advance, level, index - self._without_network[level], step - 1)
+                    advance = partial(recomputed, networks) if self.recompute else networks
+                    parameters, context = advance(context, y_hat)
+                coded = code(Place(step, level, positions), *parameters.chunk(2, dim=1))
+                y_hat = positions.choose(coded, y_hat)
+                used = positions.choose(parameters, used, parts=2)
                 step += 1
-        return y_hat
+        return y_hat, used
 
-    def _grids(self, hyper_parameters: Tensor) -> list[Tensor]:
-        """The hyper parameters at every scale, coarse to fine, each (B, 2M, …)."""
-        scales, means = (self.order.grids(part) for part in hyper_parameters.chunk(2, dim=1))
-        return [torch.cat(pair, dim=1) for pair in zip(scales, means, strict=True)]
+    def traverse_packed(self, hyper_parameters: Tensor, code: PackedCode) -> Tensor:
+        """`traverse` for a `code` on packed values, as encoder and decoder have them; returns ŷ."""
+
+        def on_grid(place: Place, scales: Tensor, means: Tensor) -> Tensor:
+            take = place.positions.take
+            return place.positions.put(code(place.step, take(scales), take(means)), means)
+
+        return self.traverse(hyper_parameters, on_grid)[0]
+
+    def _advance(self, level: int, index: int, number: int, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """The parameters of a step, the network `index` of its scale, `number` of all, and the context after it."""
+        prior = self.prior_s3 if level == 2 else self.prior_s1_s2
+        adapted = self.adaptors[level][index](torch.cat([context, y_hat], dim=1))
+        parameters = prior.after(self.q[number](prior.before(adapted)))
+        return parameters, self.fusion[level](parameters, context) if self.fusion else parameters
 
     def _refine_context(self, scale: Scale, level: int, context: Tensor, hyper: Tensor) -> Tensor:
         """The coarser context on its positions of this scale, hyper parameters on the others."""
-        parts = []
-        for coarse, fine in zip(context.to(hyper.dtype).chunk(2, dim=1), hyper.chunk(2, dim=1), strict=True):
-            placed = fine if self.aligned or level == 2 else misplaced(fine)
-            parts.append(scale.refine(coarse, placed))
-        return torch.cat(parts, dim=1)
+        if not self.aligned and level == 1:
+            hyper = torch.cat([misplaced(half) for half in hyper.chunk(2, dim=1)], dim=1)
+        return scale.refine(context.to(hyper.dtype), hyper, parts=2)
+
+
+def _zeros_of_half(parameters: Tensor) -> Tensor:
+    """Zeros for ŷ beside parameters (B, 2M, …), in their memory format: a slice's zeros would be in the plain one."""
+    half = parameters[:, : parameters.shape[1] // 2]
+    return torch.zeros_like(half, memory_format=suggest_memory_format(parameters))
 
 
 def _adaptor(channels: int, blocks: int) -> nn.Module:
     if blocks == 0:
-        return nn.Conv2d(channels, channels, 1)
+        return Pointwise(channels, channels)
     return nn.Sequential(*(depthwise_block(channels) for _ in range(blocks)))
 
 
@@ -128,7 +164,7 @@ def _prior(latent_channels: int, depth: PriorConfig) -> nn.Module:
     halves.before = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.before)))
     halves.after = nn.Sequential(
         *(depthwise_block(wide) for _ in range(depth.after)),
-        start_scales(Conv2d(wide, narrow, 1)),
+        start_scales(Pointwise(wide, narrow, fp32=True)),
         *(depthwise_block(narrow) for _ in range(depth.refine)),
     )
     return halves

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.checks import side_multiple
-from hpcm_scale.config.schema import ModelConfig, Precision
+from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
 from hpcm_scale.entropy.generalized_gaussian import bits
-from hpcm_scale.model.context import ContextModel
-from hpcm_scale.model.layers import full_precision, reduced_precision
+from hpcm_scale.model.context import ContextModel, Place
+from hpcm_scale.model.layers import Pointwise, ResidualBlock, full_precision, reduced_precision
 from hpcm_scale.model.transforms import analysis, hyper_analysis, hyper_synthesis, synthesis
 
 
@@ -33,9 +33,26 @@ class Noise(NamedTuple):
     z: Tensor
 
 
-def round_through(x: Tensor) -> Tensor:
-    """Round to the nearest integer; the gradient passes as if nothing had happened."""
-    return x.detach().round() + (x - x.detach())  # exactly the integer: x − x is 0
+def quantize(value: Tensor, mean: Tensor) -> Tensor:
+    """round(value − mean) + mean; the gradient goes to `value`, as if nothing had happened, and none to `mean`."""
+    return _Quantize.apply(value, mean)
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, mean: Tensor) -> Tensor:
+        return (value - mean).round() + mean
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def rate(value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None, formula: str) -> Tensor:
+    """Bits per image (B,) of a latent (B, C, H, W): of its symbols, or in training of what `noise` makes of them."""
+    residual = value - mean
+    coded = residual.round() if noise is None else residual + noise
+    return bits(coded, scale, formula=formula).sum(dim=(1, 2, 3))
 
 
 class HyperPrior(nn.Module):
@@ -48,10 +65,7 @@ class HyperPrior(nn.Module):
 
     def forward(self, z: Tensor, noise: Tensor | None, formula: str) -> tuple[Tensor, Tensor]:
         """z (B, N, h, w) fp32 to ẑ of the same shape and its bits per image (B,)."""
-        residual = z - self.means
-        rounded = round_through(residual)
-        coded = rounded if noise is None else residual + noise
-        return rounded + self.means, bits(coded, self.scales, formula=formula).sum(dim=(1, 2, 3))
+        return quantize(z, self.means), rate(z, self.means, self.scales, noise, formula)
 
 
 class HPCM(nn.Module):
@@ -59,11 +73,18 @@ class HPCM(nn.Module):
 
     `precision` is that of convolutions and context networks; weights, latents, rates and pictures are fp32.
     `formula` picks the likelihood's arithmetic (`entropy.generalized_gaussian`); "public" is for
-    comparison with the public implementation only.
+    comparison with the public implementation only. `checkpoint` says which activations the backward pass computes
+    again. Images in channels-last memory format take the fast way, others the plain one; the results differ by
+    rounding only.
     """
 
     def __init__(
-        self, config: ModelConfig, *, precision: Precision = Precision.fp32, formula: str = "survival"
+        self,
+        config: ModelConfig,
+        *,
+        precision: Precision = Precision.fp32,
+        formula: str = "survival",
+        checkpoint: Checkpointing = Checkpointing.none,
     ) -> None:
         super().__init__()
         self.config, self.precision, self.formula = config, precision, formula
@@ -71,6 +92,13 @@ class HPCM(nn.Module):
         self.h_a, self.h_s = hyper_analysis(config), hyper_synthesis(config)
         self.hyper_prior = HyperPrior(config.hyper_latent_channels)
         self.context = ContextModel(config)
+        for name, module in self.named_modules():
+            if isinstance(module, Pointwise):
+                module.reduced = precision == Precision.bf16
+            elif isinstance(module, ResidualBlock):
+                within_step = checkpoint == Checkpointing.steps and name.startswith("context.")
+                module.recompute = checkpoint != Checkpointing.none and not within_step
+        self.context.recompute = checkpoint == Checkpointing.steps
 
     @property
     def multiple(self) -> int:
@@ -97,17 +125,13 @@ class HPCM(nn.Module):
         z = self.h_a(y)
         with full_precision(x):
             z_hat, bits_z = self.hyper_prior(z, noise.z if noise else None, self.formula)
-        y_values = self.context.order.split(y)
-        y_noise = self.context.order.split(noise.y) if noise else None
-        step_bits = []
+        y_grids = self.context.order.grids(y)
 
-        def quantize(step: int, scales: Tensor, means: Tensor) -> Tensor:
-            with full_precision(x):
-                residual = y_values[step] - means
-                rounded = round_through(residual)
-                coded = residual + y_noise[step] if y_noise else rounded
-                step_bits.append(bits(coded, scales, formula=self.formula).sum(dim=(0, 2, 3, 4)))
-                return rounded + means
+        def code(place: Place, _: Tensor, means: Tensor) -> Tensor:
+            return quantize(y_grids[place.level], means)
 
-        y_hat = self.context.traverse(self.h_s(z_hat), quantize)
-        return Coded(self.g_s(y_hat), torch.stack(step_bits).sum(dim=0), bits_z)
+        y_hat, parameters = self.context.traverse(self.h_s(z_hat), code)
+        with full_precision(x):
+            scales, means = parameters.chunk(2, dim=1)
+            bits_y = rate(y, means, scales, noise.y if noise else None, self.formula)
+        return Coded(self.g_s(y_hat), bits_y, bits_z)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hpcm_scale.config.schema import Precision
+
+SLOPE = 0.01
+"""Of LeakyReLU, for negative values."""
 
 
 def reduced_precision(x: Tensor, precision: Precision) -> AbstractContextManager[None]:
@@ -23,8 +29,20 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+def set_arithmetic(precision: Precision) -> None:
+    """Say, for the whole process, how products of fp32 numbers are computed.
+
+    In fp32 they are exact. Where convolutions are bf16, the few with fp32 results multiply TF32 numbers on a GPU, and
+    bf16 numbers on a CPU; sums and results are fp32 always.
+    """
+    reduced = precision == Precision.bf16
+    for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        place.fp32_precision = "tf32" if reduced else "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if reduced else "ieee"
+
+
 class Conv2d(nn.Conv2d):
-    """Convolution in fp32 even under autocast, so that the residual stream after it is fp32."""
+    """Convolution with an fp32 result even under autocast, so that the residual stream after it is fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
@@ -32,11 +50,84 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """Transposed convolution in fp32 even under autocast."""
+    """Transposed convolution with an fp32 result even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
             return super().forward(x.to(self.weight.dtype))
+
+
+class Pointwise(nn.Conv2d):
+    """1×1 convolution, as a matrix product where that is faster; its result is fp32 even under autocast if `fp32`."""
+
+    def __init__(self, inputs: int, outputs: int, *, fp32: bool = False) -> None:
+        super().__init__(inputs, outputs, 1)
+        self.fp32 = fp32
+        self.reduced = False
+        """Whether products may be of bf16 or TF32 numbers; `HPCM` says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fp32:
+            with full_precision(x):
+                return self._mix(x.to(self.weight.dtype))
+        return self._mix(x)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        if not product_is_faster(x, self):
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def product_is_faster(x: Tensor, layer: Pointwise) -> bool:
+    """Whether a 1×1 convolution of `x` (B, C, H, W) is faster as a matrix product; never on the plain layout.
+
+    On CPUs oneDNN's convolutions win where rows are short, and in fp32 where MKL, which multiplies fp32 matrices, does
+    not use all that the processor has (benchmarks/results/train.md).
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last) or x.device.type not in ("cpu", "cuda"):
+        return False
+    if x.is_cuda:
+        return True
+    long = min(layer.in_channels, layer.out_channels) >= _LONG_ROWS
+    return long and (layer.reduced or _MKL_AT_HOME)
+
+
+_LONG_ROWS = 192
+
+
+def _mkl_at_home() -> bool:
+    processor = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and processor.is_file() and "GenuineIntel" in processor.read_text()
+
+
+_MKL_AT_HOME = _mkl_at_home()
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+    """LeakyReLU that keeps its result alone for the backward pass, which the layer after it keeps anyway."""
+    return _LeakyReLU.apply(x)
+
+
+class _LeakyReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        result = F.leaky_relu(x, SLOPE)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return torch.ops.aten.leaky_relu_backward(gradient, result, SLOPE, True)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention of (…, positions, d) each."""
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # torch's kernel for it is ten times slower than these products where there are few positions.
+        weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return weights.softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def down(inputs: int, outputs: int, *, kernel: int = 2, fp32: bool = False) -> nn.Conv2d:
@@ -77,12 +168,24 @@ class ResidualBlock(nn.Module):
     def __init__(self, spatial: nn.Module, channels: int, expansion: int) -> None:
         super().__init__()
         self.spatial = spatial
-        self.expand = nn.Conv2d(channels, expansion * channels, 1)
-        self.activation = nn.LeakyReLU(0.01)
-        self.reduce = nn.Conv2d(expansion * channels, channels, 1)
+        self.expand = Pointwise(channels, expansion * channels)
+        self.reduce = Pointwise(expansion * channels, channels)
+        self.recompute = False
+        """Whether the backward pass computes again what is within, instead of keeping it; `HPCM` says."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.reduce(self.activation(self.expand(self.spatial(x))))
+        return recomputed(self.compute, x) if self.recompute else self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """`forward`, everything within kept for the backward pass."""
+        return x + self.reduce(leaky_relu(self.expand(self.spatial(x))))
+
+
+def recomputed(function, *inputs: Tensor):
+    """The function's result, with what is within computed again in the backward pass instead of being kept."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def partial_block(channels: int, ratio: int, expansion: int) -> ResidualBlock:

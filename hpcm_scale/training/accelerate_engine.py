@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hpcm_scale.config.checks import accumulation
 from hpcm_scale.config.schema import Config
 from hpcm_scale.training.engine import Engine, Stepped, poisoned
-from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate, whole_pieces
+from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, whole_pieces
 from hpcm_scale.training.pieces import Piece
 
 
@@ -33,9 +33,12 @@ class AccelerateEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(poisoned(loss) * self._share)
 
-    def step(self, learning_rate: float, leave_out: bool = False) -> Stepped:
+    def clip(self) -> Tensor:
+        return clip(self._optimizer, self._config.train.clip_norm)
+
+    def step(self, learning_rate: float, norm: float, leave_out: bool = False) -> Stepped:
         set_learning_rate(self._optimizer, learning_rate)
-        norm = float(clip_and_guard(self._optimizer, self._config.train.clip_norm, leave_out))
+        guard(self._optimizer, norm, leave_out)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return Stepped(norm, self._optimizer.overflow)

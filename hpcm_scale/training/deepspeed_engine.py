@@ -17,7 +17,7 @@ from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
 from hpcm_scale.training.engine import Engine, Stepped, poisoned
-from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate, whole_pieces
+from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, whole_pieces
 from hpcm_scale.training.pieces import Piece
 
 
@@ -53,12 +53,14 @@ class DeepSpeedEngine(Engine):
         if not boundary:
             self._engine.step()  # only counts the micro-batch
 
-    def step(self, learning_rate: float, leave_out: bool = False) -> Stepped:
+    def clip(self) -> Tensor:
+        if self._stage > 0:
+            return torch.full((), torch.nan, device=self.device)
+        return clip(self._optimizer, self._config.train.clip_norm)
+
+    def step(self, learning_rate: float, norm: float, leave_out: bool = False) -> Stepped:
         set_learning_rate(self._engine.optimizer, learning_rate)
-        if self._stage == 0:
-            norm = float(clip_and_guard(self._optimizer, self._config.train.clip_norm, leave_out))
-        else:
-            self._optimizer.overflow = leave_out
+        guard(self._optimizer, norm if self._stage == 0 else 0.0, leave_out)
         before = self._engine.skipped_steps
         self._engine.step()
         if self._stage > 0:

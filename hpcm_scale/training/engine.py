@@ -44,8 +44,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, learning_rate: float, leave_out: bool = False) -> Stepped:
-        """Clip and apply the accumulated gradients, or skip them if told to or if they are not finite; clear them."""
+    def clip(self) -> Tensor:
+        """Clip the accumulated gradients; returns their norm before, a scalar on the device, never looked at.
+
+        NaN if there is none yet: DeepSpeed clips sharded gradients within the step.
+        """
+
+    @abstractmethod
+    def step(self, learning_rate: float, norm: float, leave_out: bool = False) -> Stepped:
+        """Apply the clipped gradients, or skip them if told to or if they are not finite; clear them.
+
+        `norm`: what `clip` returned.
+        """
 
     @abstractmethod
     def pieces(self) -> list[Piece]:

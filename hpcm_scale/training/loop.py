@@ -35,6 +35,8 @@ class Agreed(NamedTuple):
 
     means: RateDistortion
     """Of the batch: these are means."""
+    grad_norm: float
+    """Of the gradients before clipping; NaN where the engine tells it only after the step."""
     upscaled: float
     """Photos smaller than the crop."""
     bad: float
@@ -116,21 +118,22 @@ class Trainer:
 
     def train_step(self, stream: Iterator[Batch], last: bool) -> Agreed:
         """One optimizer step, and the images of the next one unless it is the `last`."""
-        means = len(RateDistortion._fields)
-        measured = torch.zeros(means + len(Agreed._fields) - 1, dtype=torch.float64)
-        rounds = len(self._batches)
+        engine, rounds = self.engine, len(self._batches)
+        measured = torch.zeros(len(RateDistortion._fields), dtype=torch.float64, device=engine.device)
+        upscaled = sum(batch.upscaled for batch in self._batches)
         for batch in self._batches:
             result = self.forward(batch)
-            self.engine.backward(result.loss)
-            share = torch.stack([value.detach().double() for value in result]).cpu() / rounds / self.engine.world_size
-            measured[:means] += share
-            measured[means] += batch.upscaled
+            engine.backward(result.loss)
+            measured += torch.stack([value.detach().double() for value in result]) / rounds
+        norm = engine.clip()
         self.bad.passed()
         waited = 0.0 if last else self.fetch(stream)
         bad = sum(len(batch.bad) for batch in self._batches)
-        flags = (bad, bool(self._trouble), self.stop.received(), *self.saver.flags())
-        measured[-len(flags) :] = torch.tensor(flags)
-        told = self.engine.reduce(measured).tolist()
+        flags = (upscaled, bad, bool(self._trouble), self.stop.received(), *self.saver.flags())
+        means = torch.cat([measured, norm.double()[None]]) / engine.world_size
+        # Of all that a step computes, this alone is looked at; until now the device has had work ahead.
+        told = engine.reduce(torch.cat([means, torch.tensor(flags).to(means)])).tolist()
+        means = len(RateDistortion._fields)
         agreed = Agreed(RateDistortion(*told[:means]), *told[means:])
         self.apply(agreed)
         self.upscaled += int(agreed.upscaled)
@@ -145,7 +148,8 @@ class Trainer:
         """Take the optimizer step, or leave it out, by what `train.on_divergence` says, for all processes alike."""
         train = self.config.train
         wrong = self.losses.verdict(agreed.means.loss, train.spike)
-        stepped = self.engine.step(learning_rate(self.config.schedule, self.step, train.steps), bool(wrong))
+        rate = learning_rate(self.config.schedule, self.step, train.steps)
+        stepped = self.engine.step(rate, agreed.grad_norm, bool(wrong))
         if stepped.skipped and not wrong:
             wrong = "its gradient is not finite"
         self.meter.add(agreed.means._asdict() | {"grad_norm": stepped.grad_norm}, stepped.skipped)
@@ -194,7 +198,8 @@ class Trainer:
 
     def forward(self, batch: Batch) -> RateDistortion:
         """Means over this process's images of one micro-batch."""
-        images = batch.images.to(self.engine.device, non_blocking=True).float() / 255
+        images = batch.images.to(self.engine.device, non_blocking=True)
+        images = images.to(torch.float32, memory_format=torch.channels_last) / 255
         noise = image_noise(self.model, images, batch.image_index, self.config.train.seed)
         coded = self.engine.module(images, noise)
         lmbda = self.config.objective.lmbda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -25,7 +26,8 @@ class GuardedAdam(torch.optim.Adam):
     @property
     def updates(self) -> int:
         """Steps taken, those left out not counted."""
-        return int(max((float(state["step"]) for state in self.state.values()), default=0))
+        steps = [state["step"] for state in self.state.values()]
+        return int(torch.stack(steps).max()) if steps else 0
 
     def set_updates(self, updates: int) -> None:
         """Go on as after so many steps."""
@@ -37,26 +39,26 @@ class GuardedAdam(torch.optim.Adam):
         are the parameter `name` from element `start` on. Moments that there are not yet are made, zero."""
         state = self.state[held]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=held.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(held), torch.zeros_like(held)
         for kind, tensor in (("weight", held), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
             yield Piece(kind, name, start, tensor.detach().view(-1)[offset : offset + size])
 
 
 def create_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> GuardedAdam:
-    """Adam with the configured betas; the learning rate is set at every step."""
-    return GuardedAdam(parameters, lr=0.0, betas=tuple(train.betas))
+    """Adam with the configured betas, each update one pass over memory; the learning rate is set at every step."""
+    return GuardedAdam(parameters, lr=0.0, betas=tuple(train.betas), fused=True)
 
 
-def clip_and_guard(optimizer: GuardedAdam, clip_norm: float, leave_out: bool) -> Tensor:
-    """Clip the global gradient norm; mark the step to be left out if asked to, or if it is not finite.
-
-    Returns the norm.
-    """
+def clip(optimizer: GuardedAdam, clip_norm: float) -> Tensor:
+    """Clip the global gradient norm; returns the norm, a scalar on the device, finite or not."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimizer.overflow = leave_out or not bool(norm.isfinite())
-    return norm
+    return nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+
+def guard(optimizer: GuardedAdam, norm: float, leave_out: bool) -> None:
+    """Have the next step left out if asked to, or if the gradient norm is not finite."""
+    optimizer.overflow = leave_out or not math.isfinite(norm)
 
 
 def whole_pieces(optimizer: GuardedAdam, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Piece]:

@@ -15,7 +15,9 @@ from hpcm_scale.config.schema import Config, EngineName, OnDivergence, Precision
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.files import writing
+from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
 from hpcm_scale.model.weights import save_weights
 from hpcm_scale.tracking.environment import environment
@@ -89,10 +91,12 @@ def tell(text: str) -> None:
 
 def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Outcome:
     engine = create_engine(config)
-    torch.backends.cudnn.allow_tf32 = False  # what is to be fp32 is fp32
+    set_arithmetic(config.engine.precision)
     torch.manual_seed(config.train.seed)
-    model = HPCM(config.model, precision=config.engine.precision)
+    model = HPCM(config.model, precision=config.engine.precision, checkpoint=config.engine.checkpoint)
     engine.prepare(model)
+    if config.engine.compile:
+        compile_regions(model)
     training = _Training(config, start, engine, model, stop, watch)
     try:
         resume = training.choose()

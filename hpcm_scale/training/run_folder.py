@@ -39,6 +39,8 @@ _MAY_CHANGE = (
     "engine.name",
     "engine.zero_stage",
     "engine.offload",
+    "engine.compile",
+    "engine.checkpoint",
     "engine.world_size",
     "engine.join_minutes",
     "engine.options",

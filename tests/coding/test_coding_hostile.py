@@ -109,7 +109,7 @@ def forged(codec: Codec, z: int, y: int) -> bytes:
         return torch.from_numpy(symbols).to(means).reshape(means.shape) + means
 
     z_hat = torch.from_numpy(z_symbols).float().reshape(1, *shape) + model.hyper_prior.means
-    model.context.traverse(model.h_s(z_hat), code)
+    model.context.traverse_packed(model.h_s(z_hat), code)
     return pack(Container(codec.digest, 256, 256, z_writer.bytes, y_writer.bytes, _checksum(*read)))
 
 

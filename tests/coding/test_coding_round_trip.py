@@ -32,7 +32,8 @@ def estimated(model: HPCM, pixels: torch.Tensor) -> tuple[float, torch.Tensor, t
     seen = []
     handle = model.g_s.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        coded = model(pad(pixels[None].float() / 255, model.multiple))
+        x = pad(pixels[None].float() / 255, model.multiple)
+        coded = model(x.contiguous(memory_format=torch.channels_last))
     handle.remove()
     x_hat = coded.x_hat[0, :, : pixels.shape[1], : pixels.shape[2]]
     picture = (x_hat.clamp(0, 1) * 255).round().to(torch.uint8)

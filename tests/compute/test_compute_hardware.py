@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpcm_scale.compute.hardware import peak_flops, peak_of
+from hpcm_scale.compute.hardware import Links, links_of, peak_flops, peak_of
 
 # TFLOP/s, fp32 (TF32 off) and bf16, dense: half of what data sheets print "with sparsity".
 KNOWN = {
@@ -53,6 +53,32 @@ def test_known(name):
 def test_unknown(name):
     assert peak_of(name, bf16=False) is None
     assert peak_of(name, bf16=True) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "links"),
+    [
+        ("H100", Links(450e9, 400e9)),
+        ("NVIDIA H100 80GB HBM3", Links(450e9, 400e9)),
+        ("NVIDIA H200", Links(450e9, 400e9)),
+        ("NVIDIA A100-SXM4-80GB", Links(300e9, 200e9)),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_links_of_machines_with_a_switch(name, links):
+    assert links_of(name) == links
+
+
+def test_a_ring_is_as_fast_as_its_slowest_link():
+    links = Links(node=450e9, network=50e9)
+    assert links.ring(processes=8, per_node=8) == 450e9
+    assert links.ring(processes=16, per_node=8) == links.ring(processes=8, per_node=4) == 50e9
+    assert Links(node=300e9, network=400e9).ring(processes=512, per_node=8) == 300e9
 
 
 def test_a_cpu_has_no_peak():

@@ -7,6 +7,7 @@ import slow_coding
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_values import join
 
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
 from hpcm_scale.model.coding_order import CodingOrder
@@ -43,7 +44,7 @@ def lively(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def fast_steps(channels: int, height: int, width: int) -> torch.Tensor:
     order = CodingOrder()
     packed = order.split(torch.zeros(1, channels, height, width))
-    return order.join([torch.full_like(values, step) for step, values in enumerate(packed)])[0]
+    return join(order, [torch.full_like(values, step) for step, values in enumerate(packed)])[0]
 
 
 @settings(max_examples=12, deadline=None)
@@ -64,7 +65,7 @@ def test_split_and_join_are_inverse(batch, per_group, rows, cols, seed):
     packed = order.split(y)
     assert len(packed) == STEPS
     assert sum(values.numel() for values in packed) == y.numel()
-    assert torch.equal(order.join(packed), y)
+    assert torch.equal(join(order, packed), y)
 
 
 @pytest.mark.parametrize("placement", list(HyperPlacement))
@@ -76,7 +77,7 @@ def test_the_fast_traversal_equals_the_slow_one(placement, fusion, height, width
     hyper = torch.randn(1, 32, height, width, dtype=torch.float64)
     values = model.order.split(y)
     with torch.no_grad():
-        fast = model.traverse(hyper, lambda step, _, means: (values[step] - means).round() + means)
+        fast = model.traverse_packed(hyper, lambda step, _, means: (values[step] - means).round() + means)
         slow = slow_coding.traverse(model, hyper[0], y[0], placement == HyperPlacement.upstream)
     torch.testing.assert_close(fast[0], slow, rtol=0, atol=1e-9)
 
@@ -97,7 +98,7 @@ def test_no_step_sees_a_later_one(fusion, step):
             return symbols[number] + means
 
         with torch.no_grad():
-            model.traverse(hyper, code)
+            model.traverse_packed(hyper, code)
         return seen
 
     before = decode(symbols)
@@ -125,8 +126,8 @@ def test_training_encoding_and_decoding_reach_the_same_latent_to_the_bit():
             symbols.append((values[step] - means).round())
             return symbols[-1] + means
 
-        encoded = model.context.traverse(hyper, encode)
-        decoded = model.context.traverse(hyper, lambda step, _, means: symbols[step] + means)
+        encoded = model.context.traverse_packed(hyper, encode)
+        decoded = model.context.traverse_packed(hyper, lambda step, _, means: symbols[step] + means)
         assert torch.equal(encoded, decoded)
         expected = model.g_s(decoded)
         noise = Noise(*(torch.rand(2, *shape) - 0.5 for shape in model.latent_shapes(256, 256)))

@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from packed_values import join
 from public_reference import Reference
 
 from hpcm_scale.entropy.generalized_gaussian import bits
@@ -42,7 +43,7 @@ def trace(reference):
             scales_of_step.append(scales)
             return symbols[-1] + means
 
-        y_hat = model.context.traverse(hyper, code)
+        y_hat = model.context.traverse_packed(hyper, code)
         z = model.h_a(y) - model.hyper_prior.means
         rates = {}
         for formula in ("public", "survival"):
@@ -56,8 +57,8 @@ def trace(reference):
             "y": y,
             "z_hat": z_hat,
             "hyper_params": hyper,
-            "y_q": order.join(symbols),
-            "scales": order.join(scales_of_step),
+            "y_q": join(order, symbols),
+            "scales": join(order, scales_of_step),
             "y_hat": y_hat,
             "x_hat": model.g_s(y_hat),
         }

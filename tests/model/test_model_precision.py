@@ -9,7 +9,8 @@ from torch import nn
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.model import hpcm as module
-from hpcm_scale.model.hpcm import HPCM, Noise, round_through
+from hpcm_scale.model.hpcm import HPCM, Noise, quantize
+from hpcm_scale.model.layers import Pointwise
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 
 
@@ -57,10 +58,10 @@ class Watched:
         def watched(hyper, code):
             self.record("hyper parameters", hyper)
 
-            def watched_code(step, scales, means):
+            def watched_code(place, scales, means):
                 self.record("scales", scales)
                 self.record("means", means)
-                y_hat = code(step, scales, means)
+                y_hat = code(place, scales, means)
                 self.record("coded", y_hat)
                 return y_hat
 
@@ -78,7 +79,7 @@ def test_what_must_be_fp32_is(name, training, image, monkeypatch):
     watched = Watched(tiny_1b(Precision.bf16) if name == "tiny 1b" else build(name, Precision.bf16), monkeypatch)
     reduced = []
     for layer in watched.model.modules():
-        if type(layer) is nn.Conv2d:
+        if type(layer) is nn.Conv2d or (isinstance(layer, Pointwise) and not layer.fp32):
             layer.register_forward_hook(lambda _, inputs, output: reduced.append(output.dtype))
     coded = watched.model(image, half(watched.model, image) if training else None)
     expected = {"g_a", "h_a", "h_s", "g_s", "y_hat", "z_hat", "hyper parameters", "scales", "means", "coded"}
@@ -123,12 +124,13 @@ def test_symbols_are_integers_however_large(precision, image, monkeypatch):
     assert (watched.places["y_hat"][0] - y).abs().max() <= 0.5 + 1e-3
 
 
-def test_rounding_is_exact_and_passes_the_gradient():
+def test_quantizing_is_exact_and_passes_the_gradient():
     x = torch.linspace(-1000, 1000, 4001, requires_grad=True)
-    rounded = round_through(x)
-    assert torch.equal(rounded, x.detach().round())
-    rounded.backward(torch.arange(4001.0))
-    assert torch.equal(x.grad, torch.arange(4001.0))
+    mean = torch.full_like(x, 0.25, requires_grad=True)
+    quantized = quantize(x, mean)
+    assert torch.equal(quantized, (x.detach() - 0.25).round() + 0.25)
+    quantized.backward(torch.arange(4001.0))
+    assert torch.equal(x.grad, torch.arange(4001.0)) and mean.grad is None
 
 
 def test_close_to_fp32_with_finite_gradients(image):

@@ -26,7 +26,7 @@ def probe(name: str) -> None:
     def step(bad: bool) -> bool:
         loss = engine.module(torch.ones(1, 4, device=engine.device)).square().mean()
         engine.backward(loss * (float("nan") if bad and engine.rank == 1 else 1.0))
-        return engine.step(0.1).skipped
+        return engine.step(0.1, float(engine.clip())).skipped
 
     skipped = [step(bad=False)]
     before = engine.weights()

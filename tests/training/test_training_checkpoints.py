@@ -42,7 +42,7 @@ def checkpoints(tmp_path) -> Checkpoints:
 def train_step(engine: AccelerateEngine) -> float:
     loss = engine.module(torch.arange(8.0, device=engine.device).view(2, 4)).square().mean()
     engine.backward(loss)
-    engine.step(1e-2)
+    engine.step(1e-2, float(engine.clip()))
     return loss.item()
 
 

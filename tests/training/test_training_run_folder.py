@@ -78,7 +78,10 @@ FREE = ["steps", "stop_after", "micro_batch_size", "checkpoint_every", "keep_che
 FREE += ["keep_best", "on_divergence", "spike", "max_skipped", "max_rollbacks", "max_hours", "stall_minutes"]
 FREE = [f"train.{key}" for key in FREE]
 FREE += [f"data.{key}" for key in ("shards", "workers", "prefetch", "cache", "retries", "timeout", "max_bad", "pipe")]
-FREE += [f"engine.{key}" for key in ("name", "zero_stage", "offload", "world_size", "join_minutes", "options")]
+FREE += [
+    f"engine.{key}"
+    for key in ("name", "zero_stage", "offload", "compile", "checkpoint", "world_size", "join_minutes", "options")
+]
 FREE += ["eval.images", "eval.every", "eval.limit"]
 FREE += ["log.every", "log.wandb", "log.project", "log.images", "run.dir", "run.sweep"]
 OTHERS = {
@@ -96,6 +99,7 @@ OTHERS = {
     "model.hyper_placement": "upstream",
     "engine.name": "accelerate",
     "engine.precision": "bf16",
+    "engine.checkpoint": "blocks",
     "log.wandb": "disabled",
     "log.project": "other",
     "engine.options": {"seed": 1},

@@ -16,7 +16,7 @@ from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 from hpcm_scale.training.engine import poisoned
 from hpcm_scale.training.meter import Meter
 from hpcm_scale.training.noise import image_noise
-from hpcm_scale.training.optimizer import clip_and_guard, create_optimizer, set_learning_rate
+from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate
 from hpcm_scale.training.processes import without_launcher_arguments
 
 
@@ -52,7 +52,8 @@ def test_the_guarded_adam_leaves_a_bad_step_out_and_goes_on():
     def step(layer, optimizer, scale: float, leave_out: bool = False) -> float:
         set_learning_rate(optimizer, 1e-2)
         (layer(x).square().sum() * scale).backward()
-        norm = float(clip_and_guard(optimizer, clip_norm=1.0, leave_out=leave_out))
+        norm = float(clip(optimizer, clip_norm=1.0))
+        guard(optimizer, norm, leave_out)
         optimizer.step()
         optimizer.zero_grad()
         return norm
@@ -86,7 +87,7 @@ def test_a_model_learns_within_a_few_steps(shared):
         coded = model(x, image_noise(model, x, torch.tensor([index]), seed=0))
         result = rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).mean()
         result.loss.backward()
-        clip_and_guard(optimizer, 1.0, leave_out=False)
+        clip(optimizer, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(result.loss.item())

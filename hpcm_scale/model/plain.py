@@ -1,0 +1,28 @@
+"""The network without any of what makes it fast: to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch.nn.functional as F
+
+from hpcm_scale.model import context, layers
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within it models compute as they are written down: convolutions, LeakyReLU and attention of torch.
+
+    For images in the plain memory format. What has been compiled stays compiled.
+    """
+    ways = [
+        patch.object(layers, "product_is_faster", lambda x, layer: False),
+        patch.object(layers, "leaky_relu", lambda x: F.leaky_relu(x, layers.SLOPE)),
+        patch.object(context, "attend", F.scaled_dot_product_attention),
+    ]
+    with ExitStack() as stack:
+        for way in ways:
+            stack.enter_context(way)
+        yield
