@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from hpcm_scale.data.jpeg import shortened
+from hpcm_scale.data.orientation import AS_STORED, Box, Orientation, orientation_of
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -22,17 +28,17 @@ class TransparentImage(ValueError):
     """There is no background to lay a transparent image over."""
 
 
-def to_rgb(image: Image.Image, background: Colour | None = BACKGROUND) -> Image.Image:
-    """Convert any image to 8-bit RGB, upright. `image` is loaded and may be turned in place.
+def to_rgb(
+    image: Image.Image, background: Colour | None = BACKGROUND, orientation: Orientation = AS_STORED
+) -> Image.Image:
+    """Convert any image, stored in some `orientation`, to 8-bit RGB, upright.
 
     The rule: the EXIF rotation is applied (a malformed EXIF block counts as none); of 16-bit samples
     the high byte is kept; transparent images are laid over `background`; grey, palette and CMYK become
     RGB by Pillow's formulas; ICC profiles are ignored; of an animation the first frame is taken.
     Without a background, an image with a pixel that is not opaque raises `TransparentImage`.
     """
-    image.load()
-    with suppress(Exception):  # Pillow raises nearly anything on malformed EXIF; the pixels are sound
-        ImageOps.exif_transpose(image, in_place=True)
+    image = orientation.upright(image)
     if image.mode.startswith("I"):
         image = _high_byte(image)
     if image.has_transparency_data:
@@ -54,19 +60,68 @@ def _high_byte(image: Image.Image) -> Image.Image:
     return grey
 
 
-def decode(data: bytes, background: Colour | None = BACKGROUND) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file wholly to 8-bit RGB by the rule of `to_rgb`.
+class EncodedImage:
+    """A JPEG, PNG or WebP file in memory, of which the header has been read.
 
-    Raises `ValueError`, with the reason as its text, for anything that is no such file, is truncated
-    or broken, or has more than `MAX_PIXELS`; and where `to_rgb` does.
+    Everything raises `ValueError`, with the reason as its text, for anything that is no such file, is truncated or
+    broken as far as it is decoded, or has more than `MAX_PIXELS`; and where `to_rgb` does.
     """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        with reasons():
+            self._image = Image.open(BytesIO(data), formats=FORMATS)
+            if self._image.width * self._image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+
+    @cached_property
+    def orientation(self) -> Orientation:
+        """How it is stored, by its EXIF block."""
+        with reasons():
+            if not isinstance(self._image, JpegImageFile):
+                self._image.load()  # the EXIF of a PNG may follow its pixels
+            return orientation_of(self._image)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, upright, pixels."""
+        return self.orientation.size(self._image.size)
+
+    def decode(self, background: Colour | None = BACKGROUND) -> Image.Image:
+        """All of it as 8-bit RGB, by the rule of `to_rgb`."""
+        with reasons():
+            self._image.load()
+            return to_rgb(self._image, background, self.orientation)
+
+    def decode_box(self, box: Box) -> Image.Image:
+        """The same as `decode().crop(box)`, without what lies below the box in the file, if it is a JPEG."""
+        stored = self.orientation.stored(box, self._image.size)
+        with reasons():
+            return to_rgb(self._rows(stored[3]).crop(stored), orientation=self.orientation)
+
+    def _rows(self, needed: int) -> Image.Image:
+        """The image as stored, or only its upper part with the rows that are needed."""
+        fewer = shortened(self.data, needed)
+        if fewer is not self.data:
+            with suppress(Exception):  # an odd file may decode only wholly
+                part = Image.open(BytesIO(fewer), formats=FORMATS)
+                part.load()
+                return part
+        return self._image
+
+
+def decode(data: bytes, background: Colour | None = BACKGROUND) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file wholly to 8-bit RGB by the rule of `to_rgb`; raises as `EncodedImage` does."""
+    return EncodedImage(data).decode(background)
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """What Pillow raises on files that are no image, or a broken one, becomes a `ValueError` with the reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata and large images: neither is an error
-            image = Image.open(BytesIO(data), formats=FORMATS)  # reads the header only
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            return to_rgb(image, background)
+            yield
     except Image.UnidentifiedImageError:
         raise ValueError("not a JPEG, PNG or WebP image") from None
     except Image.DecompressionBombError:

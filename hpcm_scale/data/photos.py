@@ -12,7 +12,7 @@ import torch
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.cache import CachedStorage
 from hpcm_scale.data.crop import cut
-from hpcm_scale.data.images import decode, to_array
+from hpcm_scale.data.images import EncodedImage, to_array
 from hpcm_scale.data.index import ShardIndex
 from hpcm_scale.data.order import sample_at
 from hpcm_scale.data.retrying import Unreadable
@@ -76,13 +76,13 @@ class Photos:
             sample = sample_at(self.seed, turn, size)
             if sample in bad:
                 continue
+            crop, flip, epoch = self.config.crop, self.config.flip, turn // size
             try:
-                photo = decode(self.stored(sample))
+                photo = EncodedImage(self.stored(sample))
+                square, upscaled = cut(photo, crop, flip, seed=self.seed, epoch=epoch, sample=sample)
             except (OSError, ValueError) as error:
                 bad[sample] = BadPhoto(sample, self._reason(sample, error))
                 continue
-            crop, flip, epoch = self.config.crop, self.config.flip, turn // size
-            square, upscaled = cut(photo, crop, flip, seed=self.seed, epoch=epoch, sample=sample)
             pixels = torch.from_numpy(to_array(square))
             return Crop(image, self.index.keys[sample], pixels, upscaled, list(bad.values()))
         *_, last = bad.values()

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -40,6 +40,10 @@ class Batch:
     bad: list[BadPhoto]
     """Photos that could not be had; others took their places."""
 
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, from where it is copied to a CUDA device while Python goes on; torch calls it."""
+        return replace(self, images=self.images.pin_memory(), image_index=self.image_index.pin_memory())
+
 
 def open_stream(
     config: DataConfig,
@@ -61,7 +65,7 @@ def open_stream(
     without gaps, whatever the number of processes and of `config.workers`. Images, their order and
     their crops are a pure function of the seed, the set and `config.crop` and `config.flip`. The places of
     photos that cannot be had, and of the global image indices in `left_out`, are taken by others, as
-    `photos.Photos` says.
+    `photos.Photos` says. Where there is CUDA, the tensors are in pinned memory.
 
     Ends before global image `last_image`, never if that is None. `first_image` and `last_image` are
     multiples of `batch_size`, which is a multiple of micro_batch_size · world_size. `index` is that of
@@ -88,6 +92,7 @@ def open_stream(
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(start_worker, stop_here),
         generator=torch.Generator(),  # its own: the global one belongs to the training loop
     )

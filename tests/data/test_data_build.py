@@ -249,8 +249,8 @@ def test_an_unfinished_build_of_other_photos_is_begun_anew(photo_folder, small_s
     assert contents(out) == contents(small_set)
 
 
-def test_a_million_samples_load_quickly(tmp_path):
-    count = 1_000_000
+def test_a_large_set_loads_quickly(tmp_path):
+    count = 250_000
     samples = {name: range(10**6, 10**6 + count) for name in COLUMNS} | {"shard": [0] * count}
     samples |= {"offset": range(512, 10**7 * count, 10**7)}
     samples |= {"key": [f"folder/photo_{i:07d}" for i in range(count)], "extension": ["jpg"] * count}
@@ -258,6 +258,6 @@ def test_a_million_samples_load_quickly(tmp_path):
     (tmp_path / "index.json").write_text(index.to_json())
     began = time.perf_counter()
     loaded = load_index(str(tmp_path))
-    assert time.perf_counter() - began < 20
+    assert time.perf_counter() - began < 5
     assert len(loaded) == count and loaded.keys[-1] == index.keys[-1]
     assert (loaded.crc32 == index.crc32).all()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.build import build_shards
@@ -126,7 +127,7 @@ from hpcm_scale.data.stream import open_stream
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[2])
-    config = DataConfig(shards=sys.argv[1], crop=64, workers=2)
+    config = DataConfig(shards=sys.argv[1], crop=64, workers=int(sys.argv[3]))
     stream = open_stream(config, seed=0, first_image=0, last_image=None,
                          batch_size=4, micro_batch_size=4, rank=0, world_size=1)
     print(next(stream).keys, flush=True)
@@ -136,13 +137,13 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def program(small_set, tmp_path):
-    """A program with two workers that waits for a line and then leaves without closing its stream."""
+    """A program with workers that waits for a line and then leaves without closing its stream."""
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     started = []
 
-    def start(method: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
-        command = [sys.executable, str(tmp_path / "program.py"), str(small_set), method]
+    def start(method: str, workers: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
+        command = [sys.executable, str(tmp_path / "program.py"), str(small_set), method, str(workers)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         started.append(process)
         assert "piece_" in process.stdout.readline()
@@ -155,15 +156,15 @@ def program(small_set, tmp_path):
 
 
 def test_workers_end_when_their_parent_is_killed(program):
-    process, workers = program("fork")
+    process, workers = program("fork", workers=2)
     assert len(workers) == 2
     process.kill()
     assert not psutil.wait_procs(workers, timeout=5)[1]
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_program_leaves_promptly_without_closing(program, method):
-    process, workers = program(method)
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("forkserver", 1)])  # each of a fork server imports all
+def test_a_program_leaves_promptly_without_closing(program, method, workers):
+    process, workers = program(method, workers)
     began = time.perf_counter()
     process.communicate("\n", timeout=20)
     assert process.returncode == 0
@@ -181,6 +182,22 @@ def test_stages_can_be_sent_to_other_processes(small_set):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         (remote,) = pool.map(list, [pickle.loads(pickle.dumps(pipeline))])
     assert [batch.keys for batch in remote] == [batch.keys for batch in stream_of(small_set, last=8)]
+
+
+def test_batches_are_pinned_where_there_is_cuda(small_set, monkeypatch):
+    batch = next(stream_of(small_set))
+    if torch.cuda.is_available():
+        assert batch.images.is_pinned() and batch.image_index.is_pinned()
+        return
+    assert not batch.images.is_pinned()
+    with pytest.raises(RuntimeError, match="accelerator"):
+        batch.pin_memory()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # there is no such memory here
+    pinned, error = pin_memory(batch), UserError("no photo")  # as torch's loader does with what comes from a worker
+    assert pinned.images.data_ptr() != batch.images.data_ptr() and torch.equal(pinned.images, batch.images)
+    assert torch.equal(pinned.image_index, batch.image_index)
+    assert (pinned.keys, pinned.upscaled, pinned.bad) == (batch.keys, batch.upscaled, batch.bad)
+    assert pin_memory(error) is error
 
 
 def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):

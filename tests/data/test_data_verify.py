@@ -116,22 +116,24 @@ def test_an_index_that_does_not_fit_its_tars(copy):
 
 
 def test_the_command_on_the_real_photos(shared, tmp_path, shards_command):
+    """More of them than one job verifies, the smallest for the sake of time."""
+    photos = sorted((shared / "data" / "photos" / "train").iterdir(), key=lambda path: path.stat().st_size)[:40]
     out = tmp_path / "shards"
-    built = shards_command("build", shared / "data" / "photos" / "train", "--out", out)
+    built = shards_command("build", *photos, "--out", out)
     assert (built.returncode, built.stderr) == (0, "")
-    assert built.stdout == "122 photos in 1 shard, none skipped\n"
-    again = shards_command("build", shared / "data" / "photos" / "train", "--out", out)
-    assert again.stdout == f"{out} is already finished: 122 photos in 1 shard, none skipped\n"
+    assert built.stdout == "40 photos in 1 shard, none skipped\n"
+    again = shards_command("build", *photos, "--out", out)
+    assert again.stdout == f"{out} is already finished: 40 photos in 1 shard, none skipped\n"
     sound = shards_command("verify", out)
     assert (sound.returncode, sound.stderr) == (0, "")
-    assert sound.stdout == "122 photos in 1 shard: every hash is right and every photo decodes\n"
+    assert sound.stdout == "40 photos in 1 shard: every hash is right and every photo decodes\n"
     index = load_index(str(out))
-    flip(out / "shard-000000.tar", int(index.offset[57]) + 1000)
+    flip(out / "shard-000000.tar", int(index.offset[37]) + 1000)
     damaged = shards_command("verify", out)
     assert damaged.returncode == 1
     assert damaged.stdout.splitlines() == [
-        f"damaged: shard-000000.tar: sample {index.keys[57]}: its bytes are damaged",
-        "1 problem in 122 photos in 1 shard; restore from a copy or build again",
+        f"damaged: shard-000000.tar: sample {index.keys[37]}: its bytes are damaged",
+        "1 problem in 40 photos in 1 shard; restore from a copy or build again",
     ]
 
 
