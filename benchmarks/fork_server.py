@@ -3,13 +3,15 @@
 To start `python -m hpcm_scale.train` takes seconds of imports, and to train a few steps hardly more than one; so tests
 and fault campaigns, which start many, let them fork. Such a process is otherwise like a fresh one: its own session,
 environment, working folder, arguments, search path, signals, standard streams and end. It differs in what Python
-settles before it reads a module (PYTHONHASHSEED, the command line that `ps` shows) and in what libraries read from the
-environment on import (OMP_NUM_THREADS, DS_ACCELERATOR): these are the server's. For the CPU only: CUDA does not
-survive a fork.
+settles before it reads a module (PYTHONHASHSEED, the command line that `ps` shows), in what libraries read from the
+environment on import (OMP_NUM_THREADS, DS_ACCELERATOR): these are the server's; and after its exit handlers it is gone
+at once, without the destructors of what is left. For the CPU only: CUDA does not survive a fork.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -19,11 +21,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 TRAINING = (
     "hpcm_scale.train",
@@ -44,13 +46,13 @@ GRACE_SECONDS = 30
 
 
 class Forked:
-    """A forked process, seen as `subprocess.Popen` shows one; its output waits in files until `communicate`.
+    """A forked process, seen as `subprocess.Popen` shows one; what it says waits in `output`, two files or none.
 
     Of several processes it is the one that started them and waits for them. `pid` leads a session and its process
     group, so that `os.killpg` reaches all.
     """
 
-    def __init__(self, args: list[str], status: int, output: list[Any]) -> None:
+    def __init__(self, args: list[str], status: int, output: Sequence[IO[Any]]) -> None:
         self.args = args
         self.returncode: int | None = None
         self._status = os.fdopen(status)
@@ -73,8 +75,13 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What was written to stdout and stderr, at the end. Raises `subprocess.TimeoutExpired`."""
+        """What was written to stdout and stderr, at the end: nothing where they went to a file that was given.
+
+        Raises `subprocess.TimeoutExpired`.
+        """
         self.wait(timeout)
+        if not self._output:
+            return "", ""
         for file in self._output:
             file.seek(0)
         out, err = (file.read() for file in self._output)
@@ -84,6 +91,10 @@ class Forked:
         """Send a signal to `pid` alone, if it runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL to `pid` alone, if it runs."""
+        self.send_signal(signal.SIGKILL)
 
     def _line(self) -> str:
         line = self._status.readline()
@@ -114,22 +125,31 @@ class ForkServer:
         self._process.wait()
 
     def start(
-        self, module: str, arguments: Sequence[str], *, cwd: str | Path, env: Mapping[str, str], processes: int = 1
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        cwd: str | Path,
+        env: Mapping[str, str],
+        processes: int = 1,
+        output: IO[Any] | None = None,
     ) -> Forked:
         """Do what `python -m module arguments…` would, in the folder `cwd` with the environment `env`.
 
-        More than one of `processes` are started, told of each other and ended together as by `deepspeed --num_gpus N
-        --module module arguments…`.
+        What is said goes to the file `output`, or waits for `Forked.communicate`. More than one of `processes` are
+        started, told of each other and ended together as by `deepspeed --num_gpus N --module module arguments…`.
         """
         request = {"module": module, "arguments": arguments, "cwd": str(cwd), "env": dict(env), "processes": processes}
-        output = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115 (read at the end)
+        kept: list[IO[Any]] = []
+        if output is None:
+            kept = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115 (read at the end)
         ours, theirs = os.pipe()
         try:
-            descriptors = [*(file.fileno() for file in output), theirs]
+            descriptors = [*(file.fileno() for file in kept or (output, output)), theirs]
             socket.send_fds(self._connection, [json.dumps(request).encode()], descriptors)
         finally:
             os.close(theirs)
-        return Forked([sys.executable, "-m", module, *arguments], ours, output)
+        return Forked([sys.executable, "-m", module, *arguments], ours, kept)
 
 
 def serve(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -228,17 +248,53 @@ def _wait_for(ranks: set[int]) -> int:
     return failed
 
 
+class Leaving:
+    """The last of the exit handlers: ends the process without taking apart what it has imported.
+
+    That takes longer than most of what is forked here: all pages are the server's, and would be copied first.
+    """
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        atexit.register(self._leave)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note the exit code with which Python ends a program that ends as this context does."""
+        try:
+            yield
+            self._code = 0
+        except SystemExit as end:
+            self._code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            raise
+        except KeyboardInterrupt:
+            raise  # ends by the signal, not with a code
+        except BaseException:
+            self._code = 1
+            raise
+
+    def _leave(self) -> None:
+        if self._code is not None:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(self._code & 0xFF)
+
+
 def main() -> None:
     """The server: the descriptor of its connection and the modules to import."""
+    leaving = Leaving()  # before any module registers an exit handler: the last comes first
     connection = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a forked process would have all pages copied
     if len(threads := list(Path("/proc/self/task").iterdir())) > 1:
         raise RuntimeError(f"{len(threads) - 1} threads of what was imported would be missing after a fork")
     request, output = serve(connection)
     become(request, output)
     sys.modules.pop(request["module"], None)  # run as the main module, it is no import of that name
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    with leaving.noting():
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ COMMANDS = {
     "bd-rate": "the rate that one codec saves over another at equal quality",
     "import": "a checkpoint of the public HPCM implementation to weights",
     "export": "weights to a checkpoint of the public HPCM implementation",
+    "bench": "how fast training, coding and their parts are here, against a baseline",
     "scaling": "what runs tell about scale: curves, laws, plans for the next size",
 }
 

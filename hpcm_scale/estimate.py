@@ -1,9 +1,12 @@
 """Command: what a run will need, without a GPU.
 
-hpcm estimate model=1b engine=zero3 engine.world_size=8 --gpu H100 --mfu 0.4
+hpcm estimate model=1b engine=zero3 engine.world_size=8 --gpu H100 --mfu 0.4 --price 3
 """
 
 from __future__ import annotations
+
+import math
+from argparse import Namespace
 
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.compose import compose
@@ -14,15 +17,7 @@ from hpcm_scale.errors import Parser, UserError, one_line
 @one_line
 def main() -> None:
     """Entry point of `hpcm estimate` and `python -m hpcm_scale.estimate`."""
-    parser = Parser(
-        prog="hpcm estimate",
-        description="Memory per GPU by kind, FLOPs of the run, and its time at a stated utilisation. Takes the "
-        "same overrides as training, for example model=1b engine=zero3 engine.world_size=8.",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpu", default="H100", help="whose peak rate to take (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of it in use (default: %(default)s)")
-    arguments = parser.parse_intermixed_args()
+    arguments = _parser().parse_intermixed_args()
     config = compose(arguments.overrides)
     world_size = config.engine.world_size or 1
     check(config, world_size)
@@ -36,10 +31,52 @@ def main() -> None:
         )
     if not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu {arguments.mfu} must lie between 0 and 1")
-    _print(config, world_size, arguments.gpu, peak, arguments.mfu)
+    for option in ("bandwidth_node", "bandwidth_network", "gpus_per_node", "price"):
+        value = getattr(arguments, option)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{option.replace('_', '-')} {value} must be greater than 0, and finite")
+    _print(config, world_size, peak, _bandwidth(arguments, world_size), arguments)
 
 
-def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -> None:
+def _parser() -> Parser:
+    parser = Parser(
+        prog="hpcm estimate",
+        description="Memory per GPU by kind, FLOPs of the run, communication, and time at a stated utilisation. Takes "
+        "the same overrides as training, for example model=1b engine=zero3 engine.world_size=8.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--gpu", default="H100", help="whose peak rate to take (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of it in use (default: %(default)s)")
+    parser.add_argument(
+        "--bandwidth-node",
+        type=float,
+        metavar="GB/S",
+        help="of one GPU to the others of its machine, in one direction (default: of its data sheet: 450 for H100 and "
+        "H200, 300 for A100)",
+    )
+    parser.add_argument(
+        "--bandwidth-network",
+        type=float,
+        metavar="GB/S",
+        help="of a whole machine to the others (default: of its maker's machine: 400 for H100 and H200, 200 for A100)",
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="of one machine (default: %(default)s)")
+    parser.add_argument("--price", type=float, metavar="AMOUNT", help="of a GPU-hour, to have the run's printed")
+    return parser
+
+
+def _bandwidth(arguments: Namespace, world_size: int) -> float | None:
+    """Bytes/s of a GPU in a ring through all; None where neither an option nor a data sheet tells."""
+    from hpcm_scale.compute.hardware import Links, links_of
+
+    known = links_of(arguments.gpu) or Links(math.nan, math.nan)
+    node = known.node if arguments.bandwidth_node is None else 1e9 * arguments.bandwidth_node
+    network = known.network if arguments.bandwidth_network is None else 1e9 * arguments.bandwidth_network
+    bandwidth = Links(node, network).ring(world_size, arguments.gpus_per_node)
+    return None if math.isnan(node) or math.isnan(bandwidth) else bandwidth
+
+
+def _print(config: Config, world_size: int, peak: float, bandwidth: float | None, arguments: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -48,9 +85,11 @@ def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -
     needs = estimate(config, world_size)
     memory, engine = needs.memory, config.engine
     stage = f"{engine.name.value} ZeRO {engine.zero_stage}" if engine.name.value == "deepspeed" else "accelerate"
+    again = "" if engine.checkpoint.value == "none" else f", {engine.checkpoint.value} computed again"
     print(
-        f"{config.model.name}: {needs.parameters:,} parameters; {stage}, {engine.precision.value}, "
-        f"{world_size} × {gpu}; {micro_batch_size(config, world_size)} crops of {config.data.crop}² per GPU at a time"
+        f"{config.model.name}: {needs.parameters:,} parameters; {stage}, {engine.precision.value}{again}, "
+        f"{world_size} × {arguments.gpu}; {micro_batch_size(config, world_size)} crops of {config.data.crop}² per GPU "
+        "at a time"
     )
     table = Table(title="memory per GPU", title_justify="left")
     table.add_column("kind")
@@ -67,15 +106,37 @@ def _print(config: Config, world_size: int, gpu: str, peak: float, mfu: float) -
         f"a checkpoint: {needs.checkpoint / 1e9:,.2f} GB, of which each process keeps its "
         f"{needs.checkpoint / world_size / 1e9:,.2f} GB in host memory"
     )
-    hours = needs.seconds(peak * world_size, mfu) / 3600
+    hours = needs.seconds(peak * world_size, arguments.mfu) / 3600
     print(
         f"{config.train.steps:,} steps of {config.train.batch_size} images: {needs.images:,} images, "
         f"{needs.pflops:,.4g} PFLOPs (1e15 floating-point operations)"
     )
     print(
-        f"at {mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({gpu}, {engine.precision.value}): {hours:,.1f} hours, "
-        f"{hours * world_size / 24:,.1f} GPU-days"
+        f"at {arguments.mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({arguments.gpu}, {engine.precision.value}): "
+        f"{_duration(hours, world_size, arguments.price)}"
     )
+    if world_size == 1:
+        return
+    traffic = needs.traffic
+    print(
+        f"each GPU sends {traffic.gradients / 1e9:,.2f} GB of gradients and {traffic.weights / 1e9:,.2f} GB of weights "
+        "per step"
+    )
+    if bandwidth is None:
+        print("for its time, give --bandwidth-node and, for several machines, --bandwidth-network")
+        return
+    times = needs.times(peak, arguments.mfu, bandwidth)
+    print(
+        f"a step: {times.compute * 1e3:,.4g} ms computing, {times.communication * 1e3:,.4g} ms communication at "
+        f"{bandwidth / 1e9:,.4g} GB/s (latencies left out); {times.in_turn * 1e3:,.4g} ms in turn, "
+        f"{times.overlapped * 1e3:,.4g} ms overlapped: scaling efficiency {times.efficiency:.1%}"
+    )
+    print(f"with overlapped communication: {_duration(hours / times.efficiency, world_size, arguments.price)}")
+
+
+def _duration(hours: float, world_size: int, price: float | None) -> str:
+    money = "" if price is None else f", {hours * world_size * price:,.0f} at {price:,g} per GPU-hour"
+    return f"{hours:,.1f} hours, {hours * world_size / 24:,.1f} GPU-days{money}"
 
 
 if __name__ == "__main__":

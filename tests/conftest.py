@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import TRAINING, ForkServer
 
 PHOTOS = ["Aqua", "Kite", "Wood", "Storm", "butterfly", "drop", "jelly", "cloud", "beam", "zen", "fog", "Dune"]
 
@@ -19,6 +21,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Background jobs of a shell ignore Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files whose tests launch trainings come first: each takes long, and in the end would leave a core idle."""
+    launching = {item.path for item in items if item.get_closest_marker("launch")}
+    items.sort(key=lambda item: item.path not in launching)
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +53,10 @@ def shards(shared, tmp_path_factory) -> Path:
         [sys.executable, "-m", "hpcm_scale.shards", "build", *photos, "--out", str(out)], check=True, timeout=120
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """A process that has imported what trainings import."""
+    with ForkServer(TRAINING, os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}) as server:
+        yield server

@@ -51,29 +51,22 @@ class Run:
         self._process: Any = None
         self._sessions: list[int] = []
         self._said = 0
-        self._noted = False
 
     def start(self, forks: ForkServer | None = None) -> None:
         """Type the command."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | {_MARK: str(self.folder)}
-        self._noted = False
         self._said = self.log.stat().st_size if self.log.exists() else 0
         self.started = time.time()
-        if forks:
-            where = {"cwd": self.folder.parent, "env": environment, "processes": self.processes}
-            self._process = forks.start("hpcm_scale.train", self.overrides, **where)
-        else:
-            with self.log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    [*self._launcher(), *self.overrides],
-                    cwd=self.folder.parent,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+        where = {"cwd": self.folder.parent, "env": environment}
+        with self.log.open("ab") as log:
+            if forks:
+                where |= {"processes": self.processes, "output": log}
+                self._process = forks.start("hpcm_scale.train", self.overrides, **where)
+            else:
+                streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                command = [*self._launcher(), *self.overrides]
+                self._process = subprocess.Popen(command, **where, **streams, start_new_session=True)
         self._sessions.append(self._process.pid)
 
     def _launcher(self) -> list[str]:
@@ -90,15 +83,10 @@ class Run:
 
     def poll(self) -> int | None:
         """The exit code of the command, None while it runs."""
-        code = self._process.poll()
-        if code is not None and self.forked and not self._noted:
-            self._noted = True
-            with self.log.open("a") as log:
-                log.writelines(self._process.communicate())
-        return code
+        return self._process.poll()
 
     def output(self) -> str:
-        """What the command has said since it was typed last; of forked processes only once they have ended."""
+        """What the command has said since it was typed last."""
         return self.log.read_bytes()[self._said :].decode(errors="replace")
 
     def finish(self, forks: ForkServer | None = None, limit: float = 600.0) -> int:

@@ -178,6 +178,11 @@ def _check_engine(config: Config, world_size: int) -> None:
         raise UserError(f"engine.zero_stage={engine.zero_stage} must be 0, 1, 2 or 3")
     if engine.offload and engine.zero_stage != 3:
         raise UserError(f"engine.offload needs engine.zero_stage=3, not {engine.zero_stage}")
+    if engine.compile and engine.zero_stage == 3:
+        raise UserError(
+            "engine.compile needs whole weights, and engine.zero_stage=3 shards them; use engine=zero2, or "
+            "engine.compile=false"
+        )
     if engine.name == EngineName.accelerate and engine.zero_stage:
         raise UserError("engine.name=accelerate does not shard; use engine=accelerate or engine.zero_stage=0")
     if engine.name == EngineName.accelerate and engine.options:

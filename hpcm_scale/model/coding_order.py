@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
+
+from hpcm_scale.model.memory_format import memory_format_of, settled
 
 GROUPS = 8
 Offset = tuple[int, int]
@@ -45,7 +46,7 @@ class Positions(nn.Module):
 
     def mask(self, x: Tensor) -> Tensor:
         """The positions of `cells(x)`: (8, 1, 1, cell, 1, cell)."""
-        return self._mask_last if suggest_memory_format(x) == torch.channels_last else self._mask
+        return self._mask_last if memory_format_of(x) == torch.channels_last else self._mask
 
     def take(self, x: Tensor) -> Tensor:
         """The packed values of a grid."""
@@ -53,7 +54,7 @@ class Positions(nn.Module):
 
     def put(self, values: Tensor, x: Tensor) -> Tensor:
         """A copy of the grid `x` with packed `values` at the positions."""
-        x = x.clone()
+        x = x.clone(memory_format=memory_format_of(x))
         self.cells(x)[:, 0, self.group, :, :, self.row, :, self.column] = values
         return x
 
@@ -65,7 +66,7 @@ class Positions(nn.Module):
 
 def _from_cells(cells: Tensor) -> Tensor:
     """The grid of such a view."""
-    return cells.flatten(6, 7).flatten(4, 5).flatten(1, 3)
+    return settled(cells.flatten(6, 7).flatten(4, 5).flatten(1, 3))
 
 
 class Scale(nn.Module):
@@ -80,7 +81,8 @@ class Scale(nn.Module):
         """The coarser scale's picture of `x`: (B, parts·M, H, W) to (B, parts·M, H/2, W/2)."""
         # Of the four values of a cell one is taken, so that the sum is exactly that one.
         cells = torch.where(self.subgrid.mask(x), self.subgrid.cells(x, parts), 0.0)
-        return cells.sum(dim=(5, 7)).flatten(1, 3).contiguous(memory_format=suggest_memory_format(x))
+        coarse = cells.sum(dim=(5, 7)).flatten(1, 3)
+        return settled(coarse.contiguous(memory_format=memory_format_of(x)))
 
     def refine(self, coarse: Tensor, fine: Tensor, parts: int = 1) -> Tensor:
         """A copy of `fine` (B, parts·M, H, W) with `coarse` (B, parts·M, H/2, W/2) on the subgrid."""

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
 from hpcm_scale.model.coding_order import CodingOrder, Positions, Scale, misplaced
 from hpcm_scale.model.layers import ChannelScale, Pointwise, attend, depthwise_block, recomputed
+from hpcm_scale.model.memory_format import memory_format_of
 from hpcm_scale.model.transforms import start_scales
 
 
@@ -46,6 +46,10 @@ class WindowFusion(nn.Module):
         self.query, self.key, self.value, self.skip = (Pointwise(channels, channels) for _ in range(4))
 
     def forward(self, parameters: Tensor, context: Tensor) -> Tensor:
+        return self.compute(parameters, context)
+
+    def compute(self, parameters: Tensor, context: Tensor) -> Tensor:
+        """`forward`, without the hooks that modules may have around it: what can be compiled."""
         query, key, value = self.query(parameters), self.key(context), self.value(context)
         attended = attend(*(self._to_windows(x) for x in (query, key, value)))
         return self._from_windows(attended, query) + self.skip(parameters)
@@ -63,7 +67,7 @@ class WindowFusion(nn.Module):
         w = self.window
         x = x.reshape(batch, height // w, width // w, self.heads, w, w, channels // self.heads)
         x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x.contiguous(memory_format=suggest_memory_format(like))
+        return x.contiguous(memory_format=memory_format_of(like))
 
 
 class ContextModel(nn.Module):
@@ -145,7 +149,7 @@ class ContextModel(nn.Module):
 def _zeros_of_half(parameters: Tensor) -> Tensor:
     """Zeros for ŷ beside parameters (B, 2M, …), in their memory format: a slice's zeros would be in the plain one."""
     half = parameters[:, : parameters.shape[1] // 2]
-    return torch.zeros_like(half, memory_format=suggest_memory_format(parameters))
+    return torch.zeros_like(half, memory_format=memory_format_of(parameters))
 
 
 def _adaptor(channels: int, blocks: int) -> nn.Module:

@@ -48,11 +48,22 @@ class _Quantize(torch.autograd.Function):
         return gradient, None
 
 
-def rate(value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None, formula: str) -> Tensor:
-    """Bits per image (B,) of a latent (B, C, H, W): of its symbols, or in training of what `noise` makes of them."""
-    residual = value - mean
-    coded = residual.round() if noise is None else residual + noise
-    return bits(coded, scale, formula=formula).sum(dim=(1, 2, 3))
+class Rate(nn.Module):
+    """Bits per image of a latent: of its symbols, or in training of what noise makes of them."""
+
+    def __init__(self, formula: str) -> None:
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
+        """Latent (B, C, H, W) fp32, means and scales of that shape or broadcast to it, noise or None, to (B,)."""
+        return self.compute(value, mean, scale, noise)
+
+    def compute(self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
+        """`forward`: what can be compiled."""
+        residual = value - mean
+        coded = residual.round() if noise is None else residual + noise
+        return bits(coded, scale, formula=self.formula).sum(dim=(1, 2, 3))
 
 
 class HyperPrior(nn.Module):
@@ -63,9 +74,9 @@ class HyperPrior(nn.Module):
         self.means = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scales = nn.Parameter(torch.ones(1, channels, 1, 1))
 
-    def forward(self, z: Tensor, noise: Tensor | None, formula: str) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, noise: Tensor | None, rate: Rate) -> tuple[Tensor, Tensor]:
         """z (B, N, h, w) fp32 to ẑ of the same shape and its bits per image (B,)."""
-        return quantize(z, self.means), rate(z, self.means, self.scales, noise, formula)
+        return quantize(z, self.means), rate(z, self.means, self.scales, noise)
 
 
 class HPCM(nn.Module):
@@ -87,7 +98,8 @@ class HPCM(nn.Module):
         checkpoint: Checkpointing = Checkpointing.none,
     ) -> None:
         super().__init__()
-        self.config, self.precision, self.formula = config, precision, formula
+        self.config, self.precision = config, precision
+        self.rate = Rate(formula)
         self.g_a, self.g_s = analysis(config), synthesis(config)
         self.h_a, self.h_s = hyper_analysis(config), hyper_synthesis(config)
         self.hyper_prior = HyperPrior(config.hyper_latent_channels)
@@ -124,7 +136,7 @@ class HPCM(nn.Module):
         y = self.g_a(x)
         z = self.h_a(y)
         with full_precision(x):
-            z_hat, bits_z = self.hyper_prior(z, noise.z if noise else None, self.formula)
+            z_hat, bits_z = self.hyper_prior(z, noise.z if noise else None, self.rate)
         y_grids = self.context.order.grids(y)
 
         def code(place: Place, _: Tensor, means: Tensor) -> Tensor:
@@ -133,5 +145,5 @@ class HPCM(nn.Module):
         y_hat, parameters = self.context.traverse(self.h_s(z_hat), code)
         with full_precision(x):
             scales, means = parameters.chunk(2, dim=1)
-            bits_y = rate(y, means, scales, noise.y if noise else None, self.formula)
+            bits_y = self.rate(y, means, scales, noise.y if noise else None)
         return Coded(self.g_s(y_hat), bits_y, bits_z)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hpcm_scale.config.schema import Precision
+from hpcm_scale.model.onednn import can_convolve, convolve, convolve_leaky, convolve_onto
 
 SLOPE = 0.01
 """Of LeakyReLU, for negative values."""
@@ -73,6 +74,8 @@ class Pointwise(nn.Conv2d):
         return self._mix(x)
 
     def _mix(self, x: Tensor) -> Tensor:
+        if can_convolve(x, self.weight):
+            return convolve(x, self)
         if not product_is_faster(x, self):
             return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -178,7 +181,10 @@ class ResidualBlock(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """`forward`, everything within kept for the backward pass."""
-        return x + self.reduce(leaky_relu(self.expand(self.spatial(x))))
+        mixed = self.spatial(x)
+        if can_convolve(mixed, self.expand.weight):
+            return convolve_onto(convolve_leaky(mixed, self.expand, SLOPE), self.reduce, x)
+        return x + self.reduce(leaky_relu(self.expand(mixed)))
 
 
 def recomputed(function, *inputs: Tensor):

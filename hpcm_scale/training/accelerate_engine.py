@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ class AccelerateEngine(Engine):
         self._share = 1 / accumulation(config, self.world_size)
 
     def prepare(self, model: nn.Module) -> None:
+        # Said of kernels of one channel, whose strides mean nothing; from a depth that no logger of torch reaches.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         self._model = model.to(self.device)
         self.module = self._accelerator.prepare_model(self._model)
         self._optimizer = create_optimizer(self.module.parameters(), self._config.train)

@@ -1,15 +1,12 @@
-"""What a model costs: parameters by part, floating-point operations, memory. Needs no device."""
+"""What a model costs: parameters by part, floating-point operations. Needs no device."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from hpcm_scale.compute.flops import TRAINING_FACTOR, saved_bytes
-from hpcm_scale.config.schema import ModelConfig, Precision
-from hpcm_scale.model.hpcm import HPCM, Noise
+from hpcm_scale.compute.flops import TRAINING_FACTOR
+from hpcm_scale.config.schema import ModelConfig
+from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import (
     forward_flops_per_image,
     kmac_per_pixel,
@@ -17,26 +14,11 @@ from hpcm_scale.model.shapes import (
     parameter_count,
     parameters_by_part,
 )
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 
 
 def training_flops_per_image(model: HPCM, side: int) -> int:
     """Model FLOPs of training on one side×side crop: forward and backward."""
     return TRAINING_FACTOR * forward_flops_per_image(model, side)
-
-
-def activation_bytes(config: ModelConfig, precision: Precision, side: int, images: int) -> int:
-    """Bytes that a forward pass over side×side crops keeps for the backward pass; computed on fake tensors."""
-    with FakeTensorMode():  # unlike `meta`, these know autocast
-        model = HPCM(config, precision=precision)
-        x = torch.empty(images, 3, side, side)
-        noise = Noise(*(torch.empty(images, *shape) for shape in model.latent_shapes(side, side)))
-
-        def forward() -> torch.Tensor:
-            coded = model(x, noise)
-            return rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).loss.mean()
-
-        return saved_bytes(forward)
 
 
 class SizeRow(NamedTuple):

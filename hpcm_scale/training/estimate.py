@@ -1,18 +1,21 @@
-"""What a run will need, without running it: memory per process, FLOPs, time."""
+"""What a run will need, without running it: memory per process, FLOPs, communication, time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import micro_batch_size
-from hpcm_scale.config.deepspeed import LIVE_PARAMETERS, REDUCED_PARAMETERS
+from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.schema import Config, EngineName
 from hpcm_scale.model.shapes import on_meta, parameter_count
-from hpcm_scale.training.costs import activation_bytes, training_flops_per_image
+from hpcm_scale.training.costs import training_flops_per_image
+from hpcm_scale.training.gathering import Gathered, Limits, gather
 from hpcm_scale.training.pieces import KINDS
+from hpcm_scale.training.rehearsal import rehearse
+from hpcm_scale.training.traffic import FP32, Times, Traffic, traffic
 
-_FP32 = 4
 _ADAM_MOMENTS = 2
 
 
@@ -21,12 +24,12 @@ class Memory:
     """Bytes per process at the peak of a training step."""
 
     weights: int
-    """With ZeRO-3 this process's share and the layers gathered at a time."""
+    """With ZeRO-3 this process's share, the layers gathered at a time, and small tensors that are kept whole."""
     gradients: int
     optimizer: int
     """Adam's two moments, and ZeRO's fp32 master copy of this process's share."""
     activations: int
-    """Kept for the backward pass by one micro-batch; nothing is recomputed."""
+    """Of one micro-batch: what is kept for the backward pass, and what is being computed at the peak."""
     buffers: int
     """Where gradients are laid out to be added up over the processes."""
     host: int
@@ -44,8 +47,11 @@ class Estimate:
 
     parameters: int
     memory: Memory
+    traffic: Traffic
     flops_per_image: int
     images: int
+    images_per_process: int
+    """In one optimizer step."""
 
     @property
     def pflops(self) -> float:
@@ -55,11 +61,15 @@ class Estimate:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint; each process keeps its share in host memory from the first one on."""
-        return _FP32 * len(KINDS) * self.parameters
+        return FP32 * len(KINDS) * self.parameters
 
     def seconds(self, peak: float, mfu: float) -> float:
         """Time of the run on processes with `peak` FLOP/s together, of which `mfu` (0 to 1) are used."""
         return self.flops_per_image * self.images / (peak * mfu)
+
+    def times(self, peak: float, mfu: float, bandwidth: float) -> Times:
+        """Of a step whose processes compute at `mfu` × `peak` FLOP/s each and send at `bandwidth` bytes/s each."""
+        return self.traffic.times(self.flops_per_image * self.images_per_process / (peak * mfu), bandwidth)
 
 
 def estimate(config: Config, world_size: int) -> Estimate:
@@ -72,32 +82,49 @@ def estimate(config: Config, world_size: int) -> Estimate:
     """
     model = on_meta(config.model)
     parameters = parameter_count(model)
-    activations = activation_bytes(
-        config.model, config.engine.precision, config.data.crop, micro_batch_size(config, world_size)
+    engine, crop = config.engine, config.data.crop
+    activations, uses = rehearse(
+        config.model, engine.precision, engine.checkpoint, crop, micro_batch_size(config, world_size)
     )
+    zero = deepspeed_dictionary(config, world_size)["zero_optimization"]
+    gathered = gather(uses, limits(zero)) if engine.zero_stage == 3 else None
     return Estimate(
         parameters,
-        _memory(config, world_size, parameters, activations),
-        training_flops_per_image(model, config.data.crop),
+        _memory(config, world_size, parameters, activations, gathered, zero["reduce_bucket_size"]),
+        traffic(config, world_size, parameters, gathered),
+        training_flops_per_image(model, crop),
         config.train.steps * config.train.batch_size,
+        config.train.batch_size // world_size,
     )
 
 
-def _memory(config: Config, world_size: int, parameters: int, activations: int) -> Memory:
+def limits(zero: dict[str, Any]) -> Limits:
+    """The limits of ZeRO-3 in DeepSpeed's dictionary."""
+    return Limits(
+        kept=zero["stage3_param_persistence_threshold"],
+        reuse=zero["stage3_max_reuse_distance"],
+        live=zero["stage3_max_live_parameters"],
+        ahead=zero["stage3_prefetch_bucket_size"],
+    )
+
+
+def _memory(
+    config: Config, world_size: int, parameters: int, activations: int, gathered: Gathered | None, reduced: int
+) -> Memory:
     stage = config.engine.zero_stage if config.engine.name == EngineName.deepspeed else 0
 
     def share(from_stage: int) -> int:
         return -(-parameters // world_size) if stage >= from_stage else parameters
 
-    weights, gradients = _FP32 * share(3), _FP32 * share(2)
-    gathered = _FP32 * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0  # what is fetched ahead included
+    weights, gradients = FP32 * share(3), FP32 * share(2)
+    whole = FP32 * (gathered.most + gathered.always) if gathered else 0
     # Stages 1 and 2 update a copy of this process's share, and so does stage 3 when the host updates it.
-    master = _FP32 * share(1) if stage in (1, 2) or config.engine.offload else 0
-    optimizer = _ADAM_MOMENTS * _FP32 * share(1) + master
+    master = FP32 * share(1) if stage in (1, 2) or config.engine.offload else 0
+    optimizer = _ADAM_MOMENTS * FP32 * share(1) + master
     # Two buffers in turns at stages 1 and 2, one at stage 3; accelerate's DDP copies every gradient into its buckets.
-    buffers = _FP32 * REDUCED_PARAMETERS * (0, 2, 2, 1)[stage]
+    buffers = FP32 * reduced * (0, 2, 2, 1)[stage]
     if config.engine.name == EngineName.accelerate and world_size > 1:
-        buffers = _FP32 * parameters
+        buffers = FP32 * parameters
     if not config.engine.offload:
-        return Memory(weights + gathered, gradients, optimizer, activations, buffers, host=0)
-    return Memory(gathered, 0, 0, activations, buffers, host=weights + gradients + optimizer)
+        return Memory(weights + whole, gradients, optimizer, activations, buffers, host=0)
+    return Memory(whole, 0, 0, activations, buffers, host=weights + gradients + optimizer)

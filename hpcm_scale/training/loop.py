@@ -21,6 +21,7 @@ from hpcm_scale.objective.rate_distortion import RateDistortion, rate_distortion
 from hpcm_scale.training.bad_photos import BadPhotos
 from hpcm_scale.training.divergence import Diverged, LossHistory, limit_reached
 from hpcm_scale.training.engine import Engine
+from hpcm_scale.training.garbage import collecting_between_steps
 from hpcm_scale.training.meter import Meter
 from hpcm_scale.training.noise import image_noise
 from hpcm_scale.training.recorder import Recorder
@@ -90,17 +91,24 @@ class Trainer:
 
         Raises UserError, the same on all processes, when the run cannot go on; Diverged to have it go back.
         """
-        config, last_step = self.config, self.config.train.stop_after or self.config.train.steps
+        last_step = self.config.train.stop_after or self.config.train.steps
         self.alive(self.step)
         if self.step < last_step:
             self.fetch(stream)
             self.count_bad()
             self.raise_trouble()
+        with collecting_between_steps() as collect:
+            self.train_to(last_step, stream, collect)
+
+    def train_to(self, last_step: int, stream: Iterator[Batch], collect: Callable[[int], None]) -> None:
+        """Step after step, and what is due between them."""
+        config = self.config
         while self.step < last_step:
             agreed = self.train_step(stream, last=self.step + 1 == last_step)
             self.step += 1
             self._evaluation = None
             self.alive(self.step)
+            collect(self.step)
             if self.step % config.log.every == 0 or self.step == config.train.steps:
                 self.log()
             if self.images and (self.step % config.eval.every == 0 or self.step == config.train.steps):

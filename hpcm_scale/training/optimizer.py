@@ -50,7 +50,7 @@ def create_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> 
     return GuardedAdam(parameters, lr=0.0, betas=tuple(train.betas), fused=True)
 
 
-def clip(optimizer: GuardedAdam, clip_norm: float) -> Tensor:
+def clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
     """Clip the global gradient norm; returns the norm, a scalar on the device, finite or not."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return nn.utils.clip_grad_norm_(parameters, clip_norm)

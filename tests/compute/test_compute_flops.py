@@ -121,24 +121,3 @@ def test_backward_is_twice_forward(name, ratio):
     measured = counter.get_total_flops() / forward - 1
     assert measured == pytest.approx(ratio, abs=0.0006)
     assert abs(TRAINING_FACTOR / (1 + measured) - 1) < 0.006
-
-
-def test_saved_bytes_of_a_convolution_under_autocast():
-    """bf16 copies of the input and of the weight are kept; the fp32 ones are not."""
-    layer, x = nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.zeros(2, 3, 8, 8)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return layer(x)
-
-    assert saved_bytes(forward) == 2 * (2 * 3 * 64 + 4 * 3 * 9)
-    assert saved_bytes(lambda: layer(x)) == 4 * 2 * 3 * 64
-
-
-def test_saved_bytes_counts_a_storage_once():
-    x = torch.zeros(1000, requires_grad=True)
-
-    def forward() -> list[torch.Tensor]:
-        return [x[:10] * x[10:20], x * x, x.view(10, 100).exp() * 2]  # the exponential keeps its result
-
-    assert saved_bytes(forward) == 4 * (1000 + 1000)

@@ -7,7 +7,14 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.config.deepspeed import LIVE_PARAMETERS, PREFETCHED_PARAMETERS, REDUCED_PARAMETERS, deepspeed_dictionary
+from hpcm_scale.config.deepspeed import (
+    KEPT_PARAMETERS,
+    LIVE_PARAMETERS,
+    PREFETCHED_PARAMETERS,
+    REDUCED_PARAMETERS,
+    REUSE_DISTANCE,
+    deepspeed_dictionary,
+)
 
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
@@ -26,7 +33,10 @@ def test_deepspeed_reads_what_we_mean(engine):
     assert read.zero_config.reduce_bucket_size == REDUCED_PARAMETERS
     if STAGES[engine] == 3:
         assert read.zero_config.max_live_parameters == LIVE_PARAMETERS
+        assert read.zero_config.max_reuse_distance == REUSE_DISTANCE
         assert read.zero_config.prefetch_bucket_size == PREFETCHED_PARAMETERS
+        assert read.zero_config.param_persistence_threshold == KEPT_PARAMETERS
+    assert bool(read.zero_config.overlap_comm) == (STAGES[engine] > 0)
     offloaded = [read.zero_config.offload_optimizer, read.zero_config.offload_param]
     assert [entry is not None and entry.device == "cpu" for entry in offloaded] == [engine == "zero3_offload"] * 2
 

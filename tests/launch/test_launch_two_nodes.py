@@ -22,6 +22,7 @@ COMMON = ("model=nano", "train.batch_size=4", "engine=accelerate", "engine.preci
 QUICK = ("log.wandb=disabled", "data.workers=0", "train.steps=5000")
 MODULE = "hpcm_scale.train"
 COMPARED = ("step", "train/images", "compute/pflops", "train/loss", "train/bpp", "train/psnr", "train/grad_norm")
+CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 NODES = ("localhost", "127.0.0.1")
 
 
@@ -66,17 +67,17 @@ class Nodes:
 
 @pytest.fixture
 def start(checkout, active, tmp_path, shards) -> Iterator[Callable[..., Nodes]]:
-    """`start(command, *overrides)`: `command` with the overrides on both nodes, in the folder of a hostfile."""
+    """`start(command, *changes)`: `command` with the changes on both nodes, in the folder of a hostfile."""
     (checkout / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NODES), encoding="utf-8")
     (active / "bin/deepspeed").symlink_to(Path(sys.executable).with_name("deepspeed"))
     with socket.create_server((NODES[1], 0)) as probe:
         port = str(probe.getsockname()[1])
-    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": str(active)}
+    variables = {**CPU, "VIRTUAL_ENV": str(active)}
     variables |= {"MASTER_ADDR": NODES[1], "MASTER_PORT": port}
     started: list[Nodes] = []
 
-    def both(command: Callable[[int, str], Sequence[str | Path]], *overrides: str) -> Nodes:
-        words = (*COMMON, *QUICK, f"data.shards={shards}", f"run.dir={tmp_path / 'run'}", *overrides)
+    def both(command: Callable[[int, str], Sequence[str | Path]], *changes: str) -> Nodes:
+        words = overrides(shards, tmp_path / "run", *changes)
         started.append(Nodes([[*command(rank, port), *words] for rank in range(2)], checkout, variables))
         return started[-1]
 
@@ -86,6 +87,10 @@ def start(checkout, active, tmp_path, shards) -> Iterator[Callable[..., Nodes]]:
             if process.poll() is None:
                 nodes.kill(rank)
                 process.wait()
+
+
+def overrides(shards: Path, run: Path, *changes: str) -> list[str]:
+    return [*COMMON, *QUICK, f"data.shards={shards}", f"run.dir={run}", *changes]
 
 
 def script(rank: int, port: str) -> list[str | Path]:
@@ -98,12 +103,6 @@ def typed(rank: int, port: str) -> list[str | Path]:
     return [launcher, "--no_ssh", "--node_rank", str(rank), "--hostfile", "hostfile", *where, "--module", MODULE]
 
 
-def alone(rank: int, port: str) -> list[str | Path]:
-    """The processes of one node, without a launcher."""
-    numbers = (f"RANK={rank}", f"LOCAL_RANK={rank}", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=2")
-    return ["env", *numbers, sys.executable, "-m", MODULE]
-
-
 def journal(run: Path) -> list[list[float]]:
     """What the lines of a journal have that does not depend on the time."""
     file = run / "metrics.jsonl"
@@ -112,8 +111,8 @@ def journal(run: Path) -> list[list[float]]:
     return [[line[key] for key in COMPARED] for line in lines]
 
 
-def test_two_nodes_are_one_run_that_stops_dies_and_is_finished_together(start, tmp_path):
-    run = tmp_path / "run"
+def test_two_nodes_are_one_run_that_stops_dies_and_is_finished_together(start, shards, fork_server, tmp_path):
+    run, one_node = tmp_path / "run", tmp_path / "one_node"
     nodes = start(script)
     nodes.wait_for(lambda: len(journal(run)) > 3)
     nodes.processes[1].terminate()  # the script alone, as a supervisor does
@@ -123,9 +122,10 @@ def test_two_nodes_are_one_run_that_stops_dies_and_is_finished_together(start, t
     last = [log.read_text().splitlines()[-1] for log in nodes.logs]
     assert "the same command goes on" in last[0], nodes.said()
 
-    one_node = start(alone, f"train.stop_after={stopped_at}", f"run.dir={tmp_path / 'one_node'}")
-    assert one_node.codes(200) == [0, 0], one_node.said()
-    assert journal(tmp_path / "one_node") == journal(run)
+    words = overrides(shards, one_node, f"train.stop_after={stopped_at}")
+    process = fork_server.start(MODULE, words, cwd=tmp_path, env=os.environ | CPU, processes=2)
+    assert process.wait(200) == 0, process.communicate()
+    assert journal(one_node) == journal(run)
 
     nodes = start(script)
     nodes.wait_for(lambda: len(journal(run)) > stopped_at + 1)

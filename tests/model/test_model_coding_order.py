@@ -118,7 +118,7 @@ def test_training_encoding_and_decoding_reach_the_same_latent_to_the_bit():
     x = torch.rand(2, 3, 256, 256)
     with torch.no_grad():
         y = model.g_a(x)
-        z_hat, _ = model.hyper_prior(model.h_a(y), None, model.formula)
+        z_hat, _ = model.hyper_prior(model.h_a(y), None, model.rate)
         hyper = model.h_s(z_hat)
         values, symbols = model.context.order.split(y), []
 

@@ -33,7 +33,7 @@ def trace(reference):
     model, x = reference.model, reference.image()
     with torch.no_grad():
         y = model.g_a(x)
-        z_hat, _ = model.hyper_prior(model.h_a(y), None, "public")
+        z_hat, _ = model.hyper_prior(model.h_a(y), None, model.rate)
         hyper = model.h_s(z_hat)
         order, values = model.context.order, model.context.order.split(y)
         symbols, scales_of_step = [], []

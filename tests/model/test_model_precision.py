@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import small_1b
 from torch import nn
 
 from hpcm_scale.config.compose import compose_model
@@ -94,15 +95,8 @@ def test_what_must_be_fp32_is(name, training, image, monkeypatch):
 
 
 def tiny_1b(precision: Precision) -> HPCM:
-    """The 1b's kind of network (blocks after the latent's convolution, refined priors, no fusion), narrow."""
-    config = compose_model("1b")
-    config.channels, config.latent_channels, config.hyper_latent_channels, config.hyper_channels = [8, 8, 8], 16, 8, 8
-    config.g_a_blocks = config.g_s_blocks = [1, 1, 1, 1]
-    config.hyper_blocks, config.adaptor_blocks = [1, 1], [1, 1, 1]
-    for prior in (config.prior_s1_s2, config.prior_s3):
-        prior.before = prior.after = prior.refine = 1
     torch.manual_seed(0)
-    return HPCM(config, precision=precision)
+    return HPCM(small_1b(), precision=precision)
 
 
 @pytest.mark.parametrize("precision", Precision)

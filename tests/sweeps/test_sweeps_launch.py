@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -125,10 +126,11 @@ def test_on_ctrl_c_all_leave_a_checkpoint_and_no_process_stays(shards, tmp_path)
         assert Follower(run).look().state == "stopped"
 
 
-def test_without_a_launcher_one_after_the_other_and_one_failing(shards, tmp_path):
+def test_without_a_launcher_one_after_the_other_and_one_failing(shards, fork_server, tmp_path):
     failing, whole = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k"))
     obstacle(failing, shards, "model=nano", "train.steps=2")
-    process = start(tmp_path, shards, "-m", "model=nano,450k", "train.steps=2")
+    command = ("-m", "model=nano,450k", "train.steps=2", f"data.shards={shards}", *COMMON)
+    process = fork_server.start("hpcm_scale.train", command, cwd=tmp_path, env=os.environ)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 1 and "IsADirectoryError" in errors, output + errors
     assert "model=nano: [Errno 21] Is a directory" in " ".join(output.split())

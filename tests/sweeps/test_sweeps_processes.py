@@ -90,8 +90,8 @@ def test_what_outlives_its_launcher_is_ended_and_told_as_a_failure(start):
 
 def test_what_outlives_its_launcher_is_asked_once(start):
     """Asked again, training takes it for a second signal, which ends it without a checkpoint."""
-    stays = "trap 'asked=$((asked+1))' TERM; for i in {1..9}; do sleep 0.1; done; echo asked $asked"
-    process = start(f"({stays}) & echo ready; kill -KILL $$")
+    stays = "trap 'asked=$((asked+1))' TERM; echo ready; kill -KILL $$; for i in {1..9}; do sleep 0.1; done"
+    process = start(f"({stays}; echo asked $asked) & wait")
     assert wait(process) == -9
     assert "asked 1\n" in tail(start.log)
 

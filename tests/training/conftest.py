@@ -6,19 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fork_server import TRAINING, ForkServer
-from watch_processes import free_port
+from watch_processes import Probes, free_port
 
 
-@pytest.fixture(scope="session")
-def fork_server():
-    """A process that has imported what trainings import."""
-    with ForkServer(TRAINING, os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}) as server:
-        yield server
+@pytest.fixture
+def probes(fork_server, tmp_path):
+    """`probes(processes, *arguments, …)`: Probes in an empty working folder."""
+    return partial(Probes, None if torch.cuda.is_available() else fork_server, tmp_path)
 
 
 @pytest.fixture(scope="session")

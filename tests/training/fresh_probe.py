@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from hpcm_scale.errors import STOPPED
+
 
 def facts() -> dict[str, object]:
     return {
@@ -37,6 +39,10 @@ def main() -> None:
             time.sleep(100)
         case "message":
             raise SystemExit("a message")
+        case "code":
+            raise SystemExit(STOPPED)
+        case "busy":
+            threading.Timer(0.2, print, ["of a thread"]).start()
         case "failure":
             raise ValueError("a failure")
         case "killed":

@@ -7,24 +7,23 @@ import signal
 import socket
 
 import pytest
-from watch_processes import Probes
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.training.run_lock import RunLock
 
 
-def test_a_second_training_waits_and_then_names_the_holder(tmp_path):
+def test_a_second_training_waits_and_then_names_the_holder(probes, tmp_path):
     held = tmp_path / "run"
-    first = Probes(tmp_path, 2, f"folder={held}", "lock=1", "steps=100000")
+    first = probes(2, f"folder={held}", "lock=1", "steps=100000")
     pid = first.await_line("process 0 is at step 2").split()[-1]
-    second = Probes(tmp_path, 2, f"folder={held}", "lock=1").end()
+    second = probes(2, f"folder={held}", "lock=1").end()
     holder = f"process {pid} on {socket.gethostname()}"
     assert second.codes == [2, 2]
     assert second.lines == [
         f"{held} is still in use by {holder}: waiting for it to end",
         f"hpcm: {held} is being trained by {holder}; stop that, or choose another run.dir",
     ]
-    third = Probes(tmp_path, 2, f"folder={held}", "lock=60")
+    third = probes(2, f"folder={held}", "lock=60")
     third.await_line("waiting for it to end")
     os.kill(int(pid), signal.SIGKILL)
     assert third.end().codes == [0, 0]

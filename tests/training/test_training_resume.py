@@ -91,7 +91,8 @@ def test_the_same_command_on_a_finished_run_does_nothing(resumed, train, evaluat
 
 
 def test_more_steps_lengthen_a_finished_run_and_say_so(unbroken, train, evaluation):
-    records = train("unbroken", *evaluation, "engine=zero2", "train.steps=8", "train.checkpoint_every=2")
+    longer = ("engine=zero2", "train.steps=8", "train.checkpoint_every=2", "log.wandb=disabled")
+    records = train("unbroken", *evaluation, *longer)
     assert "train.steps changes from 6 to 8" in train.output
     assert numbers(records[: len(unbroken)]) == numbers(unbroken)
     assert records[-1]["step"] == 8

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from watch_processes import PROBE, Probes, await_line, free_port
+from watch_processes import PROBE, await_line, free_port
 
 
-def test_an_exception_of_one_ends_all_and_is_said_last_and_once(tmp_path):
-    ended = Probes(tmp_path, 2, "does=raise", "who=1").end()
+def test_an_exception_of_one_ends_all_and_is_said_last_and_once(probes):
+    ended = probes(2, "does=raise", "who=1").end()
     assert ended.codes == [1, 1]
     assert ended.lines[-1].endswith("ArithmeticError: one and one is three")
     assert sum("Traceback" in line for line in ended.lines) == 1
 
 
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_killed_process_is_named(tmp_path, who):
-    ended = Probes(tmp_path, 3, "does=kill", f"who={who}").end()
+def test_a_killed_process_is_named(probes, who):
+    ended = probes(3, "does=kill", f"who={who}").end()
     assert ended.codes == [-9 if rank == who else 1 for rank in range(3)]
     pid = re.search(rf"process {who} is at step 2, pid (\d+)", "\n".join(ended.lines))[1]
     assert ended.lines[-1].startswith(f"hpcm: process {who} (pid {pid} on ")
@@ -32,30 +32,30 @@ def test_a_killed_process_is_named(tmp_path, who):
     assert not any("Traceback" in line or "gloo" in line for line in ended.lines)
 
 
-def test_a_mistake_that_one_process_meets_is_the_last_line(tmp_path):
-    ended = Probes(tmp_path, 2, "does=mistake", "who=1").end()
+def test_a_mistake_that_one_process_meets_is_the_last_line(probes):
+    ended = probes(2, "does=mistake", "who=1").end()
     assert (ended.codes, ended.lines[-1]) == ([2, 2], "hpcm: the shards are gone")
 
 
-def test_a_mistake_that_all_meet_is_told_once_and_at_once(tmp_path):
-    ended = Probes(tmp_path, 2, "does=all_mistake").end()
+def test_a_mistake_that_all_meet_is_told_once_and_at_once(probes):
+    ended = probes(2, "does=all_mistake").end()
     assert ended.codes == [2, 2]
     assert [line for line in ended.lines if "hpcm" in line] == ["hpcm: the loss is not finite"]
 
 
-def test_a_mistake_that_one_process_takes_for_common_ends_all(tmp_path):
-    ended = Probes(tmp_path, 2, "does=one_mistake", "who=1").end()
+def test_a_mistake_that_one_process_takes_for_common_ends_all(probes):
+    ended = probes(2, "does=one_mistake", "who=1").end()
     assert (ended.codes, ended.lines[-1]) == ([2, 2], "hpcm: the loss is not finite")
 
 
-def test_a_process_that_does_nothing_any_more_is_noticed_by_its_silence(tmp_path):
-    ended = Probes(tmp_path, 3, "does=freeze", "who=1", "lost_seconds=5").end()
+def test_a_process_that_does_nothing_any_more_is_noticed_by_its_silence(probes):
+    ended = probes(3, "does=freeze", "who=1", "lost_seconds=5").end()
     assert ended.codes == [1, -9, 1]
     assert re.search(r"process 1 \(pid \d+ on .*\) has not been heard of for 5 s", ended.lines[-1])
 
 
-def test_a_stall_leaves_stack_traces_of_all_and_says_where_it_hangs(tmp_path):
-    ended = Probes(tmp_path, 2, "does=sleep", "who=1", "stall_seconds=3").end()
+def test_a_stall_leaves_stack_traces_of_all_and_says_where_it_hangs(probes, tmp_path):
+    ended = probes(2, "does=sleep", "who=1", "stall_seconds=3").end()
     assert ended.codes == [1, 1]
     assert re.fullmatch(
         r"hpcm: no step for 0.05 minutes after step 2 \(process 1 is in fail \(watch_probe.py:\d+\)\); "
@@ -67,31 +67,31 @@ def test_a_stall_leaves_stack_traces_of_all_and_says_where_it_hangs(tmp_path):
     assert "in all_reduce" in (tmp_path / "stacks" / "rank_00000.txt").read_text()
 
 
-def test_an_interrupted_process_takes_the_others_along_without_a_word(tmp_path):
-    ended = Probes(tmp_path, 2, "does=interrupt", "who=1").end()
+def test_an_interrupted_process_takes_the_others_along_without_a_word(probes):
+    ended = probes(2, "does=interrupt", "who=1").end()
     assert ended.codes == [130, 130]
     assert not any("Traceback" in line or "hpcm" in line for line in ended.lines)
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_nobody_is_missed_that_ends_before_or_after_the_others(tmp_path, late):
-    ended = Probes(tmp_path, 2, f"late={late}", "times=2", "steps=3", "pause=0").end()
+def test_nobody_is_missed_that_ends_before_or_after_the_others(probes, late):
+    ended = probes(2, f"late={late}", "times=2", "steps=3", "pause=0").end()
     assert ended.codes == [0, 0]
     assert sum("is done: 2 added up" in line for line in ended.lines) == 4
     assert not any("hpcm" in line for line in ended.lines)
 
 
-def test_the_end_is_watched_too(tmp_path):
-    probes = Probes(tmp_path, 2, "late=0", "steps=2")
-    pid = int(probes.await_line("process 0 is at step 2").split()[-1])
+def test_the_end_is_watched_too(probes):
+    both = probes(2, "late=0", "steps=2")
+    pid = int(both.await_line("process 0 is at step 2").split()[-1])
     os.kill(pid, signal.SIGKILL)
-    ended = probes.end()
+    ended = both.end()
     assert ended.codes == [-9, 1]
     assert "process 0 (pid" in ended.lines[-1]
 
 
-def test_one_process_alone_ends_as_ever(tmp_path):
-    ended = Probes(tmp_path, 1, "does=raise", "who=0").end()
+def test_one_process_alone_ends_as_ever(probes):
+    ended = probes(1, "does=raise", "who=0").end()
     assert (ended.codes, ended.lines[-1].split("]:")[-1].strip()) == ([1], "ArithmeticError: one and one is three")
 
 

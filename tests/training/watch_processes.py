@@ -1,4 +1,7 @@
-"""Starts the probe's processes as a scheduler without a launcher does, and collects what they say together."""
+"""Starts the probe's processes as a scheduler without a launcher does, and collects what they say together.
+
+They are forked where that can be, which spares them the imports; those that a launcher starts are not.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fork_server import Forked, ForkServer
+
 PROBE = Path(__file__).with_name("watch_probe.py")
 
 
@@ -22,10 +27,14 @@ class Ended(NamedTuple):
 
 
 class Probes:
-    """`processes` probes that are to meet, or those `ranks` of them; each may have arguments of its own."""
+    """`processes` probes that are to meet, or those `ranks` of them; each may have arguments of its own.
+
+    Forked from `forks`, if that is given.
+    """
 
     def __init__(
         self,
+        forks: ForkServer | None,
         folder: Path,
         processes: int,
         *arguments: str,
@@ -35,21 +44,21 @@ class Probes:
     ) -> None:
         self._start = time.monotonic()
         port = port or free_port()
+        path = f"{PROBE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         self._log = folder / f"log_{port}_{time.monotonic_ns()}.txt"
-        self.processes = []
+        self.processes: list[subprocess.Popen | Forked] = []
         with self._log.open("w", encoding="utf-8") as log:
             for rank in range(processes) if ranks is None else ranks:
                 given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
                 environment = os.environ | {name: str(value) for name, value in given.items()}
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(PROBE), *arguments, *(own or {}).get(rank, [])],
-                        env=environment | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
-                        cwd=folder,
-                        stdout=log,
-                        stderr=log,
-                    )
-                )
+                environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+                command = [*arguments, *(own or {}).get(rank, [])]
+                where = {"cwd": folder, "env": environment}
+                if forks:
+                    process = forks.start(PROBE.stem, command, **where, output=log)
+                else:
+                    process = subprocess.Popen([sys.executable, str(PROBE), *command], **where, stdout=log, stderr=log)
+                self.processes.append(process)
 
     def said(self) -> list[str]:
         return self._log.read_text(encoding="utf-8").splitlines()

@@ -1,61 +1,38 @@
-"""Memory, FLOPs and time of a run."""
+"""Memory, FLOPs, communication and time of a run."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from hpcm_scale.compute.flops import saved_bytes
 from hpcm_scale.config.compose import compose, compose_model
-from hpcm_scale.config.schema import Precision
+from hpcm_scale.config.schema import Checkpointing, Precision
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import on_meta
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 from hpcm_scale.training import estimate as estimates
 from hpcm_scale.training.accelerate_engine import AccelerateEngine
-from hpcm_scale.training.costs import activation_bytes, training_flops_per_image
-from hpcm_scale.training.noise import image_noise
-
-
-@pytest.mark.parametrize("precision", Precision)
-def test_activations_on_fake_tensors_are_those_of_a_real_pass(precision):
-    model = HPCM(compose_model("nano"), precision=precision)
-    x = torch.rand(2, 3, 256, 256)
-    noise = image_noise(model, x, torch.tensor([0, 1]), seed=0)
-
-    def forward() -> torch.Tensor:
-        coded = model(x, noise)
-        return rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).loss.mean()
-
-    assert activation_bytes(model.config, precision, 256, 2) == saved_bytes(forward)
-
-
-def test_activations_grow_with_the_crops_and_shrink_with_precision():
-    config = compose_model("nano")
-    one, two = (activation_bytes(config, Precision.fp32, 256, images) for images in (1, 2))
-    assert two == pytest.approx(2 * one, rel=0.01)
-    assert activation_bytes(config, Precision.fp32, 512, 1) == pytest.approx(4 * one, rel=0.01)
-    assert 0.5 * one < activation_bytes(config, Precision.bf16, 256, 1) < 0.85 * one
+from hpcm_scale.training.costs import training_flops_per_image
+from hpcm_scale.training.rehearsal import rehearse
 
 
 @pytest.fixture(autouse=True, scope="module")
 def worked_out_once():
-    """The same activations and FLOPs are asked for by many tests below, and take a second each."""
-    known: dict[str, int] = {}
-
-    def once(function):
-        def answer(*arguments) -> int:
-            key = repr((function.__name__, arguments))
-            if key not in known:
-                known[key] = function(*arguments)
-            return known[key]
-
-        return answer
-
+    """The same step is rehearsed for many tests below, and takes seconds each time."""
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("activation_bytes", "training_flops_per_image"):
-            patched.setattr(estimates, name, once(getattr(estimates, name)))
+        for name in ("rehearse", "training_flops_per_image"):
+            patched.setattr(estimates, name, remembering(getattr(estimates, name)))
         yield
+
+
+def remembering(function):
+    known = {}
+
+    def answer(*arguments):
+        key = repr(arguments)
+        if key not in known:
+            known[key] = function(*arguments)
+        return known[key]
+
+    return answer
 
 
 def needs(*overrides: str, world_size: int = 1) -> estimates.Estimate:
@@ -82,7 +59,9 @@ def test_memory_on_one_process(engine_name):
     measured = memory.weights, memory.gradients, memory.optimizer
     assert [value / result.parameters for value in measured] == pytest.approx(expected)
     assert memory.host == 0
-    assert memory.activations == activation_bytes(compose_model("micro"), Precision.fp32, 256, 8)
+    assert (
+        memory.activations == rehearse(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8).activations
+    )
     assert memory.device >= sum(measured) + memory.activations
 
 
@@ -109,6 +88,22 @@ def test_accumulation_costs_no_memory():
     whole, parts = needs(), needs("train.micro_batch_size=1")
     assert parts.memory.activations < whole.memory.activations / 7
     assert parts.pflops == whole.pflops
+
+
+def test_less_is_kept_where_more_is_computed_again():
+    none, blocks, steps = (
+        needs(f"engine.checkpoint={checkpoint.value}").memory.activations for checkpoint in Checkpointing
+    )
+    assert steps < blocks < none / 2
+
+
+def test_time_of_a_step_with_communication():
+    result = needs(world_size=4)
+    times = result.times(peak=1e12, mfu=0.5, bandwidth=1e9)
+    assert times.compute == pytest.approx(2 * result.flops_per_image / 0.5e12)  # two images per process
+    sent = 4 * result.parameters * 3 / 4  # engine=zero2: all-reduced gradients, gathered weights
+    assert times.communication == pytest.approx(3 * sent / 1e9)
+    assert needs().times(peak=1e12, mfu=0.5, bandwidth=1e9).efficiency == 1
 
 
 def test_flops_and_time_of_a_run():

@@ -1,0 +1,193 @@
+"""The command line of `hpcm bench`, and what can be told to be wrong with it at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from hpcm_scale.config.checks import side_multiple
+from hpcm_scale.config.compose import compose, preset_names
+from hpcm_scale.config.schema import Checkpointing, Config, Precision
+from hpcm_scale.errors import Parser, UserError
+
+_COUNTS = ("rounds", "batch", "batches", "crop", "workers", "limit", "symbols", "elements")
+
+
+def parser() -> Parser:
+    """The command line."""
+    main = Parser(
+        prog="hpcm bench",
+        description="How fast, and with how much memory: baseline and candidates in turns, and the "
+        "ratios of their times, round by round.",
+    )
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_processes(commands)
+    _add_data(commands)
+    _add_codec(commands)
+    _add_entropy(commands)
+    return main
+
+
+def check(chosen) -> None:
+    """Raise UserError for counts below 1, a place that --out cannot be, and a picture without a place."""
+    for name in _COUNTS:
+        value = getattr(chosen, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    if chosen.out is not None:
+        _check_folder(chosen.out)
+    if getattr(chosen, "limit", None) and not chosen.images:
+        raise UserError(f"--limit {chosen.limit} is of the images in a folder; add --images FOLDER")
+    if getattr(chosen, "profile", False) and chosen.out is None:
+        raise UserError("--profile draws a picture into the folder that --out names; add --out FOLDER")
+
+
+def _check_folder(out: Path) -> None:
+    """Minutes later it would be too late."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out} cannot be a folder because {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be written because {there} is read-only; name another folder")
+
+
+def configuration(preset: str, crop: int = 256) -> Config:
+    """The configuration of that size, trained on crops of that side.
+
+    Raises UserError for a size that there is not, or a crop that does not fit it.
+    """
+    names = preset_names("model")
+    if preset not in names:
+        near = difflib.get_close_matches(preset, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}."
+        raise UserError(f"there is no --preset {preset}; {hint}")
+    config = compose([f"model={preset}", f"data.crop={crop}"])
+    multiple = side_multiple(config.model)
+    if crop % multiple:
+        mend = max(multiple, round(crop / multiple) * multiple)
+        raise UserError(
+            f"--crop {crop} does not fit {preset}, whose inputs are multiples of {multiple} pixels; use --crop {mend}"
+        )
+    return config
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="a training step: time, utilisation, activation memory",
+        description="Time training steps of one size, computed in several ways: as the public implementation does "
+        "(fp32, NCHW, eager: the baseline) and as this package does. Utilisation is taken against large matrix "
+        "products of the same precision in the same rounds.",
+    )
+    _add_common(train, rounds=7)
+    train.add_argument("--preset", default="68m", help="size of the model (default: %(default)s; see hpcm models)")
+    train.add_argument("--batch", type=int, metavar="N", default=2, help="crops in a step (default: %(default)s)")
+    train.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
+    train.add_argument(
+        "--precision",
+        nargs="+",
+        choices=[precision.value for precision in Precision],
+        default=["fp32", "bf16"],
+        help="of the candidates (default: fp32 bf16); recomputing and compiling are tried with the last one",
+    )
+    train.add_argument(
+        "--checkpoint",
+        nargs="+",
+        choices=[checkpoint.value for checkpoint in Checkpointing],
+        default=[checkpoint.value for checkpoint in Checkpointing],
+        help="activations that the backward pass computes again (default: none blocks steps)",
+    )
+    train.add_argument("--compile", action="store_true", help="try each of them compiled, too; takes minutes more")
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="draw where the time goes, for the baseline and the fastest, into train_profile.png",
+    )
+
+
+def _add_processes(commands) -> None:
+    processes = commands.add_parser(
+        "processes",
+        help="a training step of two processes against one, on CPUs",
+        description="Time fp32 steps of one process, of two that train apart and of two that train together, each with "
+        "one thread: what is lost to sharing the machine, and what to communication.",
+    )
+    _add_common(processes, rounds=7, device=False)
+    processes.add_argument("--preset", default="small", help="size of the model (default: %(default)s)")
+    processes.add_argument("--batch", type=int, metavar="N", default=1, help="crops per process (default: %(default)s)")
+    processes.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
+    processes.add_argument(
+        "--engines",
+        nargs="+",
+        choices=preset_names("engine"),
+        default=["zero2", "zero3"],
+        help="of conf/engine (default: zero2 zero3)",
+    )
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser(
+        "data",
+        help="crops a second, against the JPEG decoder alone",
+        description="Time the training stream from shards to batches of crops, against processes that only decode the "
+        "same photos (the baseline), and compute what steps on a GPU ask of it.",
+    )
+    _add_common(data, rounds=7, device=False)
+    data.add_argument("--shards", metavar="FOLDER", help="photos (default: made ones of 2 megapixels)")
+    data.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
+    data.add_argument("--batch", type=int, metavar="N", default=32, help="crops in a batch (default: %(default)s)")
+    data.add_argument(
+        "--batches", type=int, metavar="N", default=4, help="of each worker in a round (default: %(default)s)"
+    )
+    data.add_argument("--workers", type=int, metavar="N", help="data workers (default: one for each core)")
+
+
+def _add_codec(commands) -> None:
+    codec = commands.add_parser(
+        "codec",
+        help="encoding and decoding: time, and the entropy coder's share",
+        description="Time the coding of images to .hpcm files and back: the networks computed as in the public "
+        "implementation (fp32, NCHW, eager: the baseline), and the codec as it is.",
+    )
+    _add_common(codec, rounds=5)
+    model = codec.add_mutually_exclusive_group()
+    model.add_argument("--preset", default="68m", help="size of an untrained model (default: %(default)s)")
+    model.add_argument("--weights", metavar="FILE", help="weights.safetensors of a trained one")
+    codec.add_argument(
+        "--images", metavar="FOLDER", help="JPEG, PNG or WebP images (default: one made picture of 768×512)"
+    )
+    codec.add_argument("--limit", type=int, metavar="N", help="use only the first so many images")
+
+
+def _add_entropy(commands) -> None:
+    entropy = commands.add_parser(
+        "entropy",
+        help="the range coder's symbols a second, and the likelihood's time",
+        description="Time the range coder by how its symbols are grouped, and the training likelihood, forward and "
+        "backward, against the public formula.",
+    )
+    _add_common(entropy, rounds=15)
+    entropy.add_argument(
+        "--symbols", type=int, metavar="N", default=491_520, help="to code (default: %(default)s, a Kodak image of 68m)"
+    )
+    entropy.add_argument(
+        "--elements",
+        type=int,
+        metavar="N",
+        default=2 * 320 * 16 * 16,
+        help="of the latent whose bits are taken (default: %(default)s, two crops of 256² of 68m)",
+    )
+    entropy.add_argument("--compile", action="store_true", help="compile our formula")
+
+
+def _add_common(command: Parser, rounds: int, device: bool = True) -> None:
+    command.add_argument(
+        "--rounds", type=int, metavar="N", default=rounds, help="runs of each contestant (default: %(default)s)"
+    )
+    if device:
+        command.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write JSON and Markdown there; default: only print"
+    )

@@ -1,0 +1,66 @@
+"""Both ways to code an image: the plain one is plain throughout, and both give pictures back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hpcm_scale.benchmark.codec import DIRECTIONS, FAST, PLAIN, computed, measure_codec, picture
+from hpcm_scale.coding.codec import Codec
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.hpcm import HPCM
+
+CPU = torch.device("cpu")
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """And could be told from plain."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+@pytest.fixture
+def model() -> HPCM:
+    """`nano`, untrained."""
+    torch.manual_seed(0)
+    return HPCM(compose_model("nano")).eval()
+
+
+@pytest.mark.parametrize("way", [PLAIN, FAST])
+def test_only_the_baseline_is_plain_throughout(model, way):
+    met: list[bool] = []
+    for network in (model.g_a, model.h_a, model.h_s, model.context.prior_s3.before, model.g_s):
+        network[0].register_forward_hook(
+            lambda part, inputs, output: met.append(is_channels_last(inputs[0]) or is_channels_last(output))
+        )
+    codec, pixels = Codec(model), picture(256, 256)
+    with computed(way, model):
+        codec.decompress(codec.compress(pixels))
+    assert len(met) > 5
+    assert any(met) == (way == FAST)
+
+
+def test_both_ways_are_timed_in_both_directions(model):
+    (speed,) = measure_codec(model, [("made", lambda: picture(256, 300))], 2, CPU)
+    assert {direction: set(ways) for direction, ways in speed.seconds.items()} == {
+        direction: {PLAIN, FAST} for direction in DIRECTIONS
+    }
+    assert all(len(rounds) == 2 for ways in speed.seconds.values() for rounds in ways.values())
+    assert (speed.width, speed.height) == (300, 256)
+    assert speed.bytes == len(Codec(model).compress(picture(256, 300)))  # nothing plain is left behind
+
+
+def test_a_picture_that_does_not_come_out_of_its_file_is_no_result(model, monkeypatch):
+    right = Codec.decompress
+    monkeypatch.setattr(Codec, "decompress", lambda codec, data: right(codec, data) ^ 1)
+    with pytest.raises(UserError, match="made does not come out of its file as the encoder had it"):
+        measure_codec(model, [("made", lambda: picture(64, 64))], 1, CPU)
+
+
+def test_the_made_picture_is_always_the_same_and_soft_as_photos_are():
+    pixels = picture()
+    assert (pixels.shape, pixels.dtype) == ((3, 512, 768), torch.uint8)
+    assert torch.equal(pixels, picture())
+    numbers = pixels.float()
+    neighbours = (numbers[..., 1:] - numbers[..., :-1]).std()
+    assert neighbours < 0.7 * numbers.std() and numbers.std() > 40

@@ -1,0 +1,93 @@
+"""torch.compile by region: whole graphs, compiled once, with the results of the uncompiled network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import images, loss_and_gradients
+from torch._dynamo.utils import counters
+
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.schema import Checkpointing, Precision
+from hpcm_scale.model.compiled import compile_regions
+from hpcm_scale.model.context import WindowFusion
+from hpcm_scale.model.hpcm import HPCM, Rate
+from hpcm_scale.model.layers import depthwise_block, partial_block
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "backend"),
+    [(Checkpointing.none, "aot_eager"), (Checkpointing.blocks, "eager"), (Checkpointing.steps, "eager")],
+)
+def test_ten_steps_of_nano_compile_once_and_never_break(checkpoint, backend):
+    """Up to the code generator; a break would raise, for every region has to be one graph."""
+    model = HPCM(compose_model("nano"), precision=Precision.bf16, checkpoint=checkpoint)
+    compile_regions(model, backend=backend)
+    loss_and_gradients(model, images(2))
+    compiled = graphs()
+    assert 10 < compiled < 40
+    for seed in range(1, 10):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            loss_and_gradients(model, images(2, seed=seed))
+    assert graphs() == compiled and not counters["graph_break"]
+
+
+def test_evaluation_compiles_for_all_image_sizes():
+    model = HPCM(compose_model("nano"), precision=Precision.bf16)
+    compile_regions(model, backend="eager")
+    with torch.no_grad():
+        model(images(1, 512, 768))
+        model(images(1, 768, 512))
+        compiled = graphs()
+        for height, width in ((512, 512), (768, 1024), (1024, 768)):
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                model(images(1, height, width))
+    assert graphs() == compiled
+
+
+@pytest.mark.parametrize("region", [depthwise_block(16), partial_block(16, 4, 2), WindowFusion(16, 2, 4)])
+def test_the_code_generator_computes_what_the_region_says(region):
+    """fp32: results and gradients to 1e-5."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)]
+    inputs *= 2 if isinstance(region, WindowFusion) else 1
+    expected = region(*inputs)
+    expected.square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in region.named_parameters()}
+    region.zero_grad()
+    compile_regions(region)
+    result = region(*inputs)
+    result.square().sum().backward()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    for name, parameter in region.named_parameters():
+        scale = gradients[name].abs().max() + 1e-3
+        assert (parameter.grad - gradients[name]).abs().max() < 1e-5 * max(scale, 1), name
+    assert graphs() == 1
+
+
+def test_compiled_rates_are_the_rates():
+    torch.manual_seed(0)
+    rate, values = Rate("survival"), []
+    for compiled in (False, True):
+        if compiled:
+            compile_regions(rate)
+        y, mean, scale, noise = (torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(4))
+        scale.requires_grad_()
+        bits = rate(3 * y, mean, scale.abs(), noise)
+        bits.sum().backward()
+        values.append((bits.detach(), scale.grad))
+    torch.testing.assert_close(*(value[0] for value in values), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(*(value[1] for value in values), rtol=1e-4, atol=1e-4)
+    assert graphs() == 1

@@ -1,0 +1,74 @@
+"""The memory of a step on fake tensors, against a real one's."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from hpcm_scale.benchmark.memory import peak_bytes
+from hpcm_scale.compute.memory import PeakMemory
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.training.noise import image_noise
+from hpcm_scale.training.rehearsal import rehearse
+
+TOLERANCE = {Precision.fp32: 0.001, Precision.bf16: 0.05}
+"""Kernels of the CPU take memory of their own for bf16."""
+
+
+@pytest.mark.parametrize("checkpoint", Checkpointing)
+@pytest.mark.parametrize("precision", Precision)
+def test_a_rehearsed_step_takes_the_memory_of_a_real_one(precision, checkpoint):
+    """By the allocations that torch's profiler saw."""
+    model = HPCM(compose_model("micro"), precision=precision, checkpoint=checkpoint)
+    x = torch.rand(2, 3, 256, 256).to(memory_format=torch.channels_last)
+    noise = image_noise(model, x, torch.arange(2), seed=0)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+
+    def step() -> None:
+        coded = model(x, noise)
+        rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).loss.mean().backward()
+
+    measured = peak_bytes(step, x.device)
+    rehearsed = rehearse(model.config, precision, checkpoint, 256, 2).activations
+    assert rehearsed == pytest.approx(measured, rel=TOLERANCE[precision])
+
+
+def test_memory_grows_with_the_crops():
+    config = compose_model("nano")
+    one, two = (rehearse(config, Precision.fp32, Checkpointing.none, 256, images).activations for images in (1, 2))
+    assert two == pytest.approx(2 * one, rel=0.02)
+
+
+def test_peak_memory_counts_every_storage_once_and_while_it_is_there():
+    before = torch.zeros(1000)
+    with PeakMemory() as memory:
+        before.add_(1).view(10, 100)
+        first = torch.zeros(100)
+        first[:50].mul_(2)
+        del first
+        second = before + 1
+    assert memory.peak == second.nbytes == 4000
+
+
+def test_uses_follow_the_step():
+    """Every layer is used backward where its result counts, and once more forward where it is computed again."""
+    config = compose_model("nano")
+    plain, again = (_uses(config, checkpoint) for checkpoint in (Checkpointing.none, Checkpointing.steps))
+    names = {name for name, _ in HPCM(config).named_parameters()}
+    for uses in (plain, again):
+        assert {name for weights in uses[True] for name, _ in weights} == names
+        assert uses[True] <= uses[False]
+    assert plain[True] == again[True]
+    assert plain[False] < again[False] <= plain[False] + plain[False]
+
+
+def _uses(config: ModelConfig, checkpoint: Checkpointing) -> dict[bool, Counter]:
+    """How often each layer is used, backward or not."""
+    uses = rehearse(config, Precision.fp32, checkpoint, 256, 1).uses
+    return {backward: Counter(use.weights for use in uses if use.backward == backward) for backward in (False, True)}
