@@ -2,7 +2,7 @@
 
     python benchmarks/same_loss.py --shards SHARDS --images FOLDER [--model nano] [--steps 500] [--seeds 0 1 2]
 
-For every seed the model is trained twice, with the quickstart's learning rates: in fp32, and in bf16 with compiled
+For every seed the model is trained twice, with the paper's learning rates: in fp32, and in bf16 with compiled
 regions. Printed: the evaluation losses at the end, and how far apart they are. Runs that are there are not repeated.
 """
 
@@ -51,8 +51,8 @@ def main() -> None:
 def trained(arguments: argparse.Namespace, way: str, seed: int) -> float:
     """The evaluation loss at the end of one run."""
     run = arguments.runs / f"{WAYS[way][0].partition('=')[2]}_{seed}"
-    command = [sys.executable, "-m", "hpcm_scale.train", "experiment=quickstart", f"model={arguments.model}"]
-    command += ["engine=accelerate", *WAYS[way], f"train.seed={seed}", f"train.steps={arguments.steps}"]
+    command = [sys.executable, "-m", "hpcm_scale.train", f"model={arguments.model}", "engine=accelerate"]
+    command += ["train.batch_size=8", *WAYS[way], f"train.seed={seed}", f"train.steps={arguments.steps}"]
     command += [f"data.shards={arguments.shards}", f"eval.images={arguments.images}", "log.wandb=disabled"]
     command += [f"eval.every={arguments.steps}", f"run.dir={run}", f"train.checkpoint_every={arguments.steps}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
