@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.model.onednn import can_convolve, convolve, convolve_leaky, convolve_onto
+from hpcm_scale.model.product import product
 
 SLOPE = 0.01
 """Of LeakyReLU, for negative values."""
@@ -78,7 +79,9 @@ class Pointwise(nn.Conv2d):
             return convolve(x, self)
         if not product_is_faster(x, self):
             return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return product(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 def product_is_faster(x: Tensor, layer: Pointwise) -> bool:
