@@ -63,12 +63,11 @@ def data(chosen) -> None:
     import tempfile
     from pathlib import Path
 
-    import psutil
-
     from hpcm_scale.benchmark.data import data_report, demand, make_shards, measure_data, measure_waits
     from hpcm_scale.config.schema import DataConfig
+    from hpcm_scale.data.processes import available_cores
 
-    workers = chosen.workers or len(psutil.Process().cpu_affinity())
+    workers = chosen.workers or available_cores()
     demands = [demand(configuration(preset, chosen.crop).model, chosen.crop, share) for preset, share in DEMANDS]
     with tempfile.TemporaryDirectory() as folder:
         source = f"photos of {Path(chosen.shards).resolve().name}" if chosen.shards else "made pictures"

@@ -1,0 +1,86 @@
+"""How time, utilisation and activations of a training step grow with the model's size, the crop and the batch.
+
+python benchmarks/growth.py [--rounds 3] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from hpcm_scale.benchmark.machine import machine
+from hpcm_scale.benchmark.paired import spread
+from hpcm_scale.benchmark.report import Report, Table, show, with_quartiles, write
+from hpcm_scale.benchmark.step import Steps, Way
+from hpcm_scale.benchmark.train import measure_steps
+from hpcm_scale.config.compose import compose
+from hpcm_scale.config.schema import Precision
+
+CASES = (
+    ("nano", 256, 2),
+    ("mini", 256, 2),
+    ("small", 256, 2),
+    ("68m", 256, 1),
+    ("68m", 256, 2),
+    ("68m", 256, 4),
+    ("68m", 512, 1),
+    ("120m", 256, 2),
+)
+"""Size, crop, batch."""
+BF16 = Way(Precision.bf16)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    rows, numbers = [], []
+    for preset, crop, batch in CASES:
+        config = compose([f"model={preset}", f"data.crop={crop}"])
+        speed = measure_steps(config, batch, [BF16], arguments.rounds, Steps(config, batch, device))
+        [measured] = speed.candidates
+        rows.append(
+            [
+                preset,
+                f"{crop}²",
+                str(batch),
+                f"{speed.flops / 1e12:.3f}",
+                f"{spread(measured.seconds).median:.3f}",
+                with_quartiles(speed.utilisation(measured), 0, " %", 100),
+                with_quartiles(speed.faster(measured), 2, "×"),
+                f"{measured.activations / batch / 1e9:.3f}",
+            ]
+        )
+        numbers.append({"model": preset, "crop": crop, "batch": batch, "seconds": measured.seconds})
+    report = Report(
+        name="growth",
+        title="Training steps of several sizes, crops and batches, bf16, channels-last, eager",
+        machine=machine(device) | {"command": shlex.join(["python", *sys.argv])},
+        tables=[
+            Table(
+                title="",
+                headings=["model", "crop", "batch", "TFLOP", "seconds", "utilisation", "of plain fp32", "GB per crop"],
+                rows=rows,
+                notes=[
+                    "Clipping and Adam included, which a small batch shares among few crops. Utilisation "
+                    "and how many times as fast as the plain fp32 step: as in `hpcm bench train`."
+                ],
+            )
+        ],
+        results={"cases": numbers},
+    )
+    show(report)
+    if arguments.out:
+        write(report, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
