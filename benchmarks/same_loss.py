@@ -50,7 +50,7 @@ def main() -> None:
 
 def trained(arguments: argparse.Namespace, way: str, seed: int) -> float:
     """The evaluation loss at the end of one run."""
-    run = arguments.runs / f"{WAYS[way][0].partition('=')[2]}_{seed}"
+    run = arguments.runs / f"{arguments.model}_{arguments.steps}" / f"{WAYS[way][0].partition('=')[2]}_{seed}"
     command = [sys.executable, "-m", "hpcm_scale.train", f"model={arguments.model}", "engine=accelerate"]
     command += ["train.batch_size=8", *WAYS[way], f"train.seed={seed}", f"train.steps={arguments.steps}"]
     command += [f"data.shards={arguments.shards}", f"eval.images={arguments.images}", "log.wandb=disabled"]

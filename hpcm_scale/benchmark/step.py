@@ -29,7 +29,7 @@ class Way:
     checkpoint: Checkpointing = Checkpointing.none
     compiled: bool = False
     plain: bool = False
-    """As the public implementation computes: NCHW, eager, nothing in place."""
+    """The same network without what makes it fast: NCHW, eager, torch's own layers."""
 
     @property
     def name(self) -> str:

@@ -67,7 +67,10 @@ class ComputeTracker:
         }
 
     def rates(self) -> dict[str, float]:
-        """Speed since the last call: seconds per step, images/s, seconds waited for data, GB, MFU."""
+        """Speed since the last call: seconds per step, images/s, seconds waited for data, GB, MFU.
+
+        On a GPU part of what is waited for goes by while the device is still at work on the step before.
+        """
         steps, seconds = max(self._steps, 1), max(self._window, 1e-9)
         rates = {
             "perf/step_seconds": seconds / steps,

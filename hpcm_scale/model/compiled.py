@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
+from hpcm_scale.errors import UserError
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import Rate
 from hpcm_scale.model.layers import ResidualBlock
@@ -25,10 +28,23 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
     For every shape that is trained on there is one compilation. Without gradients, as in evaluation, it holds for all
     image sizes. `backend` is torch's; others than inductor are for tests.
     """
+    if backend == "inductor":
+        check_compiler()
+    torch._dynamo.config.optimize_ddp = False  # it would cut regions where gradients are sent
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
     for module in model.modules():
         if isinstance(module, (ResidualBlock, WindowFusion, Rate)):
             module.compute = _region(module.compute, backend)
+
+
+def check_compiler() -> None:
+    """Raises UserError where there is no C++ compiler, without which nothing can be compiled."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "engine.compile needs a C++ compiler, and there is none; install g++, or leave engine.compile out"
+        ) from error
 
 
 def _region(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
@@ -37,7 +53,7 @@ def _region(function: Callable[..., Tensor], backend: str) -> Callable[..., Tens
     def region(*inputs: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
             for x in inputs:
-                if x is not None:
+                if x is not None and not isinstance(x, nn.Parameter):
                     torch._dynamo.maybe_mark_dynamic(x, (2, 3))
         return compiled(*inputs)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hpcm_scale.config.schema import Precision
-from hpcm_scale.model.onednn import can_convolve, convolve, convolve_leaky, convolve_onto
+from hpcm_scale.model.onednn import can_convolve, convolve
 from hpcm_scale.model.product import product
 
 SLOPE = 0.01
@@ -35,12 +35,12 @@ def set_arithmetic(precision: Precision) -> None:
     """Say, for the whole process, how products of fp32 numbers are computed.
 
     In fp32 they are exact. Where convolutions are bf16, the few with fp32 results multiply TF32 numbers on a GPU, and
-    bf16 numbers on a CPU; sums and results are fp32 always.
+    on a CPU bf16 numbers where they are matrix products; sums and results are fp32 always.
     """
     reduced = precision == Precision.bf16
-    for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-        place.fp32_precision = "tf32" if reduced else "ieee"
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if reduced else "ieee"
+    # torch's compiler still reads these two, which can no longer be read where the newer settings differ by place.
+    torch.set_float32_matmul_precision("medium" if reduced else "highest")
+    torch.backends.cudnn.allow_tf32 = reduced
 
 
 class Conv2d(nn.Conv2d):
@@ -68,15 +68,19 @@ class Pointwise(nn.Conv2d):
         self.reduced = False
         """Whether products may be of bf16 or TF32 numbers; `HPCM` says."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, leaky: bool = False, onto: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) to (B, D, H, W): the convolution, of that LeakyReLU if `leaky`, and that added to `onto`."""
+        if can_convolve(x, self.weight):
+            return convolve(x, self, SLOPE if leaky else None, onto)
         if self.fp32:
             with full_precision(x):
-                return self._mix(x.to(self.weight.dtype))
-        return self._mix(x)
+                result = self._mix(x.to(self.weight.dtype))
+        else:
+            result = self._mix(x)
+        result = leaky_relu(result) if leaky else result
+        return result if onto is None else onto + result
 
     def _mix(self, x: Tensor) -> Tensor:
-        if can_convolve(x, self.weight):
-            return convolve(x, self)
         if not product_is_faster(x, self):
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
@@ -184,10 +188,7 @@ class ResidualBlock(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """`forward`, everything within kept for the backward pass."""
-        mixed = self.spatial(x)
-        if can_convolve(mixed, self.expand.weight):
-            return convolve_onto(convolve_leaky(mixed, self.expand, SLOPE), self.reduce, x)
-        return x + self.reduce(leaky_relu(self.expand(mixed)))
+        return self.reduce(self.expand(self.spatial(x), leaky=True), onto=x)
 
 
 def recomputed(function, *inputs: Tensor):

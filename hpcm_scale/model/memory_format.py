@@ -18,4 +18,4 @@ def settled(x: Tensor) -> Tensor:
     """
     if len(x) > 1 or memory_format_of(x) != torch.channels_last:
         return x
-    return x[0].permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return x.squeeze(0).permute(1, 2, 0)[None].permute(0, 3, 1, 2)

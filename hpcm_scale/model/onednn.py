@@ -26,17 +26,10 @@ def can_convolve(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """A 1×1 convolution."""
-    return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *_GEOMETRY, "none", [], "")
-
-
-def convolve_leaky(x: Tensor, layer: nn.Conv2d, slope: float) -> Tensor:
-    """LeakyReLU of a 1×1 convolution."""
-    return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *_GEOMETRY, "leaky_relu", [slope], "")
-
-
-def convolve_onto(x: Tensor, layer: nn.Conv2d, residual: Tensor) -> Tensor:
-    """A residual and a 1×1 convolution."""
-    fused = torch.ops.mkldnn._convolution_pointwise.binary
-    return fused(x, residual, layer.weight, layer.bias, *_GEOMETRY, "add", None, None, [], None)
+def convolve(x: Tensor, layer: nn.Conv2d, slope: float | None = None, onto: Tensor | None = None) -> Tensor:
+    """A 1×1 convolution; with `slope` LeakyReLU of it; with `onto` added to that (one of the two at a time)."""
+    if onto is not None:
+        fused = torch.ops.mkldnn._convolution_pointwise.binary
+        return fused(x, onto, layer.weight, layer.bias, *_GEOMETRY, "add", None, None, [], None)
+    after = ("none", []) if slope is None else ("leaky_relu", [slope])
+    return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *_GEOMETRY, *after, "")

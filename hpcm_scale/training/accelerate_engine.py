@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from hpcm_scale.config.checks import accumulation
@@ -22,10 +22,14 @@ class AccelerateEngine(Engine):
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        # The only buffers are constants, the same everywhere.
+        how = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        cpu = not torch.cuda.is_available()
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[how])
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
-        self._share = 1 / accumulation(config, self.world_size)
+        self._rounds = accumulation(config, self.world_size)
+        self._done = 0  # rounds of this step
 
     def prepare(self, model: nn.Module) -> None:
         # Said of kernels of one channel, whose strides mean nothing; from a depth that no logger of torch reaches.
@@ -33,9 +37,16 @@ class AccelerateEngine(Engine):
         self._model = model.to(self.device)
         self.module = self._accelerator.prepare_model(self._model)
         self._optimizer = create_optimizer(self.module.parameters(), self._config.train)
+        self._send_gradients_of_last_round()
 
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(poisoned(loss) * self._share)
+        self._accelerator.backward(poisoned(loss) / self._rounds)
+        self._done += 1
+        self._send_gradients_of_last_round()
+
+    def _send_gradients_of_last_round(self) -> None:
+        """Have DDP add up gradients over the processes in the last round only; it asks before each forward pass."""
+        self.module.require_backward_grad_sync = self._done + 1 == self._rounds
 
     def clip(self) -> Tensor:
         return clip(self._optimizer, self._config.train.clip_norm)
@@ -45,6 +56,8 @@ class AccelerateEngine(Engine):
         guard(self._optimizer, norm, leave_out)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._done = 0
+        self._send_gradients_of_last_round()
         return Stepped(norm, self._optimizer.overflow)
 
     def pieces(self) -> list[Piece]:

@@ -65,8 +65,8 @@ def traffic(config: Config, world_size: int, parameters: int, gathered: Gathered
     passes = accumulation(config, world_size)
     share = (world_size - 1) / world_size
     whole = FP32 * parameters * share
-    if config.engine.name == EngineName.accelerate:  # DDP adds up during every backward pass
-        return Traffic(2 * whole * passes, 0.0, _BACKWARD, weights_hide=False)
+    if config.engine.name == EngineName.accelerate:  # DDP adds up during the last backward pass
+        return Traffic(2 * whole, 0.0, _BACKWARD / passes, weights_hide=False)
     if config.engine.zero_stage == 0:  # once, when all is computed
         return Traffic(2 * whole, 0.0, 0.0, weights_hide=False)
     if config.engine.zero_stage == 1:  # during the last backward pass

@@ -44,6 +44,16 @@ def test_ten_steps_of_nano_compile_once_and_never_break(checkpoint, backend):
     assert graphs() == compiled and not counters["graph_break"]
 
 
+def test_an_evaluation_between_steps_compiles_nothing_anew():
+    model, x = HPCM(compose_model("nano")), images(2)
+    compile_regions(model, backend="eager")
+    loss_and_gradients(model, x)
+    with torch.no_grad():
+        model(images(1, 512, 768))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        loss_and_gradients(model, x)
+
+
 def test_evaluation_compiles_for_all_image_sizes():
     model = HPCM(compose_model("nano"), precision=Precision.bf16)
     compile_regions(model, backend="eager")

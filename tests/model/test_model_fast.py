@@ -125,6 +125,19 @@ def test_results_that_are_fp32_stay_so_where_products_are_reduced():
     assert result.dtype == torch.float32
     assert (result - exact).abs().max() < 1e-2 * exact.abs().max()
     assert not torch.equal(result, result.bfloat16().float())
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert not torch.equal(result, exact)
+
+
+def test_without_gradients_layers_are_fused_and_say_the_same():
+    x = images(2)
+    model = build(small())
+    with torch.no_grad():
+        with plain():
+            expected = model(x.contiguous())
+        fast = model(x)
+    assert (fast.x_hat - expected.x_hat).abs().max() < 1e-5
+    torch.testing.assert_close(fast.bits_y, expected.bits_y, rtol=1e-5, atol=0.1)
 
 
 def test_nothing_in_a_step_looks_at_a_value():

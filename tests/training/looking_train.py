@@ -21,7 +21,7 @@ LOOKS: list[dict[str, int]] = []
 
 
 class Watch(TorchDispatchMode):
-    """Counts float(x), x.item(), `if x` and the like, and whatever is a copy to the CPU on a device."""
+    """Counts float(x), x.item(), `if x` and the like."""
 
     def __init__(self, counts: Counter) -> None:
         super().__init__()
@@ -43,7 +43,16 @@ def watched(train_step):
             counts["tolist"] += tensor.is_floating_point()  # image indices are integers, and were never elsewhere
             return tolist(tensor)
 
-        with Watch(counts), patch.object(torch.Tensor, "tolist", counted):
+        def noting(name: str):
+            real = getattr(torch.Tensor, name)
+
+            def noted(tensor: torch.Tensor, *arguments, **keywords):
+                counts["copies"] += tensor.is_floating_point()
+                return real(tensor, *arguments, **keywords)
+
+            return patch.object(torch.Tensor, name, noted)
+
+        with Watch(counts), patch.object(torch.Tensor, "tolist", counted), noting("cpu"), noting("numpy"):
             result = train_step(trainer, *arguments, **keywords)
         LOOKS.append(dict(counts))
         Path(os.environ["LOOKED_AT"]).write_text(json.dumps(LOOKS), encoding="utf-8")

@@ -30,4 +30,4 @@ def test_a_step_copies_values_to_the_host_once(engine, launch, shards, project, 
     assert result.returncode == 0, result.stdout + result.stderr
     looks = json.loads(looked_at.read_text())
     assert [step.get("tolist") for step in looks] == [1, 1, 1]
-    assert [step.get("item", 0) for step in looks] == [0] * 3
+    assert [(step.get("item", 0), step.get("copies", 0)) for step in looks] == [(0, 0)] * 3
