@@ -34,6 +34,8 @@ class AccelerateEngine(Engine):
     def prepare(self, model: nn.Module) -> None:
         # Said of kernels of one channel, whose strides mean nothing; from a depth that no logger of torch reaches.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+        # Its successor is not there in the torch versions before this one, nor among what accelerate hands on.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._model = model.to(self.device)
         self.module = self._accelerator.prepare_model(self._model)
         self._optimizer = create_optimizer(self.module.parameters(), self._config.train)
