@@ -84,3 +84,13 @@ def test_no_path_of_one_machine(project):
             continue  # a picture; a file that was removed
         found += [f"{name}: {match.group()}" for match in private.finditer(text)]
     assert found == []
+
+
+def test_documents_are_finished_and_link_to_what_is_there(project):
+    documents = [Path(name) for name in run(project, "git", "ls-files", "*.md").splitlines()]
+    assert documents
+    for document in documents:
+        text = (project / document).read_text(encoding="utf-8")
+        targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text)
+        assert "@@" not in text, document
+        assert [target for target in targets if not (project / document.parent / target).exists()] == [], document
