@@ -65,7 +65,9 @@ def test_marks_come_back_from_a_log():
 
 def test_only_processes_of_ours_are_alive():
     def living(*arguments: str) -> bool:
-        process = subprocess.Popen([sys.executable, "-c", "input()", *arguments], stdin=-1, start_new_session=True)
+        command = [sys.executable, "-c", "print(flush=True); input()", *arguments]
+        process = subprocess.Popen(command, stdin=-1, stdout=-1, start_new_session=True)
+        process.stdout.readline()  # its arguments can be read a moment after it has begun
         try:
             return lives(last_mark(started(process.pid)))
         finally:
