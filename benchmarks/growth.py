@@ -6,15 +6,13 @@ python benchmarks/growth.py [--rounds 3] [--out FOLDER]
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 
 from hpcm_scale.benchmark.machine import machine
 from hpcm_scale.benchmark.paired import spread
-from hpcm_scale.benchmark.report import Report, Table, show, with_quartiles, write
+from hpcm_scale.benchmark.report import Report, Table, tell, with_quartiles
 from hpcm_scale.benchmark.step import Steps, Way
 from hpcm_scale.benchmark.train import measure_steps
 from hpcm_scale.config.compose import compose
@@ -62,7 +60,7 @@ def main() -> None:
     report = Report(
         name="growth",
         title="Training steps of several sizes, crops and batches, bf16, channels-last, eager",
-        machine=machine(device) | {"command": shlex.join(["python", *sys.argv])},
+        machine=machine(device, ("python", "benchmarks/growth.py")),
         tables=[
             Table(
                 title="",
@@ -76,9 +74,7 @@ def main() -> None:
         ],
         results={"cases": numbers},
     )
-    show(report)
-    if arguments.out:
-        write(report, arguments.out)
+    tell(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ Forward and backward, at the sizes of 68m with two crops of 256²; the ways in t
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,8 @@ from torch import Tensor
 
 from hpcm_scale.benchmark.machine import machine
 from hpcm_scale.benchmark.paired import alternate, ratio, seconds, spread
-from hpcm_scale.benchmark.report import Report, Table, show, with_quartiles, write
+from hpcm_scale.benchmark.report import Report, Table, tell, with_quartiles
+from hpcm_scale.model.product import product
 
 CONVOLUTIONS = ((96, 384, 128), (384, 96, 128), (192, 768, 64), (384, 1536, 32), (960, 1920, 16), (960, 1920, 4))
 """Inputs, outputs, side."""
@@ -55,13 +54,11 @@ def main() -> None:
     report = Report(
         name="kernels",
         title="Ways to compute a layer of 68m, forward and backward, two crops of 256²",
-        machine=machine(device) | {"command": shlex.join(["python", *sys.argv])},
+        machine=machine(device, ("python", "benchmarks/kernels.py")),
         tables=contests,
         results={table.title: table.rows for table in contests},
     )
-    show(report)
-    if arguments.out:
-        write(report, arguments.out)
+    tell(report, arguments.out)
 
 
 _HEADINGS = ["layer", "first way (GFLOP/s)"]
@@ -82,14 +79,14 @@ def convolutions(
     weight = torch.randn(outputs, inputs, 1, 1, device=device, dtype=dtype, requires_grad=True)
     bias = torch.randn(outputs, device=device, dtype=dtype, requires_grad=True)
 
-    def product(x: Tensor) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    def as_product(x: Tensor) -> Tensor:
+        return product(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
     def convolution(x: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias)
 
     last = torch.channels_last
-    kinds = [(convolution, torch.contiguous_format), (convolution, last), (product, last)]
+    kinds = [(convolution, torch.contiguous_format), (convolution, last), (as_product, last)]
     ways = {}
     for index, (layer, memory_format) in enumerate(kinds):
         of_kind = x.to(memory_format=memory_format, copy=True).requires_grad_()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 from itertools import product
@@ -20,7 +19,7 @@ from statistics import mean, stdev
 import torch
 
 from hpcm_scale.benchmark.machine import machine
-from hpcm_scale.benchmark.report import Report, Table, show, write
+from hpcm_scale.benchmark.report import Report, Table, tell
 from hpcm_scale.tracking.journal import read_journal
 from hpcm_scale.tracking.progress import progress
 
@@ -43,9 +42,7 @@ def main() -> None:
     for seed, way in progress(list(product(arguments.seeds, WAYS)), description="runs", unit="run"):
         losses[way].append(trained(arguments, way, seed))
     report = compared(arguments, losses)
-    if arguments.out:
-        write(report, arguments.out)
-    show(report)
+    tell(report, arguments.out)
 
 
 def trained(arguments: argparse.Namespace, way: str, seed: int) -> float:
@@ -72,7 +69,7 @@ def compared(arguments: argparse.Namespace, losses: dict[str, list[float]]) -> R
     return Report(
         name="same_loss",
         title=title,
-        machine=machine(torch.device("cpu")) | {"command": shlex.join(["python", *sys.argv])},
+        machine=machine(torch.device("cpu"), ("python", "benchmarks/same_loss.py")),
         tables=[Table(title="", headings=["seed", *WAYS, "difference"], rows=rows, notes=notes)],
         results={"seeds": arguments.seeds, "losses": losses},
     )

@@ -126,12 +126,9 @@ def _device(chosen):
 
 def _tell(report, chosen) -> None:
     """Print the report, and write it if a folder is named."""
-    from hpcm_scale.benchmark.report import show, write
+    from hpcm_scale.benchmark.report import tell
 
-    show(report)
-    if chosen.out:
-        written = [*write(report, chosen.out), *(chosen.out / name for name in report.pictures)]
-        print(f"\nwritten: {', '.join(map(str, written))}")
+    tell(report, chosen.out)
 
 
 @one_line

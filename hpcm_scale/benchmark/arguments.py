@@ -82,9 +82,8 @@ def _add_train(commands) -> None:
         "products of the same precision in the same rounds.",
     )
     _add_common(train, rounds=7)
-    train.add_argument("--preset", default="68m", help="size of the model (default: %(default)s; see hpcm models)")
-    train.add_argument("--batch", type=int, metavar="N", default=2, help="crops in a step (default: %(default)s)")
-    train.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
+    _add_size(train, "68m")
+    _add_crops(train, batch=2, of="in a step")
     train.add_argument(
         "--precision",
         nargs="+",
@@ -115,9 +114,8 @@ def _add_processes(commands) -> None:
         "one thread: what is lost to sharing the machine, and what to communication.",
     )
     _add_common(processes, rounds=7, device=False)
-    processes.add_argument("--preset", default="small", help="size of the model (default: %(default)s)")
-    processes.add_argument("--batch", type=int, metavar="N", default=1, help="crops per process (default: %(default)s)")
-    processes.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
+    _add_size(processes, "small")
+    _add_crops(processes, batch=1, of="per process")
     processes.add_argument(
         "--engines",
         nargs="+",
@@ -136,8 +134,7 @@ def _add_data(commands) -> None:
     )
     _add_common(data, rounds=7, device=False)
     data.add_argument("--shards", metavar="FOLDER", help="photos (default: made ones of 2 megapixels)")
-    data.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
-    data.add_argument("--batch", type=int, metavar="N", default=32, help="crops in a batch (default: %(default)s)")
+    _add_crops(data, batch=32, of="in a batch")
     data.add_argument(
         "--batches", type=int, metavar="N", default=4, help="of each worker in a round (default: %(default)s)"
     )
@@ -180,6 +177,15 @@ def _add_entropy(commands) -> None:
         help="of the latent whose bits are taken (default: %(default)s, two crops of 256² of 68m)",
     )
     entropy.add_argument("--compile", action="store_true", help="compile our formula")
+
+
+def _add_size(command: Parser, preset: str) -> None:
+    command.add_argument("--preset", default=preset, help="size of the model (default: %(default)s; see hpcm models)")
+
+
+def _add_crops(command: Parser, batch: int, of: str) -> None:
+    command.add_argument("--batch", type=int, metavar="N", default=batch, help=f"crops {of} (default: %(default)s)")
+    command.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
 
 
 def _add_common(command: Parser, rounds: int, device: bool = True) -> None:

@@ -25,13 +25,16 @@ _LONG_ENOUGH = 0.1
 """Seconds of work in one timing of a matrix product."""
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Date, command, versions and hardware, as plain JSON values (see `tracking.environment`)."""
+def machine(device: torch.device, program: Sequence[str] = ("hpcm", "bench")) -> dict[str, Any]:
+    """Date, command, versions and hardware, as plain JSON values (see `tracking.environment`).
+
+    `program`: how what is running is called, before its arguments.
+    """
     facts = environment()
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         **facts,
-        "command": shlex.join(["hpcm", "bench", *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "cpu_flags": cpu_flags(),
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

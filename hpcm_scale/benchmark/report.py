@@ -45,6 +45,14 @@ class Report:
     """Names of files beside the report."""
 
 
+def tell(report: Report, folder: Path | None) -> None:
+    """Print the report, and write it if a folder is named; raises UserError if it cannot be written."""
+    show(report)
+    if folder:
+        written = [*write(report, folder), *(folder / name for name in report.pictures)]
+        print(f"\nwritten: {', '.join(map(str, written))}")
+
+
 def show(report: Report) -> None:
     """Print tables and notes; the tables are as wide as the terminal."""
     console = Console(highlight=False, markup=False, emoji=False)

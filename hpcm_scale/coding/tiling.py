@@ -28,7 +28,8 @@ def analyse(g_a: nn.Sequential, x: Callable[[slice, slice], Tensor], size: tuple
     for outer, inner, within in _tiles(rows, columns, tile // LATENT_STRIDE, _margin(g_a, LATENT_STRIDE)):
         piece = g_a(x(*(_scaled(part, LATENT_STRIDE) for part in outer)))[..., within[0], within[1]]
         if y is None:
-            y = piece.new_empty(1, piece.shape[1], rows, columns).contiguous(memory_format=torch.channels_last)
+            shape = (1, piece.shape[1], rows, columns)
+            y = torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=torch.channels_last)
         y[..., inner[0], inner[1]] = piece
     return y
 

@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.context import WindowFusion
@@ -39,6 +37,10 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
 
 def check_compiler() -> None:
     """Raises UserError where there is no C++ compiler, without which nothing can be compiled."""
+    # Here, for importing torch's compiler takes a second, and most runs do without.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

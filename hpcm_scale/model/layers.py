@@ -92,7 +92,7 @@ def product_is_faster(x: Tensor, layer: Pointwise) -> bool:
     """Whether a 1×1 convolution of `x` (B, C, H, W) is faster as a matrix product; never on the plain layout.
 
     On CPUs oneDNN's convolutions win where rows are short, and in fp32 where MKL, which multiplies fp32 matrices, does
-    not use all that the processor has (benchmarks/results/train.md).
+    not use all that the processor has (benchmarks/results/kernels.md).
     """
     if not x.is_contiguous(memory_format=torch.channels_last) or x.device.type not in ("cpu", "cuda"):
         return False

@@ -28,6 +28,7 @@ def can_convolve(x: Tensor, weight: Tensor) -> bool:
 
 def convolve(x: Tensor, layer: nn.Conv2d, slope: float | None = None, onto: Tensor | None = None) -> Tensor:
     """A 1×1 convolution; with `slope` LeakyReLU of it; with `onto` added to that (one of the two at a time)."""
+    assert slope is None or onto is None
     if onto is not None:
         fused = torch.ops.mkldnn._convolution_pointwise.binary
         return fused(x, onto, layer.weight, layer.bias, *_GEOMETRY, "add", None, None, [], None)

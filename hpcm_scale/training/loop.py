@@ -126,8 +126,8 @@ class Trainer:
 
     def train_step(self, stream: Iterator[Batch], last: bool) -> Agreed:
         """One optimizer step, and the images of the next one unless it is the `last`."""
-        engine, rounds = self.engine, len(self._batches)
-        measured = torch.zeros(len(RateDistortion._fields), dtype=torch.float64, device=engine.device)
+        engine, rounds, quantities = self.engine, len(self._batches), len(RateDistortion._fields)
+        measured = torch.zeros(quantities, dtype=torch.float64, device=engine.device)
         upscaled = sum(batch.upscaled for batch in self._batches)
         for batch in self._batches:
             result = self.forward(batch)
@@ -141,8 +141,7 @@ class Trainer:
         means = torch.cat([measured, norm.double()[None]]) / engine.world_size
         # Of all that a step computes, this alone is looked at; until now the device has had work ahead.
         told = engine.reduce(torch.cat([means, torch.tensor(flags).to(means)])).tolist()
-        means = len(RateDistortion._fields)
-        agreed = Agreed(RateDistortion(*told[:means]), *told[means:])
+        agreed = Agreed(RateDistortion(*told[:quantities]), *told[quantities:])
         self.apply(agreed)
         self.upscaled += int(agreed.upscaled)
         self.tracker.step(self.config.train.batch_size, waited)

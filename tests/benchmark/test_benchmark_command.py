@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mistakes import mistake_in
 from PIL import Image
 
 from hpcm_scale.bench import main
 from hpcm_scale.benchmark import data
 from hpcm_scale.benchmark.entropy import draw_symbols, measure_range_coder
 
-
-def mistake(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The one line that a wrong command is answered with."""
-    with pytest.raises(SystemExit) as end:
-        main([*map(str, arguments)])
-    told = capsys.readouterr()
-    assert (end.value.code, told.out, told.err.count("\n")) == (2, "", 1)
-    return told.err
+mistake = partial(mistake_in, main)
 
 
 def bench(monkeypatch, folder: Path, *arguments: str) -> dict:

@@ -8,28 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_values import join
+from small_models import small
 
-from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
+from hpcm_scale.config.schema import Fusion, HyperPlacement
 from hpcm_scale.model.coding_order import CodingOrder
 from hpcm_scale.model.context import ContextModel
 from hpcm_scale.model.hpcm import HPCM, Noise
 
 STEPS = 11
-
-
-def tiny(fusion: Fusion = Fusion.attention, placement: HyperPlacement = HyperPlacement.aligned):
-    return ModelConfig(
-        name="tiny",
-        channels=[8, 8, 8],
-        latent_channels=16,
-        hyper_latent_channels=8,
-        hyper_channels=8,
-        attention_heads=2,
-        prior_s1_s2=PriorConfig(before=1, after=1),
-        prior_s3=PriorConfig(before=1, after=1),
-        fusion=fusion,
-        hyper_placement=placement,
-    )
 
 
 def lively(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -72,7 +58,7 @@ def test_split_and_join_are_inverse(batch, per_group, rows, cols, seed):
 @pytest.mark.parametrize("fusion", list(Fusion))
 @pytest.mark.parametrize("height, width", [(16, 16), (32, 16)])
 def test_the_fast_traversal_equals_the_slow_one(placement, fusion, height, width):
-    model = lively(ContextModel(tiny(fusion, placement)))
+    model = lively(ContextModel(small(fusion, placement)))
     y = 3 * torch.randn(1, 16, height, width, dtype=torch.float64)
     hyper = torch.randn(1, 32, height, width, dtype=torch.float64)
     values = model.order.split(y)
@@ -86,7 +72,7 @@ def test_the_fast_traversal_equals_the_slow_one(placement, fusion, height, width
 @pytest.mark.parametrize("step", range(STEPS))
 def test_no_step_sees_a_later_one(fusion, step):
     """Perturb what is decoded at a step: nothing decoded earlier moves, and something later does."""
-    model = lively(ContextModel(tiny(fusion)))
+    model = lively(ContextModel(small(fusion)))
     hyper = torch.randn(1, 32, 16, 16, dtype=torch.float64)
     symbols = [values.round() for values in model.order.split(torch.randn(1, 16, 16, 16).double() * 3)]
 
@@ -114,7 +100,7 @@ def test_no_step_sees_a_later_one(fusion, step):
 
 def test_training_encoding_and_decoding_reach_the_same_latent_to_the_bit():
     torch.manual_seed(0)
-    model = HPCM(tiny()).eval()
+    model = HPCM(small()).eval()
     x = torch.rand(2, 3, 256, 256)
     with torch.no_grad():
         y = model.g_a(x)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import small_1b
+from small_models import noise, small_1b
 from torch import nn
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.model import hpcm as module
-from hpcm_scale.model.hpcm import HPCM, Noise, quantize
+from hpcm_scale.model.hpcm import HPCM, quantize
 from hpcm_scale.model.layers import Pointwise, ResidualBlock
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 
@@ -27,12 +27,6 @@ def image() -> torch.Tensor:
 def build(name: str, precision: Precision) -> HPCM:
     torch.manual_seed(0)
     return HPCM(compose_model(name), precision=precision)
-
-
-def half(model: HPCM, x: torch.Tensor) -> Noise:
-    generator = torch.Generator().manual_seed(3)
-    shapes = model.latent_shapes(*x.shape[2:])
-    return Noise(*(torch.rand((len(x), *shape), generator=generator) - 0.5 for shape in shapes))
 
 
 class Watched:
@@ -83,7 +77,7 @@ def test_what_must_be_fp32_is(name, training, image, monkeypatch):
     for layer in watched.model.modules():
         if type(layer) is nn.Conv2d or (isinstance(layer, Pointwise) and not layer.fp32 and layer not in sums):
             layer.register_forward_hook(lambda _, inputs, output: reduced.append(output.dtype))
-    coded = watched.model(image, half(watched.model, image) if training else None)
+    coded = watched.model(image, noise(watched.model, image, seed=3) if training else None)
     expected = {"g_a", "h_a", "h_s", "g_s", "y_hat", "z_hat", "hyper parameters", "scales", "means", "coded"}
     assert set(watched.places) >= expected | {"likelihood input", "likelihood scale", "bits"}
     assert {
@@ -132,7 +126,7 @@ def test_close_to_fp32_with_finite_gradients(image):
     losses = {}
     for precision in Precision:
         model = build("nano", precision)
-        coded = model(image, half(model, image))
+        coded = model(image, noise(model, image, seed=3))
         result = rate_distortion_loss(image, coded.x_hat, coded.bits_y, coded.bits_z, 0.013)
         result.loss.mean().backward()
         losses[precision] = result

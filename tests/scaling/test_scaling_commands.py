@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 from known_ladder import write_ladder, write_run
+from mistakes import mistake_in
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.scaling.__main__ import main
@@ -20,13 +22,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def mistake(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The one line that a wrong command is answered with."""
-    with pytest.raises(SystemExit) as end:
-        main([*map(str, arguments)])
-    told = capsys.readouterr()
-    assert (end.value.code, told.out, told.err.count("\n")) == (2, "", 1)
-    return told.err
+mistake = partial(mistake_in, main)
 
 
 def test_fit_plan_and_collect_one_after_the_other(tmp_path, capsys, monkeypatch) -> None:

@@ -1,0 +1,16 @@
+"""Commands that are typed wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+
+def mistake_in(main: Callable[[Sequence[str]], None], capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line that a wrong command is answered with."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    told = capsys.readouterr()
+    assert (end.value.code, told.out, told.err.count("\n")) == (2, "", 1)
+    return told.err
