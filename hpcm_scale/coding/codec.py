@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +20,26 @@ from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, Symbol
 from hpcm_scale.entropy.shifts import ShiftReader, Tolerance, choose_shifts, shifted_tables, write_head, write_step
 from hpcm_scale.entropy.tables import table_index
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.coding_order import GROUPS
+from hpcm_scale.model.hpcm import HPCM, symbols_of, value_of
 from hpcm_scale.model.layers import full_precision
+from hpcm_scale.model.variable_rate import check_level, level_of_byte
 from hpcm_scale.model.weights import digest
+
+
+class Latents(NamedTuple):
+    """An image as the encoder's networks give it: the same at every level."""
+
+    width: int
+    """Of the image, in pixels."""
+    height: int
+    y: list[Tensor]
+    """fp32, one packed tensor per step of the coding order."""
+    z_symbols: np.ndarray
+    z: bytes
+    """Their stream."""
+    hyper_parameters: Tensor
+    """(1, 2M, H/16, W/16) fp32, of the padded image: what ẑ tells of y."""
 
 
 class Encoded(NamedTuple):
@@ -40,51 +59,86 @@ class Codec:
     it reaches the same symbols, and pixels that differ by rounding.
     """
 
-    def __init__(self, model: HPCM, tolerance: Tolerance = Tolerance()) -> None:  # noqa: B008
-        self.model, self.tolerance = model, tolerance
+    def __init__(
+        self,
+        model: HPCM,
+        tolerance: Tolerance = Tolerance(),  # noqa: B008
+        edit: Callable[[Tensor, float | None], Tensor] | None = None,
+    ) -> None:
+        """`edit`: what a pre-editor makes of pixels at a level (`machine.weights`); decoding does without."""
+        self.model, self.tolerance, self.edit = model, tolerance, edit
         self.digest = digest(model)[:8]
         self._tile = tile_side(model.config)
 
-    def compress(self, pixels: Tensor) -> bytes:
+    def compress(self, pixels: Tensor, level: int | None = None) -> bytes:
         """The `.hpcm` file of an image, uint8 (3, H, W), any size from 1×1.
 
-        Raises UserError if the weights give latents that are no numbers, or beyond ±4 million.
+        `level`: of a variable-rate model, 0 (smallest file) to 255; None at fixed rate.
+        Raises UserError if the weights give latents that are no numbers, or beyond ±4 million, and if they have
+        no such level.
         """
-        return self.encode(pixels).data
+        return self.encode(pixels, level).data
+
+    def encode(self, pixels: Tensor, level: int | None = None) -> Encoded:
+        """`compress`, and what the decoder will have."""
+        check_level(self.model.config.rate, level)
+        return self.encoder(pixels)(level)
+
+    def encoder(self, pixels: Tensor) -> Callable[[int | None], Encoded]:
+        """What encodes an image at one level after the other: what is alike for all of them is worked out here."""
+        if self.edit is None:
+            return partial(self.encode_latents, self.latents(pixels))
+        return lambda level: self.encode_latents(self.latents(self._edited(pixels, level)), level)
+
+    def _edited(self, pixels: Tensor, level: int | None) -> Tensor:
+        """fp32 (3, H, W), what the pre-editor makes of an image."""
+        with _exact_arithmetic(self.model.hyper_prior.means):
+            return self.edit(pixels, None if level is None else level_of_byte(self.model.config.rate, level))
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Encoded:
-        """`compress`, and what the decoder will have."""
-        model, order = self.model, self.model.context.order
-        with _exact_arithmetic(model.hyper_prior.means):
+    def latents(self, pixels: Tensor) -> Latents:
+        """What files of an image, uint8 or as fp32 from 0 to 1, (3, H, W), are made of, at any level."""
+        model = self.model
+        means = model.hyper_prior.means
+        with _exact_arithmetic(means):
             y = self._analyse(pixels)
             z = model.h_a(y)
-            z_symbols = _whole((z - model.hyper_prior.means).round())
-            z_hat = self._z_hat(z_symbols, z.shape)
-            y_values = order.split(y)
-            steps: list[tuple[np.ndarray, Tensor]] = []
+            z_symbols = _whole(symbols_of(z, means))
+            hyper_parameters = model.h_s(self._z_hat(z_symbols, z.shape))
+        writer = SymbolWriter()
+        writer.write(z_symbols, self._z_tables(z.shape))
+        height, width = pixels.shape[1:]
+        return Latents(width, height, model.context.order.split(y), z_symbols, writer.bytes, hyper_parameters)
+
+    @torch.inference_mode()
+    def encode_latents(self, latents: Latents, level: int | None = None) -> Encoded:
+        """The file of an image at a level, and what its decoder will have; raises as `compress` does."""
+        model = self.model
+        check_level(model.config.rate, level)
+        steps: list[tuple[np.ndarray, Tensor]] = []
+        with _exact_arithmetic(model.hyper_prior.means):
+            mix, gains = self._gains(level)
 
             def quantize(step: int, scales: Tensor, means: Tensor) -> Tensor:
-                symbols = (y_values[step] - means).round()
-                steps.append((_whole(symbols), scales.float().flatten()))
-                return symbols + means
+                symbols = symbols_of(latents.y[step], means, gains[step])
+                steps.append((_whole(symbols), _of_symbols(scales, gains[step])))
+                return value_of(symbols, means, gains[step])
 
-            y_hat = model.context.traverse_packed(model.h_s(z_hat), quantize)
-        z_writer = SymbolWriter()
-        z_writer.write(z_symbols, self._z_tables(z.shape))
-        shifts = choose_shifts([scales for _, scales in steps], self.tolerance)
-        y_writer = SymbolWriter()
-        write_head(y_writer, shifts)
+            y_hat = model.context.traverse_packed(latents.hyper_parameters, quantize, mix)
+        shifts = choose_shifts([scales for _, scales in steps], self._tolerance(gains))
+        writer = SymbolWriter()
+        write_head(writer, shifts)
         for step, (symbols, scales) in enumerate(steps):
-            write_step(y_writer, shifts, step)
-            y_writer.write(symbols, shifted_tables(scales, shifts.block_bits, shifts.choices[step]))
+            write_step(writer, shifts, step)
+            writer.write(symbols, shifted_tables(scales, shifts.block_bits, shifts.choices[step]))
         content = Container(
             digest=self.digest,
-            width=pixels.shape[2],
-            height=pixels.shape[1],
-            z=z_writer.bytes,
-            y=y_writer.bytes,
-            symbols_checksum=_checksum(z_symbols, *(symbols for symbols, _ in steps)),
+            width=latents.width,
+            height=latents.height,
+            z=latents.z,
+            y=writer.bytes,
+            symbols_checksum=_checksum(latents.z_symbols, *(symbols for symbols, _ in steps)),
+            level=level,
         )
         return Encoded(pack(content), y_hat, shifts.bits())
 
@@ -105,6 +159,9 @@ class Codec:
                 "decode it with the weights that it was made with"
             )
         model = self.model
+        if (content.level is None) != (model.config.rate.levels == 1):
+            rate = "fixed" if content.level is None else "variable"
+            raise UserError(f"its header is that of a file of {rate} rate, unlike its weights; copy it again")
         _, z_shape = model.latent_shapes(*self._padded(content.height, content.width))
         _, z_rows, z_columns = z_shape
         least = z_rows * z_columns * least_bits(self._z_tables(model.hyper_prior.scales.shape))
@@ -115,16 +172,17 @@ class Codec:
         try:
             means = model.hyper_prior.means
             with _exact_arithmetic(means):
+                mix, gains = self._gains(content.level)
                 read.append(SymbolReader(content.z).read(self._z_tables((1, *z_shape))))
                 z_hat = self._z_hat(read[0], (1, *z_shape))
                 reader = SymbolReader(content.y)
                 shifts = ShiftReader(reader)
 
-                def code(_: int, scales: Tensor, means: Tensor) -> Tensor:
-                    read.append(reader.read(shifts.tables(scales.flatten())))
-                    return _latent(read[-1], means) + means
+                def code(step: int, scales: Tensor, means: Tensor) -> Tensor:
+                    read.append(reader.read(shifts.tables(_of_symbols(scales, gains[step]))))
+                    return value_of(_latent(read[-1], means), means, gains[step])
 
-                y_hat = model.context.traverse_packed(model.h_s(z_hat), code)
+                y_hat = model.context.traverse_packed(model.h_s(z_hat), code, mix)
         except CorruptStream:
             raise UserError(_DESYNCHRONISED) from None
         if _checksum(*read) != content.symbols_checksum:
@@ -153,7 +211,8 @@ class Codec:
         def piece(rows: slice, columns: slice) -> Tensor:
             row = torch.arange(rows.start, rows.stop).clamp(max=height - 1)
             column = torch.arange(columns.start, columns.stop).clamp(max=width - 1)
-            image = (pixels[:, row][:, :, column][None].to(parameter.device) / 255).to(parameter.dtype)
+            image = pixels[:, row][:, :, column][None].to(parameter.device)
+            image = (image if image.is_floating_point() else image / 255).to(parameter.dtype)
             return image.contiguous(memory_format=torch.channels_last)
 
         return analyse(self.model.g_a, piece, self._padded(height, width), self._tile)
@@ -161,7 +220,26 @@ class Codec:
     def _z_hat(self, symbols: np.ndarray, shape: tuple[int, ...]) -> Tensor:
         """ẑ, in the memory format in which the networks are fastest."""
         means = self.model.hyper_prior.means
-        return (_latent(symbols, means.new_empty(shape)) + means).contiguous(memory_format=torch.channels_last)
+        z_hat = value_of(_latent(symbols, means.new_empty(shape)), means)
+        return z_hat.contiguous(memory_format=torch.channels_last)
+
+    def _gains(self, level: int | None) -> tuple[Tensor | None, list[Tensor | None]]:
+        """What a level means: the mix of its rows, and the gains of what each step codes, packed as `Positions` says.
+
+        They are the same in every cell: (8·offsets, 1, C, 1, 1), beside packed values.
+        """
+        context = self.model.context
+        if level is None:
+            return None, [None] * context.order.step_count
+        mix = self.model.mix(level_of_byte(self.model.config.rate, level))
+        gains = context.gains(mix).unflatten(1, (GROUPS, -1))
+        steps = (step for scale in context.order.scales for step in scale.steps)
+        return mix, [gains[:, step.group].transpose(0, 1) for step in steps]
+
+    def _tolerance(self, gains: list[Tensor | None]) -> Tolerance:
+        """Of the symbols' scales: a gain multiplies what devices differ by in the networks' output, too."""
+        largest = 1.0 if gains[0] is None else max(gains[0].max().item(), 1.0)  # every step has all channels
+        return replace(self.tolerance, absolute=largest * self.tolerance.absolute)
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         multiple = self.model.multiple
@@ -189,6 +267,11 @@ _DESYNCHRONISED = (
     "it cannot be decoded rightly on this device: its symbols do not come out as they were coded; "
     "decode it on the CPU, in fp32, or copy it again from its source"
 )
+
+
+def _of_symbols(scales: Tensor, gain: Tensor | None) -> Tensor:
+    """The scales (n,) fp32 of the symbols themselves."""
+    return (scales if gain is None else scales * gain).float().flatten()
 
 
 def _whole(symbols: Tensor) -> np.ndarray:

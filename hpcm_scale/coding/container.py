@@ -1,4 +1,4 @@
-"""The `.hpcm` file: a header of 46 bytes, then the streams of z and y (docs/file_format.md)."""
+"""The `.hpcm` file: a header of 46 or 47 bytes, then the streams of z and y (docs/file_format.md)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from hpcm_scale.errors import UserError
 
 MAGIC = b"HPCM"
-VERSION = 1
-"""Of the layout of the file."""
+FIXED_RATE, VARIABLE_RATE = 1, 2
+"""Versions of the layout of the file: the second has a byte more in its header, the level."""
 TABLE_VERSION = 1
 """Of what the bytes of the streams mean: tables, their order, range coder, shifts."""
+_READABLE = f"{FIXED_RATE}.{TABLE_VERSION} and {VARIABLE_RATE}.{TABLE_VERSION}"
 MOST_PIXELS = 2**28
 """Of an image: 268 million. A header that asks for more is not believed."""
 
 _HEADER = struct.Struct("<4sBB8sIIIIIII")
+_LEVEL = {FIXED_RATE: struct.Struct(""), VARIABLE_RATE: struct.Struct("B")}
+"""What follows the header in each version."""
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+"""At least."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,16 @@ class Container:
     y: bytes
     symbols_checksum: int
     """CRC-32 of all symbols, int32 little-endian, z's before y's, in coding order."""
+    level: int | None = None
+    """Of a variable-rate model, 0 to 255 (`model.variable_rate.level_of_byte`)."""
 
 
 def pack(content: Container) -> bytes:
     """The bytes of the file."""
+    version = FIXED_RATE if content.level is None else VARIABLE_RATE
     header = _HEADER.pack(
         MAGIC,
-        VERSION,
+        version,
         TABLE_VERSION,
         content.digest,
         content.width,
@@ -49,7 +56,7 @@ def pack(content: Container) -> bytes:
         len(content.y),
         zlib.crc32(content.y),
         content.symbols_checksum,
-    )
+    ) + _LEVEL[version].pack(*([] if content.level is None else [content.level]))
     return header + _CHECKSUM.pack(zlib.crc32(header)) + content.z + content.y
 
 
@@ -62,22 +69,25 @@ def unpack(data: bytes) -> Container:
         raise UserError("it is not an .hpcm file; name one that `hpcm encode` wrote")
     if len(data) < HEADER_BYTES:
         raise UserError(f"it is cut short within its header ({len(data)} bytes); copy it again from its source")
-    header = data[: _HEADER.size]
-    _, version, tables, digest, width, height, z_bytes, z_crc, y_bytes, y_crc, symbols_checksum = _HEADER.unpack(header)
-    if (version, tables) != (VERSION, TABLE_VERSION):
+    fields = _HEADER.unpack_from(data)
+    _, version, tables, digest, width, height, z_bytes, z_crc, y_bytes, y_crc, symbols_checksum = fields
+    if version not in _LEVEL or tables != TABLE_VERSION:
         raise UserError(
-            f"it is of version {version}.{tables} and this hpcm_scale reads {VERSION}.{TABLE_VERSION}; "
+            f"it is of version {version}.{tables} and this hpcm_scale reads {_READABLE}; "
             "decode it with the version that wrote it"
         )
-    if _CHECKSUM.unpack_from(data, _HEADER.size) != (zlib.crc32(header),):
+    size = _HEADER.size + _LEVEL[version].size
+    header, checksum, streams = data[:size], data[size : size + _CHECKSUM.size], data[size + _CHECKSUM.size :]
+    if checksum != _CHECKSUM.pack(zlib.crc32(header)):
         raise UserError("its header is damaged; copy it again from its source")
+    level = next(iter(_LEVEL[version].unpack(header[_HEADER.size :])), None)
     if not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
         raise UserError(f"its header asks for an impossible image of {width}×{height}; copy it again from its source")
-    if len(data) != HEADER_BYTES + z_bytes + y_bytes:
-        wanted = HEADER_BYTES + z_bytes + y_bytes
+    if len(streams) != z_bytes + y_bytes:
+        wanted = len(data) - len(streams) + z_bytes + y_bytes
         raise UserError(f"it has {len(data)} bytes where its header says {wanted}; copy it again from its source")
-    z, y = data[HEADER_BYTES : HEADER_BYTES + z_bytes], data[HEADER_BYTES + z_bytes :]
+    z, y = streams[:z_bytes], streams[z_bytes:]
     for name, stream, checksum in (("z", z, z_crc), ("y", y, y_crc)):
         if zlib.crc32(stream) != checksum:
             raise UserError(f"its stream of {name} is damaged; copy it again from its source")
-    return Container(digest, width, height, z, y, symbols_checksum)
+    return Container(digest, width, height, z, y, symbols_checksum, level)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
+from hpcm_scale.coding.rate_search import Choice
 from hpcm_scale.data.image_set import read_image
 from hpcm_scale.data.images import EXTENSIONS, Colour, TransparentImage
 from hpcm_scale.data.sources import files_below
@@ -18,8 +22,26 @@ SUFFIX = ".hpcm"
 PICTURE_SUFFIX = ".png"
 
 
-def encode_file(codec: Codec, source: Path, target: Path, background: Colour | None = None) -> tuple[int, int]:
-    """Code a JPEG, PNG or WebP photo by the rule of `data.images.to_rgb`. Returns (bytes, pixels).
+class Written(NamedTuple):
+    """What became of a file."""
+
+    size: int
+    """Bytes of the `.hpcm` file."""
+    pixels: int
+    level: int | None = None
+    """It was encoded at, 0 to 255; None at fixed rate."""
+    psnr: float | None = None
+    """dB, where the encoder looked."""
+
+
+Choose = Callable[[Codec, Tensor], Choice]
+"""The file of an image, uint8 (3, H, W): one of `rate_search`, its aim filled in."""
+
+
+def encode_file(
+    codec: Codec, source: Path, target: Path, *, choose: Choose, background: Colour | None = None
+) -> Written:
+    """Code a JPEG, PNG or WebP photo by the rule of `data.images.to_rgb`.
 
     A transparent photo is laid over `background`; without one it is refused. Raises UserError, naming the file.
     """
@@ -28,14 +50,14 @@ def encode_file(codec: Codec, source: Path, target: Path, background: Colour | N
     except TransparentImage as error:
         mend = "choose what is behind them with --background"
         raise UserError(f"{source}: {error}, which no .hpcm file keeps; {mend}") from error
-    data = _naming(source, codec.compress, pixels)
+    data, level, psnr = _naming(source, partial(choose, codec), pixels)
     with writing(target), whole_file(target) as unfinished:
         unfinished.write_bytes(data)
-    return len(data), pixels[0].numel()
+    return Written(len(data), pixels[0].numel(), level, psnr)
 
 
-def decode_file(codec: Codec, source: Path, target: Path) -> tuple[int, int]:
-    """Decode a `.hpcm` file to a PNG. Returns (bytes, pixels) of the former. Raises UserError, naming the file."""
+def decode_file(codec: Codec, source: Path, target: Path) -> Written:
+    """Decode a `.hpcm` file to a PNG. Raises UserError, naming the file."""
     try:
         data = source.read_bytes()
     except OSError as error:
@@ -43,7 +65,7 @@ def decode_file(codec: Codec, source: Path, target: Path) -> tuple[int, int]:
     pixels = _naming(source, codec.decompress, data)
     with writing(target), whole_file(target) as unfinished:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(unfinished, format="PNG")
-    return len(data), pixels[0].numel()
+    return Written(len(data), pixels[0].numel())
 
 
 def encoding_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
@@ -61,9 +83,9 @@ def decoding_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 def run_jobs(
     jobs: Sequence[tuple[Path, Path]],
-    work: Callable[[Path, Path], tuple[int, int]],
+    work: Callable[[Path, Path], Written],
     progress: Callable[[Iterable[tuple[Path, Path]]], Iterable[tuple[Path, Path]]],
-) -> list[tuple[int, int]]:
+) -> list[Written]:
     """Do all jobs; what `work` returned for each. Raises UserError at the end if any failed, naming them."""
     results, failures = [], []
     for source, target in progress(jobs):

@@ -18,7 +18,7 @@ convolution forgets the groups, which overstates this family by about 40 %. Coun
 """
 
 aten = torch.ops.aten
-_MOVEMENT = {aten.index_copy, aten.copy_}
+_MOVEMENT = {aten.index_copy, aten.copy_, aten.embedding}
 _PRODUCTS = {aten.mv, aten.addmv, aten.dot, aten.vdot}  # of vectors; torch has no formula for them
 
 

@@ -6,12 +6,24 @@ import math
 from operator import attrgetter
 from typing import Any
 
-from hpcm_scale.config.schema import Config, DataConfig, EngineName, Fusion, ModelConfig, ScheduleConfig
+from hpcm_scale.config.schema import (
+    Config,
+    DataConfig,
+    EngineName,
+    Fusion,
+    MachineConfig,
+    ModelConfig,
+    ScheduleConfig,
+    Viewer,
+)
 from hpcm_scale.config.urls import PIPE, check_no_secret
 from hpcm_scale.errors import UserError
 
 # The smallest value of each key that counts something; unset optional keys pass.
 _LEAST = {
+    "machine.mse": 0,
+    "machine.token": 0,
+    "machine.rank": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.micro_batch_size": 1,
@@ -61,6 +73,7 @@ _MODEL_LEAST = {
     "adaptor_blocks": 0,
     "attention_heads": 1,
     "expansion": 1,
+    "rate.levels": 1,
 }
 # What a key of DeepSpeed's own, given in engine.options, would set behind the back of a key of ours.
 _GENERATED = {
@@ -93,6 +106,7 @@ def check(config: Config, world_size: int) -> None:
     _check_engine(config, world_size)
     _check_schedule(config.schedule, config.train.steps)
     _check_branch(config)
+    _check_machine(config.machine, config.objective.viewer)
     train, data = config.train, config.data
     multiple = side_multiple(config.model)
     if data.crop < multiple or data.crop % multiple:
@@ -154,6 +168,12 @@ def check_model(model: ModelConfig) -> None:
         )
     if model.stem_kernel not in (2, 4):
         raise UserError(f"model.stem_kernel={model.stem_kernel} must be 2 or 4")
+    rate = model.rate
+    if not 0 < rate.lowest < rate.highest < math.inf or not 0 < rate.reference < math.inf:
+        raise UserError(
+            f"model.rate.lowest={rate.lowest:g}, highest={rate.highest:g} and reference={rate.reference:g} must be λ "
+            "greater than 0, the lowest below the highest"
+        )
     widths = [*model.channels, model.latent_channels, model.hyper_channels]
     if not 1 <= model.partial_ratio <= min(widths):
         raise UserError(
@@ -219,6 +239,36 @@ def _check_branch(config: Config) -> None:
     if step is not None and step >= config.train.steps:
         raise UserError(
             f"run.branch_at={step} leaves nothing of train.steps={config.train.steps}; ask for more steps than that"
+        )
+
+
+def _check_machine(machine: MachineConfig, viewer: Viewer) -> None:
+    editor = machine.pre_editor
+    for key in ("edit", "freeze_codec"):
+        if getattr(machine, key) and viewer != Viewer.machine:
+            raise UserError(f"machine.{key} needs objective.viewer=machine; set that, too")
+    if viewer != Viewer.machine:
+        return
+    if not machine.receivers:
+        raise UserError(
+            "objective.viewer=machine needs machine.receivers; name the networks that look at the pictures, such as "
+            "[efficientnet-lite0]"
+        )
+    if machine.freeze_codec and not machine.edit:
+        raise UserError("machine.freeze_codec leaves nothing to train without machine.edit=true")
+    if len(set(machine.receivers)) < len(machine.receivers):
+        raise UserError(f"machine.receivers={machine.receivers} names one twice; name each once")
+    if not (machine.mse or machine.token or machine.rank):
+        raise UserError("machine.mse, machine.token and machine.rank are all 0; give one of them a weight")
+    if len(editor.channels) != 3 or min(editor.channels) < 4 or editor.blocks < 0:
+        raise UserError(
+            f"machine.pre_editor.channels={editor.channels} must be three numbers from 4 and "
+            f"machine.pre_editor.blocks={editor.blocks} at least 0"
+        )
+    if machine.edit and editor.tokens not in (None, *machine.receivers):
+        raise UserError(
+            f"machine.pre_editor.tokens={editor.tokens} is not among machine.receivers={machine.receivers}; name one "
+            "of them, or null"
         )
 
 

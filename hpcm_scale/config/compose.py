@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_type_hints
+from typing import TypeVar, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -25,7 +25,8 @@ from hpcm_scale.config.urls import check_no_secret
 from hpcm_scale.errors import UserError
 
 CONFIG_NAME = "config"
-_OPTIONAL_GROUPS = ("experiment", "debug")
+_OPTIONAL_GROUPS = ("stage", "experiment", "debug")
+T = TypeVar("T")
 ConfigStore.instance().store(name="schema", node=Config)
 # For values that follow from others, as a learning rate from a width: ${divide:0.03,${model.channels.1}}
 OmegaConf.register_new_resolver("divide", lambda dividend, divisor: dividend / divisor, replace=True)
@@ -91,13 +92,18 @@ def to_dict(config: object) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
 
 
+def from_dict(kind: type[T], values: dict) -> T:
+    """The inverse of `to_dict` for a configuration of a `kind`. Raises UserError if the values describe none."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"it is not described as in this version ({_one_sentence(error)})") from error
+    return OmegaConf.to_object(merged)
+
+
 def model_from_dict(values: dict) -> ModelConfig:
     """The inverse of `to_dict` for a model's configuration. Raises UserError if it describes no model."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.create(values))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"the model is not described as in this version ({_one_sentence(error)})") from error
-    model = OmegaConf.to_object(merged)
+    model = from_dict(ModelConfig, values)
     check_model(model)
     return model
 

@@ -46,6 +46,15 @@ class Checkpointing(Enum):
     """Those within residual blocks of the transforms and within the steps of the coding order."""
 
 
+class Viewer(Enum):
+    """Who looks at the pictures, and so what counts as distortion."""
+
+    people = "people"
+    """255²·MSE."""
+    machine = "machine"
+    """What happens to the tokens of machine.receivers, besides."""
+
+
 class EngineName(Enum):
     """Who runs the processes."""
 
@@ -85,6 +94,20 @@ class PriorConfig:
 
 
 @dataclass
+class RateConfig:
+    """Variable rate: one model for a range of λ, at levels that are log-spaced over it."""
+
+    levels: int = 1
+    """λ that the model has learned gains for; 1: fixed rate, and none of this."""
+    lowest: float = 0.0018
+    """λ of level 0; that of the paper's smallest files."""
+    highest: float = 0.0483
+    """λ of the last level."""
+    reference: float = 0.013
+    """λ at which the gains start at 1: that of the fixed-rate model that training starts from."""
+
+
+@dataclass
 class ModelConfig:
     """One HPCM; the sizes are in `conf/model/`."""
 
@@ -117,6 +140,7 @@ class ModelConfig:
     expansion: int = 4
     """m: the residual blocks of the transforms widen C to mC."""
     hyper_placement: HyperPlacement = HyperPlacement.aligned
+    rate: RateConfig = field(default_factory=RateConfig)
 
 
 @dataclass
@@ -147,9 +171,46 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Rate-distortion trade-off: λ·255²·MSE + bits per pixel."""
+    """Rate-distortion trade-off: λ·distortion + bits per pixel."""
 
     lmbda: float = 0.013
+    """With variable rate every image has a λ of its own, and this is the one of evaluations while training."""
+    viewer: Viewer = Viewer.people
+
+
+@dataclass
+class PreEditorConfig:
+    """The network in front of a codec for machine receivers: a U-Net of three scales that edits the image."""
+
+    channels: list[int] = field(default_factory=lambda: [16, 32, 64])
+    """At 1/2, 1/4 and 1/8 resolution."""
+    blocks: int = 1
+    """Residual blocks at each scale, on the way down and on the way up."""
+    tokens: str | None = None
+    """Which of machine.receivers tells it what the receiver sees in the image; unset: it sees the image alone."""
+
+
+@dataclass
+class MachineConfig:
+    """Training with objective.viewer=machine (after arXiv 2407.17060): distortion is what happens to tokens."""
+
+    receivers: list[str] = field(default_factory=list)
+    """Networks whose tokens are to survive (`hpcm_scale/machine/receivers.py` lists them)."""
+    mse: float = 1.0
+    """Weight of 255²·MSE."""
+    token: float = 100.0
+    """Weight of the token distortion, averaged over the receivers."""
+    rank: float = 10.0
+    """Weight of the difference in token rank, averaged over the receivers."""
+    layers: dict[str, float] = field(default_factory=dict)
+    """Weights of layers, `receiver/layer`, relative to each other; those not named: 1."""
+    edit: bool = False
+    """Whether there is a pre-editor in front of the codec."""
+    pre_editor: PreEditorConfig = field(default_factory=PreEditorConfig)
+    freeze_codec: bool = False
+    """Train the pre-editor alone: files are decoded by the codec as it was."""
+    fixed_rate: str | None = None
+    """For conf/stage: run folder or weights of the fixed-rate model that the first stage starts from."""
 
 
 @dataclass
@@ -271,9 +332,13 @@ class RunConfig:
 class Config:
     """One run."""
 
+    init_from: str | None = None
+    """Run folder or weights.safetensors whose weights a new run starts from; with another λ, say, or as the next stage
+    of training. Its optimizer and its schedule are new."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -16,6 +16,8 @@ from hpcm_scale.evaluation.estimate import estimate
 from hpcm_scale.evaluation.measures import Estimated, Measured, measure
 from hpcm_scale.evaluation.other_codecs import OtherCodec
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.variable_rate import level_of_byte
+from hpcm_scale.objective.rate_distortion import RateDistortionObjective
 
 WARM_UP_SIDE = 256
 """Pixels: the first file a model makes also pays for its tables and kernels, so a small one goes before it."""
@@ -41,18 +43,21 @@ Watcher = Callable[[int, Tensor, Tensor, Measured], None]
 """Sees the index of every image, its pixels, what was decoded, and what was measured."""
 
 
-def file_coder(model: HPCM, device: torch.device) -> Coder:
-    """Compress to a real file (in memory), and decompress from its bytes alone; fp32."""
+def file_coder(model: HPCM, device: torch.device, level: int | None = None) -> Coder:
+    """Compress to a real file (in memory), and decompress from its bytes alone; fp32.
+
+    `level`: the byte of a variable-rate model's files, 0 to 255.
+    """
     codec = Codec(model.to(device))
     warm = False
 
     def code(pixels: Tensor) -> CodedImage:
         nonlocal warm
         if not warm:
-            codec.decompress(codec.compress(pixels[:, :WARM_UP_SIDE, :WARM_UP_SIDE]))
+            codec.decompress(codec.compress(pixels[:, :WARM_UP_SIDE, :WARM_UP_SIDE], level))
             warm = True
         start = time.perf_counter()
-        data = codec.compress(pixels)
+        data = codec.compress(pixels, level)
         encoded = time.perf_counter()
         decoded = codec.decompress(data).cpu()
         return CodedImage(decoded, 8.0 * len(data), encoded - start, time.perf_counter() - encoded)
@@ -60,12 +65,19 @@ def file_coder(model: HPCM, device: torch.device) -> Coder:
     return code
 
 
-def estimate_coder(model: HPCM, device: torch.device, lmbda: float | None) -> Coder:
-    """One forward pass in the model's precision: the bits its likelihoods promise, no file."""
+def estimate_coder(model: HPCM, device: torch.device, lmbda: float | None, level: int | None = None) -> Coder:
+    """One forward pass in the model's precision: the bits its likelihoods promise, no file.
+
+    `level`: the byte that a variable-rate model's files would have.
+    """
     model.to(device)
+    objective = RateDistortionObjective(lmbda or 0.0)
+    number = None if level is None else level_of_byte(model.config.rate, level)
 
     def code(pixels: Tensor) -> CodedImage:
-        result, decoded = estimate(model, pixels, multiple=model.multiple, lmbda=lmbda or 0.0, device=device)
+        result, decoded = estimate(
+            model, pixels, multiple=model.multiple, objective=objective, device=device, level=number
+        )
         training = {name: getattr(result, name).item() for name in ("loss", "bpp_y", "bpp_z", "mse")}
         if lmbda is None:
             training["loss"] = None

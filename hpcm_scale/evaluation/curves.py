@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import torch
 
 from hpcm_scale import __version__
-from hpcm_scale.config.schema import ModelConfig, Precision
+from hpcm_scale.coding.quality import byte_of_quality, quality_of_byte
+from hpcm_scale.config.schema import ModelConfig, Precision, RateConfig
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.coders import Coder, Watcher, code_images, estimate_coder, file_coder, other_coder
 from hpcm_scale.evaluation.measures import Measured, mean
 from hpcm_scale.evaluation.other_codecs import OtherCodec
 from hpcm_scale.model.shapes import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
+from hpcm_scale.model.variable_rate import byte_of, level_of_byte, lmbda_of
 from hpcm_scale.model.weights import load_weights
 from hpcm_scale.tracking.progress import progress
 
@@ -61,40 +63,89 @@ class Curve:
         return labelled(self.name, self.codec)
 
 
+class Setting(NamedTuple):
+    """What weights code at: the one rate of their λ, or a level of several."""
+
+    label: str
+    lmbda: float | None
+    level: int | None = None
+    """The byte of its files, of a variable-rate model."""
+
+
 class Weights(NamedTuple):
     """A weights file that was read and found sound; the tensors themselves are not kept."""
 
     path: str
+    curve: str
+    """Name of the curve that it is of."""
     config: ModelConfig
     facts: dict[str, Any]
-
-    @property
-    def setting(self) -> str:
-        """What sets it apart from others of its architecture."""
-        lmbda = self.facts.get("lmbda")
-        return Path(self.path).stem if lmbda is None else f"λ = {lmbda:g}"
+    settings: list[Setting]
 
 
-def read_weights(paths: Sequence[str]) -> list[list[Weights]]:
-    """The weights grouped by architecture, both in the order named.
+def read_weights(names: Sequence[str], qualities: Sequence[float] | None = None) -> list[list[Weights]]:
+    """The weights grouped by curve, both in the order named.
 
-    Raises UserError if a file cannot be used, or if a curve through the files of one model name would mean nothing.
+    A name is PATH or CURVE=PATH. Files of fixed rate make a curve together, a point for each λ: those called the same,
+    or, where none is called anything, those of one architecture. A file of variable rate makes a curve alone, with a
+    point at each of `qualities` (0 to 100), by default at each level that it has learned.
+
+    Raises UserError if a file cannot be used, or if a curve through the files of one name would mean nothing.
     """
     groups: dict[str, list[Weights]] = {}
-    for path in paths:
-        model, facts = load_weights(path)
-        weights = Weights(path, model.config, facts)
-        group = groups.setdefault(model.config.name, [])
+    for name in names:
+        weights = _read(*_split(name), qualities)
+        group = groups.setdefault(weights.curve, [])
         for other in group:
-            if Path(other.path).resolve() == Path(path).resolve():
-                raise UserError(f"--weights names {path} twice; name it once")
-            same = f"{other.path} and {path} are both called {model.config.name}"
-            if other.config != model.config:
-                raise UserError(f"{same} but are built differently; evaluate them one at a time, each with its --out")
-            if other.setting == weights.setting:
-                raise UserError(f"{same} with {weights.setting}; evaluate them one at a time, each with its --out")
+            _check_together(other, weights)
         group.append(weights)
+    if qualities and all(weights.config.rate.levels == 1 for group in groups.values() for weights in group):
+        raise UserError("--qualities is for variable-rate weights, and these have one rate each; leave it out")
     return list(groups.values())
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """CURVE and PATH of `--weights`; paths may have equals signs, too, as those of sweeps do."""
+    curve, equals, path = name.partition("=")
+    called = equals and curve.strip() and "/" not in curve and not Path(name).exists()
+    return (curve.strip(), path) if called else (None, name)
+
+
+def _read(curve: str | None, path: str, qualities: Sequence[float] | None) -> Weights:
+    model, facts = load_weights(path)
+    config, lmbda = model.config, facts.get("lmbda")
+    if config.rate.levels > 1:
+        settings = [_at_level(config.rate, level) for level in _levels(config.rate, qualities)]
+    else:
+        settings = [Setting(Path(path).stem if lmbda is None else f"λ = {lmbda:g}", lmbda)]
+    usual = f"hpcm {config.name}" + " variable" * (config.rate.levels > 1)
+    return Weights(path, curve or usual, config, facts, settings)
+
+
+def _levels(rate: RateConfig, qualities: Sequence[float] | None) -> list[int]:
+    """The bytes of files at these qualities, or at all rows of the model's tables."""
+    if qualities is None:
+        return [byte_of(rate, level) for level in range(rate.levels)]
+    return list(dict.fromkeys(byte_of_quality(quality) for quality in qualities))
+
+
+def _at_level(rate: RateConfig, level: int) -> Setting:
+    lmbda = lmbda_of(rate, torch.tensor(level_of_byte(rate, level), dtype=torch.float64)).item()
+    return Setting(f"quality {quality_of_byte(level):g}", lmbda, level)
+
+
+def _check_together(one: Weights, other: Weights) -> None:
+    """Raises UserError if a curve through both would mean nothing."""
+    mend = "tell their curves apart with --weights NAME=PATH"
+    same = f"{one.path} and {other.path} are both called {one.curve}"
+    if Path(one.path).resolve() == Path(other.path).resolve():
+        raise UserError(f"--weights names {other.path} twice; name it once")
+    if one.config != other.config:
+        raise UserError(f"{same} but are built differently; {mend}")
+    if other.config.rate.levels > 1:
+        raise UserError(f"{same}, and each has a range of rates; {mend}")
+    if one.settings == other.settings:
+        raise UserError(f"{same} with {one.settings[0].label}; {mend}")
 
 
 def model_curve(
@@ -105,31 +156,41 @@ def model_curve(
     estimate: bool,
     watch: Watch | None = None,
 ) -> Curve:
-    """Code the images with every one of a group of weights (`read_weights`).
+    """Code the images with every one of a group of weights (`read_weights`), at all its settings.
 
     Real files are made in fp32; an estimate is made in the precision of the training, so that the numbers of
-    its journal come again. `watch` looks on while the first of the weights are at work.
+    its journal come again. `watch` is asked for a watcher of each setting. The facts of a point tell the λ of its
+    level.
     """
-    config = group[0].config
-    shapes = on_meta(config)
-    parameters, kmac = parameter_count(shapes), kmac_per_pixel(forward_flops_per_image(shapes, 256), 256)
-    versions = f"hpcm_scale {__version__}, torch {version('torch')}"
-    if not estimate:
-        versions += f", constriction {version('constriction')}, fp32"
+    name, config = group[0].curve, group[0].config
+    kmac = kmac_per_pixel(forward_flops_per_image(on_meta(config), 256), 256)
     points = []
     for weights in group:
         model, _ = load_weights(weights.path)
         if estimate:
             model.precision = Precision(weights.facts["precision"])
-            coder = estimate_coder(model, device, weights.facts.get("lmbda"))
-        else:
-            coder = file_coder(model, device)
-        measured = _coded(coder, images, watch, f"hpcm {config.name} {weights.setting}")
-        points.append(Point(weights.setting, measured, weights.path, weights.facts, kmac))
-        watch = None
-    name = f"hpcm {config.name}"
-    codec = f"HPCM {config.name}, {parameters:,} parameters; {versions}, on {device.type}"
-    return Curve(name, codec, ESTIMATED if estimate else FILES, _in_order(points))
+        for setting in weights.settings:
+            coder = (
+                estimate_coder(model, device, setting.lmbda, setting.level)
+                if estimate
+                else file_coder(model, device, setting.level)
+            )
+            measured = _coded(coder, images, watch, f"{name} {setting.label}")
+            facts = weights.facts | {"lmbda": setting.lmbda}
+            points.append(Point(setting.label, measured, weights.path, facts, kmac))
+    return Curve(name, _described(config, device, estimate), ESTIMATED if estimate else FILES, _in_order(points))
+
+
+def _described(config: ModelConfig, device: torch.device, estimate: bool) -> str:
+    """A model in one line."""
+    parts = [f"{parameter_count(on_meta(config)):,} parameters"]
+    if config.rate.levels > 1:
+        rate = config.rate
+        parts.append(f"variable rate with {rate.levels} levels, λ = {rate.lowest:g} to {rate.highest:g}")
+    versions = [f"hpcm_scale {__version__}", f"torch {version('torch')}"]
+    if not estimate:
+        versions += [f"constriction {version('constriction')}", "fp32"]
+    return f"HPCM {config.name}, {', '.join(parts)}; {', '.join(versions)}, on {device.type}"
 
 
 def other_curve(codec: OtherCodec, images: ImageSet, watch: Watch | None = None) -> Curve:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,20 @@ from torch import Tensor
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.evaluation.measures import peak_signal_to_noise
 from hpcm_scale.model.hpcm import Coded
-from hpcm_scale.objective.rate_distortion import RateDistortion, rate_distortion_loss
+from hpcm_scale.objective.rate_distortion import RateDistortion
 
-Forward = Callable[[Tensor], Coded]
-"""A model's forward pass, or an engine's around it."""
+Forward = Callable[..., Coded]
+"""A model's forward pass, or an engine's around it: of images, and with variable rate `level=…`."""
+
+
+class Objective(Protocol):
+    """What a model is trained for."""
+
+    fields: tuple[str, ...]
+    """Of what it gives: those of `RateDistortion` first."""
+
+    def __call__(self, x: Tensor, coded: Coded, level: Tensor | None = None) -> RateDistortion:
+        """Images (B, 3, H, W), what became of them, levels (B,) at variable rate; to the loss and its parts, (B,)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,12 @@ class ImageResult:
     mse: float
     psnr: float
     """dB, the reconstruction clamped and rounded to 8 bits."""
+    more: dict[str, float] = field(default_factory=dict)
+    """What else the objective tells."""
+
+    def measures(self) -> dict[str, float]:
+        """All of it by name."""
+        return {name: getattr(self, name) for name in RateDistortion._fields} | self.more
 
 
 class Reconstruction(NamedTuple):
@@ -54,8 +70,8 @@ class Evaluation:
 
     def mean(self) -> dict[str, float]:
         """Means over the images; the PSNR is the mean of the images' PSNRs, the field's habit."""
-        keys = ("loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr")
-        return {key: math.fsum(asdict(image)[key] for image in self.images) / len(self.images) for key in keys}
+        measures = [image.measures() for image in self.images]
+        return {key: math.fsum(image[key] for image in measures) / len(measures) for key in measures[0]}
 
 
 @torch.no_grad()
@@ -64,8 +80,9 @@ def evaluate(
     images: ImageSet,
     *,
     multiple: int,
-    lmbda: float,
+    objective: Objective,
     device: torch.device,
+    level: float | None = None,
     rank: int = 0,
     world_size: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda values: values,
@@ -78,44 +95,54 @@ def evaluate(
     counted by their own pixels. Each process takes every `world_size`-th image and calls the codec equally
     often (a sharded model needs all of them at every call); `reduce` sums a tensor over the processes. Up
     to `keep` of this process's images come back with their reconstructions. `progress` is called after each image.
+    `level`: of a variable-rate model.
     """
-    table = torch.zeros(len(images), 8, dtype=torch.float64)
+    table = torch.zeros(len(images), 2 + len(objective.fields), dtype=torch.float64)
     kept: list[tuple[int, Tensor, Tensor]] = []
     for turn in range(math.ceil(len(images) / world_size)):
         index = turn * world_size + rank
         surplus = index >= len(images)  # fewer images than processes in the last turn: code one for company
         pixels = images.load(0 if surplus else index)
-        measured, rounded = estimate(codec, pixels, multiple=multiple, lmbda=lmbda, device=device)
+        measured, rounded = estimate(codec, pixels, multiple=multiple, objective=objective, device=device, level=level)
         progress()
         if surplus:
             continue
         height, width = pixels.shape[1:]
-        values = [measured.loss, measured.bpp, measured.bpp_y, measured.bpp_z, measured.mse]
-        psnr = peak_signal_to_noise(pixels, rounded)
-        table[index] = torch.tensor([width, height, *(value.item() for value in values), psnr])
+        values = measured._asdict() | {"psnr": torch.tensor(peak_signal_to_noise(pixels, rounded))}
+        table[index] = torch.tensor([width, height, *(value.item() for value in values.values())])
         if len(kept) < keep:
             kept.append((index, pixels, rounded))
+    own = len(RateDistortion._fields)
+    more = objective.fields[own:]
     results = [
-        ImageResult(name, int(width), int(height), *values)
+        ImageResult(name, int(width), int(height), *values[:own], dict(zip(more, values[own:], strict=True)))
         for name, (width, height, *values) in zip(images.names, reduce(table).tolist(), strict=True)
     ]
     return Evaluation(results, [Reconstruction(x, x_hat, results[i]) for i, x, x_hat in kept])
 
 
 def estimate(
-    codec: Forward, pixels: Tensor, *, multiple: int, lmbda: float, device: torch.device
+    codec: Forward,
+    pixels: Tensor,
+    *,
+    multiple: int,
+    objective: Objective,
+    device: torch.device,
+    level: float | None = None,
 ) -> tuple[RateDistortion, Tensor]:
     """One forward pass over an image, uint8 (3, H, W): its loss, (1,) each, and what a decoder would show.
 
     The loss is that of the reconstruction as it is; the second tensor is clamped and rounded to uint8
-    (3, H, W), on the CPU. The padding costs bits, but own pixels alone are counted.
+    (3, H, W), on the CPU. The padding costs bits, but own pixels alone are counted. `level`: of a variable-rate model.
     """
     height, width = pixels.shape[1:]
     x = pixels.to(device)[None].float() / 255
-    coded = codec(pad(x, multiple).contiguous(memory_format=torch.channels_last))
-    x_hat = coded.x_hat[..., :height, :width]
-    loss = rate_distortion_loss(x, x_hat, coded.bits_y, coded.bits_z, lmbda)
-    return loss, (x_hat[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    levels = None if level is None else torch.full((1,), level, device=device)
+    padded = pad(x, multiple).contiguous(memory_format=torch.channels_last)
+    coded = codec(padded) if levels is None else codec(padded, level=levels)
+    coded = coded._replace(x_hat=coded.x_hat[..., :height, :width])
+    loss = objective(x, coded, levels)
+    return loss, (coded.x_hat[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def pad(x: Tensor, multiple: int) -> Tensor:

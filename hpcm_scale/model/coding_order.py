@@ -103,6 +103,11 @@ class CodingOrder(nn.Module):
             ]
         )
 
+    @property
+    def step_count(self) -> int:
+        """Over all scales."""
+        return sum(len(scale.steps) for scale in self.scales)
+
     def grids(self, y: Tensor, parts: int = 1) -> list[Tensor]:
         """y (B, parts·M, H, W) at every scale, coarse to fine: (B, parts·M, H/4, W/4), …, y itself."""
         grids = [y]

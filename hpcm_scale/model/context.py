@@ -14,6 +14,7 @@ from hpcm_scale.model.coding_order import CodingOrder, Positions, Scale, misplac
 from hpcm_scale.model.layers import ChannelScale, Pointwise, attend, depthwise_block, recomputed
 from hpcm_scale.model.memory_format import memory_format_of
 from hpcm_scale.model.transforms import start_scales
+from hpcm_scale.model.variable_rate import Gains
 
 
 class Place(NamedTuple):
@@ -86,7 +87,8 @@ class ContextModel(nn.Module):
             nn.ModuleList(_adaptor(3 * latent, blocks) for _ in range(count))
             for count, blocks in zip(networks, config.adaptor_blocks, strict=True)
         )
-        self.q = nn.ModuleList(ChannelScale(3 * latent) for _ in range(sum(networks)))
+        self.q = nn.ModuleList(ChannelScale(3 * latent, config.rate.levels) for _ in range(sum(networks)))
+        self.gains = Gains(config.rate, latent) if config.rate.levels > 1 else None
         self.prior_s1_s2 = _prior(latent, config.prior_s1_s2)
         self.prior_s3 = _prior(latent, config.prior_s3)
         self.merge = nn.ModuleList(Pointwise(2 * latent, 2 * latent) for _ in range(2))
@@ -96,11 +98,11 @@ class ContextModel(nn.Module):
         self.recompute = False
         """Whether the backward pass computes a step's networks again, instead of keeping what is within."""
 
-    def traverse(self, hyper_parameters: Tensor, code: Code) -> tuple[Tensor, Tensor]:
+    def traverse(self, hyper_parameters: Tensor, code: Code, mix: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Walk through y in coding order.
 
         hyper_parameters: (B, 2M, H, W) fp32, scales then means. `code` is called once per step and answers ŷ:
-        by quantizing y, or from a stream.
+        by quantizing y, or from a stream. `mix`: (B, levels) of a variable-rate model.
         Returns ŷ (B, M, H, W) fp32, and (B, 2M, H, W) fp32 the scales and means each position was coded with.
         """
         hyper_grids = self.order.grids(hyper_parameters, parts=2)
@@ -114,7 +116,7 @@ class ContextModel(nn.Module):
                 context = self.merge[level - 1](self._refine_context(scale, level, context, hyper))
             for index, positions in enumerate(scale.steps):
                 if step > 0:
-                    networks = partial(self._advance, level, index - self._without_network[level], step - 1)
+                    networks = partial(self._advance, level, index - self._without_network[level], step - 1, mix)
                     advance = partial(recomputed, networks) if self.recompute else networks
                     parameters, context = advance(context, y_hat)
                 coded = code(Place(step, level, positions), *parameters.chunk(2, dim=1))
@@ -123,20 +125,22 @@ class ContextModel(nn.Module):
                 step += 1
         return y_hat, used
 
-    def traverse_packed(self, hyper_parameters: Tensor, code: PackedCode) -> Tensor:
+    def traverse_packed(self, hyper_parameters: Tensor, code: PackedCode, mix: Tensor | None = None) -> Tensor:
         """`traverse` for a `code` on packed values, as encoder and decoder have them; returns ŷ."""
 
         def on_grid(place: Place, scales: Tensor, means: Tensor) -> Tensor:
             take = place.positions.take
             return place.positions.put(code(place.step, take(scales), take(means)), means)
 
-        return self.traverse(hyper_parameters, on_grid)[0]
+        return self.traverse(hyper_parameters, on_grid, mix)[0]
 
-    def _advance(self, level: int, index: int, number: int, context: Tensor, y_hat: Tensor) -> tuple[Tensor, Tensor]:
+    def _advance(
+        self, level: int, index: int, number: int, mix: Tensor | None, context: Tensor, y_hat: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The parameters of a step, the network `index` of its scale, `number` of all, and the context after it."""
         prior = self.prior_s3 if level == 2 else self.prior_s1_s2
         adapted = self.adaptors[level][index](torch.cat([context, y_hat], dim=1))
-        parameters = prior.after(self.q[number](prior.before(adapted)))
+        parameters = prior.after(self.q[number](prior.before(adapted), mix))
         return parameters, self.fusion[level](parameters, context) if self.fusion else parameters
 
     def _refine_context(self, scale: Scale, level: int, context: Tensor, hyper: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hpcm_scale.entropy.generalized_gaussian import bits
 from hpcm_scale.model.context import ContextModel, Place
 from hpcm_scale.model.layers import Pointwise, ResidualBlock, full_precision, reduced_precision
 from hpcm_scale.model.transforms import analysis, hyper_analysis, hyper_synthesis, synthesis
+from hpcm_scale.model.variable_rate import level_of, mix_of
 
 
 class Coded(NamedTuple):
@@ -33,19 +34,47 @@ class Noise(NamedTuple):
     z: Tensor
 
 
-def quantize(value: Tensor, mean: Tensor) -> Tensor:
-    """round(value − mean) + mean; the gradient goes to `value`, as if nothing had happened, and none to `mean`."""
-    return _Quantize.apply(value, mean)
+def quantize(value: Tensor, mean: Tensor, gain: Tensor | None = None) -> Tensor:
+    """round((value − mean)·gain) / gain + mean; without a gain it is 1.
+
+    Backward, rounding is taken for the identity: the gradient goes to `value` as if nothing had happened, none to
+    `mean`, and to the gain what it makes of the rounding error.
+    """
+    return _Quantize.apply(value, mean) if gain is None else _QuantizeWithGain.apply(value, mean, gain)
+
+
+def symbols_of(value: Tensor, mean: Tensor, gain: Tensor | None = None) -> Tensor:
+    """The whole numbers that are coded, fp32."""
+    residual = value - mean
+    return (residual if gain is None else residual * gain).round()
+
+
+def value_of(symbols: Tensor, mean: Tensor, gain: Tensor | None = None) -> Tensor:
+    """What they stand for."""
+    return (symbols if gain is None else symbols / gain) + mean
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, mean: Tensor) -> Tensor:
-        return (value - mean).round() + mean
+        return value_of(symbols_of(value, mean), mean)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _QuantizeWithGain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, mean: Tensor, gain: Tensor) -> Tensor:
+        symbols = symbols_of(value, mean, gain)
+        ctx.save_for_backward((value - mean) * gain - symbols, gain)
+        return value_of(symbols, mean, gain)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        rounded_off, gain = ctx.saved_tensors
+        return gradient, None, (gradient * rounded_off / gain.square()).sum_to_size(gain.shape)
 
 
 class Rate(nn.Module):
@@ -55,13 +84,17 @@ class Rate(nn.Module):
         super().__init__()
         self.formula = formula
 
-    def forward(self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
-        """Latent (B, C, H, W) fp32, means and scales of that shape or broadcast to it, noise or None, to (B,)."""
-        return self.compute(value, mean, scale, noise)
+    def forward(
+        self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None, gain: Tensor | None = None
+    ) -> Tensor:
+        """Latent (B, C, H, W) fp32; means, scales and gains of that shape or broadcast to it; noise or None: (B,)."""
+        return self.compute(value, mean, scale, noise, gain)
 
-    def compute(self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
+    def compute(self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None, gain: Tensor | None) -> Tensor:
         """`forward`: what can be compiled."""
         residual = value - mean
+        if gain is not None:
+            residual, scale = residual * gain, scale * gain
         coded = residual.round() if noise is None else residual + noise
         return bits(coded, scale, formula=self.formula).sum(dim=(1, 2, 3))
 
@@ -123,27 +156,43 @@ class HPCM(nn.Module):
         z = (self.config.hyper_latent_channels, height // 64, width // 64)
         return y, z
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Coded:
+    def mix(self, level: Tensor | float | None, images: int = 1) -> Tensor | None:
+        """What the tables of a variable-rate model take for a level (B,) fp32, or one for all images: (B, levels).
+
+        No level means that of `rate.reference`; at fixed rate it is None, and so is the mix.
+        """
+        rate = self.config.rate
+        if rate.levels == 1:
+            if level is not None:
+                raise ValueError("a fixed-rate model has no levels")
+            return None
+        if not isinstance(level, Tensor):
+            number = level_of(rate, rate.reference) if level is None else level
+            level = torch.full((images,), number, device=next(self.parameters()).device)
+        return mix_of(level, rate.levels)
+
+    def forward(self, x: Tensor, noise: Noise | None = None, level: Tensor | None = None) -> Coded:
         """Code a batch of images (B, 3, H, W), fp32 in [0, 1], H and W multiples of `multiple`.
 
         With `noise` the likelihoods are those of training (additive uniform noise); without, those of
-        the rounded symbols. The values that go on are rounded in both.
+        the rounded symbols. The values that go on are rounded in both. `level`: see `mix`.
         """
         with reduced_precision(x, self.precision):
-            return self._code(x, noise)
+            return self._code(x, noise, self.mix(level, len(x)))
 
-    def _code(self, x: Tensor, noise: Noise | None) -> Coded:
+    def _code(self, x: Tensor, noise: Noise | None, mix: Tensor | None) -> Coded:
         y = self.g_a(x)
         z = self.h_a(y)
         with full_precision(x):
             z_hat, bits_z = self.hyper_prior(z, noise.z if noise else None, self.rate)
+            gains = self.context.gains(mix) if self.context.gains else None
         y_grids = self.context.order.grids(y)
 
         def code(place: Place, _: Tensor, means: Tensor) -> Tensor:
-            return quantize(y_grids[place.level], means)
+            return quantize(y_grids[place.level], means, gains)
 
-        y_hat, parameters = self.context.traverse(self.h_s(z_hat), code)
+        y_hat, parameters = self.context.traverse(self.h_s(z_hat), code, mix)
         with full_precision(x):
             scales, means = parameters.chunk(2, dim=1)
-            bits_y = self.rate(y, means, scales, noise.y if noise else None)
+            bits_y = self.rate(y, means, scales, noise.y if noise else None, gains)
         return Coded(self.g_s(y_hat), bits_y, bits_z)

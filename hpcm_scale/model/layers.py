@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.model.onednn import can_convolve, convolve
 from hpcm_scale.model.product import product
+from hpcm_scale.model.variable_rate import mixed
 
 SLOPE = 0.01
 """Of LeakyReLU, for negative values."""
@@ -210,11 +211,15 @@ def depthwise_block(channels: int) -> ResidualBlock:
 
 
 class ChannelScale(nn.Module):
-    """A learned factor per channel; a module of its own so that ZeRO-3 gathers it where it is read."""
+    """A learned factor per channel, and per level of a variable-rate model.
 
-    def __init__(self, channels: int) -> None:
+    A module of its own so that ZeRO-3 gathers it where it is read.
+    """
+
+    def __init__(self, channels: int, levels: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.weight = nn.Parameter(torch.ones(levels, channels, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
+    def forward(self, x: Tensor, mix: Tensor | None = None) -> Tensor:
+        """(B, C, H, W); `mix` (B, levels) where there are several levels (`variable_rate.mix_of`)."""
+        return x * (self.weight if mix is None else mixed(self.weight, mix))

@@ -115,8 +115,11 @@ def export_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     The weights are the tensors of `state`, not copies. Raises UserError if the public implementation has no
     such model, or would place its hyper parameters differently.
     """
-    preset = published_preset(config)
-    if preset is None:
+    if config.rate.levels > 1:
+        raise UserError(
+            f"{config.name} has variable rate, and the public implementation has no gains; export a model of one rate"
+        )
+    if published_preset(config) is None:
         raise UserError(
             f"the public implementation has no model of the structure of {config.name}; those of "
             f"{', '.join(PUBLISHED)} can be exported"
@@ -133,9 +136,10 @@ def export_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 
 
 def published_preset(config: ModelConfig) -> str | None:
-    """The key of `PUBLISHED` whose structure a configuration has, whatever its name and placement."""
+    """The key of `PUBLISHED` whose structure a configuration has, whatever its name, placement and rate."""
     for preset in PUBLISHED:
-        if replace(compose_model(preset), name=config.name, hyper_placement=config.hyper_placement) == config:
+        same = {"name": config.name, "hyper_placement": config.hyper_placement, "rate": config.rate}
+        if replace(compose_model(preset), **same) == config:
             return preset
     return None
 

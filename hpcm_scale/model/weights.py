@@ -5,30 +5,63 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from hpcm_scale.config.compose import model_from_dict, to_dict
-from hpcm_scale.config.schema import ModelConfig
+from hpcm_scale.config.compose import from_dict, model_from_dict, to_dict
+from hpcm_scale.config.schema import ModelConfig, PreEditorConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file
 from hpcm_scale.model.hpcm import HPCM
 
+WEIGHTS_NAME = "weights.safetensors"
+"""In a run folder."""
+PRE_EDITOR = "pre_editor."
+"""What the names of a pre-editor's tensors begin with."""
 _FORMAT = "hpcm_scale weights 1"
 
 
-def save_weights(path: str | Path, state: dict[str, Tensor], config: ModelConfig, facts: dict[str, Any]) -> None:
+class WeightsFile(NamedTuple):
+    """What a weights file holds."""
+
+    path: Path
+    config: ModelConfig
+    facts: dict[str, Any]
+    """λ, steps, images, compute, … of the training: plain JSON values."""
+    state: dict[str, Tensor]
+    """Of the codec."""
+    pre_editor: PreEditorWeights | None
+    """Of the network in front of it, where there is one; decoding does without."""
+
+
+class PreEditorWeights(NamedTuple):
+    """A pre-editor's configuration and state dict."""
+
+    config: PreEditorConfig
+    state: dict[str, Tensor]
+
+
+def save_weights(
+    path: str | Path,
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    facts: dict[str, Any],
+    pre_editor: PreEditorWeights | None = None,
+) -> None:
     """Write a state dict and its model's configuration; `facts` (λ, step, …) are plain JSON values."""
     metadata = {
         "format": _FORMAT,
         "model": json.dumps(to_dict(config)),
         "facts": json.dumps(facts),
     }
+    if pre_editor:
+        metadata["pre_editor"] = json.dumps(to_dict(pre_editor.config))
+        state = state | {PRE_EDITOR + name: tensor for name, tensor in pre_editor.state.items()}
     with whole_file(path) as unfinished:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished, metadata)
 
@@ -42,12 +75,14 @@ def exported_step(path: str | Path) -> int | None:
         return None
 
 
-def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
-    """The model of a weights file, on the CPU and in evaluation mode, and the facts beside it.
+def read_weights_file(path: str | Path) -> WeightsFile:
+    """What a weights file, or that of a run folder, holds; on the CPU.
 
-    Raises UserError if the file is missing, is no such file, or does not fit its own configuration.
+    Raises UserError if there is none, or it is damaged.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"there are no weights at {path}; training leaves them in its run folder")
     try:
@@ -59,15 +94,37 @@ def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
     if metadata.get("format") != _FORMAT:
         raise UserError(f"{path} was not written by hpcm_scale; give a run folder's weights.safetensors")
     try:
-        model = HPCM(model_from_dict(json.loads(metadata["model"])))
+        config = model_from_dict(json.loads(metadata["model"]))
         facts = json.loads(metadata["facts"])
+        editor = from_dict(PreEditorConfig, json.loads(metadata["pre_editor"])) if "pre_editor" in metadata else None
     except (KeyError, ValueError, UserError) as error:
         raise UserError(f"the description in {path} is damaged ({error}); export it again") from error
+    in_front = {name.removeprefix(PRE_EDITOR): state.pop(name) for name in list(state) if name.startswith(PRE_EDITOR)}
+    return WeightsFile(path, config, facts, state, PreEditorWeights(editor, in_front) if editor else None)
+
+
+def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
+    """The codec of a weights file, on the CPU and in evaluation mode, and the facts beside it.
+
+    Raises UserError if the file is missing, is no such file, or does not fit its own configuration.
+    """
+    file = read_weights_file(path)
+    return codec_of(file), file.facts
+
+
+def codec_of(file: WeightsFile) -> HPCM:
+    """The codec of what a weights file holds, in evaluation mode. Raises UserError if it does not fit."""
+    model = HPCM(file.config)
+    load_state(model, file.state, file.path)
+    return model.eval()
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Have a module take over the state dict of a file. Raises UserError if it does not fit."""
     try:
-        model.load_state_dict(state)
+        module.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"the tensors in {path} do not fit the model it describes; export it again") from error
-    return model.eval(), facts
 
 
 def device_of(name: str | None) -> torch.device:

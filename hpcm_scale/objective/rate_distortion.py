@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,24 @@ class RateDistortion(NamedTuple):
         return RateDistortion(*(quantity.mean() for quantity in self))
 
 
-def rate_distortion_loss(x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tensor, lmbda: float) -> RateDistortion:
+class RateDistortionObjective:
+    """`rate_distortion_loss` as training and evaluation call every objective."""
+
+    fields = RateDistortion._fields
+
+    def __init__(self, lmbda: float | Callable[[Tensor], Tensor]) -> None:
+        """`lmbda`: λ, or with variable rate what gives it, (B,), for levels (B,)."""
+        self._lmbda = lmbda
+
+    def __call__(self, x: Tensor, coded: Any, level: Tensor | None = None) -> RateDistortion:
+        """Images (B, 3, H, W), what a codec made of them (its `x_hat`, `bits_y`, `bits_z`), and their levels."""
+        lmbda = self._lmbda(level) if callable(self._lmbda) else self._lmbda
+        return rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, lmbda)
+
+
+def rate_distortion_loss(
+    x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tensor, lmbda: float | Tensor
+) -> RateDistortion:
     """λ·255²·MSE(x, x̂) + bits per pixel of each image (the papers' objective; λ on the scale of 8-bit MSE).
 
     All is worked out in fp32, under autocast too. The images of a batch have one size, so the mean loss is
@@ -39,7 +57,7 @@ def rate_distortion_loss(x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tenso
         x_hat: reconstructions, same shape, neither clamped nor rounded here.
         bits_y: bits of the latent of each image, (B,).
         bits_z: bits of the hyper-latent of each image, (B,).
-        lmbda: λ, the price of distortion.
+        lmbda: λ, the price of distortion; one for all images, or (B,).
 
     Raises:
         ValueError: shapes that do not belong together.

@@ -23,7 +23,9 @@ Files = list[bytes]
 """The file to damage, then others."""
 
 SEEDS = (3, 4)
-"""Of the two models."""
+"""Of the models."""
+LEVELS = (None, 77)
+"""Of the two images' files."""
 
 
 @dataclass
@@ -54,7 +56,8 @@ def flipped(random: Random, files: Files) -> bytes:
 
 
 def flipped_in_header(random: Random, files: Files) -> bytes:
-    return flipped(random, [files[0][:HEADER_BYTES]]) + files[0][HEADER_BYTES:]
+    header, streams = _halves(files[0])
+    return flipped(random, [header]) + streams
 
 
 def truncated(random: Random, files: Files) -> bytes:
@@ -82,12 +85,12 @@ def other_lengths(random: Random, files: Files) -> bytes:
 
 
 def swapped_headers(random: Random, files: Files) -> bytes:
-    return _any(random, files[1:])[:HEADER_BYTES] + files[0][HEADER_BYTES:]
+    return _halves(_any(random, files[1:]))[0] + _halves(files[0])[1]
 
 
 def swapped_streams(random: Random, files: Files) -> bytes:
     content = unpack(files[0])
-    return files[0][:HEADER_BYTES] + content.y + content.z
+    return _halves(files[0])[0] + content.y + content.z
 
 
 def noise(random: Random, files: Files) -> bytes:
@@ -160,6 +163,12 @@ def other_size(random: Random, content: Container, others: list[Container]) -> C
     return replace(content, width=width, height=height)
 
 
+def other_level(random: Random, content: Container, others: list[Container]) -> Container:
+    """Or one where weights of fixed rate have none, or none where there must be one."""
+    levels = {None, *range(256)} - {content.level}
+    return replace(content, level=_any(random, [*levels]))
+
+
 def other_digest(random: Random, content: Container, others: list[Container]) -> Container:
     return replace(content, digest=random.bytes(8))
 
@@ -169,7 +178,7 @@ def other_symbols_checksum(random: Random, content: Container, others: list[Cont
 
 
 SHALLOW: dict[Callable, int] = {
-    flipped: 2500,
+    flipped: 2450,
     flipped_in_header: 1500,
     truncated: 1200,
     extended: 500,
@@ -192,25 +201,29 @@ DEEP: dict[Callable, int] = {
     huge_symbols: 60,
     absurd_size: 70,
     other_size: 100,
+    other_level: 50,
     other_digest: 50,
     other_symbols_checksum: 40,
 }
 
 
 def run(images: list[Tensor], seed: int) -> Outcomes:
-    """All mutations of the files of these images, each (3, H, W), with two models' weights."""
+    """All mutations of the files of two images, each (3, H, W), one of fixed and one of variable rate.
+
+    There are files made with other weights, too.
+    """
     torch.set_num_threads(1)
-    codec, other = (Codec(spread_nano(seed)) for seed in SEEDS)
-    files = [codec.compress(image) for image in images]
-    foreign = [other.compress(image) for image in images]
+    codecs = [Codec(spread_nano(SEEDS[0])), Codec(spread_nano(SEEDS[0], levels=5))]
+    files = [codec.compress(image, level) for codec, image, level in zip(codecs, images, LEVELS, strict=True)]
+    foreign = [Codec(spread_nano(SEEDS[1])).compress(image) for image in images]
     outcomes = Outcomes()
     random = np.random.default_rng(seed)
     start = _start_of_peak()
-    honest = {data: codec.decompress(data) for data in files}
+    honest = {data: codec.decompress(data) for codec, data in zip(codecs, files, strict=True)}
     outcomes.honest_bytes = _peak() - start
     for mutation, count in (SHALLOW | DEEP).items():
         for index in range(count):
-            data = files[index % len(files)]
+            codec, data = codecs[index % len(files)], files[index % len(files)]
             others = [file for file in files + foreign if file != data]
             if mutation in SHALLOW:
                 mutated = mutation(random, [data, *others])
@@ -243,6 +256,13 @@ def _decode(codec: Codec, mutated: bytes, data: bytes, honest: Tensor) -> str:
         if torch.equal(found, expected):
             return "the same, cut otherwise"
     return "a wrong picture"
+
+
+def _halves(file: bytes) -> tuple[bytes, bytes]:
+    """Its header, and its streams."""
+    content = unpack(file)
+    header = len(file) - len(content.z) - len(content.y)
+    return file[:header], file[header:]
 
 
 def _noise(random: Random, length: int) -> bytes:

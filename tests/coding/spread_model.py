@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.schema import RateConfig
 from hpcm_scale.model.hpcm import HPCM
 
 
-def spread_nano(seed: int) -> HPCM:
-    """A nano whose scales lie in all tables, with many symbols beyond them: escapes and shifts occur."""
+def spread_nano(seed: int, levels: int = 1) -> HPCM:
+    """A nano whose scales lie in all tables, with many symbols beyond them: escapes and shifts occur.
+
+    With several levels, gains differ between channels, and channel scales between levels.
+    """
     torch.manual_seed(seed)
-    model = HPCM(compose_model("nano")).eval()
+    model = HPCM(replace(compose_model("nano"), rate=RateConfig(levels=levels))).eval()
     with torch.no_grad():
         for prior in (model.context.prior_s1_s2, model.context.prior_s3):
             last = prior.after[-1]
@@ -21,4 +27,8 @@ def spread_nano(seed: int) -> HPCM:
         channels = model.hyper_prior.scales.numel()
         model.hyper_prior.scales.copy_(torch.linspace(-2, 3, channels).exp().reshape(1, -1, 1, 1))
         model.hyper_prior.means.copy_(torch.randn(1, channels, 1, 1))
+        if levels > 1:
+            model.context.gains.log += 0.2 * torch.randn_like(model.context.gains.log[0])
+            for scale in model.context.q:
+                scale.weight += 0.05 * torch.randn_like(scale.weight)
     return model

@@ -24,6 +24,7 @@ contents = st.builds(
     z=st.binary(max_size=300),
     y=st.binary(max_size=300),
     symbols_checksum=st.integers(0, 2**32 - 1),
+    level=st.none() | st.integers(0, 255),
 ).map(lambda content: replace(content, height=min(content.height, max(MOST_PIXELS // content.width, 1))))
 
 
@@ -50,8 +51,20 @@ def test_layout():
     assert data[46:] == b"zzzz" + b"yyyyyyyy"
 
 
+@pytest.mark.parametrize("level", [0, 77, 255])
+def test_a_level_follows_the_rest_of_the_header(level):
+    data, without = pack(replace(CONTENT, level=level)), pack(CONTENT)
+    assert data[:4] + data[5:42] == without[:4] + without[5:42]
+    assert (data[4], data[42]) == (2, level)
+    assert struct.unpack("<I", data[43:47]) == (zlib.crc32(data[:43]),)
+    assert data[47:] == without[46:]
+
+
 def test_overhead_is_under_64_bytes():
-    assert len(pack(CONTENT)) - len(CONTENT.z) - len(CONTENT.y) == HEADER_BYTES == 46
+    for level, overhead in ((None, 46), (0, 47)):
+        data = pack(replace(CONTENT, level=level))
+        assert len(data) - len(CONTENT.z) - len(CONTENT.y) == overhead
+    assert HEADER_BYTES == 46
 
 
 @given(contents.filter(lambda content: content.width * content.height <= MOST_PIXELS))
@@ -68,8 +81,8 @@ def test_what_is_packed_is_unpacked(content):
         (b"HPCM", r"cut short within its header \(4 bytes\); copy it again"),
         (pack(CONTENT)[:45], r"cut short within its header \(45 bytes\)"),
         (
-            changed(4, "B", 2),
-            "is of version 2.1 and this hpcm_scale reads 1.1; decode it with the version that wrote it",
+            changed(4, "B", 3),
+            "is of version 3.1 and this hpcm_scale reads 1.1 and 2.1; decode it with the version that wrote it",
         ),
         (changed(5, "B", 9), "is of version 1.9 and"),
         (pack(CONTENT)[:8] + b"?" + pack(CONTENT)[9:], "its header is damaged; copy it again"),

@@ -48,7 +48,9 @@ def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images)
 def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
     model, _ = load_weights(weights)
     measured = code_images(estimate_coder(model, CPU, 0.013), small_images)
-    journal = evaluate(model, small_images, multiple=model.multiple, lmbda=0.013, device=CPU)
+    journal = evaluate(
+        model, small_images, multiple=model.multiple, objective=RateDistortionObjective(0.013), device=CPU
+    )
     for image, expected in zip(measured, journal.images, strict=True):
         assert isinstance(image, Estimated) and image.encode_seconds is image.decode_seconds is None
         found = asdict(image)
@@ -108,7 +110,7 @@ def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, small_i
     curve = model_curve(
         first, small_images, device=CPU, estimate=True, watch=lambda name: asked.append(name) or (lambda *_: None)
     )
-    assert asked == ["hpcm nano λ = 0.01"]  # of the first named alone
+    assert asked == ["hpcm nano λ = 0.01", "hpcm nano λ = 0.02", "hpcm nano λ = 0.03"]  # in the order named
     assert (curve.name, curve.rate) == ("hpcm nano", "estimated")
     assert "210,719 parameters" in curve.codec and f"torch {torch.__version__.partition('+')[0]}" in curve.codec
     rates = [point.mean["bpp"] for point in curve.points]

@@ -13,6 +13,7 @@ from hpcm_scale.config.compose import compose_model
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.evaluation.estimate import evaluate, pad
 from hpcm_scale.model.hpcm import HPCM, Coded
+from hpcm_scale.objective.rate_distortion import RateDistortionObjective
 
 CPU = torch.device("cpu")
 SIZES = [(1, 1), (255, 257), (64, 64), (65, 128), (300, 40)]  # width, height
@@ -41,7 +42,7 @@ class Shifted:
 
 
 def measure(codec, images: ImageSet, **options):
-    return evaluate(codec, images, multiple=64, lmbda=0.013, device=CPU, **options)
+    return evaluate(codec, images, multiple=64, objective=RateDistortionObjective(0.013), device=CPU, **options)
 
 
 def test_by_hand(images):
@@ -131,7 +132,9 @@ def test_hpcm_itself_at_odd_sizes(images):
     torch.manual_seed(0)
     model = HPCM(compose_model("nano")).eval()
     small = ImageSet(images.folder, limit=2)
-    evaluation = evaluate(model, small, multiple=model.multiple, lmbda=0.013, device=CPU, keep=2)
+    evaluation = evaluate(
+        model, small, multiple=model.multiple, objective=RateDistortionObjective(0.013), device=CPU, keep=2
+    )
     x = pad(small.load(1)[None].float() / 255, 256)
     assert x.shape == (1, 3, 512, 256)
     with torch.no_grad():

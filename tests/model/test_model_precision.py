@@ -26,7 +26,10 @@ def image() -> torch.Tensor:
 
 def build(name: str, precision: Precision) -> HPCM:
     torch.manual_seed(0)
-    return HPCM(compose_model(name), precision=precision)
+    config = compose_model(name.split()[0])
+    if name.endswith("variable"):
+        config.rate.levels = 6
+    return HPCM(config, precision=precision)
 
 
 class Watched:
@@ -50,7 +53,7 @@ class Watched:
         model.h_s.register_forward_pre_hook(lambda _, inputs: self.record("z_hat", *inputs))
         traverse = model.context.traverse
 
-        def watched(hyper, code):
+        def watched(hyper, code, mix):
             self.record("hyper parameters", hyper)
 
             def watched_code(place, scales, means):
@@ -60,16 +63,18 @@ class Watched:
                 self.record("coded", y_hat)
                 return y_hat
 
-            return traverse(hyper, watched_code)
+            return traverse(hyper, watched_code, mix)
 
         monkeypatch.setattr(model.context, "traverse", watched)
+        if model.context.gains:
+            model.context.gains.register_forward_hook(lambda _, inputs, output: self.record("gains", output))
 
     def record(self, place: str, tensor: torch.Tensor) -> None:
         self.places.setdefault(place, []).append(tensor.detach())
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("name", ["nano", "tiny 1b"])
+@pytest.mark.parametrize("name", ["nano", "nano variable", "tiny 1b"])
 def test_what_must_be_fp32_is(name, training, image, monkeypatch):
     watched = Watched(tiny_1b(Precision.bf16) if name == "tiny 1b" else build(name, Precision.bf16), monkeypatch)
     sums = [block.reduce for block in watched.model.modules() if isinstance(block, ResidualBlock)]
@@ -85,6 +90,7 @@ def test_what_must_be_fp32_is(name, training, image, monkeypatch):
     } == set()
     assert [tensor.dtype for tensor in coded] == [torch.float32] * 3
     assert len(watched.places["scales"]) == 11  # 2 + 3 + 6 steps
+    assert ("gains" in watched.places) == (name == "nano variable")
     # ... and the rest really is reduced.
     assert reduced and set(reduced) == {torch.bfloat16}
 
