@@ -1,0 +1,74 @@
+"""What a machine receiver is: a frozen network that turns images into tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcm_scale.model.layers import full_precision
+
+SMALLEST_SIDE = 32
+"""Of an image that an extractor takes, in pixels."""
+
+
+class TokenExtractor(nn.Module, ABC):
+    """A frozen network that sees images as tokens.
+
+    Its weights need no gradients and it is in evaluation mode always, also after `train()`; it computes in fp32, also
+    under autocast. Gradients reach the pixels. Nothing in it depends on data, so a copy on `meta` counts its FLOPs.
+    """
+
+    name: str
+    """As `machine.receivers.receiver` knows it."""
+    token_channels: dict[str, int]
+    """The layers that `forward` gives tokens of, and the channels of each."""
+
+    def __init__(self, name: str, network: nn.Module, token_channels: dict[str, int]) -> None:
+        super().__init__()
+        self.name, self.token_channels = name, token_channels
+        self.network = network.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> TokenExtractor:
+        """Stay in evaluation mode: batch statistics and dropout are not what the receiver was trained for."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in [0, 1], H and W from 32, to the tokens (B, tokens, channels) fp32 of each layer.
+
+        Raises ValueError for another shape.
+        """
+        with full_precision(x):
+            return self.tokens(_checked(x))
+
+    def posterior(self, x: Tensor) -> Tensor | None:
+        """Images as in `forward` to log probabilities (B, classes) fp32; None for a receiver without classes."""
+        with full_precision(x):
+            return self.log_probabilities(_checked(x))
+
+    @abstractmethod
+    def tokens(self, x: Tensor) -> dict[str, Tensor]:
+        """`forward`, of fp32 images and outside autocast."""
+
+    def log_probabilities(self, x: Tensor) -> Tensor | None:
+        """`posterior`, of fp32 images and outside autocast."""
+        return None
+
+
+def _checked(x: Tensor) -> Tensor:
+    if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < SMALLEST_SIDE:
+        raise ValueError(f"images are (B, 3, H, W) with sides from {SMALLEST_SIDE} pixels, not {tuple(x.shape)}")
+    return x.float()
+
+
+def as_tokens(features: Tensor) -> Tensor:
+    """A feature map (B, C, h, w) as tokens (B, h·w, C), row by row."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column of (B, C, H, W) until its sides are multiples of `multiple`."""
+    height, width = x.shape[2:]
+    return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")

@@ -1,0 +1,90 @@
+"""A codec with a pre-editor in front, as one module to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from hpcm_scale.config.schema import ModelConfig, Precision
+from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.pre_editor import PreEditor
+from hpcm_scale.machine.reference_tokens import reference_tokens
+from hpcm_scale.model.hpcm import HPCM, Coded, Noise
+
+
+class MachineCodec(nn.Module):
+    """Edits images, then codes them; called as `HPCM` is.
+
+    Its state is that of `codec` and of `pre_editor`. The receiver whose tokens the pre-editor sees is no part of it,
+    nor is a frozen codec: no optimizer and no checkpoint knows of them, but they move to other devices with it.
+    """
+
+    pre_editor: PreEditor | None
+
+    def __init__(
+        self,
+        codec: HPCM,
+        pre_editor: PreEditor | None = None,
+        receiver: TokenExtractor | None = None,
+        *,
+        freeze_codec: bool = False,
+    ) -> None:
+        """`receiver`: whose tokens the pre-editor was built for; None if it sees the image alone."""
+        super().__init__()
+        if freeze_codec:
+            self.__dict__["codec"] = codec.eval().requires_grad_(False)
+        else:
+            self.codec = codec
+        self.pre_editor = pre_editor
+        self.__dict__["receiver"] = receiver
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: Noise | None = None,
+        level: Tensor | None = None,
+        tokens: dict[str, Tensor] | None = None,
+    ) -> Coded:
+        """Edit and code a batch of images; see `HPCM.forward` and `edit`. `x_hat` is that of the edited images."""
+        return self.codec(self.edit(x, level, tokens), noise, level)
+
+    def edit(self, x: Tensor, level: Tensor | float | None = None, tokens: dict[str, Tensor] | None = None) -> Tensor:
+        """What is coded instead of the images (B, 3, H, W), which are fp32 in [0, 1]: of that shape, fp32, not clamped.
+
+        Sides are any for the pre-editor, from 32 for the receiver. `level`: see `HPCM.mix`. `tokens`: the receiver's,
+        if they are there already.
+        """
+        if self.pre_editor is None:
+            return x
+        if tokens is None and self.receiver is not None:
+            tokens = reference_tokens(self.receiver, x)
+        return self.pre_editor(x, tokens, self.codec.mix(level, len(x)))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The codec's."""
+        return self.codec.config
+
+    @property
+    def precision(self) -> Precision:
+        """The codec's."""
+        return self.codec.precision
+
+    @property
+    def multiple(self) -> int:
+        """Sides of the input must be multiples of this many pixels."""
+        return self.codec.multiple
+
+    def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes (channels, rows, columns) of one image's y and z."""
+        return self.codec.latent_shapes(height, width)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MachineCodec:
+        """What moves this module moves those that it does not list."""
+        super()._apply(fn, recurse)
+        listed = set(self.children())
+        for module in (self.codec, self.receiver):
+            if module is not None and module not in listed:
+                module._apply(fn, recurse)
+        return self
