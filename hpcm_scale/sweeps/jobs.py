@@ -83,10 +83,10 @@ def unfinished(jobs: Sequence[Job], world_size: int) -> list[Job]:
         if other is not job:
             raise UserError(f"two runs of the sweep share run.dir={job.folder}; leave run.dir out, it is then named")
     once = {"open_index": cache(load_index), "open_images": cache(ImageSet)}
-    left = []
+    left: list[Job] = []
     for job in jobs:
         try:
-            start = prepare(job.config, world_size, **once)
+            start = prepare(job.config, world_size, **once, to_come=[other.folder.absolute() for other in left])
         except UserError as error:
             raise UserError(f"{job.folder}: {error}") from error
         stopped = job.last_step <= start.resume.step < job.config.train.steps  # where train.stop_after asked for it

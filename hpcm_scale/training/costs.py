@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from hpcm_scale.compute.flops import TRAINING_FACTOR
-from hpcm_scale.config.schema import ModelConfig
+import torch
+
+from hpcm_scale.compute.flops import TRAINING_FACTOR, forward_flops
+from hpcm_scale.config.schema import Config, ModelConfig
+from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.machine_codec import MachineCodec
+from hpcm_scale.machine.pre_editor import PreEditor
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import (
     forward_flops_per_image,
@@ -19,6 +26,40 @@ from hpcm_scale.model.shapes import (
 def training_flops_per_image(model: HPCM, side: int) -> int:
     """Model FLOPs of training on one side×side crop: forward and backward."""
     return TRAINING_FACTOR * forward_flops_per_image(model, side)
+
+
+class TaskCosts(NamedTuple):
+    """What is trained, and what it costs."""
+
+    parameters: int
+    """Of those that are trained."""
+    parameters_by_part: dict[str, int]
+    training_flops_per_image: int
+    """Model FLOPs of a crop, forward and backward."""
+
+
+def task_costs(config: Config, receivers: Mapping[str, TokenExtractor] | None = None) -> TaskCosts:
+    """The costs of what a configuration trains, for `receivers` where there are any; needs no memory for it.
+
+    Receivers see the original without gradients and the decoded image with, and have none of their own: of forward
+    passes that is three, too. Through a frozen codec gradients go only to its input: two.
+    """
+    shapes, machine, side = on_meta(config.model), config.machine, config.data.crop
+    codec = forward_flops_per_image(shapes, side)
+    parts, forward_passes = parameters_by_part(shapes), TRAINING_FACTOR * codec
+    if machine.freeze_codec:
+        parts, forward_passes = {}, (TRAINING_FACTOR - 1) * codec
+    on_meta_too = {name: copy.deepcopy(receiver).to("meta") for name, receiver in (receivers or {}).items()}
+    x = torch.empty(1, 3, side, side, device="meta")
+    flops = {name: forward_flops(receiver, x) for name, receiver in on_meta_too.items()}
+    if machine.edit:
+        seen = on_meta_too.get(machine.pre_editor.tokens)
+        with torch.device("meta"):
+            pre_editor = PreEditor(machine.pre_editor, seen and seen.token_channels, config.model.rate.levels)
+        whole = forward_flops(MachineCodec(shapes, pre_editor, seen), x)
+        flops["pre_editor"] = whole - codec - flops.get(machine.pre_editor.tokens, 0)
+        parts["pre_editor"] = parameter_count(pre_editor)
+    return TaskCosts(sum(parts.values()), parts, forward_passes + TRAINING_FACTOR * sum(flops.values()))
 
 
 class SizeRow(NamedTuple):

@@ -16,26 +16,24 @@ from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import UserError, alone
 from hpcm_scale.evaluation.estimate import evaluate
-from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.objective.rate_distortion import RateDistortion, rate_distortion_loss
 from hpcm_scale.training.bad_photos import BadPhotos
 from hpcm_scale.training.divergence import Diverged, LossHistory, limit_reached
 from hpcm_scale.training.engine import Engine
 from hpcm_scale.training.garbage import collecting_between_steps
 from hpcm_scale.training.meter import Meter
-from hpcm_scale.training.noise import image_noise
 from hpcm_scale.training.recorder import Recorder
 from hpcm_scale.training.run_folder import RunFolder
 from hpcm_scale.training.saver import Saved, Saver
 from hpcm_scale.training.schedule import learning_rate
 from hpcm_scale.training.signals import StopRequest
+from hpcm_scale.training.task import Task
 
 
 class Agreed(NamedTuple):
     """What the processes tell each other once a step; sums over them."""
 
-    means: RateDistortion
-    """Of the batch: these are means."""
+    means: dict[str, float]
+    """Of the batch: loss and its parts; these are means."""
     grad_norm: float
     """Of the gradients before clipping; NaN where the engine tells it only after the step."""
     upscaled: float
@@ -58,7 +56,7 @@ class Trainer:
 
     config: Config
     engine: Engine
-    model: HPCM
+    task: Task
     folder: RunFolder
     recorder: Recorder
     tracker: ComputeTracker
@@ -126,13 +124,13 @@ class Trainer:
 
     def train_step(self, stream: Iterator[Batch], last: bool) -> Agreed:
         """One optimizer step, and the images of the next one unless it is the `last`."""
-        engine, rounds, quantities = self.engine, len(self._batches), len(RateDistortion._fields)
-        measured = torch.zeros(quantities, dtype=torch.float64, device=engine.device)
+        engine, rounds, names = self.engine, len(self._batches), self.task.objective.fields
+        measured = torch.zeros(len(names), dtype=torch.float64, device=engine.device)
         upscaled = sum(batch.upscaled for batch in self._batches)
         for batch in self._batches:
-            result = self.forward(batch)
-            engine.backward(result.loss)
-            measured += torch.stack([value.detach().double() for value in result]) / rounds
+            result = self.task.loss(engine.module, batch, engine.device)
+            engine.backward(result.loss.mean())
+            measured += torch.stack([value.detach().double().mean() for value in result]) / rounds
         norm = engine.clip()
         self.bad.passed()
         waited = 0.0 if last else self.fetch(stream)
@@ -141,11 +139,11 @@ class Trainer:
         means = torch.cat([measured, norm.double()[None]]) / engine.world_size
         # Of all that a step computes, this alone is looked at; until now the device has had work ahead.
         told = engine.reduce(torch.cat([means, torch.tensor(flags).to(means)])).tolist()
-        agreed = Agreed(RateDistortion(*told[:quantities]), *told[quantities:])
+        agreed = Agreed(dict(zip(names, told, strict=False)), *told[len(names) :])
         self.apply(agreed)
         self.upscaled += int(agreed.upscaled)
         self.tracker.step(self.config.train.batch_size, waited)
-        self.recorder.advance(agreed.means.loss)
+        self.recorder.advance(agreed.means["loss"])
         self.tell(self.saver.settle(agreed.written, agreed.unwritten))
         if agreed.bad:
             self.count_bad()
@@ -154,15 +152,15 @@ class Trainer:
     def apply(self, agreed: Agreed) -> None:
         """Take the optimizer step, or leave it out, by what `train.on_divergence` says, for all processes alike."""
         train = self.config.train
-        wrong = self.losses.verdict(agreed.means.loss, train.spike)
+        wrong = self.losses.verdict(agreed.means["loss"], train.spike)
         rate = learning_rate(self.config.schedule, self.step, train.steps)
         stepped = self.engine.step(rate, agreed.grad_norm, bool(wrong))
         if stepped.skipped and not wrong:
             wrong = "its gradient is not finite"
-        self.meter.add(agreed.means._asdict() | {"grad_norm": stepped.grad_norm}, stepped.skipped)
+        self.meter.add(agreed.means | {"grad_norm": stepped.grad_norm}, stepped.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if wrong else 0
         if not wrong:
-            self.losses.add(agreed.means.loss)
+            self.losses.add(agreed.means["loss"])
             return
         step = self.step + 1
         if train.on_divergence == OnDivergence.skip:
@@ -203,18 +201,9 @@ class Trainer:
         if trouble is not None:
             raise UserError(trouble)
 
-    def forward(self, batch: Batch) -> RateDistortion:
-        """Means over this process's images of one micro-batch."""
-        images = batch.images.to(self.engine.device, non_blocking=True)
-        images = images.to(torch.float32, memory_format=torch.channels_last) / 255
-        noise = image_noise(self.model, images, batch.image_index, self.config.train.seed)
-        coded = self.engine.module(images, noise)
-        lmbda = self.config.objective.lmbda
-        return rate_distortion_loss(images, coded.x_hat, coded.bits_y, coded.bits_z, lmbda).mean()
-
     def log(self) -> None:
         """One journal line: means over the steps since the last one."""
-        means = self.meter.take([*RateDistortion._fields, "grad_norm"])
+        means = self.meter.take([*self.task.objective.fields, "grad_norm"])
         rate = learning_rate(self.config.schedule, self.step - 1, self.config.train.steps)
         train = {f"train/{name}": value for name, value in means.items()}
         counts = {"learning_rate": rate, "upscaled": self.upscaled, "bad_photos": len(self.bad.reasons)}
@@ -231,7 +220,8 @@ class Trainer:
                 engine.module,
                 images,
                 multiple=side_multiple(self.config.model),
-                lmbda=self.config.objective.lmbda,
+                objective=self.task.objective,
+                level=self.task.evaluation_level,
                 device=engine.device,
                 rank=engine.rank,
                 world_size=engine.world_size,

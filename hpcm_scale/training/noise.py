@@ -22,3 +22,21 @@ def image_noise(model: HPCM, images: Tensor, image_index: Tensor, seed: int) -> 
         ys.append(torch.rand(shape_y, generator=generator, device=images.device))
         zs.append(torch.rand(shape_z, generator=generator, device=images.device))
     return Noise(torch.stack(ys) - 0.5, torch.stack(zs) - 0.5)
+
+
+def image_levels(levels: int, image_index: Tensor, seed: int) -> Tensor:
+    """A level of a variable-rate model for each of a batch of images with global indices (b,): (b,) fp32.
+
+    Every run of as many images as there are levels has each level once, in an order of its own: so every batch holds
+    all of the range, and the same (seed, global image index) gives the same level on any number of processes.
+    """
+    chosen = []
+    for index in image_index.tolist():
+        run, place = divmod(index, levels)
+        order = np.random.default_rng((seed, run, _LEVELS)).permutation(levels)
+        chosen.append(float(order[place]))
+    return torch.tensor(chosen)
+
+
+_LEVELS = 1
+"""Sets the draws of levels apart from other draws of the same seed and index."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from hpcm_scale.compute.hardware import peak_flops
 from hpcm_scale.compute.tracker import PETA, ComputeTracker
@@ -16,14 +17,11 @@ from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.files import writing
 from hpcm_scale.model.compiled import compile_regions
-from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.layers import set_arithmetic
-from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
-from hpcm_scale.model.weights import save_weights
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
 from hpcm_scale.training.checkpoints import Checkpoint, Retention
-from hpcm_scale.training.costs import training_flops_per_image
+from hpcm_scale.training.costs import task_costs
 from hpcm_scale.training.divergence import Diverged, Divergence, culprits
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.group.differences import facts
@@ -37,6 +35,7 @@ from hpcm_scale.training.run_lock import RunLock
 from hpcm_scale.training.saver import Saver
 from hpcm_scale.training.signals import StopRequest
 from hpcm_scale.training.start import Start, prepare
+from hpcm_scale.training.task import Task, origin_of, task_of
 
 
 class Outcome(NamedTuple):
@@ -93,17 +92,18 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
     engine = create_engine(config)
     set_arithmetic(config.engine.precision)
     torch.manual_seed(config.train.seed)
-    model = HPCM(config.model, precision=config.engine.precision, checkpoint=config.engine.checkpoint)
-    engine.prepare(model)
+    task = task_of(config, start.origin, start.receivers)
+    engine.prepare(task.module)
+    task.place(engine.device)
     if config.engine.compile:
-        compile_regions(model)
-    training = _Training(config, start, engine, model, stop, watch)
+        compile_regions(nn.ModuleList([task.module, task.codec]))  # a frozen codec is no part of the module
+    training = _Training(config, start, engine, task, stop, watch)
     try:
         resume = training.choose()
         tell(training.opening(resume))
         engine.barrier()  # all have seen what the folder was like
         if engine.rank == 0:
-            start.folder.write_facts(config)
+            start.folder.write_facts(config, origin_of(start.origin))
         while isinstance(ended := training.attempt(resume), Diverged):
             resume = training.go_back(ended)
         return ended
@@ -118,15 +118,14 @@ class _Training:
     config: Config
     start: Start
     engine: Engine
-    model: HPCM
+    task: Task
     stop: StopRequest
     watch: Watch
 
     def __post_init__(self) -> None:
-        shapes = on_meta(self.config.model)
-        self.flops = training_flops_per_image(shapes, self.config.data.crop)
-        self.parameters = parameter_count(shapes)
-        self.described = {"parameters": self.parameters, "parameters_by_part": parameters_by_part(shapes)}
+        costs = task_costs(self.config, self.start.receivers)
+        self.flops, self.parameters = costs.training_flops_per_image, costs.parameters
+        self.described = {"parameters": self.parameters, "parameters_by_part": costs.parameters_by_part}
         self.described |= {"environment": environment()}
 
     def choose(self) -> Resume:
@@ -156,7 +155,7 @@ class _Training:
         trainer = Trainer(
             config=config,
             engine=engine,
-            model=self.model,
+            task=self.task,
             folder=folder,
             recorder=recorder,
             tracker=tracker,
@@ -230,11 +229,13 @@ class _Training:
         config, engine, folder = self.config, self.engine, self.start.folder
         stage = f"ZeRO {config.engine.zero_stage}" if config.engine.name == EngineName.deepspeed else "accelerate"
         lines = [
-            f"{folder.path}: {config.model.name}, {self.parameters:,} parameters, λ = {config.objective.lmbda}, "
+            f"{folder.path}: {config.model.name}, {self.parameters:,} parameters, {self.task.aim}, "
             f"{stage} on {engine.world_size} × {engine.device.type}, {config.train.steps:,} steps of "
             f"{config.train.batch_size} images, "
             f"{config.train.steps * config.train.batch_size * self.flops / PETA:.4g} PFLOPs"
         ]
+        if self.start.origin:
+            lines.append(f"starting from {self.start.origin.path}")
         if resume.choice:
             checkpoint = resume.choice.checkpoint
             lines += [f"passed over: {damaged}" for damaged in resume.choice.damaged]
@@ -272,13 +273,7 @@ class _Training:
             return
         state = self.engine.weights()
         if state is not None:
-            described = {
-                "lmbda": config.objective.lmbda,
-                "precision": config.engine.precision.value,
-                "step": step,
-                "images": trainer.tracker.images,
-                "pflops": trainer.tracker.pflops,
-            }
+            spent = {"step": step, "images": trainer.tracker.images, "pflops": trainer.tracker.pflops}
             with writing(folder.weights_file):
-                save_weights(folder.weights_file, state, config.model, described)
+                self.task.save(folder.weights_file, state, spent, folder.origin())
         trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")

@@ -11,6 +11,7 @@ from hpcm_scale.config.compose import from_yaml, to_dict, to_yaml
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text, writing
+from hpcm_scale.model.weights import WEIGHTS_NAME
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Choice, Examine
 from hpcm_scale.training.divergence import Divergence
@@ -79,7 +80,8 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.journal_file = self.path / "metrics.jsonl"
-        self.weights_file = self.path / "weights.safetensors"
+        self.weights_file = self.path / WEIGHTS_NAME
+        self.origin_file = self.path / "origin.json"
         self.environment_file = self.path / "environment.json"
         self.divergences_file = self.path / "divergences.json"
         self.stop_file = self.path / "stop"
@@ -128,12 +130,20 @@ class RunFolder:
             )
         return point
 
-    def write_facts(self, config: Config) -> None:
-        """Record the resolved configuration and the environment, beside those of earlier starts."""
+    def origin(self) -> dict[str, Any] | None:
+        """The weights that the run started from: `path`, and their `facts`; None if from nothing."""
+        if not self.origin_file.is_file():
+            return None
+        return json.loads(self.origin_file.read_text(encoding="utf-8"))
+
+    def write_facts(self, config: Config, origin: dict[str, Any] | None = None) -> None:
+        """Record the resolved configuration and the environment, beside those of earlier starts, and the `origin`."""
         with writing(self.path):
             for left_behind in self.path.glob(".*.part"):  # of a process that was killed while it wrote
                 left_behind.unlink()
             self._write_facts(config)
+            if origin is not None:
+                write_text(self.origin_file, json.dumps(origin, indent=1))
 
     def _write_facts(self, config: Config) -> None:
         write_text(self.config_file, to_yaml(config))

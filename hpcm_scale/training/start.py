@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import NamedTuple
 
 from hpcm_scale.config.checks import check
-from hpcm_scale.config.schema import Config
+from hpcm_scale.config.schema import Config, Viewer
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.weights import exported_step
+from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.objective import MachineObjective
+from hpcm_scale.machine.receivers import receiver
+from hpcm_scale.model.inherit import check_inheritance
+from hpcm_scale.model.weights import WeightsFile, exported_step, read_weights_file
 from hpcm_scale.training.run_folder import Resume, RunFolder, run_directory
+from hpcm_scale.training.task import check_origin
 
 
 class Start(NamedTuple):
@@ -24,6 +30,10 @@ class Start(NamedTuple):
     """For evaluation."""
     finished: bool
     """Whether it was trained to the end of its schedule, and its weights exported."""
+    origin: WeightsFile | None
+    """What a run that begins starts from."""
+    receivers: dict[str, TokenExtractor]
+    """Networks that it is trained for, instead of people."""
 
 
 def prepare(
@@ -32,11 +42,14 @@ def prepare(
     *,
     open_index: Callable[..., ShardIndex] = load_index,
     open_images: Callable[..., ImageSet] = ImageSet,
+    to_come: Collection[Path] = (),
 ) -> Start:
     """Check a run of `world_size` processes and find what it goes on from; writes nothing.
 
     `open_index` and `open_images` read the shards' index and the images; many runs of the same can share what they
-    read. Raises UserError, one sentence, for whatever keeps the run from being trained.
+    read. `to_come`: run folders that will have weights when this run begins.
+
+    Raises UserError, one sentence, for whatever keeps the run from being trained.
     """
     check(config, world_size)
     data = config.data
@@ -47,4 +60,17 @@ def prepare(
     folder = RunFolder(run_directory(config))
     resume = folder.resume(config, index.digest)
     finished = resume.step == config.train.steps and exported_step(folder.weights_file) == resume.step
-    return Start(folder, resume, index, images, finished)
+    begins = resume.choice is None and config.init_from is not None
+    origin = _origin(config) if begins and Path(config.init_from).absolute() not in to_come else None
+    for_machine = config.objective.viewer == Viewer.machine
+    receivers = {name: receiver(name) for name in config.machine.receivers if for_machine}
+    if receivers:
+        MachineObjective(receivers, config.machine, config.objective.lmbda)  # refuses layers that there are not
+    return Start(folder, resume, index, images, finished, origin, receivers)
+
+
+def _origin(config: Config) -> WeightsFile:
+    file = read_weights_file(config.init_from)
+    check_inheritance(config.model, file)
+    check_origin(config, file)
+    return file

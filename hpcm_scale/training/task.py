@@ -1,0 +1,165 @@
+"""What is trained, and for what: the module that the engine gets, its loss, and what is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpcm_scale.config.compose import to_dict
+from hpcm_scale.config.schema import Config
+from hpcm_scale.data.stream import Batch
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.estimate import Objective
+from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.machine_codec import MachineCodec
+from hpcm_scale.machine.objective import MachineObjective
+from hpcm_scale.machine.pre_editor import PreEditor
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.inherit import inherit
+from hpcm_scale.model.variable_rate import level_of, lmbda_of
+from hpcm_scale.model.weights import PreEditorWeights, WeightsFile, load_state, save_weights
+from hpcm_scale.objective.rate_distortion import RateDistortion, RateDistortionObjective
+from hpcm_scale.training.noise import image_levels, image_noise
+
+Receivers = Mapping[str, TokenExtractor]
+
+
+@dataclass
+class Task:
+    """A codec, trained for people."""
+
+    config: Config
+    codec: HPCM
+    module: nn.Module
+    """What the engine trains: called as the codec is."""
+    objective: Objective
+
+    @property
+    def aim(self) -> str:
+        """λ, in words."""
+        rate = self.config.model.rate
+        if rate.levels == 1:
+            return f"λ = {self.config.objective.lmbda:g}"
+        return f"λ = {rate.lowest:g} … {rate.highest:g} in {rate.levels} levels"
+
+    @property
+    def evaluation_level(self) -> float | None:
+        """At which a variable-rate model is evaluated while it trains."""
+        rate = self.config.model.rate
+        return level_of(rate, self.config.objective.lmbda) if rate.levels > 1 else None
+
+    def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> RateDistortion:
+        """Loss and its parts for one micro-batch, (b,); `module` is the engine's."""
+        images = batch.images.to(device, non_blocking=True)
+        images = images.to(torch.float32, memory_format=torch.channels_last) / 255
+        seed, levels = self.config.train.seed, self.config.model.rate.levels
+        noise = image_noise(self.codec, images, batch.image_index, seed)
+        level = image_levels(levels, batch.image_index, seed).to(device) if levels > 1 else None
+        return self.objective(images, module(images, noise, level), level)
+
+    def place(self, device: torch.device) -> None:
+        """Bring what is not trained to the device."""
+
+    def save(self, path: Path, state: dict[str, Tensor], spent: dict[str, Any], origin: dict[str, Any] | None) -> None:
+        """Write the weights for use.
+
+        `state`: the trained module's; `spent`: steps, images, PFLOPs; `origin`: see `origin_of`.
+        """
+        save_weights(path, state, self.config.model, self.facts(spent, origin))
+
+    def facts(self, spent: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
+        """What is told of the weights, beside them: plain JSON values."""
+        fixed = self.config.model.rate.levels == 1
+        before = (origin["facts"].get("total_pflops") or origin["facts"].get("pflops") or 0.0) if origin else 0.0
+        return {
+            "lmbda": self.config.objective.lmbda if fixed else None,
+            "precision": self.config.engine.precision.value,
+            **spent,
+            "total_pflops": before + spent["pflops"],
+            **({"origin": origin} if origin else {}),
+        }
+
+
+@dataclass
+class MachineTask(Task):
+    """A codec, with or without a pre-editor in front, trained for networks that look at its pictures."""
+
+    module: MachineCodec
+    receivers: Receivers
+
+    @property
+    def aim(self) -> str:
+        """λ and receivers, in words."""
+        return f"{super().aim}, for {' and '.join(self.receivers)}"
+
+    def place(self, device: torch.device) -> None:
+        for module in (self.codec, *self.receivers.values()):
+            module.to(device)
+
+    def save(self, path: Path, state: dict[str, Tensor], spent: dict[str, Any], origin: dict[str, Any] | None) -> None:
+        codec = _below(state, "codec") or self.codec.state_dict()
+        pre_editor = _below(state, "pre_editor")
+        in_front = PreEditorWeights(self.config.machine.pre_editor, pre_editor) if pre_editor else None
+        save_weights(path, codec, self.config.model, self.facts(spent, origin), in_front)
+
+    def facts(self, spent: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
+        return super().facts(spent, origin) | {"receivers": list(self.receivers)}
+
+
+def origin_of(file: WeightsFile | None) -> dict[str, Any] | None:
+    """What is kept of the weights that a run starts from: plain JSON values."""
+    return {"path": str(file.path), "facts": file.facts} if file else None
+
+
+def task_of(config: Config, origin: WeightsFile | None, receivers: Receivers) -> Task:
+    """What a configuration trains, from the weights of its `origin` on, for those `receivers` if there are any."""
+    codec = HPCM(config.model, precision=config.engine.precision, checkpoint=config.engine.checkpoint)
+    if origin:
+        inherit(codec, origin)
+    rate, machine = config.model.rate, config.machine
+    lmbda = partial(lmbda_of, rate) if rate.levels > 1 else config.objective.lmbda
+    if not receivers:
+        return Task(config, codec, codec, RateDistortionObjective(lmbda))
+    seen = receivers[machine.pre_editor.tokens] if machine.edit and machine.pre_editor.tokens else None
+    pre_editor = _pre_editor(config, origin, seen) if machine.edit else None
+    module = MachineCodec(codec, pre_editor, seen, freeze_codec=machine.freeze_codec)
+    return MachineTask(config, codec, module, MachineObjective(receivers, machine, lmbda), receivers)
+
+
+def _pre_editor(config: Config, origin: WeightsFile | None, seen: TokenExtractor | None) -> PreEditor:
+    pre_editor = PreEditor(
+        config.machine.pre_editor,
+        seen and seen.token_channels,
+        config.model.rate.levels,
+        precision=config.engine.precision,
+        checkpoint=config.engine.checkpoint,
+    )
+    if origin and origin.pre_editor:
+        load_state(pre_editor, origin.pre_editor.state, origin.path)
+    return pre_editor
+
+
+def _below(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The part of a state dict below a submodule, by names within it."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def check_origin(config: Config, file: WeightsFile) -> None:
+    """Raises UserError unless the pre-editor of these weights, if there is one, is the one that is to be trained on."""
+    if file.pre_editor is None:
+        return
+    if not config.machine.edit:
+        raise UserError(
+            f"init_from={file.path} has a pre-editor, and machine.edit=false would drop it; set machine.edit=true"
+        )
+    if file.pre_editor.config != config.machine.pre_editor:
+        raise UserError(
+            f"init_from={file.path} has a pre-editor with machine.pre_editor={to_dict(file.pre_editor.config)}; "
+            "give the same"
+        )

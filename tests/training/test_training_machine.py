@@ -1,0 +1,159 @@
+"""Training for machine receivers, stage after stage, and runs that start from the weights of others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hpcm_scale.config.compose import compose
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.weights import read_weights_file
+from hpcm_scale.training.costs import task_costs, training_flops_per_image
+from hpcm_scale.training.task import check_origin, task_of
+
+pytestmark = pytest.mark.launch
+
+RECEIVER = ("machine.receivers=[random-vit]", "machine.pre_editor.tokens=random-vit")
+VIEWER = ("objective.viewer=machine", *RECEIVER)
+STAGES = ("experiment=machine", "stage=variable,pre_editor,joint", "machine.fixed_rate=fixed", *RECEIVER)
+SHORT = ("train.steps=2", "schedule.warmup=0", "log.wandb=disabled")
+
+
+@pytest.fixture(scope="module")
+def stages(train, launch, shards):
+    """Folders of the stages, of a fixed-rate model before them, and what the command said the second time."""
+    train("fixed", *SHORT, "engine=zero2")
+    command = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", *SHORT)
+    for engine in ("engine=zero3", "engine=zero2"):
+        result = launch(*command, *STAGES, engine)
+        assert result.returncode == 0, result.stdout + result.stderr
+    names = ("variable", "pre_editor", "joint")
+    folders = {name: launch.folder / "runs" / "machine" / f"stage={name}" for name in names}
+    return folders | {"fixed": launch.folder / "fixed"}, result.stdout
+
+
+@pytest.fixture(scope="module")
+def weights(stages):
+    return {name: read_weights_file(folder) for name, folder in stages[0].items()}
+
+
+def test_every_stage_starts_from_the_one_before(stages, weights):
+    before = {"variable": "fixed", "pre_editor": "stage=variable", "joint": "stage=pre_editor"}
+    spent = weights["fixed"].facts["total_pflops"]
+    for stage, from_ in before.items():
+        facts = weights[stage].facts
+        assert facts["origin"]["path"].endswith(f"{from_}/weights.safetensors")
+        spent += facts["pflops"]
+        assert facts["total_pflops"] == pytest.approx(spent)
+        assert facts["lmbda"] is None  # it has a range
+        assert facts.get("receivers") == (None if stage == "variable" else ["random-vit"])
+
+
+def test_a_frozen_codec_stays_to_the_bit_and_a_free_one_does_not(weights):
+    frozen, free = weights["pre_editor"], weights["joint"]
+    for name, tensor in weights["variable"].state.items():
+        assert torch.equal(frozen.state[name], tensor), name
+    assert any(not torch.equal(free.state[name], tensor) for name, tensor in frozen.state.items())
+    moved = [
+        name for name, tensor in free.pre_editor.state.items() if not torch.equal(tensor, frozen.pre_editor.state[name])
+    ]
+    assert "to_image.weight" in moved
+
+
+def test_journals_tell_the_tokens(stages):
+    for stage, folder in stages[0].items():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            assert ("train/token" in line) == ("train/rank" in line) == (stage in ("pre_editor", "joint"))
+            assert line.get("train/token", 1) > 0
+
+
+def test_finished_stages_are_passed_over(stages):
+    assert "starting from" not in stages[1]
+
+
+def test_a_resumed_run_has_the_unbroken_journal_in_every_digit(stages, train):
+    joint = (
+        *RECEIVER,
+        "objective.viewer=machine",
+        "machine.edit=true",
+        "model.rate.levels=6",
+        'init_from="runs/machine/stage=pre_editor"',
+    )
+    joint = (*joint, "engine=zero2", "train.steps=3", "train.checkpoint_every=1", "log.wandb=disabled")
+    unbroken = train("unbroken_joint", *joint)
+    train("resumed_joint", *joint, "train.stop_after=2")
+    resumed = train("resumed_joint", *joint)
+    clock = ("time", "perf/")
+    numbers = [
+        [{k: v for k, v in line.items() if not k.startswith(clock)} for line in run] for run in (unbroken, resumed)
+    ]
+    assert numbers[0] == numbers[1]
+
+
+LATE = "init_from=runs/later"
+
+
+def test_the_stage_before_must_be_there(launch, shards):
+    result = launch(
+        "model=nano", f"data.shards={shards}", "train.batch_size=4", "stage=joint", *RECEIVER, "run.dir=late", LATE
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "there are no weights at runs/later; training leaves them" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["machine.edit=true"], "machine.edit needs objective.viewer=machine"),
+        (["objective.viewer=machine"], "needs machine.receivers"),
+        ([*VIEWER, "machine.freeze_codec=true"], "leaves nothing to train without machine.edit=true"),
+        (["objective.viewer=machine", "machine.receivers=[random-vit,random-vit]"], "names one twice"),
+        (["objective.viewer=machine", "machine.receivers=[random-vti]"], "random-vit"),
+        ([*VIEWER, "machine.edit=true", "machine.pre_editor.tokens=clip"], "is not among machine.receivers"),
+        ([*VIEWER, "machine.mse=0", "machine.token=0", "machine.rank=0"], "are all 0"),
+        ([*VIEWER, "+machine.layers={random-vit/nose: 1}"], "there is no such layer"),
+        (["model.rate.levels=2", "model.rate.lowest=0.1"], "the lowest below the highest"),
+        (["model.rate.levels=0"], "model.rate.levels=0 must be at least 1"),
+        (["init_from=nowhere"], "there are no weights at nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_processes_meet(overrides, told, launch, shards):
+    result = launch("model=nano", f"data.shards={shards}", "train.batch_size=4", "run.dir=refused", *overrides)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("hpcm: ") and result.stderr.count("\n") == 1
+    assert told in result.stderr
+    assert not (launch.folder / "refused").exists()
+
+
+def test_a_pre_editor_is_neither_dropped_nor_another(weights):
+    file = weights["joint"]
+    for overrides, told in (
+        ([], "machine.edit=false would drop it"),
+        ([*VIEWER, "machine.edit=true", "machine.pre_editor.blocks=2"], "has a pre-editor with machine.pre_editor="),
+    ):
+        with pytest.raises(UserError) as error:
+            check_origin(compose(["model=nano", "model.rate.levels=6", *overrides]), file)
+        assert told in str(error.value)
+
+
+def test_costs_count_all_that_is_computed():
+    from hpcm_scale.machine.receivers import receiver
+    from hpcm_scale.model.shapes import on_meta
+
+    plain = compose(["model=nano"])
+    codec = training_flops_per_image(on_meta(plain.model), 256)
+    assert task_costs(plain).training_flops_per_image == codec
+    receivers = {"random-vit": receiver("random-vit")}
+    trained = {"none": task_costs(compose(["model=nano", *VIEWER]), receivers)}
+    for name in ("edit", "freeze_codec"):
+        more = [*VIEWER, "machine.edit=true", *([f"machine.{name}=true"] if name != "edit" else [])]
+        trained[name] = task_costs(compose(["model=nano", *more]), receivers)
+    flops = {name: costs.training_flops_per_image for name, costs in trained.items()}
+    assert codec < flops["none"] < flops["edit"]
+    assert flops["edit"] - flops["freeze_codec"] == codec / 3  # no gradients of its weights
+    assert [*trained["freeze_codec"].parameters_by_part] == ["pre_editor"]
+    task = task_of(compose(["model=nano", *VIEWER, "machine.edit=true"]), None, receivers)
+    assert trained["edit"].parameters == sum(weight.numel() for weight in task.module.parameters())
