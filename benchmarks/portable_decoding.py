@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.coding.container import unpack
+from hpcm_scale.coding.quality import usual_byte
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.entropy.shifts import Tolerance
 from hpcm_scale.entropy.tables import LOWEST
@@ -97,12 +98,12 @@ def scales(codec: Codec, data: bytes) -> Tensor:
     met: list[Tensor] = []
     traverse = codec.model.context.traverse_packed
 
-    def noting(hyper_parameters: Tensor, code):
+    def noting(hyper_parameters: Tensor, code, mix: Tensor | None = None):
         def note(step: int, scale: Tensor, mean: Tensor) -> Tensor:
             met.append(scale.float().flatten().cpu())
             return code(step, scale, mean)
 
-        return traverse(hyper_parameters, note)
+        return traverse(hyper_parameters, note, mix)
 
     codec.model.context.traverse_packed = noting
     try:
@@ -129,6 +130,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model, _ = load_weights(options.weights)
+    level = usual_byte(model.config.rate)
     codec, fragile = Codec(model), Codec(model, Tolerance(0, 0))
     variants = {name: variant(codec, change) for name, change in VARIANTS.items()}
     if torch.cuda.is_available():
@@ -146,7 +148,7 @@ def main() -> None:
 
     for i in progress(range(len(images)), description="decoding", unit="image"):
         pixels = images.load(i)
-        encoded, without = codec.encode(pixels), fragile.compress(pixels)
+        encoded, without = codec.encode(pixels, level), fragile.compress(pixels, level)
         cost, total = cost + encoded.shift_bits, total + 8 * len(encoded.data)
         expected = scales(codec, encoded.data)
         for name, other in variants.items():

@@ -74,7 +74,7 @@ def _print_comparisons(compared: list, refused: list, anchor, metric: str) -> No
     for curve, found in compared:
         shared = (f"{found.low:.2f}–{found.high:.2f}", f"{found.share_of_curve:.0%}", f"{found.share_of_anchor:.0%}")
         table.add_row(curve.name, curve.rate, *shared, f"{found.bd_rate:+.2f}%")
-    console.print(f"BD-rate by {METRICS[metric]} against {anchor.name} ({anchor.codec}; rate {anchor.rate})")
+    console.print(f"BD-rate by {METRICS[metric].name} against {anchor.name} ({anchor.codec}; rate {anchor.rate})")
     console.print(table)
     console.print("Negative: fewer bits than the anchor at equal quality, over the dB that both curves reach.")
     for error in refused:

@@ -36,14 +36,17 @@ def main() -> None:
     from hpcm_scale.coding.codec import Codec
     from hpcm_scale.coding.files import encode_file, encoding_jobs, run_jobs
     from hpcm_scale.coding.quality import quality_of_byte
-    from hpcm_scale.model.weights import device_of, load_weights
+    from hpcm_scale.machine.weights import edit_of, load_machine_codec
+    from hpcm_scale.model.weights import device_of
     from hpcm_scale.tracking.progress import progress
 
     jobs = encoding_jobs(Path(arguments.source), Path(arguments.target))
     device = device_of(arguments.device)
-    model, _ = load_weights(arguments.weights)
+    machine_codec = load_machine_codec(arguments.weights).to(device)
+    model = machine_codec.codec
     choose = _chooser(arguments, model.config.rate)
-    work = partial(encode_file, Codec(model.to(device)), choose=choose, background=background)
+    codec = Codec(model, edit=edit_of(machine_codec))
+    work = partial(encode_file, codec, choose=choose, background=background)
     results = run_jobs(jobs, work, partial(progress, description="encoding", unit="photo"))
     size = sum(result.size for result in results)
     bpp = 8 * size / sum(result.pixels for result in results)

@@ -1,27 +1,115 @@
-"""Command: rate, distortion and times of exported weights on a folder of images, beside other codecs."""
+"""Command: rate, distortion and times of exported weights on a folder of images, beside other codecs; task quality."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
 from hpcm_scale.errors import Parser, UserError, one_line
 
-OUTPUTS = "evaluation.json, images.csv, evaluation.md, rate_distortion.png and visual.png"
+OUTPUTS = ("evaluation.json", "images.csv", "evaluation.md", "rate_distortion.png")
+CROPS = "visual.png"
+TASKS = ("agreement", "text")
+TASK_OUTPUTS = ("task.json", "task.csv", "task.md", "task.png")
 
 
 @one_line
 def main() -> None:
     """Entry point of `hpcm evaluate` and `python -m hpcm_scale.evaluate`."""
+    arguments = _parser().parse_args()
+    _refuse(arguments)
+
+    from rich.console import Console
+
+    from hpcm_scale.config.schema import Precision
+    from hpcm_scale.evaluation.curves import read_weights
+    from hpcm_scale.evaluation.other_codecs import other_codec
+    from hpcm_scale.evaluation.pictures import Crops
+    from hpcm_scale.evaluation.results import machine
+    from hpcm_scale.evaluation.tables import console_table
+    from hpcm_scale.evaluation.task.sections import TaskResults, parameters_of
+    from hpcm_scale.evaluation.task.tables import task_console
+    from hpcm_scale.model.layers import set_arithmetic
+    from hpcm_scale.model.weights import device_of
+
+    # All that can be refused is refused before the first image is coded.
+    device = device_of(arguments.device)
+    others = [other_codec(name) for name in arguments.against]
+    models = read_weights(arguments.weights, arguments.qualities)
+    for group in models:
+        if group[0].curve in arguments.against:
+            raise UserError(f"--weights {group[0].curve}=… has the name of a codec in --against; give it another")
+    photos, texts = _sections(arguments, device)
+    sections = [photos, *texts] if photos else texts
+    tasks = TaskResults([section for section in sections if section.measures], parameters_of(models), machine())
+
+    set_arithmetic(Precision.fp32)
+    chosen = Crops(arguments.visual if arguments.out else 0)
+    for section in sections:
+        section.look_at_originals()
+        crops = chosen if section is photos else None
+        for _ in section.code(models, others, device=device, estimate=arguments.estimate, crops=crops):
+            if arguments.out:  # what is measured is kept, whatever the next codec does
+                _write(photos, chosen, tasks, Path(arguments.out))
+    console = Console(markup=False, emoji=False, highlight=False)  # names of images are no markup
+    if photos:
+        console.print(console_table(photos.results))
+    if tasks.sections:
+        console.print(task_console(tasks))
+    if arguments.out:
+        written = (*(OUTPUTS if photos else ()), *([CROPS] if chosen.chosen() else []))
+        *first, last = (*written, *(TASK_OUTPUTS if tasks.sections else ()))
+        print(f"{arguments.out}: {', '.join(first)} and {last}")
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="hpcm evaluate",
         description="Compress every image to a real file, decompress it from those bytes, and measure: bits per pixel, "
         "PSNR (mean over images, on pixels rounded to 8 bits), MS-SSIM, seconds. Weights of one architecture, "
-        "trained at several λ, make one curve.",
+        "trained at several λ, make one curve; those of a variable-rate model make one alone.",
     )
-    parser.add_argument("--weights", required=True, nargs="+", help="weights.safetensors of one or more runs")
-    parser.add_argument("--images", required=True, help="folder of JPEG, PNG or WebP images")
-    parser.add_argument("--out", help=f"folder for {OUTPUTS}")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="weights.safetensors of one or more runs; those of one NAME make one curve, called so",
+    )
+    parser.add_argument(
+        "--qualities",
+        nargs="+",
+        type=float,
+        metavar="Q",
+        help="points of variable-rate weights, 0 to 100; default: the levels that they learned",
+    )
+    parser.add_argument("--images", help="folder of JPEG, PNG or WebP images")
+    parser.add_argument("--out", help=f"folder for {', '.join((*OUTPUTS, CROPS))}; of tasks {', '.join(TASK_OUTPUTS)}")
+    parser.add_argument(
+        "--task",
+        type=_names,
+        default=[],
+        metavar="TASK,…",
+        help="what decoded images are worth to networks: agreement (tokens and classes are those of the original), "
+        "text (what is written can be read: on pictures made here, on a scanned page, and on those of --images if "
+        "there is a labels.csv, its columns file, text and, for pictures of several lines, left, top, width, height)",
+    )
+    parser.add_argument(
+        "--receivers",
+        type=_names,
+        default=[],
+        metavar="NAME,…",
+        help="networks of the tasks; default: efficientnet-lite0,efficientnet-lite2 for agreement, pp-ocrv4,pp-ocrv6 "
+        "for text",
+    )
+    parser.add_argument(
+        "--text-pictures",
+        type=int,
+        default=2,
+        metavar="N",
+        help="of --task text: pictures of text to make, about 1,000 characters each (default: %(default)s)",
+    )
     parser.add_argument(
         "--estimate",
         action="store_true",
@@ -30,7 +118,7 @@ def main() -> None:
     parser.add_argument("--set", help="refuse the folder unless it is this set: kodak, clic-pro-valid or tecnick")
     parser.add_argument(
         "--against",
-        type=lambda names: list(dict.fromkeys(name.strip() for name in names.split(","))),
+        type=_names,
         default=[],
         metavar="CODEC,…",
         help="other codecs for the same images: any of jpeg, webp, avif, jxl, hevc, vvc",
@@ -40,51 +128,32 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, help="use only the first so many images")
     parser.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
-    arguments = parser.parse_args()
-    _refuse(arguments)
-
-    from rich.console import Console
-
-    from hpcm_scale.config.schema import Precision
-    from hpcm_scale.data.image_set import ImageSet
-    from hpcm_scale.evaluation.curves import model_curve, other_curve, read_weights
-    from hpcm_scale.evaluation.image_sets import check_set
-    from hpcm_scale.evaluation.other_codecs import other_codec
-    from hpcm_scale.evaluation.pictures import Crops
-    from hpcm_scale.evaluation.results import Results, machine
-    from hpcm_scale.evaluation.tables import console_table
-    from hpcm_scale.model.layers import set_arithmetic
-    from hpcm_scale.model.weights import device_of
-    from hpcm_scale.tracking.progress import progress
-
-    # All that can be refused is refused before the first image is coded.
-    images = ImageSet(arguments.images, arguments.limit)
-    device = device_of(arguments.device)
-    others = [other_codec(name) for name in arguments.against]
-    models = read_weights(arguments.weights)
-    if arguments.set:
-        check_set(arguments.set, images)
-    else:
-        for index in progress(range(len(images)), description="reading", unit="image"):
-            images.load(index)  # a broken one would be refused late
-
-    set_arithmetic(Precision.fp32)
-    crops = Crops(arguments.visual if arguments.out else 0)
-    results = Results(arguments.images, arguments.set, len(images), [], machine())
-    for group in models:
-        watch = crops.ours if group is models[0] else None
-        results.curves.append(model_curve(group, images, device=device, estimate=arguments.estimate, watch=watch))
-        _write(results, crops, arguments.out)  # what is measured is kept, whatever the next codec does
-    for codec in others:
-        results.curves.append(other_curve(codec, images, watch=crops.other))
-        _write(results, crops, arguments.out)
-    Console(markup=False, emoji=False).print(console_table(results))  # names of images are no markup
-    if arguments.out:
-        print(f"{arguments.out}: {OUTPUTS if crops.chosen() else OUTPUTS.replace(' and visual.png', '')}")
+    return parser
 
 
-def _refuse(arguments) -> None:
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def _refuse(arguments: argparse.Namespace) -> None:
     """What can be told to be wrong without reading any file."""
+    for task in arguments.task:
+        if task not in TASKS:
+            raise UserError(f"there is no task {task!r}; choose from {', '.join(TASKS)}")
+    only_text = arguments.task == ["text"]
+    if not arguments.images and not only_text:
+        raise UserError("name a folder of images with --images; only --task text does without")
+    if arguments.task and arguments.estimate:
+        raise UserError("--task looks at what real files decode to; leave out --estimate")
+    if arguments.receivers and not arguments.task:
+        raise UserError("--receivers is for --task; name a task, or leave it out")
+    if arguments.text_pictures < 0:
+        raise UserError(f"--text-pictures {arguments.text_pictures} must not be negative")
+    if arguments.set and only_text:
+        raise UserError(f"--set {arguments.set} is for photos, and --task text codes pictures of text; leave it out")
+    for quality in arguments.qualities or []:
+        if not 0 <= quality <= 100:
+            raise UserError(f"--qualities {quality:g} must be between 0 and 100")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1")
     if arguments.visual < 0:
@@ -100,25 +169,66 @@ def _refuse(arguments) -> None:
             raise UserError(f"--out {out} cannot be written because {there} is read-only; name another folder")
 
 
-def _write(results, crops, folder: str | None) -> None:
-    """Everything measured so far, as files in the folder, if one is wanted."""
-    if folder is None:
-        return
+def _sections(arguments: argparse.Namespace, device):
+    """The folder of images, unless only text is wanted, and the sets of pictures of text."""
+    from hpcm_scale.evaluation.results import Results, machine
+    from hpcm_scale.evaluation.task.plan import photo_section, task_receivers, text_sections
+
+    receivers = task_receivers(arguments.task, arguments.receivers)
+    photos, texts, only_text = None, [], arguments.task == ["text"]
+    if not only_text:
+        images = _images(arguments)
+        results = Results(arguments.images, arguments.set, len(images), [], machine())
+        photos = photo_section(images, results, receivers.get("agreement", ()), device)
+    if "text" in arguments.task:
+        sets = (arguments.images, only_text and arguments.images, arguments.text_pictures, arguments.limit)
+        texts = text_sections(*sets, receivers["text"], device, machine())
+    return photos, texts
+
+
+def _images(arguments: argparse.Namespace):
+    """The images of the folder, once all are known to be sound and large enough."""
+    from hpcm_scale.data.image_set import ImageSet
+    from hpcm_scale.evaluation.image_sets import check_set
+    from hpcm_scale.evaluation.task.agreement import check_size
+    from hpcm_scale.tracking.progress import progress
+
+    images = ImageSet(arguments.images, arguments.limit)
+    if arguments.set:
+        check_set(arguments.set, images)
+        return images
+    for index in progress(range(len(images)), description="reading", unit="image"):
+        pixels = images.load(index)  # a broken one would be refused late
+        if "agreement" in arguments.task:
+            check_size(pixels, images.names[index])
+    return images
+
+
+def _write(photos, crops, tasks, out: Path) -> None:
+    """Everything measured so far, as files in the folder."""
     from hpcm_scale.evaluation.pictures import draw_crops
     from hpcm_scale.evaluation.rate_distortion_plot import draw_rate_distortion
     from hpcm_scale.evaluation.results import write_json
     from hpcm_scale.evaluation.tables import csv_table, markdown
+    from hpcm_scale.evaluation.task.plot import draw_tasks
+    from hpcm_scale.evaluation.task.report import task_csv, write_task_json
+    from hpcm_scale.evaluation.task.tables import task_markdown
     from hpcm_scale.files import write_text, writing
 
-    out = Path(folder)
     with writing(out):
-        write_json(results, out / "evaluation.json")
-        write_text(out / "images.csv", csv_table(results))
-        write_text(out / "evaluation.md", markdown(results))
-        draw_rate_distortion(results, out / "rate_distortion.png")
-        (out / "visual.png").unlink(missing_ok=True)  # of an evaluation before this one
+        if photos:
+            write_json(photos.results, out / "evaluation.json")
+            write_text(out / "images.csv", csv_table(photos.results))
+            write_text(out / "evaluation.md", markdown(photos.results))
+            draw_rate_distortion(photos.results, out / "rate_distortion.png")
+            (out / CROPS).unlink(missing_ok=True)  # of an evaluation before this one
         if crops.chosen():
-            draw_crops(crops.chosen(), out / "visual.png", results.title)
+            draw_crops(crops.chosen(), out / CROPS, photos.results.title)
+        if tasks.measured:
+            write_task_json(tasks, out / "task.json")
+            write_text(out / "task.csv", task_csv(tasks))
+            write_text(out / "task.md", task_markdown(tasks))
+            draw_tasks(tasks, out / "task.png")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hpcm_scale.benchmark.report import Report, Table, with_quartiles
 from hpcm_scale.benchmark.stopwatch import Stopwatch
 from hpcm_scale.coding import codec as coding
 from hpcm_scale.coding.codec import Codec
+from hpcm_scale.coding.quality import usual_byte
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.plain import plain
@@ -91,7 +92,7 @@ def measure_codec(
 def _measure_image(
     codec: Codec, watch: Stopwatch, name: str, pixels: Tensor, rounds: int, device: torch.device
 ) -> ImageSpeed:
-    files = {}
+    files, level = {}, usual_byte(codec.model.config.rate)
     for way in (PLAIN, FAST):
         with computed(way, codec.model):
             files[way] = _checked(codec, name, pixels)
@@ -100,7 +101,7 @@ def _measure_image(
         def run() -> float:
             watch.take()
             with computed(way, codec.model):
-                codec.compress(pixels) if direction == "encode" else codec.decompress(files[way])
+                codec.compress(pixels, level) if direction == "encode" else codec.decompress(files[way])
             return watch.take()
 
         return run
@@ -124,7 +125,7 @@ def _measure_image(
 
 def _checked(codec: Codec, name: str, pixels: Tensor) -> bytes:
     """The file of an image, after its picture has been seen to come out of it; also warms up."""
-    encoded = codec.encode(pixels)
+    encoded = codec.encode(pixels, usual_byte(codec.model.config.rate))
     expected = codec.picture(encoded.y_hat, *pixels.shape[1:])
     if not torch.equal(codec.decompress(encoded.data), expected):
         raise UserError(f"{name} does not come out of its file as the encoder had it; that is a fault of the codec")

@@ -17,6 +17,6 @@ def quality_of_byte(byte: int) -> float:
     return round(quality) if byte_of_quality(round(quality)) == byte else round(quality, 1)
 
 
-def usual_byte(rate: RateConfig) -> int:
-    """The byte where no quality is named: that of the λ at which the model's gains started."""
-    return byte_of(rate, level_of(rate, rate.reference))
+def usual_byte(rate: RateConfig) -> int | None:
+    """The byte where no quality is named: that of the λ at which the model's gains started; None at fixed rate."""
+    return byte_of(rate, level_of(rate, rate.reference)) if rate.levels > 1 else None

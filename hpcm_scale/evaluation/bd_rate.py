@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import bjontegaard
 import numpy as np
@@ -17,9 +19,28 @@ POINTS = 3
 """What pchip needs to draw a curve; through two points it draws a straight line."""
 SHARED = 0.25
 """Of the narrower of the two quality ranges: with less in common a BD-rate means nothing."""
-LEAST_DECIBELS = 1.0
-"""In common, however narrow the narrower range is."""
-METRICS = {"psnr": "PSNR", "ms-ssim": "MS-SSIM in dB"}
+
+
+class Scale(NamedTuple):
+    """What a quality is told in; it rises with the rate."""
+
+    name: str
+    unit: str
+    least: float = 1.0
+    """In common, in that unit, however narrow the narrower range is."""
+
+
+METRICS = {"psnr": Scale("PSNR", "dB"), "ms-ssim": Scale("MS-SSIM in dB", "dB")}
+
+
+class Line(NamedTuple):
+    """The points of a codec on one scale."""
+
+    name: str
+    rates: Sequence[float]
+    """bpp."""
+    qualities: Sequence[float]
+    """In the unit of the scale."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,7 @@ class RateCurve:
         """
         values = self.psnr if metric == "psnr" else self.ms_ssim
         if values is None:
-            raise UserError(f"there is no {METRICS[metric]} of {self.name}; compare by PSNR")
+            raise UserError(f"there is no {METRICS[metric].name} of {self.name}; compare by PSNR")
         return values if metric == "psnr" else tuple(-10 * math.log10(max(1 - value, 1e-10)) for value in values)
 
 
@@ -62,7 +83,7 @@ class Comparison:
     bd_rate: float
     """Percent of the anchor's bits at equal quality; negative: fewer bits than the anchor."""
     low: float
-    """dB: the quality range that both curves reach, over which the log of the rates is averaged."""
+    """The quality range that both curves reach (dB, or another unit), over which the log of the rates is averaged."""
     high: float
     share_of_curve: float
     """Part of the curve's own quality range that is shared."""
@@ -70,23 +91,32 @@ class Comparison:
 
 
 def compare(curve: RateCurve, anchor: RateCurve, metric: str = "psnr") -> Comparison:
-    """BD-rate of `curve` against `anchor` (Bjøntegaard 2001, VCEG-M33), log rate interpolated by pchip.
+    """BD-rate of `curve` against `anchor` by one of `METRICS` (`bd_rate`).
 
-    Points may come in any order; a point that occurs twice counts once. Raises UserError, telling the points or
-    ranges, for curves of different images, with fewer than `POINTS` points, that do not rise strictly in rate and
-    quality, or that share less than `SHARED` of the narrower quality range or than `LEAST_DECIBELS`.
+    Raises UserError for curves of different images, too.
     """
     same_images(curve, anchor)
-    rates, qualities = _points(curve, metric)
-    anchor_rates, anchor_qualities = _points(anchor, metric)
+    lines = (Line(each.name, each.bpp, each.quality(metric)) for each in (curve, anchor))
+    return bd_rate(*lines, METRICS[metric])
+
+
+def bd_rate(line: Line, anchor: Line, scale: Scale) -> Comparison:
+    """BD-rate of `line` against `anchor` (Bjøntegaard 2001, VCEG-M33), log rate interpolated by pchip.
+
+    Points may come in any order; a point that occurs twice counts once. Raises UserError, telling the points or
+    ranges, for lines with fewer than `POINTS` points, that do not rise strictly in rate and quality, or that share
+    less than `SHARED` of the narrower quality range or than the scale's least.
+    """
+    rates, qualities = _points(line, scale)
+    anchor_rates, anchor_qualities = _points(anchor, scale)
     low, high = max(qualities[0], anchor_qualities[0]), min(qualities[-1], anchor_qualities[-1])
     span, anchor_span = np.ptp(qualities), np.ptp(anchor_qualities)
-    if high - low < max(SHARED * min(span, anchor_span), LEAST_DECIBELS):
+    if high - low < max(SHARED * min(span, anchor_span), scale.least):
         raise UserError(
-            f"{curve.name} reaches {qualities[0]:.2f} to {qualities[-1]:.2f} dB and {anchor.name} "
-            f"{anchor_qualities[0]:.2f} to {anchor_qualities[-1]:.2f} dB ({METRICS[metric]}): too little in common "
-            f"for a BD-rate (less than {LEAST_DECIBELS:g} dB, or than {SHARED:.0%} of the narrower range); "
-            "evaluate at other settings or take another anchor"
+            f"{line.name} reaches {qualities[0]:.2f} to {qualities[-1]:.2f} {scale.unit} and {anchor.name} "
+            f"{anchor_qualities[0]:.2f} to {anchor_qualities[-1]:.2f} {scale.unit} ({scale.name}): too little in "
+            f"common for a BD-rate (less than {scale.least:g} {scale.unit}, or than {SHARED:.0%} of the narrower "
+            "range); evaluate at other settings or take another anchor"
         )
     percent = bjontegaard.bd_rate(
         anchor_rates,
@@ -129,25 +159,25 @@ def _can_be(curve: RateCurve, name: str | None) -> bool:
     return Counter(SETS[name].size(width, height) for _, width, height in curve.images) == SETS[name].sizes
 
 
-def _points(curve: RateCurve, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def _points(line: Line, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
     """Rates and qualities in rising order, sound and each once."""
-    points = sorted(set(zip(curve.bpp, curve.quality(metric), strict=True)))
+    points = sorted(set(zip(line.rates, line.qualities, strict=True)))
     unsound = [point for point in points if not (0 < point[0] < math.inf and math.isfinite(point[1]))]
     if unsound:
-        raise UserError(f"{curve.name} has the point {_told(unsound[0])}, which cannot be; evaluate it again")
+        raise UserError(f"{line.name} has the point {_told(unsound[0], scale)}, which cannot be; evaluate it again")
     if len(points) < POINTS:
         count = "1 point" if len(points) == 1 else f"{len(points)} different points"
-        raise UserError(f"{curve.name} has {count}, and a BD-rate needs {POINTS}; evaluate at more settings (λ)")
+        raise UserError(f"{line.name} has {count}, and a BD-rate needs {POINTS}; evaluate at more settings (λ)")
     falls = [(one, other) for one, other in pairwise(points) if one[0] >= other[0] or one[1] >= other[1]]
     if falls:
-        told = ", ".join(f"{_told(one)} before {_told(other)}" for one, other in falls)
+        told = ", ".join(f"{_told(one, scale)} before {_told(other, scale)}" for one, other in falls)
         raise UserError(
-            f"{curve.name} does not rise in both rate and quality ({told}), so it has no BD-rate; "
+            f"{line.name} does not rise in both rate and quality ({told}), so it has no BD-rate; "
             "evaluate without the settings that spend bits for nothing"
         )
     rates, qualities = np.array(points).T
     return rates, qualities
 
 
-def _told(point: tuple[float, float]) -> str:
-    return f"{point[0]:.4f} bpp at {point[1]:.2f} dB"
+def _told(point: tuple[float, float], scale: Scale) -> str:
+    return f"{point[0]:.4f} bpp at {point[1]:.2f} {scale.unit}"

@@ -15,7 +15,8 @@ from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.evaluation.estimate import estimate
 from hpcm_scale.evaluation.measures import Estimated, Measured, measure
 from hpcm_scale.evaluation.other_codecs import OtherCodec
-from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.machine.machine_codec import MachineCodec
+from hpcm_scale.machine.weights import edit_of
 from hpcm_scale.model.variable_rate import level_of_byte
 from hpcm_scale.objective.rate_distortion import RateDistortionObjective
 
@@ -43,12 +44,12 @@ Watcher = Callable[[int, Tensor, Tensor, Measured], None]
 """Sees the index of every image, its pixels, what was decoded, and what was measured."""
 
 
-def file_coder(model: HPCM, device: torch.device, level: int | None = None) -> Coder:
+def file_coder(model: MachineCodec, device: torch.device, level: int | None = None) -> Coder:
     """Compress to a real file (in memory), and decompress from its bytes alone; fp32.
 
     `level`: the byte of a variable-rate model's files, 0 to 255.
     """
-    codec = Codec(model.to(device))
+    codec = Codec(model.to(device).codec, edit=edit_of(model))
     warm = False
 
     def code(pixels: Tensor) -> CodedImage:
@@ -65,7 +66,7 @@ def file_coder(model: HPCM, device: torch.device, level: int | None = None) -> C
     return code
 
 
-def estimate_coder(model: HPCM, device: torch.device, lmbda: float | None, level: int | None = None) -> Coder:
+def estimate_coder(model: MachineCodec, device: torch.device, lmbda: float | None, level: int | None = None) -> Coder:
     """One forward pass in the model's precision: the bits its likelihoods promise, no file.
 
     `level`: the byte that a variable-rate model's files would have.

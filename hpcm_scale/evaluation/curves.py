@@ -19,6 +19,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.coders import Coder, Watcher, code_images, estimate_coder, file_coder, other_coder
 from hpcm_scale.evaluation.measures import Measured, mean
 from hpcm_scale.evaluation.other_codecs import OtherCodec
+from hpcm_scale.machine.weights import load_machine_codec
 from hpcm_scale.model.shapes import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
 from hpcm_scale.model.variable_rate import byte_of, level_of_byte, lmbda_of
 from hpcm_scale.model.weights import load_weights
@@ -166,9 +167,9 @@ def model_curve(
     kmac = kmac_per_pixel(forward_flops_per_image(on_meta(config), 256), 256)
     points = []
     for weights in group:
-        model, _ = load_weights(weights.path)
+        model = load_machine_codec(weights.path)
         if estimate:
-            model.precision = Precision(weights.facts["precision"])
+            model.set_precision(Precision(weights.facts["precision"]))
         for setting in weights.settings:
             coder = (
                 estimate_coder(model, device, setting.lmbda, setting.level)

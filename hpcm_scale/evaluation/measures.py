@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
+
+from hpcm_scale.coding.distortion import peak_signal_to_noise
 
 MS_SSIM_SMALLEST_SIDE = 161
 """Five halvings and a window of 11 pixels: MS-SSIM is not defined for images with a shorter side below this."""
@@ -83,12 +84,6 @@ def mean(images: list[Measured]) -> dict[str, float | None]:
     if means["ms_ssim"] is not None:
         means["ms_ssim_db"] = decibels(means["ms_ssim"])
     return means
-
-
-def peak_signal_to_noise(x: Tensor, y: Tensor) -> float:
-    """PSNR in dB of two uint8 images; that of one wrong level in one value for identical ones."""
-    errors = (x.to(torch.int32) - y.to(torch.int32)).square().sum(dtype=torch.int64).item()
-    return 10 * math.log10(255**2 * x.numel() / max(errors, 1))
 
 
 def multi_scale_similarity(x: Tensor, y: Tensor) -> float | None:

@@ -81,11 +81,15 @@ class Crops:
     def __init__(self, number: int) -> None:
         self.number = number
         self._chosen: dict[int, Crop] = {}
+        self._ours: str | None = None
 
     def ours(self, codec: str) -> Watcher:
-        """The watcher of our codec, under the name that is written above its crops."""
+        """The watcher of our codec, under the name that is written above its crops: the first that is asked for."""
+        self._ours = self._ours or codec
 
         def watch(index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
+            if codec != self._ours:
+                return
             window, error = worst_window(original, decoded)
             self._chosen[index] = Crop(window, error, window.cut(original), Panel(codec, window.cut(decoded), measured))
             if len(self._chosen) > self.number:

@@ -26,16 +26,12 @@ def draw_rate_distortion(results: Results, path: str | Path) -> None:
     alone = len(list(results.points())) == 1
     figure = Figure(figsize=(1 + 5.5 * len(panels), 5.2), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    styles = _styles(results.curves)
+    colours = styles(results.curves)
     for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for curve, (colour, marker) in zip(results.curves, styles, strict=True):
-            _draw(axes, curve, key, colour, marker)
+        for curve, style in zip(results.curves, colours, strict=True):
+            draw_curve(axes, curve, [point.mean[key] for point in curve.points], *style)
+        dress(axes, PANELS[key])
         axes.set_xlim(0, highest * (2 if alone else 1.05))
-        axes.set_xlabel("mean rate (bits per pixel)")
-        axes.set_ylabel(PANELS[key])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
     figure.suptitle(f"Rate and distortion: {results.title}", fontweight="bold")
     handles, _ = figure.axes[0].get_legend_handles_labels()
     columns = min(len(handles), 2 * len(panels))
@@ -44,21 +40,34 @@ def draw_rate_distortion(results: Results, path: str | Path) -> None:
         figure.savefig(unfinished, format=Path(path).suffix[1:])
 
 
-def _styles(curves: list[Curve]) -> list[tuple[str, str]]:
+def styles(curves: list[Curve]) -> list[tuple[str, str]]:
     """A colour and a marker for each curve, no two the same up to many more than can be read."""
     colours = matplotlib.color_sequences["petroff10"]  # told apart by colour-blind readers
     return [(colours[i % len(colours)], MARKERS[(i + i // len(colours)) % len(MARKERS)]) for i in range(len(curves))]
 
 
-def _draw(axes: Axes, curve: Curve, key: str, colour: str, marker: str) -> None:
+def draw_curve(
+    axes: Axes, curve: Curve, heights: list[float], colour: str, marker: str, *, filled: bool = True
+) -> None:
+    """Draw `heights`, one per point, over mean bpp; ours heavier than others, markers hollow unless `filled`."""
     ours = any(point.weights for point in curve.points)
     rates = [point.mean["bpp"] for point in curve.points]
-    heights = [point.mean[key] for point in curve.points]
     label = curve.label
     if len(curve.points) == 1:
         label += f", {curve.points[0].setting}"
     if curve.rate == ESTIMATED:
         label += " (estimated rate)"
     style = {"linewidth": 2.2, "markersize": 7, "zorder": 3} if ours else {"linewidth": 1.4, "markersize": 5}
+    if not filled:
+        style |= {"markerfacecolor": "white", "markeredgewidth": 1.6}
     line = "-" if len(curve.points) > 1 else ""
     axes.plot(rates, heights, color=colour, linestyle=line, marker=marker, label=label, clip_on=False, **style)
+
+
+def dress(axes: Axes, label: str) -> None:
+    """Name the axes, rate on x, and draw a grid behind the curves."""
+    axes.set_xlabel("mean rate (bits per pixel)")
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)

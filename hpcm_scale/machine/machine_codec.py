@@ -71,6 +71,12 @@ class MachineCodec(nn.Module):
         """The codec's."""
         return self.codec.precision
 
+    def set_precision(self, precision: Precision) -> None:
+        """Have codec and pre-editor compute in another precision."""
+        self.codec.precision = precision
+        if self.pre_editor is not None:
+            self.pre_editor.precision = precision
+
     @property
     def multiple(self) -> int:
         """Sides of the input must be multiples of this many pixels."""

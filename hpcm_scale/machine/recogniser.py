@@ -65,7 +65,8 @@ class TextRecogniser(TokenExtractor):
     @torch.no_grad()
     def read(self, x: Tensor) -> list[str]:
         """The text in each image of (B, 3, H, W) in [0, 1], a line of it per strip; greedy, without a lexicon."""
-        lines = F.pad(_lines(x.float()), (0, max(SHORTEST_LINE - x.shape[3], 0)), value=0.5)
+        lines = _lines(x.float())
+        lines = F.pad(lines, (0, max(SHORTEST_LINE - lines.shape[3], 0)), value=0.5)
         (classes,) = self._outputs(lines, "classes")
         best = classes.argmax(dim=-1).unflatten(0, (len(x), -1))
         return ["\n".join(self._decoded(line) for line in image) for image in best.tolist()]

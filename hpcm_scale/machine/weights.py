@@ -1,49 +1,53 @@
-"""The pre-editor of a weights file, ready to stand in front of a codec."""
+"""Weights files as what encoders need: the codec, and the pre-editor in front of it where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.machine.machine_codec import MachineCodec
 from hpcm_scale.machine.pre_editor import PreEditor
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.weights import WeightsFile, codec_of, load_state
+from hpcm_scale.model.weights import WeightsFile, codec_of, load_state, read_weights_file
 
 Edit = Callable[[Tensor, float | None], Tensor]
-"""Pixels, uint8 (3, H, W), and the level of a variable-rate model, to what is coded in their stead: fp32 in [0, 1]."""
+"""Pixels, uint8 (3, H, W), and the level of a variable-rate model, to what is coded in their stead: fp32 (3, H, W)."""
 
 
-def codec_and_edit(file: WeightsFile) -> tuple[HPCM, Edit | None]:
-    """The codec of a weights file, and what edits images in front of it where the file has a pre-editor.
+def load_machine_codec(path: str | Path) -> MachineCodec:
+    """The codec of a weights file and its pre-editor, if it has one; on the CPU and in evaluation mode.
 
-    Both on the CPU, the edit follows the codec to where that is moved. Raises UserError for files that do not fit, and
-    where the receiver whose tokens the pre-editor sees cannot be had.
+    Raises UserError for a file that is none or does not fit, and where the receiver whose tokens the pre-editor sees
+    cannot be had. Decoding needs the codec alone: `model.weights.load_weights`.
     """
+    file = read_weights_file(path)
     codec = codec_of(file)
     if file.pre_editor is None:
-        return codec, None
-    tokens = file.pre_editor.config.tokens
-    seen = receiver(tokens) if tokens else None
-    pre_editor = build_pre_editor(file, seen)
-    machine_codec = MachineCodec(codec, pre_editor, seen).eval()
+        return MachineCodec(codec).eval()
+    return _with_pre_editor(file, codec).eval()
+
+
+def _with_pre_editor(file: WeightsFile, codec: HPCM) -> MachineCodec:
+    config = file.pre_editor.config
+    seen = receiver(config.tokens) if config.tokens else None
+    pre_editor = PreEditor(config, seen and seen.token_channels, file.config.rate.levels)
+    load_state(pre_editor, file.pre_editor.state, file.path)
+    return MachineCodec(codec, pre_editor, seen)
+
+
+def edit_of(machine_codec: MachineCodec) -> Edit | None:
+    """What its pre-editor does to an image before it is coded; None where there is none."""
+    if machine_codec.pre_editor is None:
+        return None
 
     @torch.inference_mode()
     def edit(pixels: Tensor, level: float | None) -> Tensor:
-        device = next(codec.parameters()).device
-        x = pixels[None].to(device) / 255
-        edited = machine_codec.to(device).edit(x.contiguous(memory_format=torch.channels_last), level)
-        return edited[0]
+        device = next(machine_codec.parameters()).device
+        x = (pixels[None].to(device) / 255).contiguous(memory_format=torch.channels_last)
+        return machine_codec.edit(x, level)[0]
 
-    return codec, edit
-
-
-def build_pre_editor(file: WeightsFile, seen: TokenExtractor | None) -> PreEditor:
-    """The pre-editor of a weights file that has one, fp32."""
-    pre_editor = PreEditor(file.pre_editor.config, seen and seen.token_channels, file.config.rate.levels)
-    load_state(pre_editor, file.pre_editor.state, file.path)
-    return pre_editor
+    return edit

@@ -42,7 +42,7 @@ def learned(photo) -> Codec:
     model = HPCM(replace(compose_model("nano"), rate=RateConfig(levels=LEVELS, lowest=1e-4)))
     crop = photo[None, :, 100:356, 200:456].float() / 255
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(8):
+    for _ in range(14):
         level = (LEVELS - 1) * torch.rand(1)
         coded = model(crop, Noise(*(torch.rand(1, *shape) - 0.5 for shape in model.latent_shapes(256, 256))), level)
         loss = rate_distortion_loss(crop, *coded, lmbda_of(model.config.rate, level)).loss.mean()

@@ -18,7 +18,9 @@ from hpcm_scale.evaluation.curves import model_curve, other_curve, read_weights
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.evaluation.measures import Estimated, peak_signal_to_noise
 from hpcm_scale.evaluation.other_codecs import other_codec
+from hpcm_scale.machine.weights import load_machine_codec
 from hpcm_scale.model.weights import load_weights
+from hpcm_scale.objective.rate_distortion import RateDistortionObjective
 from hpcm_scale.training.costs import size_row
 
 CPU = torch.device("cpu")
@@ -30,7 +32,7 @@ def weights(save_untrained) -> str:
 
 
 def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images):
-    model, _ = load_weights(weights)
+    model = load_machine_codec(weights)
     seen = []
     measured = code_images(file_coder(model, CPU), small_images, watch=lambda *look: seen.append(look))
     assert [image.name for image in measured] == small_images.names
@@ -46,7 +48,7 @@ def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images)
 
 
 def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
-    model, _ = load_weights(weights)
+    model = load_machine_codec(weights)
     measured = code_images(estimate_coder(model, CPU, 0.013), small_images)
     journal = evaluate(
         model, small_images, multiple=model.multiple, objective=RateDistortionObjective(0.013), device=CPU
@@ -54,15 +56,15 @@ def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
     for image, expected in zip(measured, journal.images, strict=True):
         assert isinstance(image, Estimated) and image.encode_seconds is image.decode_seconds is None
         found = asdict(image)
-        assert {key: found[key] for key in asdict(expected)} == {
-            key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
-            for key, value in asdict(expected).items()
+        known = {"name": expected.name, "width": expected.width, "height": expected.height} | expected.measures()
+        assert {key: found[key] for key in known} == {
+            key: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value for key, value in known.items()
         }
         assert image.bits == pytest.approx(image.bpp * image.width * image.height)
 
 
 def test_an_estimate_without_a_lambda_has_no_loss(weights, small_images):
-    model, _ = load_weights(weights)
+    model = load_machine_codec(weights)
     measured = code_images(estimate_coder(model, CPU, None), small_images)
     assert all(image.loss is None and image.mse > 0 for image in measured)
 
@@ -122,7 +124,7 @@ def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, small_i
 
 def test_weights_without_a_lambda_are_named_by_their_file(save_untrained):
     ((weights,),) = read_weights([save_untrained("imported", lmbda=None)])
-    assert weights.setting == "imported"
+    assert [setting.label for setting in weights.settings] == ["imported"]
 
 
 def test_curves_that_mean_nothing_are_refused(save_untrained, weights):
@@ -130,8 +132,8 @@ def test_curves_that_mean_nothing_are_refused(save_untrained, weights):
     again = save_untrained("again", seed=1)
     for paths, message in (
         ((weights, weights), "twice; name it once"),
-        ((weights, again), "are both called nano with λ = 0.013"),
-        ((weights, changed), "are both called nano but are built differently"),
+        ((weights, again), "are both called hpcm nano with λ = 0.013"),
+        ((weights, changed), "are both called hpcm nano but are built differently"),
     ):
         with pytest.raises(UserError, match=message):
             read_weights(paths)

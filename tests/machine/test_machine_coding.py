@@ -19,10 +19,10 @@ from hpcm_scale.evaluation.estimate import pad
 from hpcm_scale.machine.machine_codec import MachineCodec
 from hpcm_scale.machine.pre_editor import PreEditor
 from hpcm_scale.machine.receivers import receiver
-from hpcm_scale.machine.weights import codec_and_edit
+from hpcm_scale.machine.weights import edit_of, load_machine_codec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.variable_rate import level_of_byte
-from hpcm_scale.model.weights import PreEditorWeights, load_weights, read_weights_file, save_weights
+from hpcm_scale.model.weights import PreEditorWeights, load_weights, save_weights
 
 RECEIVER = "random-vit"
 FACTS = {"lmbda": None, "precision": "fp32"}
@@ -66,8 +66,9 @@ def pixels(photo) -> torch.Tensor:
 @pytest.mark.parametrize("level", [0, 77, 255])
 def test_training_and_encoder_edit_alike(machine_codec, weights, pixels, level):
     """Up to the padding, which training never sees: editing comes first in the encoder, and in an estimate last."""
-    codec, edit = codec_and_edit(read_weights_file(weights / "machine.safetensors"))
-    encoded = Codec(codec, edit=edit).encode(pixels, level)
+    loaded = load_machine_codec(weights / "machine.safetensors")
+    codec = loaded.codec
+    encoded = Codec(codec, edit=edit_of(loaded)).encode(pixels, level)
     number = level_of_byte(codec.config.rate, level)
     x = (pixels / 255)[None].contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -79,10 +80,9 @@ def test_training_and_encoder_edit_alike(machine_codec, weights, pixels, level):
 
 
 def test_files_decode_without_the_pre_editor(weights, pixels):
-    codec, edit = codec_and_edit(read_weights_file(weights / "machine.safetensors"))
-    plain, no_edit = codec_and_edit(read_weights_file(weights / "codec.safetensors"))
-    assert no_edit is None
-    encoder, decoder = Codec(codec, edit=edit), Codec(plain)
+    loaded, plain = (load_machine_codec(weights / f"{name}.safetensors") for name in ("machine", "codec"))
+    assert edit_of(plain) is None
+    encoder, decoder = Codec(loaded.codec, edit=edit_of(loaded)), Codec(plain.codec)
     encoded = encoder.encode(pixels, 128)
     assert torch.equal(decoder.decode(unpack(encoded.data)), encoded.y_hat)
     assert not torch.equal(decoder.encode(pixels, 128).y_hat, encoded.y_hat)
@@ -125,4 +125,4 @@ def test_a_pre_editor_that_does_not_fit_is_told(weights, tmp_path, machine_codec
     other = PreEditorWeights(PreEditorConfig(tokens=None), machine_codec.pre_editor.state_dict())
     save_weights(tmp_path / "w.safetensors", codec.state_dict(), codec.config, FACTS, other)
     with pytest.raises(UserError, match="do not fit the model it describes"):
-        codec_and_edit(read_weights_file(tmp_path / "w.safetensors"))
+        load_machine_codec(tmp_path / "w.safetensors")

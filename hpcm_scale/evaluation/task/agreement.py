@@ -1,0 +1,150 @@
+"""Agreement: whether a network sees in the decoded image what it sees in the original."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.bd_rate import Scale
+from hpcm_scale.evaluation.measures import decibels
+from hpcm_scale.evaluation.task.metrics import Metric, TaskMeasure, distance_in_decibels
+from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor
+from hpcm_scale.machine.token_losses import rank_difference, token_distortion
+
+KEPT = 1 << 30
+"""Bytes of originals' tokens that are kept; those of further images are worked out again for every setting."""
+
+TOKENS = (
+    Metric(
+        "token_cosine",
+        "token cosine",
+        4,
+        "cosine of the original's token and the decoded one's at the same place, mean over tokens, then over layers",
+        Scale("token cosine, −10·log10(1 − cosine)", "dB"),
+        decibels,
+    ),
+    Metric(
+        "token_distortion",
+        "token distortion",
+        4,
+        "1 − that cosine, plus the squared error of the tokens relative to the original's energy, mean over layers",
+        Scale("token distortion, −10·log10", "dB"),
+        distance_in_decibels,
+    ),
+    Metric(
+        "rank_difference",
+        "rank difference",
+        4,
+        "|log effective rank of the decoded tokens − that of the original's|, mean over layers",
+        on_terminal=False,
+    ),
+)
+CLASSES = (
+    Metric(
+        "kl",
+        "KL (nats)",
+        4,
+        "Kullback-Leibler divergence of the class posterior, from the original's to the decoded image's",
+        Scale("class posterior, −10·log10(KL / nat)", "dB"),
+        distance_in_decibels,
+    ),
+    Metric(
+        "class_cosine",
+        "class cosine",
+        4,
+        "cosine of the two vectors of class probabilities",
+        Scale("class posterior, −10·log10(1 − cosine)", "dB"),
+        decibels,
+    ),
+    Metric("top1", "top-1", 3, "top-1 agreement: share of images whose most probable class stays the same"),
+)
+"""Of receivers that have classes."""
+
+
+class _Seen(NamedTuple):
+    tokens: dict[str, Tensor]
+    log_probabilities: Tensor | None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tokens.nbytes for tokens in self.tokens.values())
+
+
+class Agreement(TaskMeasure):
+    """Tokens and class posterior of a receiver, the original image being the reference.
+
+    The decoded image is the 8-bit one that a user would have. Images need sides of 32 pixels.
+    """
+
+    task = "agreement"
+
+    def __init__(self, extractor: TokenExtractor, device: torch.device) -> None:
+        self.receiver = extractor.name
+        self._extractor, self._device = extractor.to(device), device
+        blank = torch.zeros(1, 3, SMALLEST_SIDE, SMALLEST_SIDE, device=device)
+        classes = extractor.posterior(blank) is not None
+        self.metrics = TOKENS + CLASSES if classes else TOKENS
+        self._originals: dict[int, _Seen] = {}
+        self._free = KEPT
+
+    @torch.no_grad()
+    def score(self, index: int, original: Tensor, decoded: Tensor) -> dict[str, float]:
+        """The metrics, by key, of image `index`: both uint8 (3, H, W), on the CPU.
+
+        Raises UserError for an image that is too small.
+        """
+        reference, seen = self._original(index, original), self._look(decoded)
+        pairs = [(seen.tokens[layer], tokens) for layer, tokens in reference.tokens.items()]
+        cosines = [F.cosine_similarity(*pair, dim=2).mean() for pair in pairs]
+        scores = {
+            "token_cosine": _mean(cosines),
+            "token_distortion": _mean([token_distortion(*pair) for pair in pairs]),
+            "rank_difference": _mean([rank_difference(*pair) for pair in pairs]),
+        }
+        if reference.log_probabilities is not None:
+            scores |= class_agreement(reference.log_probabilities, seen.log_probabilities)
+        return scores
+
+    def _original(self, index: int, pixels: Tensor) -> _Seen:
+        if index in self._originals:
+            return self._originals[index]
+        seen = self._look(pixels)
+        if seen.size_bytes <= self._free:
+            self._originals[index] = seen
+            self._free -= seen.size_bytes
+        return seen
+
+    def _look(self, pixels: Tensor) -> _Seen:
+        check_size(pixels)
+        x = pixels[None].to(self._device).float() / 255
+        log_probabilities = self._extractor.posterior(x)
+        return _Seen(self._extractor(x), None if log_probabilities is None else log_probabilities[0].double().cpu())
+
+
+def class_agreement(reference: Tensor, seen: Tensor) -> dict[str, float]:
+    """The metrics of `CLASSES`, by key, from the log probabilities (classes,) of the original and of the decoded."""
+    p, q = reference.exp(), seen.exp()
+    return {
+        "kl": max(F.kl_div(seen, reference, reduction="sum", log_target=True).item(), 0.0),  # but for rounding
+        "class_cosine": F.cosine_similarity(p, q, dim=0).item(),
+        "top1": float(p.argmax() == q.argmax()),
+    }
+
+
+def check_size(pixels: Tensor, name: str = "an image") -> None:
+    """Raise UserError if an image, (3, H, W), is too small for a receiver."""
+    height, width = pixels.shape[1:]
+    if min(height, width) < SMALLEST_SIDE:
+        raise UserError(
+            f"{name} is {width}×{height} pixels, and receivers look at images with sides from {SMALLEST_SIDE}; "
+            "leave it out of --images, or leave out --task agreement"
+        )
+
+
+def _mean(values: list[Tensor]) -> float:
+    return math.fsum(value.item() for value in values) / len(values)
