@@ -18,7 +18,7 @@ COMMANDS = {
     "branch": "from checkpoints of a run, train branches whose learning rate decays to zero",
     "encode": "photos to .hpcm files",
     "decode": ".hpcm files to PNG",
-    "evaluate": "rate and distortion of weights, and of other codecs, on a folder of images",
+    "evaluate": "rate and distortion of weights, and of other codecs; what networks make of their pictures",
     "bd-rate": "the rate that one codec saves over another at equal quality",
     "import": "a checkpoint of the public HPCM implementation to weights",
     "export": "weights to a checkpoint of the public HPCM implementation",

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.compose import compose
-from hpcm_scale.config.schema import Config, Precision
+from hpcm_scale.config.schema import Config, Precision, Viewer
 from hpcm_scale.errors import Parser, UserError, one_line
 
 
@@ -21,6 +21,10 @@ def main() -> None:
     config = compose(arguments.overrides)
     world_size = config.engine.world_size or 1
     check(config, world_size)
+    if config.objective.viewer != Viewer.people:
+        raise UserError(
+            "hpcm estimate counts codecs alone, without pre-editor and receivers; leave out stage and objective.viewer"
+        )
     from hpcm_scale.compute.hardware import peak_of  # after the arguments: torch takes seconds to import
 
     peak = peak_of(arguments.gpu, config.engine.precision == Precision.bf16)
