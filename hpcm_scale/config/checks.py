@@ -11,7 +11,6 @@ from hpcm_scale.config.schema import (
     DataConfig,
     EngineName,
     Fusion,
-    MachineConfig,
     ModelConfig,
     ScheduleConfig,
     Viewer,
@@ -106,7 +105,7 @@ def check(config: Config, world_size: int) -> None:
     _check_engine(config, world_size)
     _check_schedule(config.schedule, config.train.steps)
     _check_branch(config)
-    _check_machine(config.machine, config.objective.viewer)
+    _check_machine(config)
     train, data = config.train, config.data
     multiple = side_multiple(config.model)
     if data.crop < multiple or data.crop % multiple:
@@ -242,7 +241,8 @@ def _check_branch(config: Config) -> None:
         )
 
 
-def _check_machine(machine: MachineConfig, viewer: Viewer) -> None:
+def _check_machine(config: Config) -> None:
+    machine, viewer = config.machine, config.objective.viewer
     editor = machine.pre_editor
     for key in ("edit", "freeze_codec"):
         if getattr(machine, key) and viewer != Viewer.machine:
@@ -256,6 +256,8 @@ def _check_machine(machine: MachineConfig, viewer: Viewer) -> None:
         )
     if machine.freeze_codec and not machine.edit:
         raise UserError("machine.freeze_codec leaves nothing to train without machine.edit=true")
+    if machine.freeze_codec and config.init_from is None:
+        raise UserError("machine.freeze_codec needs a trained codec; name its run folder with init_from")
     if len(set(machine.receivers)) < len(machine.receivers):
         raise UserError(f"machine.receivers={machine.receivers} names one twice; name each once")
     if not (machine.mse or machine.token or machine.rank):

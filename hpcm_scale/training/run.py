@@ -275,5 +275,6 @@ class _Training:
         if state is not None:
             spent = {"step": step, "images": trainer.tracker.images, "pflops": trainer.tracker.pflops}
             with writing(folder.weights_file):
-                self.task.save(folder.weights_file, state, spent, folder.origin())
+                begun = RunFolder(config.run.branch_of) if config.run.branch_of else folder
+                self.task.save(folder.weights_file, state, spent, begun.origin())
         trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")

@@ -11,6 +11,7 @@ from hpcm_scale.config.schema import Config, Viewer
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import sha256_of
 from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
@@ -60,8 +61,9 @@ def prepare(
     folder = RunFolder(run_directory(config))
     resume = folder.resume(config, index.digest)
     finished = resume.step == config.train.steps and exported_step(folder.weights_file) == resume.step
-    begins = resume.choice is None and config.init_from is not None
-    origin = _origin(config) if begins and Path(config.init_from).absolute() not in to_come else None
+    # A frozen codec is in no checkpoint: a run that goes on takes it from where it began.
+    needed = config.init_from is not None and (resume.choice is None or config.machine.freeze_codec) and not finished
+    origin = _origin(config, folder) if needed and Path(config.init_from).absolute() not in to_come else None
     for_machine = config.objective.viewer == Viewer.machine
     receivers = {name: receiver(name) for name in config.machine.receivers if for_machine}
     if receivers:
@@ -69,8 +71,14 @@ def prepare(
     return Start(folder, resume, index, images, finished, origin, receivers)
 
 
-def _origin(config: Config) -> WeightsFile:
+def _origin(config: Config, folder: RunFolder) -> WeightsFile:
     file = read_weights_file(config.init_from)
+    begun = RunFolder(config.run.branch_of or folder.path).origin()
+    if begun and config.machine.freeze_codec and begun["sha256"] != sha256_of(file.path):
+        raise UserError(
+            f"init_from={file.path} is not what {folder.path} was begun with; put that file back, or choose another "
+            "run.dir"
+        )
     check_inheritance(config.model, file)
     check_origin(config, file)
     return file

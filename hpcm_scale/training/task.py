@@ -16,6 +16,7 @@ from hpcm_scale.config.schema import Config
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import Objective
+from hpcm_scale.files import sha256_of
 from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.machine.machine_codec import MachineCodec
 from hpcm_scale.machine.objective import MachineObjective
@@ -114,7 +115,7 @@ class MachineTask(Task):
 
 def origin_of(file: WeightsFile | None) -> dict[str, Any] | None:
     """What is kept of the weights that a run starts from: plain JSON values."""
-    return {"path": str(file.path), "facts": file.facts} if file else None
+    return {"path": str(file.path), "sha256": sha256_of(file.path), "facts": file.facts} if file else None
 
 
 def task_of(config: Config, origin: WeightsFile | None, receivers: Receivers) -> Task:

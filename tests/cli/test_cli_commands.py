@@ -30,6 +30,7 @@ TYPED = [
     *((command, "--help") for command in COMMANDS),
     ("models", "nonsense"),
     ("estimate", "modle=nano"),
+    ("estimate", "experiment=machine", "stage=joint"),
     ("evaluate", "--weights", "nowhere.safetensors", "--images", "."),
 ]
 

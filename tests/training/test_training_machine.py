@@ -74,23 +74,38 @@ def test_finished_stages_are_passed_over(stages):
     assert "starting from" not in stages[1]
 
 
-def test_a_resumed_run_has_the_unbroken_journal_in_every_digit(stages, train):
-    joint = (
-        *RECEIVER,
-        "objective.viewer=machine",
-        "machine.edit=true",
-        "model.rate.levels=6",
-        'init_from="runs/machine/stage=pre_editor"',
-    )
-    joint = (*joint, "engine=zero2", "train.steps=3", "train.checkpoint_every=1", "log.wandb=disabled")
-    unbroken = train("unbroken_joint", *joint)
-    train("resumed_joint", *joint, "train.stop_after=2")
-    resumed = train("resumed_joint", *joint)
+@pytest.mark.parametrize("codec", ["free", "frozen"])
+def test_a_resumed_run_has_the_unbroken_journal_in_every_digit(codec, stages, train, launch):
+    """A frozen codec is in no checkpoint, and comes back all the same."""
+    overrides = (*VIEWER, "machine.edit=true", f"machine.freeze_codec={codec == 'frozen'}", "model.rate.levels=6")
+    overrides = (*overrides, 'init_from="runs/machine/stage=pre_editor"', "engine=zero2", "train.steps=3")
+    overrides = (*overrides, "train.checkpoint_every=1", "log.wandb=disabled")
+    unbroken = train(f"unbroken_{codec}", *overrides)
+    train(f"resumed_{codec}", *overrides, "train.stop_after=2")
+    resumed = train(f"resumed_{codec}", *overrides)
     clock = ("time", "perf/")
     numbers = [
         [{k: v for k, v in line.items() if not k.startswith(clock)} for line in run] for run in (unbroken, resumed)
     ]
     assert numbers[0] == numbers[1]
+    one, other = (read_weights_file(launch.folder / f"{name}_{codec}") for name in ("unbroken", "resumed"))
+    assert all(torch.equal(one.state[name], tensor) for name, tensor in other.state.items())
+    assert one.facts == other.facts
+
+
+def test_a_frozen_codec_must_be_the_one_it_was(stages, train, launch, shards):
+    stage = stages[0]["pre_editor"]
+    weights = stages[0]["variable"] / "weights.safetensors"
+    kept, config = weights.read_bytes(), (stage / "config.yaml").read_text()
+    other = (stages[0]["joint"] / "weights.safetensors").read_bytes()
+    command = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", *SHORT)
+    try:
+        weights.write_bytes(other)
+        result = launch(*command, *STAGES, "stage=pre_editor", "engine=zero2", "train.steps=3")
+    finally:
+        weights.write_bytes(kept)
+    assert result.returncode == 2 and "is not what runs/machine/stage=pre_editor was begun with" in result.stderr
+    assert (stage / "config.yaml").read_text() == config
 
 
 LATE = "init_from=runs/later"
@@ -109,6 +124,7 @@ def test_the_stage_before_must_be_there(launch, shards):
     [
         (["machine.edit=true"], "machine.edit needs objective.viewer=machine"),
         (["objective.viewer=machine"], "needs machine.receivers"),
+        ([*VIEWER, "machine.edit=true", "machine.freeze_codec=true"], "needs a trained codec"),
         ([*VIEWER, "machine.freeze_codec=true"], "leaves nothing to train without machine.edit=true"),
         (["objective.viewer=machine", "machine.receivers=[random-vit,random-vit]"], "names one twice"),
         (["objective.viewer=machine", "machine.receivers=[random-vti]"], "random-vit"),

@@ -10,6 +10,7 @@ from textwrap import fill
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from hpcm_scale.evaluation.curves import Curve
 from hpcm_scale.evaluation.rate_distortion_plot import draw_curve, dress, styles
@@ -20,6 +21,8 @@ from hpcm_scale.files import whole_file
 
 COLUMNS = 4
 """Panels beside each other, at most: what one receiver with classes is measured in."""
+TICKS = (1, 1.5, 2, 3, 4, 5, 7)
+"""Of each decade of rate: some lie within any range that codecs span."""
 WIDTH = 50
 """Characters of a panel's title in a line."""
 
@@ -62,7 +65,9 @@ def _draw_panel(axes: Axes, section: Section, measure: TaskMeasure, metric: Metr
     if uncoded is not None:
         axes.axhline(metric.quality(uncoded), color="0.4", linestyle="--", linewidth=1.2, label="uncoded pictures")
     dress(axes, f"{metric.scale.name} ({metric.scale.unit})")
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=TICKS))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     seen = [curve.label for curve in curves if trained_on(curve, measure.receiver)]
     known = f"seen in training by {', '.join(seen)}" if seen else "unseen in training"

@@ -37,12 +37,15 @@ class RenderedText:
 
     Fonts, sizes, colours and contrast differ from line to line. Backgrounds are noise in two colours with the spectrum
     of natural images (amplitude 1/frequency^1.2; Field 1987), from nearly smooth to strong. Picture i depends on i
-    alone, and on the versions of the fonts and of Pillow: compare numbers only where `text_pictures.digest` is equal.
+    and the seed alone, and on the versions of the fonts and of Pillow: compare numbers only where
+    `text_pictures.digest` is equal.
     """
 
     source = "rendered lines"
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, seed: int = 7) -> None:
+        """`seed`: another one for pictures to train on."""
+        self._seed = seed
         self.names = [f"rendered {i + 1:02d}" for i in range(count)]
 
     def __len__(self) -> int:
@@ -58,7 +61,7 @@ class RenderedText:
 
     @cached_property
     def _pictures(self) -> list[tuple[Tensor, list[TextLine]]]:
-        return [_render(np.random.default_rng((7, i))) for i in range(len(self))]
+        return [_render(np.random.default_rng((self._seed, i))) for i in range(len(self))]
 
 
 def _render(random: np.random.Generator) -> tuple[Tensor, list[TextLine]]:
