@@ -11,6 +11,7 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.weights import read_weights_file
 from hpcm_scale.training.costs import task_costs, training_flops_per_image
+from hpcm_scale.training.start import prepare
 from hpcm_scale.training.task import check_origin, task_of
 
 pytestmark = pytest.mark.launch
@@ -108,17 +109,6 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, train, launch, shards):
     assert (stage / "config.yaml").read_text() == config
 
 
-LATE = "init_from=runs/later"
-
-
-def test_the_stage_before_must_be_there(launch, shards):
-    result = launch(
-        "model=nano", f"data.shards={shards}", "train.batch_size=4", "stage=joint", *RECEIVER, "run.dir=late", LATE
-    )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "there are no weights at runs/later; training leaves them" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -134,14 +124,14 @@ def test_the_stage_before_must_be_there(launch, shards):
         (["model.rate.levels=2", "model.rate.lowest=0.1"], "the lowest below the highest"),
         (["model.rate.levels=0"], "model.rate.levels=0 must be at least 1"),
         (["init_from=nowhere"], "there are no weights at nowhere"),
+        (["stage=joint", *RECEIVER], "there are no weights at runs/machine/stage=pre_editor"),
     ],
 )
-def test_mistakes_are_told_before_processes_meet(overrides, told, launch, shards):
-    result = launch("model=nano", f"data.shards={shards}", "train.batch_size=4", "run.dir=refused", *overrides)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stderr.startswith("hpcm: ") and result.stderr.count("\n") == 1
-    assert told in result.stderr
-    assert not (launch.folder / "refused").exists()
+def test_mistakes_are_told_before_processes_meet(overrides, told, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        prepare(compose(["model=nano", f"data.shards={shards}", "train.batch_size=4", *overrides]), world_size=2)
+    assert told in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_pre_editor_is_neither_dropped_nor_another(weights):

@@ -55,3 +55,8 @@ train joint_long "${short[@]}" "${variable[@]}" "${editor[@]}" train.steps=600
 train text "${short[@]}" "${variable[@]}" "${editor[@]}" "machine.receivers=[efficientnet-lite0,pp-ocrv4]" train.steps=150
 
 weights() { for name; do printf '%s=runs/%s/weights.safetensors ' "$name" "$name"; done; }
+
+hpcm evaluate --weights $(for lmbda in 0.0018 0.0035 0.0067 0.013 0.025 0.0483; do
+    printf 'fixed=runs/fixed_%s/weights.safetensors ' "$lmbda"
+done) $(weights variable) --images "$kodak" --set kodak --visual 0 --out rates
+hpcm bd-rate rates --anchor rates --anchor-curve fixed
