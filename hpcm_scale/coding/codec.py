@@ -63,9 +63,9 @@ class Codec:
         self,
         model: HPCM,
         tolerance: Tolerance = Tolerance(),  # noqa: B008
-        edit: Callable[[Tensor, float | None], Tensor] | None = None,
+        edit: Callable[[Tensor], Callable[[float | None], Tensor]] | None = None,
     ) -> None:
-        """`edit`: what a pre-editor makes of pixels at a level (`machine.weights`); decoding does without."""
+        """`edit`: what a pre-editor makes of pixels, level for level (`machine.weights`); decoding does without."""
         self.model, self.tolerance, self.edit = model, tolerance, edit
         self.digest = digest(model)[:8]
         self._tile = tile_side(model.config)
@@ -88,12 +88,16 @@ class Codec:
         """What encodes an image at one level after the other: what is alike for all of them is worked out here."""
         if self.edit is None:
             return partial(self.encode_latents, self.latents(pixels))
-        return lambda level: self.encode_latents(self.latents(self._edited(pixels, level)), level)
+        rate, means = self.model.config.rate, self.model.hyper_prior.means
+        with _exact_arithmetic(means):
+            edited = self.edit(pixels)
 
-    def _edited(self, pixels: Tensor, level: int | None) -> Tensor:
-        """fp32 (3, H, W), what the pre-editor makes of an image."""
-        with _exact_arithmetic(self.model.hyper_prior.means):
-            return self.edit(pixels, None if level is None else level_of_byte(self.model.config.rate, level))
+        def encode(level: int | None) -> Encoded:
+            with _exact_arithmetic(means):
+                x = edited(None if level is None else level_of_byte(rate, level))
+            return self.encode_latents(self.latents(x), level)
+
+        return encode
 
     @torch.inference_mode()
     def latents(self, pixels: Tensor) -> Latents:

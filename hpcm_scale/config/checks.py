@@ -12,6 +12,7 @@ from hpcm_scale.config.schema import (
     EngineName,
     Fusion,
     ModelConfig,
+    PreEditorConfig,
     ScheduleConfig,
     Viewer,
 )
@@ -89,6 +90,9 @@ _GENERATED = {
 }
 
 
+MOST_LEVELS = 256
+
+
 def check(config: Config, world_size: int) -> None:
     """Raise UserError, naming the key and the mend, for a configuration that cannot be trained."""
     _check_source(config.data)
@@ -106,6 +110,12 @@ def check(config: Config, world_size: int) -> None:
     _check_schedule(config.schedule, config.train.steps)
     _check_branch(config)
     _check_machine(config)
+    rate, lmbda = config.model.rate, config.objective.lmbda
+    if rate.levels > 1 and not rate.lowest <= lmbda <= rate.highest:
+        raise UserError(
+            f"objective.lmbda={lmbda:g}, at which the model is evaluated while it trains, lies outside of "
+            f"model.rate.lowest={rate.lowest:g} … highest={rate.highest:g}; choose one within"
+        )
     train, data = config.train, config.data
     multiple = side_multiple(config.model)
     if data.crop < multiple or data.crop % multiple:
@@ -168,6 +178,10 @@ def check_model(model: ModelConfig) -> None:
     if model.stem_kernel not in (2, 4):
         raise UserError(f"model.stem_kernel={model.stem_kernel} must be 2 or 4")
     rate = model.rate
+    if rate.levels > MOST_LEVELS:
+        raise UserError(
+            f"model.rate.levels={rate.levels} is more than a file's byte tells apart, {MOST_LEVELS}; choose fewer"
+        )
     if not 0 < rate.lowest < rate.highest < math.inf or not 0 < rate.reference < math.inf:
         raise UserError(
             f"model.rate.lowest={rate.lowest:g}, highest={rate.highest:g} and reference={rate.reference:g} must be λ "
@@ -262,15 +276,20 @@ def _check_machine(config: Config) -> None:
         raise UserError(f"machine.receivers={machine.receivers} names one twice; name each once")
     if not (machine.mse or machine.token or machine.rank):
         raise UserError("machine.mse, machine.token and machine.rank are all 0; give one of them a weight")
-    if len(editor.channels) != 3 or min(editor.channels) < 4 or editor.blocks < 0:
-        raise UserError(
-            f"machine.pre_editor.channels={editor.channels} must be three numbers from 4 and "
-            f"machine.pre_editor.blocks={editor.blocks} at least 0"
-        )
+    check_pre_editor(editor)
     if machine.edit and editor.tokens not in (None, *machine.receivers):
         raise UserError(
             f"machine.pre_editor.tokens={editor.tokens} is not among machine.receivers={machine.receivers}; name one "
             "of them, or null"
+        )
+
+
+def check_pre_editor(editor: PreEditorConfig) -> None:
+    """Raise UserError for a pre-editor that cannot be built."""
+    if len(editor.channels) != 3 or min(editor.channels) < 4 or editor.blocks < 0:
+        raise UserError(
+            f"machine.pre_editor.channels={editor.channels} must be three numbers from 4 and "
+            f"machine.pre_editor.blocks={editor.blocks} at least 0"
         )
 
 

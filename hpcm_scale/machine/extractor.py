@@ -16,8 +16,9 @@ SMALLEST_SIDE = 32
 class TokenExtractor(nn.Module, ABC):
     """A frozen network that sees images as tokens.
 
-    Its weights need no gradients and it is in evaluation mode always, also after `train()`; it computes in fp32, also
-    under autocast. Gradients reach the pixels. Nothing in it depends on data, so a copy on `meta` counts its FLOPs.
+    Its weights need no gradients and it is in evaluation mode always, also after `train()`. It computes in fp32, under
+    autocast too, though a process may multiply fp32 numbers as TF32 (`model.layers.set_arithmetic`). Gradients reach
+    the pixels. Nothing in it depends on data, so a copy on `meta` counts its FLOPs.
     """
 
     name: str

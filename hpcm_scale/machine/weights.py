@@ -14,8 +14,11 @@ from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.weights import WeightsFile, codec_of, load_state, read_weights_file
 
-Edit = Callable[[Tensor, float | None], Tensor]
-"""Pixels, uint8 (3, H, W), and the level of a variable-rate model, to what is coded in their stead: fp32 (3, H, W)."""
+Edit = Callable[[Tensor], Callable[[float | None], Tensor]]
+"""Pixels, uint8 (3, H, W), to what gives for a level (None at fixed rate) what is coded in their stead: fp32 (3, H, W).
+
+So an image that is coded at several levels is looked at once.
+"""
 
 
 def load_machine_codec(path: str | Path) -> MachineCodec:
@@ -45,9 +48,15 @@ def edit_of(machine_codec: MachineCodec) -> Edit | None:
         return None
 
     @torch.inference_mode()
-    def edit(pixels: Tensor, level: float | None) -> Tensor:
+    def edit(pixels: Tensor) -> Callable[[float | None], Tensor]:
         device = next(machine_codec.parameters()).device
         x = (pixels[None].to(device) / 255).contiguous(memory_format=torch.channels_last)
-        return machine_codec.edit(x, level)[0]
+        tokens = machine_codec.receiver(x) if machine_codec.receiver else None
+
+        @torch.inference_mode()
+        def edited(level: float | None) -> Tensor:
+            return machine_codec.edit(x, level, tokens)[0]
+
+        return edited
 
     return edit

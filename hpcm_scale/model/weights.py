@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hpcm_scale.config.checks import check_pre_editor
 from hpcm_scale.config.compose import from_dict, model_from_dict, to_dict
 from hpcm_scale.config.schema import ModelConfig, PreEditorConfig
 from hpcm_scale.errors import UserError
@@ -96,11 +97,25 @@ def read_weights_file(path: str | Path) -> WeightsFile:
     try:
         config = model_from_dict(json.loads(metadata["model"]))
         facts = json.loads(metadata["facts"])
+        check_facts(facts)
         editor = from_dict(PreEditorConfig, json.loads(metadata["pre_editor"])) if "pre_editor" in metadata else None
+        if editor:
+            check_pre_editor(editor)
     except (KeyError, ValueError, UserError) as error:
         raise UserError(f"the description in {path} is damaged ({error}); export it again") from error
     in_front = {name.removeprefix(PRE_EDITOR): state.pop(name) for name in list(state) if name.startswith(PRE_EDITOR)}
+    if in_front and editor is None:
+        raise UserError(f"{path} has tensors of a pre-editor and no description of it; export it again")
     return WeightsFile(path, config, facts, state, PreEditorWeights(editor, in_front) if editor else None)
+
+
+def check_facts(facts: object) -> None:
+    """Raises ValueError unless these are facts, and those of all that they come from, too."""
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are no dictionary")
+    if "origin" in facts:
+        origin = facts["origin"]
+        check_facts(origin.get("facts") if isinstance(origin, dict) else None)
 
 
 def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:

@@ -104,8 +104,11 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
     lmbda = _chosen_lmbda(begun, lmbda)
     metric = metric or ("eval/loss" if all(map(_is_evaluated, begun)) else "train/loss")
     told: list[tuple[Curve, Observation]] = []
+    kinds = {_special(run) for run in begun}
     for run in begun:
         try:
+            if len(kinds) > 1 and _special(run):
+                raise LeftOut(_special(run))
             told.append(_tell(run, metric, lmbda, trunk(run, runs)))
             left_out += passed_over(run, metric)
         except LeftOut as reason:  # noqa: PERF203
@@ -118,6 +121,17 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
     used = [run for run in begun if run.name in names]
     group, project = _shared(used, "run.sweep"), _shared(used, "log.project")
     return Study(metric, lmbda, curves, observations, sorted(left_out), _differences(used, metric), group, project)
+
+
+def _special(run: Run) -> str:
+    """What sets a run apart from one that trains a codec of one rate for people from nothing; empty for such a one."""
+    if _setting(run, "objective.viewer") == "machine":
+        return "it is trained for machine receivers, and its loss is another one"
+    if (_setting(run, "model.rate.levels") or 1) > 1:
+        return "it has variable rate: it trains for many λ at once"
+    if _setting(run, "init_from"):
+        return "it started from trained weights, whose compute is not in its journal"
+    return ""
 
 
 def _lines(run: Run) -> int:
@@ -209,5 +223,8 @@ def _shared(runs: Sequence[Run], key: str) -> str | None:
 
 
 def _setting(run: Run, key: str) -> Any:
-    section, name = key.split(".")
-    return (run.config.get(section) or {}).get(name)
+    """A value of the run's configuration; None where it has no such key."""
+    value: Any = run.config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -22,7 +22,7 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
     processes, an error that others may not have met ends them all: they could not go on together.
     """
     world_size = processes.world_size()
-    left = unfinished(jobs, world_size)
+    left = unfinished(jobs, world_size, in_turn=True)
     if is_first_process():
         write_plans(jobs)
     failures: dict[Path, str] = {}

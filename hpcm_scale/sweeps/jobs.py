@@ -15,7 +15,7 @@ from hpcm_scale.data.index import load_index
 from hpcm_scale.errors import UserError
 from hpcm_scale.sweeps.log import log_of
 from hpcm_scale.training.run_folder import RunFolder, run_directory
-from hpcm_scale.training.start import prepare
+from hpcm_scale.training.start import origin_folder, prepare
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def quoted(value: str) -> str:
     return '"' + value.replace("${", r"\${") + '"'
 
 
-def unfinished(jobs: Sequence[Job], world_size: int) -> list[Job]:
+def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -> list[Job]:
     """Those of the jobs that have not been trained to their end.
 
-    Raises UserError for what any of them would be refused for when its `world_size` processes start: nothing
-    has been started or written by then.
+    Where they are trained `in_turn`, one may start from the weights of another before it. Raises UserError for what any
+    of them would be refused for when its `world_size` processes start: nothing has been started or written by then.
     """
     taken: dict[Path, Job] = {}
     for job in jobs:
@@ -85,8 +85,14 @@ def unfinished(jobs: Sequence[Job], world_size: int) -> list[Job]:
     once = {"open_index": cache(load_index), "open_images": cache(ImageSet)}
     left: list[Job] = []
     for job in jobs:
+        to_come = [other.folder.resolve() for other in left]
         try:
-            start = prepare(job.config, world_size, **once, to_come=[other.folder.absolute() for other in left])
+            if not in_turn and origin_folder(job.config) in to_come:
+                raise UserError(
+                    f"it starts from init_from={job.config.init_from}, which this command has yet to train; leave "
+                    "hydra/launcher out, so that one run follows the other"
+                )
+            start = prepare(job.config, world_size, **once, to_come=to_come)
         except UserError as error:
             raise UserError(f"{job.folder}: {error}") from error
         stopped = job.last_step <= start.resume.step < job.config.train.steps  # where train.stop_after asked for it

@@ -39,10 +39,10 @@ class TaskCosts(NamedTuple):
 
 
 def task_costs(config: Config, receivers: Mapping[str, TokenExtractor] | None = None) -> TaskCosts:
-    """The costs of what a configuration trains, for `receivers` where there are any; needs no memory for it.
+    """The costs of what a configuration trains, for `receivers` where there are any; the codec takes no memory for it.
 
     Receivers see the original without gradients and the decoded image with, and have none of their own: of forward
-    passes that is three, too. Through a frozen codec gradients go only to its input: two.
+    passes that is three, too; eigenvalues are not counted. Through a frozen codec gradients go only to its input: two.
     """
     shapes, machine, side = on_meta(config.model), config.machine, config.data.crop
     codec = forward_flops_per_image(shapes, side)

@@ -27,8 +27,8 @@ def image_noise(model: HPCM, images: Tensor, image_index: Tensor, seed: int) -> 
 def image_levels(levels: int, image_index: Tensor, seed: int) -> Tensor:
     """A level of a variable-rate model for each of a batch of images with global indices (b,): (b,) fp32.
 
-    Every run of as many images as there are levels has each level once, in an order of its own: so every batch holds
-    all of the range, and the same (seed, global image index) gives the same level on any number of processes.
+    Every run of as many images as there are levels has each level once, in an order of its own. The same (seed, global
+    image index) gives the same level on any number of processes.
     """
     chosen = []
     for index in image_index.tolist():

@@ -103,7 +103,8 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
         tell(training.opening(resume))
         engine.barrier()  # all have seen what the folder was like
         if engine.rank == 0:
-            start.folder.write_facts(config, origin_of(start.origin))
+            trunk = RunFolder(config.run.branch_of).origin() if config.run.branch_of else None
+            start.folder.write_facts(config, origin_of(start.origin) or trunk)
         while isinstance(ended := training.attempt(resume), Diverged):
             resume = training.go_back(ended)
         return ended
@@ -275,6 +276,5 @@ class _Training:
         if state is not None:
             spent = {"step": step, "images": trainer.tracker.images, "pflops": trainer.tracker.pflops}
             with writing(folder.weights_file):
-                begun = RunFolder(config.run.branch_of) if config.run.branch_of else folder
-                self.task.save(folder.weights_file, state, spent, begun.origin())
+                self.task.save(folder.weights_file, state, spent, folder.origin())
         trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")

@@ -12,11 +12,11 @@ from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
-from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.inherit import check_inheritance
-from hpcm_scale.model.weights import WeightsFile, exported_step, read_weights_file
+from hpcm_scale.model.weights import WEIGHTS_NAME, WeightsFile, exported_step, read_weights_file
 from hpcm_scale.training.run_folder import Resume, RunFolder, run_directory
 from hpcm_scale.training.task import check_origin
 
@@ -63,17 +63,42 @@ def prepare(
     finished = resume.step == config.train.steps and exported_step(folder.weights_file) == resume.step
     # A frozen codec is in no checkpoint: a run that goes on takes it from where it began.
     needed = config.init_from is not None and (resume.choice is None or config.machine.freeze_codec) and not finished
-    origin = _origin(config, folder) if needed and Path(config.init_from).absolute() not in to_come else None
+    later = origin_folder(config) in to_come
+    if later and resume.choice is not None and config.machine.freeze_codec and not finished:
+        raise UserError(
+            f"it goes on with the codec of init_from={config.init_from}, which this command would train further; "
+            "choose another run.dir"
+        )
+    origin = _origin(config, folder) if needed and not later else None
     for_machine = config.objective.viewer == Viewer.machine
     receivers = {name: receiver(name) for name in config.machine.receivers if for_machine}
     if receivers:
+        for index in range(len(images or ())):
+            _check_size(images, index)
         MachineObjective(receivers, config.machine, config.objective.lmbda)  # refuses layers that there are not
     return Start(folder, resume, index, images, finished, origin, receivers)
 
 
+def _check_size(images: ImageSet, index: int) -> None:
+    height, width = images.load(index).shape[1:]
+    if min(height, width) < SMALLEST_SIDE:
+        raise UserError(
+            f"{images.names[index]} of eval.images={images.folder} is {width}×{height} pixels, and receivers look at "
+            f"images with sides from {SMALLEST_SIDE}; leave it out"
+        )
+
+
+def origin_folder(config: Config) -> Path | None:
+    """The run folder whose weights a run starts from."""
+    if config.init_from is None:
+        return None
+    path = Path(config.init_from).resolve()
+    return path.parent if path.name == WEIGHTS_NAME else path
+
+
 def _origin(config: Config, folder: RunFolder) -> WeightsFile:
     file = read_weights_file(config.init_from)
-    begun = RunFolder(config.run.branch_of or folder.path).origin()
+    begun = folder.origin() or (RunFolder(config.run.branch_of).origin() if config.run.branch_of else None)
     if begun and config.machine.freeze_codec and begun["sha256"] != sha256_of(file.path):
         raise UserError(
             f"init_from={file.path} is not what {folder.path} was begun with; put that file back, or choose another "

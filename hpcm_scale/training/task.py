@@ -21,7 +21,8 @@ from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.machine.machine_codec import MachineCodec
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.pre_editor import PreEditor
-from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.machine.reference_tokens import reference_tokens
+from hpcm_scale.model.hpcm import HPCM, Coded, Noise
 from hpcm_scale.model.inherit import inherit
 from hpcm_scale.model.variable_rate import level_of, lmbda_of
 from hpcm_scale.model.weights import PreEditorWeights, WeightsFile, load_state, save_weights
@@ -61,8 +62,12 @@ class Task:
         images = images.to(torch.float32, memory_format=torch.channels_last) / 255
         seed, levels = self.config.train.seed, self.config.model.rate.levels
         noise = image_noise(self.codec, images, batch.image_index, seed)
-        level = image_levels(levels, batch.image_index, seed).to(device) if levels > 1 else None
-        return self.objective(images, module(images, noise, level), level)
+        level = image_levels(levels, batch.image_index, seed).to(device, non_blocking=True) if levels > 1 else None
+        return self.objective(images, self.forward(module, images, noise, level), level)
+
+    def forward(self, module: nn.Module, images: Tensor, noise: Noise, level: Tensor | None) -> Coded:
+        """A forward pass of the engine's module."""
+        return module(images, noise, level)
 
     def place(self, device: torch.device) -> None:
         """Bring what is not trained to the device."""
@@ -98,6 +103,11 @@ class MachineTask(Task):
     def aim(self) -> str:
         """λ and receivers, in words."""
         return f"{super().aim}, for {' and '.join(self.receivers)}"
+
+    def forward(self, module: nn.Module, images: Tensor, noise: Noise, level: Tensor | None) -> Coded:
+        # Looked up here: engines may hand the module another tensor, of which nobody knows the tokens.
+        seen = self.module.receiver
+        return module(images, noise, level, reference_tokens(seen, images) if seen else None)
 
     def place(self, device: torch.device) -> None:
         for module in (self.codec, *self.receivers.values()):

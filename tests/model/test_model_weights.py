@@ -128,6 +128,41 @@ def test_tensors_that_do_not_fit(case, model, tmp_path):
     assert "do not fit the model it describes" in refusal(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("facts", []),
+        ("facts", None),
+        ("facts", {"origin": []}),
+        ("facts", {"origin": {"facts": 5}}),
+        ("pre_editor", {"channels": []}),
+        ("pre_editor", {"channels": [0, 0, 0]}),
+        ("pre_editor", {"blocks": -1}),
+        ("pre_editor", []),
+        ("rate", {"levels": 10**9}),
+        ("rate", {"levels": 3, "lowest": 1.0}),
+    ],
+)
+def test_a_description_that_cannot_be(key, value, model, saved, tmp_path):
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    if key == "rate":
+        metadata["model"] = json.dumps(json.loads(metadata["model"]) | {key: value})
+    else:
+        metadata[key] = json.dumps(value)
+    path = tmp_path / "crafted.safetensors"
+    save_file(dict(model.state_dict()), path, metadata)
+    refusal(path)
+
+
+def test_a_pre_editor_without_a_description(model, saved, tmp_path):
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    path = tmp_path / "orphan.safetensors"
+    save_file(dict(model.state_dict()) | {"pre_editor.to_image.bias": torch.zeros(3)}, path, metadata)
+    assert "tensors of a pre-editor and no description" in refusal(path)
+
+
 @pytest.mark.parametrize("case", ["no JSON", "unknown key", "impossible", "no model", "no facts"])
 def test_a_damaged_description(case, model, saved, tmp_path):
     with safe_open(saved, framework="pt") as file:

@@ -232,3 +232,16 @@ def test_runs_that_may_not_be_compared_are_told(tmp_path: Path) -> None:
         "the runs differ in data.crop (256, 512): their losses may not be comparable",
         "the runs differ in eval.images (clic, kodak): their losses may not be comparable",
     ]
+
+
+def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
+    lines = journal(range(1, 101))
+    write(tmp_path / "plain", lines)
+    write(tmp_path / "variable", lines, "model.rate.levels=6")
+    write(tmp_path / "started", lines, "init_from=runs/other")
+    write(tmp_path / "machine", lines, "objective.viewer=machine", "machine.receivers=[random-vit]")
+    told = study(find_runs([tmp_path]))
+    assert [seen.run for seen in told.observations] == ["plain"]
+    assert [sentence.split(" is left out: ")[1].split()[1] for sentence in told.left_out] == ["is", "started", "has"]
+    alone = study(find_runs([tmp_path / "variable"]))  # among their like they do compare
+    assert [seen.run for seen in alone.observations] == ["variable"]

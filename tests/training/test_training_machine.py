@@ -10,6 +10,7 @@ import torch
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.weights import read_weights_file
+from hpcm_scale.sweeps.jobs import Job, make_job, unfinished
 from hpcm_scale.training.costs import task_costs, training_flops_per_image
 from hpcm_scale.training.start import prepare
 from hpcm_scale.training.task import check_origin, task_of
@@ -24,20 +25,19 @@ SHORT = ("train.steps=2", "schedule.warmup=0", "log.wandb=disabled")
 
 @pytest.fixture(scope="module")
 def stages(train, launch, shards):
-    """Folders of the stages, of a fixed-rate model before them, and what the command said the second time."""
+    """Folders of the stages, and of a fixed-rate model before them."""
     train("fixed", *SHORT, "engine=zero2")
     command = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", *SHORT)
-    for engine in ("engine=zero3", "engine=zero2"):
-        result = launch(*command, *STAGES, engine)
-        assert result.returncode == 0, result.stdout + result.stderr
+    result = launch(*command, *STAGES, "engine=zero3")
+    assert result.returncode == 0, result.stdout + result.stderr
     names = ("variable", "pre_editor", "joint")
     folders = {name: launch.folder / "runs" / "machine" / f"stage={name}" for name in names}
-    return folders | {"fixed": launch.folder / "fixed"}, result.stdout
+    return folders | {"fixed": launch.folder / "fixed"}
 
 
 @pytest.fixture(scope="module")
 def weights(stages):
-    return {name: read_weights_file(folder) for name, folder in stages[0].items()}
+    return {name: read_weights_file(folder) for name, folder in stages.items()}
 
 
 def test_every_stage_starts_from_the_one_before(stages, weights):
@@ -64,49 +64,67 @@ def test_a_frozen_codec_stays_to_the_bit_and_a_free_one_does_not(weights):
 
 
 def test_journals_tell_the_tokens(stages):
-    for stage, folder in stages[0].items():
+    for stage, folder in stages.items():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             assert ("train/token" in line) == ("train/rank" in line) == (stage in ("pre_editor", "joint"))
             assert line.get("train/token", 1) > 0
 
 
-def test_finished_stages_are_passed_over(stages):
-    assert "starting from" not in stages[1]
+def test_finished_stages_are_passed_over(stages, launch, shards, monkeypatch):
+    monkeypatch.chdir(launch.folder)
+    jobs = [job_of(stage, shards, "train.steps=2") for stage in ("variable", "pre_editor", "joint")]
+    assert unfinished(jobs, 2, in_turn=True) == []
+    longer = [job_of(stage, shards, "train.steps=3") for stage in ("variable", "joint")]
+    assert unfinished(longer, 2, in_turn=True) == longer
+    with pytest.raises(UserError, match=r"pre_editor: it goes on with the codec of init_from=.*variable, which this"):
+        unfinished([job_of(stage, shards, "train.steps=3") for stage in ("variable", "pre_editor")], 2, in_turn=True)
 
 
-@pytest.mark.parametrize("codec", ["free", "frozen"])
-def test_a_resumed_run_has_the_unbroken_journal_in_every_digit(codec, stages, train, launch):
-    """A frozen codec is in no checkpoint, and comes back all the same."""
-    overrides = (*VIEWER, "machine.edit=true", f"machine.freeze_codec={codec == 'frozen'}", "model.rate.levels=6")
-    overrides = (*overrides, 'init_from="runs/machine/stage=pre_editor"', "engine=zero2", "train.steps=3")
-    overrides = (*overrides, "train.checkpoint_every=1", "log.wandb=disabled")
-    unbroken = train(f"unbroken_{codec}", *overrides)
-    train(f"resumed_{codec}", *overrides, "train.stop_after=2")
-    resumed = train(f"resumed_{codec}", *overrides)
-    clock = ("time", "perf/")
-    numbers = [
-        [{k: v for k, v in line.items() if not k.startswith(clock)} for line in run] for run in (unbroken, resumed)
-    ]
-    assert numbers[0] == numbers[1]
-    one, other = (read_weights_file(launch.folder / f"{name}_{codec}") for name in ("unbroken", "resumed"))
-    assert all(torch.equal(one.state[name], tensor) for name, tensor in other.state.items())
-    assert one.facts == other.facts
+def test_stages_that_follow_each_other_are_not_trained_at_once(stages, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fixed = f"machine.fixed_rate={stages['fixed']}"
+    jobs = [job_of(stage, shards, "train.steps=2", fixed) for stage in ("variable", "pre_editor")]
+    assert unfinished(jobs, 2, in_turn=True) == jobs
+    with pytest.raises(UserError, match="which this command has yet to train; leave hydra/launcher out"):
+        unfinished(jobs, 2)
 
 
-def test_a_frozen_codec_must_be_the_one_it_was(stages, train, launch, shards):
-    stage = stages[0]["pre_editor"]
-    weights = stages[0]["variable"] / "weights.safetensors"
-    kept, config = weights.read_bytes(), (stage / "config.yaml").read_text()
-    other = (stages[0]["joint"] / "weights.safetensors").read_bytes()
-    command = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", *SHORT)
+def job_of(stage: str, shards, *overrides: str) -> Job:
+    arguments = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", *SHORT)
+    chosen = [*arguments, "experiment=machine", f"stage={stage}", "machine.fixed_rate=fixed", *RECEIVER, "engine=zero3"]
+    chosen = [*chosen, "+engine.options.zero_optimization.stage3_param_persistence_threshold=0", *overrides]
+    return make_job(compose(chosen), chosen, ["stage"])
+
+
+def test_a_frozen_codec_comes_back_when_its_run_goes_on(stages, weights, train, launch):
+    """It is in no checkpoint. The journal is that of the stage, which ran without a break at another ZeRO stage."""
+    overrides = (*VIEWER, "machine.edit=true", "machine.freeze_codec=true", "model.rate.levels=6", "train.steps=2")
+    overrides = (*overrides, 'init_from="runs/machine/stage=variable"', "log.wandb=disabled", "schedule=wsd")
+    overrides = (*overrides, "schedule.warmup=0", "engine=zero2")
+    train("resumed", *overrides, "train.stop_after=1")
+    resumed = train("resumed", *overrides)
+    stage = [json.loads(line) for line in (stages["pre_editor"] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/loss"] for line in resumed] == pytest.approx([line["train/loss"] for line in stage], rel=1e-5)
+    weights_of = read_weights_file(launch.folder / "resumed")
+    assert all(torch.equal(weights_of.state[name], tensor) for name, tensor in weights["variable"].state.items())
+    assert weights_of.facts["origin"]["facts"] == weights["pre_editor"].facts["origin"]["facts"]
+
+
+def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypatch):
+    monkeypatch.chdir(launch.folder)
+    file = stages["variable"] / "weights.safetensors"
+    kept, longer = file.read_bytes(), job_of("pre_editor", shards, "train.steps=3").config
+    assert prepare(longer, 2).origin.path == file.relative_to(launch.folder)
     try:
-        weights.write_bytes(other)
-        result = launch(*command, *STAGES, "stage=pre_editor", "engine=zero2", "train.steps=3")
+        file.write_bytes((stages["joint"] / "weights.safetensors").read_bytes())
+        with pytest.raises(UserError):
+            prepare(longer, 2)
+        file.write_bytes((stages["fixed"] / "weights.safetensors").read_bytes())
+        with pytest.raises(UserError, match="is not what runs/machine/stage=pre_editor was begun with"):
+            prepare(longer, 2)
     finally:
-        weights.write_bytes(kept)
-    assert result.returncode == 2 and "is not what runs/machine/stage=pre_editor was begun with" in result.stderr
-    assert (stage / "config.yaml").read_text() == config
+        file.write_bytes(kept)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +141,8 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, train, launch, shards):
         ([*VIEWER, "+machine.layers={random-vit/nose: 1}"], "there is no such layer"),
         (["model.rate.levels=2", "model.rate.lowest=0.1"], "the lowest below the highest"),
         (["model.rate.levels=0"], "model.rate.levels=0 must be at least 1"),
+        (["model.rate.levels=257"], "more than a file's byte tells apart"),
+        (["model.rate.levels=6", "objective.lmbda=0.1"], "lies outside of model.rate.lowest"),
         (["init_from=nowhere"], "there are no weights at nowhere"),
         (["stage=joint", *RECEIVER], "there are no weights at runs/machine/stage=pre_editor"),
     ],

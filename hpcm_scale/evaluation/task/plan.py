@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.results import Results
 from hpcm_scale.evaluation.task.agreement import Agreement
 from hpcm_scale.evaluation.task.rendered_text import RenderedText
@@ -55,11 +56,13 @@ def text_sections(
 ) -> list[Section]:
     """Pictures of text: `rendered` ones made here, the scanned page if it is there, those that `folder` has labels of.
 
-    Raises UserError if the labels are wrong; and if they are missing, where they are `required`.
+    Raises UserError if there is none of all, if the labels are wrong, and if they are missing where `required`.
     """
     sets: list[TextPictures | None] = [RenderedText(rendered) if rendered else None, scanned_page()]
     if folder and (required or Path(folder, LABELS).is_file()):
         sets.append(LabelledPictures(folder, limit=limit))
+    if not any(sets):
+        raise UserError("there is no picture of text; leave out --text-pictures 0, or install hpcm-scale[machine]")
     return [
         Section(
             Results(pictures.source, None, len(pictures), [], machine),
