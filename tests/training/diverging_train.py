@@ -13,22 +13,31 @@ import torch
 from hpcm_scale.data.index import load_index
 from hpcm_scale.data.order import sample_at
 from hpcm_scale.train import main
+from hpcm_scale.training.engine import Engine
 from hpcm_scale.training.loop import Trainer
+from hpcm_scale.training.task import Task
 
 FAULT = json.loads(os.environ["DIVERGE"])
-forward = Trainer.forward
+engines: list[Engine] = []
+loss, train = Task.loss, Trainer.train
 
 
-def diverging(self, batch):
-    """The loss of a batch; that of the faulty photo is spoilt."""
+def remembering(self, stream):
+    """Trainer.train, of whose engine note is taken."""
+    engines.append(self.engine)
+    return train(self, stream)
+
+
+def diverging(self, module, batch, device):
+    """The losses of a batch; that of the faulty photo is spoilt."""
     index = load_index(self.config.data.shards)
     faulty = index.keys[sample_at(self.config.train.seed, FAULT["image"], len(index))]
-    result = forward(self, batch)
+    result = loss(self, module, batch, device)
     places = [place for place, key in zip(batch.image_index.tolist(), batch.keys, strict=True) if key == faulty]
     if FAULT["image"] not in places:
         return result
     if FAULT["kind"] == "weight":
-        spoil_a_weight(self.engine)
+        spoil_a_weight(engines[-1])
     if FAULT["kind"] == "gradient":
         result.loss.register_hook(lambda gradient: gradient * torch.inf)
     scale = {"loss": torch.nan, "batch": torch.inf, "spike": 1e4}.get(FAULT["kind"], 1.0)
@@ -41,7 +50,7 @@ def spoil_a_weight(engine) -> None:
     piece.values[0] = torch.nan
 
 
-Trainer.forward = diverging
+Task.loss, Trainer.train = diverging, remembering
 
 if __name__ == "__main__":
     main()

@@ -56,7 +56,15 @@ train text "${short[@]}" "${variable[@]}" "${editor[@]}" "machine.receivers=[eff
 
 weights() { for name; do printf '%s=runs/%s/weights.safetensors ' "$name" "$name"; done; }
 
+train variable_long "${rates[@]}" init_from=runs/variable model.rate.levels=6 # as long again
+
 hpcm evaluate --weights $(for lmbda in 0.0018 0.0035 0.0067 0.013 0.025 0.0483; do
     printf 'fixed=runs/fixed_%s/weights.safetensors ' "$lmbda"
-done) $(weights variable) --images "$kodak" --set kodak --visual 0 --out rates
+done) $(weights variable variable_long) --images "$kodak" --set kodak --visual 0 --out rates
 hpcm bd-rate rates --anchor rates --anchor-curve fixed
+hpcm evaluate --weights mse=runs/mse_long/weights.safetensors joint=runs/joint_long/weights.safetensors \
+    --images "$kodak" --limit 12 --qualities 0 25 50 75 100 --visual 0 --task agreement --against jpeg,webp,avif,vvc \
+    --out agreement
+hpcm evaluate --weights $(weights mse joint no_rank no_condition no_editor editor_only rank_only fixed_mse fixed_joint) \
+    --images "$kodak" --limit 8 --qualities 0 33 66 100 --visual 0 --task agreement --out ablations
+hpcm evaluate --weights $(weights mse joint text) --task text --text-pictures 1 --qualities 0 50 100 --visual 0 --out text
