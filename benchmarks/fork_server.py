@@ -219,13 +219,18 @@ def _fork_ranks(processes: int) -> int:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(WORLD_SIZE=str(processes), LOCAL_SIZE=str(processes))
     ranks = set()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is someone to pass them on
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             return rank
         ranks.add(pid)
     os._exit(_wait_for(ranks) % 256)
+
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 def _wait_for(ranks: set[int]) -> int:
@@ -235,8 +240,9 @@ def _wait_for(ranks: set[int]) -> int:
         for pid in ranks:
             os.kill(pid, signal.SIGKILL if number == signal.SIGALRM else signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+    for number in _PASSED_ON:
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     failed = 0
     while ranks:
         pid, status = os.wait()

@@ -102,11 +102,11 @@ def test_a_frozen_codec_comes_back_when_its_run_goes_on(stages, weights, train, 
     overrides = (*VIEWER, "machine.edit=true", "machine.freeze_codec=true", "model.rate.levels=6", "train.steps=2")
     overrides = (*overrides, 'init_from="runs/machine/stage=variable"', "log.wandb=disabled", "schedule=wsd")
     overrides = (*overrides, "schedule.warmup=0", "engine=zero2")
-    train("resumed", *overrides, "train.stop_after=1")
-    resumed = train("resumed", *overrides)
+    train("resumed_machine", *overrides, "train.stop_after=1")
+    resumed = train("resumed_machine", *overrides)
     stage = [json.loads(line) for line in (stages["pre_editor"] / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/loss"] for line in resumed] == pytest.approx([line["train/loss"] for line in stage], rel=1e-5)
-    weights_of = read_weights_file(launch.folder / "resumed")
+    weights_of = read_weights_file(launch.folder / "resumed_machine")
     assert all(torch.equal(weights_of.state[name], tensor) for name, tensor in weights["variable"].state.items())
     assert weights_of.facts["origin"]["facts"] == weights["pre_editor"].facts["origin"]["facts"]
 

@@ -100,6 +100,8 @@ OTHERS = {
     "engine.name": "accelerate",
     "engine.precision": "bf16",
     "engine.checkpoint": "blocks",
+    "objective.viewer": "machine",
+    "machine.receivers": ["random-vit"],
     "log.wandb": "disabled",
     "log.project": "other",
     "engine.options": {"seed": 1},
