@@ -34,10 +34,10 @@ else
 fi
 
 echo "== evaluation on the photos held out"
-if [ ! "$run/visual.png" -nt "$run/weights.safetensors" ]; then
+if [ "$run/weights.safetensors" -nt "$run/visual.png" ]; then # also where there is none yet
     hpcm evaluate --weights "$run/weights.safetensors" --images "$data/photos/held_out" --out "$run"
 fi
-if [ ! "$run/loss_vs_compute.png" -nt "$run/metrics.jsonl" ]; then
+if [ "$run/metrics.jsonl" -nt "$run/loss_vs_compute.png" ]; then
     hpcm scaling curves "$run" --out "$run/loss_vs_compute.png"
 fi
 
