@@ -190,7 +190,8 @@ def _images(arguments: argparse.Namespace):
     """The images of the folder, once all are known to be sound and large enough."""
     from hpcm_scale.data.image_set import ImageSet
     from hpcm_scale.evaluation.image_sets import check_set
-    from hpcm_scale.evaluation.task.agreement import check_size
+    from hpcm_scale.evaluation.task.agreement import MEND
+    from hpcm_scale.machine.extractor import check_size
     from hpcm_scale.tracking.progress import progress
 
     images = ImageSet(arguments.images, arguments.limit)
@@ -200,7 +201,7 @@ def _images(arguments: argparse.Namespace):
     for index in progress(range(len(images)), description="reading", unit="image"):
         pixels = images.load(index)  # a broken one would be refused late
         if "agreement" in arguments.task:
-            check_size(pixels, images.names[index])
+            check_size(pixels, images.names[index], MEND)
     return images
 
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpcm_scale.errors import UserError
 from hpcm_scale.model.layers import full_precision
 
 SMALLEST_SIDE = 32
@@ -56,6 +57,15 @@ class TokenExtractor(nn.Module, ABC):
     def log_probabilities(self, x: Tensor) -> Tensor | None:
         """`posterior`, of fp32 images and outside autocast."""
         return None
+
+
+def check_size(pixels: Tensor, name: str, mend: str) -> None:
+    """Raise UserError, which names the image and ends with `mend`, if (3, H, W) is too small for receivers."""
+    height, width = pixels.shape[1:]
+    if min(height, width) < SMALLEST_SIDE:
+        raise UserError(
+            f"{name} is {width}×{height} pixels, and receivers look at images with sides from {SMALLEST_SIDE}; {mend}"
+        )
 
 
 def _checked(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hpcm_scale.config.sweeps import name_run
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import load_index
 from hpcm_scale.errors import UserError
+from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.sweeps.log import log_of
 from hpcm_scale.training.run_folder import RunFolder, run_directory
 from hpcm_scale.training.start import origin_folder, prepare
@@ -82,7 +83,7 @@ def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -
         other = taken.setdefault(job.folder.absolute(), job)
         if other is not job:
             raise UserError(f"two runs of the sweep share run.dir={job.folder}; leave run.dir out, it is then named")
-    once = {"open_index": cache(load_index), "open_images": cache(ImageSet)}
+    once = {"open_index": cache(load_index), "open_images": cache(ImageSet), "open_receiver": cache(receiver)}
     left: list[Job] = []
     for job in jobs:
         to_come = [other.folder.resolve() for other in left]

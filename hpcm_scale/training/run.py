@@ -103,8 +103,7 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
         tell(training.opening(resume))
         engine.barrier()  # all have seen what the folder was like
         if engine.rank == 0:
-            trunk = RunFolder(config.run.branch_of).origin() if config.run.branch_of else None
-            start.folder.write_facts(config, origin_of(start.origin) or trunk)
+            start.folder.write_facts(config, origin_of(start.origin) or start.folder.origin(config))
         while isinstance(ended := training.attempt(resume), Diverged):
             resume = training.go_back(ended)
         return ended
@@ -276,5 +275,5 @@ class _Training:
         if state is not None:
             spent = {"step": step, "images": trainer.tracker.images, "pflops": trainer.tracker.pflops}
             with writing(folder.weights_file):
-                self.task.save(folder.weights_file, state, spent, folder.origin())
+                self.task.save(folder.weights_file, state, spent, folder.origin(config))
         trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hpcm_scale.config.compose import from_yaml, to_dict, to_yaml
-from hpcm_scale.config.schema import Config
+from hpcm_scale.config.schema import Config, RunConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text, writing
 from hpcm_scale.model.weights import WEIGHTS_NAME
@@ -130,11 +130,15 @@ class RunFolder:
             )
         return point
 
-    def origin(self) -> dict[str, Any] | None:
-        """The weights that the run started from: `path`, and their `facts`; None if from nothing."""
-        if not self.origin_file.is_file():
-            return None
-        return json.loads(self.origin_file.read_text(encoding="utf-8"))
+    def origin(self, config: Config) -> dict[str, Any] | None:
+        """The weights that the run, or the trunk that it branched off, started from; None if from nothing.
+
+        What `task.origin_of` told of them.
+        """
+        if self.origin_file.is_file():
+            return json.loads(self.origin_file.read_text(encoding="utf-8"))
+        trunk = config.run.branch_of
+        return RunFolder(trunk).origin(replace(config, run=RunConfig())) if trunk else None
 
     def write_facts(self, config: Config, origin: dict[str, Any] | None = None) -> None:
         """Record the resolved configuration and the environment, beside those of earlier starts, and the `origin`."""

@@ -12,7 +12,7 @@ from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
-from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor
+from hpcm_scale.machine.extractor import TokenExtractor, check_size
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.inherit import check_inheritance
@@ -43,12 +43,13 @@ def prepare(
     *,
     open_index: Callable[..., ShardIndex] = load_index,
     open_images: Callable[..., ImageSet] = ImageSet,
+    open_receiver: Callable[[str], TokenExtractor] = receiver,
     to_come: Collection[Path] = (),
 ) -> Start:
     """Check a run of `world_size` processes and find what it goes on from; writes nothing.
 
-    `open_index` and `open_images` read the shards' index and the images; many runs of the same can share what they
-    read. `to_come`: run folders that will have weights when this run begins.
+    `open_index`, `open_images` and `open_receiver` read the shards' index, the images and the networks; many runs of
+    the same can share what they read. `to_come`: run folders that will have weights when this run begins.
 
     Raises UserError, one sentence, for whatever keeps the run from being trained.
     """
@@ -71,21 +72,12 @@ def prepare(
         )
     origin = _origin(config, folder) if needed and not later else None
     for_machine = config.objective.viewer == Viewer.machine
-    receivers = {name: receiver(name) for name in config.machine.receivers if for_machine}
+    receivers = {name: open_receiver(name) for name in config.machine.receivers if for_machine}
     if receivers:
-        for index in range(len(images or ())):
-            _check_size(images, index)
+        for index, name in enumerate(images.names if images else ()):
+            check_size(images.load(index), f"{name} of eval.images={images.folder}", "leave it out")
         MachineObjective(receivers, config.machine, config.objective.lmbda)  # refuses layers that there are not
     return Start(folder, resume, index, images, finished, origin, receivers)
-
-
-def _check_size(images: ImageSet, index: int) -> None:
-    height, width = images.load(index).shape[1:]
-    if min(height, width) < SMALLEST_SIDE:
-        raise UserError(
-            f"{images.names[index]} of eval.images={images.folder} is {width}×{height} pixels, and receivers look at "
-            f"images with sides from {SMALLEST_SIDE}; leave it out"
-        )
 
 
 def origin_folder(config: Config) -> Path | None:
@@ -98,7 +90,7 @@ def origin_folder(config: Config) -> Path | None:
 
 def _origin(config: Config, folder: RunFolder) -> WeightsFile:
     file = read_weights_file(config.init_from)
-    begun = folder.origin() or (RunFolder(config.run.branch_of).origin() if config.run.branch_of else None)
+    begun = folder.origin(config)
     if begun and config.machine.freeze_codec and begun["sha256"] != sha256_of(file.path):
         raise UserError(
             f"init_from={file.path} is not what {folder.path} was begun with; put that file back, or choose another "

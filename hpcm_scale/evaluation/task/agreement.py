@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import Scale
 from hpcm_scale.evaluation.measures import decibels
 from hpcm_scale.evaluation.task.metrics import Metric, TaskMeasure, distance_in_decibels
-from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor
+from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor, check_size
 from hpcm_scale.machine.token_losses import rank_difference, token_distortion
 
+MEND = "leave it out of --images, or leave out --task agreement"
+"""For images that are too small."""
 KEPT = 1 << 30
 """Bytes of originals' tokens that are kept; those of further images are worked out again for every setting."""
 
@@ -120,7 +121,7 @@ class Agreement(TaskMeasure):
         return seen
 
     def _look(self, pixels: Tensor) -> _Seen:
-        check_size(pixels)
+        check_size(pixels, "an image", MEND)
         x = pixels[None].to(self._device).float() / 255
         log_probabilities = self._extractor.posterior(x)
         return _Seen(self._extractor(x), None if log_probabilities is None else log_probabilities[0].double().cpu())
@@ -134,16 +135,6 @@ def class_agreement(reference: Tensor, seen: Tensor) -> dict[str, float]:
         "class_cosine": F.cosine_similarity(p, q, dim=0).item(),
         "top1": float(p.argmax() == q.argmax()),
     }
-
-
-def check_size(pixels: Tensor, name: str = "an image") -> None:
-    """Raise UserError if an image, (3, H, W), is too small for a receiver."""
-    height, width = pixels.shape[1:]
-    if min(height, width) < SMALLEST_SIDE:
-        raise UserError(
-            f"{name} is {width}×{height} pixels, and receivers look at images with sides from {SMALLEST_SIDE}; "
-            "leave it out of --images, or leave out --task agreement"
-        )
 
 
 def _mean(values: list[Tensor]) -> float:
