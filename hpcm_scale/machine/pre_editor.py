@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from hpcm_scale.config.schema import Checkpointing, Precision, PreEditorConfig
 from hpcm_scale.machine.extractor import pad_to_multiple
 from hpcm_scale.model.layers import (
-    Pointwise,
-    ResidualBlock,
     down,
     full_precision,
     leaky_relu,
     partial_block,
     reduced_precision,
+    set_ways,
     up,
 )
 
@@ -63,11 +62,7 @@ class PreEditor(nn.Module):
             self.edited.append(Stage(outputs, config.blocks, conditioned))
         self.to_image = up(widths[0], 3, kernel=STEM_KERNEL, fp32=True)
         nn.init.zeros_(self.to_image.weight)
-        for module in self.modules():
-            if isinstance(module, Pointwise):
-                module.reduced = precision == Precision.bf16
-            elif isinstance(module, ResidualBlock):
-                module.recompute = checkpoint != Checkpointing.none
+        set_ways(self, precision, lambda name: checkpoint != Checkpointing.none)
 
     @property
     def multiple(self) -> int:

@@ -11,7 +11,7 @@ from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
 from hpcm_scale.entropy.generalized_gaussian import bits
 from hpcm_scale.model.context import ContextModel, Place
-from hpcm_scale.model.layers import Pointwise, ResidualBlock, full_precision, reduced_precision
+from hpcm_scale.model.layers import full_precision, reduced_precision, set_ways
 from hpcm_scale.model.transforms import analysis, hyper_analysis, hyper_synthesis, synthesis
 from hpcm_scale.model.variable_rate import level_of, mix_of
 
@@ -137,13 +137,10 @@ class HPCM(nn.Module):
         self.h_a, self.h_s = hyper_analysis(config), hyper_synthesis(config)
         self.hyper_prior = HyperPrior(config.hyper_latent_channels)
         self.context = ContextModel(config)
-        for name, module in self.named_modules():
-            if isinstance(module, Pointwise):
-                module.reduced = precision == Precision.bf16
-            elif isinstance(module, ResidualBlock):
-                within_step = checkpoint == Checkpointing.steps and name.startswith("context.")
-                module.recompute = checkpoint != Checkpointing.none and not within_step
-        self.context.recompute = checkpoint == Checkpointing.steps
+        again, steps = checkpoint != Checkpointing.none, checkpoint == Checkpointing.steps
+        # A step that is computed again takes its blocks along.
+        set_ways(self, precision, lambda name: again and not (steps and name.startswith("context.")))
+        self.context.recompute = steps
 
     @property
     def multiple(self) -> int:

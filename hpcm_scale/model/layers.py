@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class Pointwise(nn.Conv2d):
         super().__init__(inputs, outputs, 1)
         self.fp32 = fp32
         self.reduced = False
-        """Whether products may be of bf16 or TF32 numbers; `HPCM` says."""
+        """Whether products may be of bf16 or TF32 numbers; `set_ways` says."""
 
     def forward(self, x: Tensor, *, leaky: bool = False, onto: Tensor | None = None) -> Tensor:
         """(B, C, H, W) to (B, D, H, W): the convolution, of that LeakyReLU if `leaky`, and that added to `onto`."""
@@ -182,7 +183,7 @@ class ResidualBlock(nn.Module):
         self.expand = Pointwise(channels, expansion * channels)
         self.reduce = Pointwise(expansion * channels, channels)
         self.recompute = False
-        """Whether the backward pass computes again what is within, instead of keeping it; `HPCM` says."""
+        """Whether the backward pass computes again what is within, instead of keeping it; `set_ways` says."""
 
     def forward(self, x: Tensor) -> Tensor:
         return recomputed(self.compute, x) if self.recompute else self.compute(x)
@@ -190,6 +191,16 @@ class ResidualBlock(nn.Module):
     def compute(self, x: Tensor) -> Tensor:
         """`forward`, everything within kept for the backward pass."""
         return self.reduce(self.expand(self.spatial(x), leaky=True), onto=x)
+
+
+def set_ways(network: nn.Module, precision: Precision, recompute: Callable[[str], bool]) -> None:
+    """Tell the layers of a network their products' precision, and its residual blocks, by name, whether the backward
+    pass computes again what is within."""
+    for name, module in network.named_modules():
+        if isinstance(module, Pointwise):
+            module.reduced = precision == Precision.bf16
+        elif isinstance(module, ResidualBlock):
+            module.recompute = recompute(name)
 
 
 def recomputed(function, *inputs: Tensor):
