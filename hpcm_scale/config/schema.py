@@ -55,6 +55,33 @@ class Viewer(Enum):
     """What happens to the tokens of machine.receivers, besides."""
 
 
+class Distortion(Enum):
+    """How far a reconstruction is off, for people."""
+
+    mse = "mse"
+    """255²·MSE; λ of the papers: 0.0018 to 0.0483."""
+    ms_ssim = "ms_ssim"
+    """1 − MS-SSIM; the public λ: 2.4, 4.58, 8.73, 16.64, 31.73, 60.5."""
+
+
+class Likelihood(Enum):
+    """How the probability of a symbol is worked out in training."""
+
+    survival = "survival"
+    """From the tail's survival function: exact far out, too."""
+    public = "public"
+    """As in the public implementation: a difference of two numbers near 1, bounded from below; to compare with."""
+
+
+class Parametrisation(Enum):
+    """How initial weights and learning rates follow the width of a network."""
+
+    standard = "standard"
+    """One learning rate for all weights: the best one falls with the width."""
+    mup = "mup"
+    """Maximal update (arXiv 2203.03466): schedule.learning_rate is that of 68m's widths, and right for all widths."""
+
+
 class EngineName(Enum):
     """Who runs the processes."""
 
@@ -112,6 +139,12 @@ class ModelConfig:
     """One HPCM; the sizes are in `conf/model/`."""
 
     name: str = "68m"
+    family: str = "hpcm"
+    """What the transforms are made of: a file in hpcm_scale/model/families."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the family's own; the same file lists them."""
+    size: str | None = None
+    """Parameters, 100k to 10b: widths and depths follow from it by the family's rule, instead of the keys below."""
     channels: list[int] = field(default_factory=lambda: [96, 192, 384])
     """c1, c2, c3: channels of the transforms at 1/2, 1/4 and 1/8 resolution."""
     latent_channels: int = 320
@@ -149,10 +182,17 @@ class DataConfig:
 
     shards: str | None = None
     """Folder or URL (http, https, any fsspec scheme) that holds index.json and the shards."""
+    more_shards: list[str] = field(default_factory=list)
+    """Further such sets, mixed in."""
+    weights: list[float] = field(default_factory=list)
+    """Shares of data.shards and of each of data.more_shards in what is trained on, relative; unset: by photos."""
     crop: int = 256
     """Side of the square training crop, pixels; a multiple of 128 (256 with fusion=attention)."""
     flip: bool = True
     """Mirror half of the crops, seeded per image."""
+    downscale: float = 1.0
+    """Smallest factor by which JPEG photos are scaled down before the crop, seeded per image; it takes off what their
+    compression has left. 1: never."""
     workers: int = 2
     """Data worker processes per training process; 0 decodes in the training process."""
     prefetch: int = 4
@@ -176,6 +216,8 @@ class ObjectiveConfig:
     lmbda: float = 0.013
     """With variable rate every image has a λ of its own, and this is the one of evaluations while training."""
     viewer: Viewer = Viewer.people
+    distortion: Distortion = Distortion.mse
+    likelihood: Likelihood = Likelihood.survival
 
 
 @dataclass
@@ -226,6 +268,10 @@ class ScheduleConfig:
     """Steps of linear warm-up from 0."""
     decay: float = 0.0
     """Length of the fall to zero, as 1 − √, at the end of the run: a fraction of train.steps (≤ 1) or steps (> 1)."""
+    crops: list[int] = field(default_factory=list)
+    """Sides of later crops, pixels, instead of data.crop; the batch shrinks so that a step costs the same."""
+    crop_boundaries: list[float] = field(default_factory=list)
+    """Where each of them begins: fractions of train.steps (all < 1) or steps (all ≥ 1)."""
 
 
 @dataclass
@@ -242,6 +288,10 @@ class TrainConfig:
     """Images per process and forward pass; unset: batch_size / processes, no accumulation."""
     seed: int = 0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    parametrisation: Parametrisation = Parametrisation.standard
+    ema: list[float] = field(default_factory=list)
+    """Lengths of moving averages of the weights that are kept beside them, evaluated and exported: standard deviations
+    of their power-function profiles relative to the training so far, 0 to 0.28 (arXiv 2312.02696, section 3.1)."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
     on_divergence: OnDivergence = OnDivergence.skip

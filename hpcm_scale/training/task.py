@@ -130,7 +130,12 @@ def origin_of(file: WeightsFile | None) -> dict[str, Any] | None:
 
 def task_of(config: Config, origin: WeightsFile | None, receivers: Receivers) -> Task:
     """What a configuration trains, from the weights of its `origin` on, for those `receivers` if there are any."""
-    codec = HPCM(config.model, precision=config.engine.precision, checkpoint=config.engine.checkpoint)
+    codec = HPCM(
+        config.model,
+        precision=config.engine.precision,
+        formula=config.objective.likelihood.value,
+        checkpoint=config.engine.checkpoint,
+    )
     if origin:
         inherit(codec, origin)
     rate, machine = config.model.rate, config.machine
