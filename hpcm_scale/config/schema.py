@@ -79,7 +79,7 @@ class Parametrisation(Enum):
     standard = "standard"
     """One learning rate for all weights: the best one falls with the width."""
     mup = "mup"
-    """Maximal update (arXiv 2203.03466): schedule.learning_rate is that of 68m's widths, and right for all widths."""
+    """Maximal update (arXiv 2203.03466): schedule.learning_rate is that of 450k's widths, and right for all widths."""
 
 
 class EngineName(Enum):

@@ -42,6 +42,8 @@ class DeepSpeedEngine(Engine):
 
     def prepare(self, model: nn.Module) -> None:
         self._optimizer = create_optimizer(model.parameters(), self._config.train)
+        groups = enumerate(self._optimizer.param_groups)
+        self._group_of = {parameter: number for number, group in groups for parameter in group["params"]}
         dictionary = deepspeed_dictionary(self._config, self.world_size)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=dictionary)
         self.module = self._engine
@@ -80,8 +82,9 @@ class DeepSpeedEngine(Engine):
 
     def _held_by_stages_1_and_2(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
         """Start in the flattened parameter, the flat tensor that is optimized, offset in it, number of elements."""
-        [held] = self._engine.optimizer.single_partition_of_fp32_groups
-        # All parameters lie one after the other in one tensor (DeepSpeed's own map of it is wrong where
+        group = self._group_of[parameter]
+        held = self._engine.optimizer.single_partition_of_fp32_groups[group]
+        # The parameters of a group lie one after the other in one tensor (DeepSpeed's own map of it is wrong where
         # round_robin_gradients changes their order), of which every process optimizes a part.
         begin = parameter.storage_offset() - self.rank * held.numel()
         first, last = max(begin, 0), min(begin + parameter.numel(), held.numel())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import TrainConfig
+from hpcm_scale.model.parametrisation import learning_rate_factor
 from hpcm_scale.training.pieces import Piece
 
 
@@ -46,8 +47,15 @@ class GuardedAdam(torch.optim.Adam):
 
 
 def create_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> GuardedAdam:
-    """Adam with the configured betas, each update one pass over memory; the learning rate is set at every step."""
-    return GuardedAdam(parameters, lr=0.0, betas=tuple(train.betas), fused=True)
+    """Adam with the configured betas, each update one pass over memory; the learning rate is set at every step.
+
+    Parameters with one `learning_rate_factor` make a group.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(learning_rate_factor(parameter), []).append(parameter)
+    described = [{"params": members, "factor": factor} for factor, members in groups.items()]
+    return GuardedAdam(described, lr=0.0, betas=tuple(train.betas), fused=True)
 
 
 def clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
@@ -69,6 +77,6 @@ def whole_pieces(optimizer: GuardedAdam, parameters: Iterable[tuple[str, nn.Para
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """The rate of the next step."""
+    """The rate of the next step, times the factor of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["factor"]

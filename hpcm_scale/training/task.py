@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.compose import to_dict
-from hpcm_scale.config.schema import Config
+from hpcm_scale.config.schema import Config, Distortion, Parametrisation
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import Objective
@@ -24,9 +24,11 @@ from hpcm_scale.machine.pre_editor import PreEditor
 from hpcm_scale.machine.reference_tokens import reference_tokens
 from hpcm_scale.model.hpcm import HPCM, Coded, Noise
 from hpcm_scale.model.inherit import inherit
+from hpcm_scale.model.parametrisation import parametrise
 from hpcm_scale.model.variable_rate import level_of, lmbda_of
 from hpcm_scale.model.weights import PreEditorWeights, WeightsFile, load_state, save_weights
-from hpcm_scale.objective.rate_distortion import RateDistortion, RateDistortionObjective
+from hpcm_scale.objective.choice import objective_of
+from hpcm_scale.objective.rate_distortion import RateDistortion
 from hpcm_scale.training.noise import image_levels, image_noise
 
 Receivers = Mapping[str, TokenExtractor]
@@ -44,11 +46,12 @@ class Task:
 
     @property
     def aim(self) -> str:
-        """λ, in words."""
-        rate = self.config.model.rate
+        """λ, and of what if not of MSE, in words."""
+        rate, objective = self.config.model.rate, self.config.objective
+        of = " of MS-SSIM" if objective.distortion == Distortion.ms_ssim else ""
         if rate.levels == 1:
-            return f"λ = {self.config.objective.lmbda:g}"
-        return f"λ = {rate.lowest:g} … {rate.highest:g} in {rate.levels} levels"
+            return f"λ{of} = {objective.lmbda:g}"
+        return f"λ{of} = {rate.lowest:g} … {rate.highest:g} in {rate.levels} levels"
 
     @property
     def evaluation_level(self) -> float | None:
@@ -85,6 +88,7 @@ class Task:
         before = (origin["facts"].get("total_pflops") or origin["facts"].get("pflops") or 0.0) if origin else 0.0
         return {
             "lmbda": self.config.objective.lmbda if fixed else None,
+            "distortion": self.config.objective.distortion.value,
             "precision": self.config.engine.precision.value,
             **spent,
             "total_pflops": before + spent["pflops"],
@@ -136,12 +140,14 @@ def task_of(config: Config, origin: WeightsFile | None, receivers: Receivers) ->
         formula=config.objective.likelihood.value,
         checkpoint=config.engine.checkpoint,
     )
+    if config.train.parametrisation == Parametrisation.mup:
+        parametrise(codec)
     if origin:
         inherit(codec, origin)
     rate, machine = config.model.rate, config.machine
     lmbda = partial(lmbda_of, rate) if rate.levels > 1 else config.objective.lmbda
     if not receivers:
-        return Task(config, codec, codec, RateDistortionObjective(lmbda))
+        return Task(config, codec, codec, objective_of(config.objective.distortion, lmbda))
     seen = receivers[machine.pre_editor.tokens] if machine.edit and machine.pre_editor.tokens else None
     pre_editor = _pre_editor(config, origin, seen) if machine.edit else None
     module = MachineCodec(codec, pre_editor, seen, freeze_codec=machine.freeze_codec)

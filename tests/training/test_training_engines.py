@@ -10,6 +10,8 @@ from hpcm_scale.errors import STOPPED
 pytestmark = pytest.mark.launch
 
 STEPS = 3
+COMMON = (f"train.steps={STEPS}", "train.parametrisation=mup", "log.wandb=disabled")
+"""With several groups of parameters, each of which engines lay out by itself."""
 
 
 def curve(records: list[dict], key: str = "train/loss") -> list[float]:
@@ -18,14 +20,14 @@ def curve(records: list[dict], key: str = "train/loss") -> list[float]:
 
 @pytest.fixture(scope="module")
 def baseline(train):
-    return train("zero2", "engine=zero2", f"train.steps={STEPS}", "log.wandb=disabled", launcher=True)
+    return train("zero2", "engine=zero2", *COMMON, launcher=True)
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", "zero3_offload", "accelerate"])
 def test_engines_agree(engine, baseline, train, launch):
     """In losses, gradients and exported weights, whatever is sharded."""
     launcher = engine == "accelerate"
-    records = train(engine, f"engine={engine}", f"train.steps={STEPS}", "log.wandb=disabled", launcher=launcher)
+    records = train(engine, f"engine={engine}", *COMMON, launcher=launcher)
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-5)
     assert curve(records, "train/grad_norm") == pytest.approx(curve(baseline, "train/grad_norm"), rel=1e-4)
     ours, theirs = (load_file(launch.folder / run / "weights.safetensors") for run in (engine, "zero2"))
@@ -38,10 +40,9 @@ def test_one_process_accumulating_agrees_with_two(workers, micro_batch, baseline
     records = train(
         f"alone{workers}",
         "engine=zero0",
-        f"train.steps={STEPS}",
         f"data.workers={workers}",
         f"train.micro_batch_size={micro_batch}",
-        "log.wandb=disabled",
+        *COMMON,
         processes=1,
     )
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-5)
@@ -49,14 +50,14 @@ def test_one_process_accumulating_agrees_with_two(workers, micro_batch, baseline
 
 def test_a_checkpoint_follows_deepspeeds_order_of_parameters(baseline, train):
     """An option of DeepSpeed's own changes it."""
-    common = ("round_robin", "engine=zero2", f"train.steps={STEPS}", "log.wandb=disabled")
+    common = ("round_robin", "engine=zero2", *COMMON)
     train(*common, "+engine.options.zero_optimization.round_robin_gradients=true", f"train.stop_after={STEPS - 1}")
     records = train(*common, processes=1)
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-6)
 
 
 def test_bf16_trains_close_to_fp32(baseline, train):
-    records = train("bf16", "engine=zero2", "engine.precision=bf16", f"train.steps={STEPS}", "log.wandb=disabled")
+    records = train("bf16", "engine=zero2", "engine.precision=bf16", *COMMON)
     assert curve(records) == pytest.approx(curve(baseline), rel=0.02)
 
 
