@@ -24,8 +24,9 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="FILE.pth.tar", help="the file as the authors publish it")
     parser.add_argument("--preset", required=True, choices=PUBLISHED, help="which model it is")
     parser.add_argument("--out", required=True, help="weights file to write, for example hpcm_base.safetensors")
+    parser.add_argument("--lmbda", type=float, help="λ of its training, as published")
     parser.add_argument(
-        "--lmbda", type=float, help="λ of its training for MSE, as published; leave it out for MS-SSIM's"
+        "--distortion", choices=("mse", "ms_ssim"), default="mse", help="what it was trained for (default: %(default)s)"
     )
     arguments = parser.parse_args()
     if arguments.lmbda is not None and not 0 < arguments.lmbda < math.inf:
@@ -45,7 +46,8 @@ def main() -> None:
     checkpoint = read_checkpoint(arguments.checkpoint)
     state = import_state(checkpoint, arguments.preset)
     source = f"{PUBLISHED[arguments.preset]} of github.com/lyq133/LIC-HPCM, {Path(arguments.checkpoint).name}"
-    facts = {"lmbda": arguments.lmbda, "precision": "fp32", "step": None, "images": None, "pflops": None}
+    facts = {"lmbda": arguments.lmbda, "distortion": arguments.distortion, "precision": "fp32"}
+    facts |= {"step": None, "images": None, "pflops": None}
     # Copies: tensors of a foreign file may overlap, and the file may change while it is mapped.
     state = {name: tensor.detach().clone() for name, tensor in state.items()}
     with writing(arguments.out):

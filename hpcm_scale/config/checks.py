@@ -6,6 +6,8 @@ import math
 from operator import attrgetter
 from typing import Any
 
+from hpcm_scale.config.distortions import check_distortion
+from hpcm_scale.config.phases import Phase, check_crops
 from hpcm_scale.config.schema import (
     Config,
     DataConfig,
@@ -91,6 +93,8 @@ _GENERATED = {
 
 
 MOST_LEVELS = 256
+LONGEST_AVERAGE = 12**-0.5
+"""Limit of train.ema: relative standard deviation of the flat profile, in which all weights so far count alike."""
 
 
 def check(config: Config, world_size: int) -> None:
@@ -110,6 +114,7 @@ def check(config: Config, world_size: int) -> None:
     _check_schedule(config.schedule, config.train.steps)
     _check_branch(config)
     _check_machine(config)
+    check_distortion(config)
     rate, lmbda = config.model.rate, config.objective.lmbda
     if rate.levels > 1 and not rate.lowest <= lmbda <= rate.highest:
         raise UserError(
@@ -124,23 +129,38 @@ def check(config: Config, world_size: int) -> None:
             f"data.crop={data.crop} does not fit model={config.model.name}, whose inputs are multiples "
             f"of {multiple} pixels; use data.crop={mend}"
         )
+    check_crops(config, multiple, micro_batch_size(config, world_size), world_size)
     if train.stop_after is not None and not 0 < train.stop_after <= train.steps:
         raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
     if not all(0 < step <= train.steps for step in train.keep_at):
         raise UserError(f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas={train.betas} must be two numbers from 0 up to, not including, 1")
+    if not all(0 < length < LONGEST_AVERAGE for length in train.ema) or len(set(train.ema)) < len(train.ema):
+        raise UserError(
+            f"train.ema={train.ema} must be different lengths between 0 and {LONGEST_AVERAGE:.4f} (1/√12: all weights "
+            "so far count alike)"
+        )
 
 
 def _check_source(data: DataConfig) -> None:
-    shards = data.shards or ""
-    check_no_secret(shards, "data.shards")
-    if not shards.startswith(PIPE):
-        return
-    if not data.pipe:
-        raise UserError(f"data.shards={PIPE}… runs a shell command; set data.pipe=true if that is meant")
-    if data.cache is None:
-        raise UserError(f"data.shards={PIPE}… gives whole shards; set data.cache to a folder that keeps them")
+    sources = [("data.shards", data.shards or ""), *(("data.more_shards", shards) for shards in data.more_shards)]
+    for key, shards in sources:
+        check_no_secret(shards, key)
+        if shards.startswith(PIPE) and not data.pipe:
+            raise UserError(f"{key}={PIPE}… runs a shell command; set data.pipe=true if that is meant")
+        if shards.startswith(PIPE) and data.cache is None:
+            raise UserError(f"{key}={PIPE}… gives whole shards; set data.cache to a folder that keeps them")
+    weights = data.weights
+    if weights and len(weights) != len(sources):
+        raise UserError(
+            f"data.weights has {len(weights)} entries for {len(sources)} sets, data.shards and each of "
+            "data.more_shards; give one for each, or none"
+        )
+    if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        raise UserError(f"data.weights={weights} must be 0 or greater, and finite, and one greater than 0")
+    if not 0 < data.downscale <= 1:
+        raise UserError(f"data.downscale={data.downscale} must be greater than 0, and at most 1")
 
 
 def side_multiple(model: ModelConfig) -> int:
@@ -148,18 +168,23 @@ def side_multiple(model: ModelConfig) -> int:
     return 256 if model.fusion == Fusion.attention else 128
 
 
-def micro_batch_size(config: Config, world_size: int) -> int:
-    """Images per process and forward pass."""
-    return config.train.micro_batch_size or config.train.batch_size // world_size
+def micro_batch_size(config: Config, world_size: int, phase: Phase | None = None) -> int:
+    """Images per process and forward pass; in a `phase` with other crops, so many that it has as many pixels."""
+    images = config.train.micro_batch_size or config.train.batch_size // world_size
+    return images * phase.batch_size // config.train.batch_size if phase else images
 
 
 def accumulation(config: Config, world_size: int) -> int:
-    """Forward passes per process and optimizer step."""
+    """Forward passes per process and optimizer step, the same in all phases."""
     return config.train.batch_size // (world_size * micro_batch_size(config, world_size))
 
 
 def check_model(model: ModelConfig) -> None:
-    """Raise UserError for a model that cannot be built."""
+    """Raise UserError for a model that cannot be built; one that still has a `size` has no widths yet."""
+    if model.size is not None:
+        raise UserError(
+            f"model.size={model.size} has not become widths and depths; leave it out, or give it on the command line"
+        )
     lengths = {"channels": 3, "g_a_blocks": 4, "g_s_blocks": 4, "hyper_blocks": 2, "adaptor_blocks": 3}
     for key, length in lengths.items():
         if len(getattr(model, key)) != length:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
+from hpcm_scale.config.schema import Distortion
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.evaluation.estimate import estimate
 from hpcm_scale.evaluation.measures import Estimated, Measured, measure
@@ -18,7 +19,8 @@ from hpcm_scale.evaluation.other_codecs import OtherCodec
 from hpcm_scale.machine.machine_codec import MachineCodec
 from hpcm_scale.machine.weights import edit_of
 from hpcm_scale.model.variable_rate import level_of_byte
-from hpcm_scale.objective.rate_distortion import RateDistortionObjective
+from hpcm_scale.objective.choice import objective_of
+from hpcm_scale.objective.ms_ssim import too_small
 
 WARM_UP_SIDE = 256
 """Pixels: the first file a model makes also pays for its tables and kernels, so a small one goes before it."""
@@ -66,21 +68,29 @@ def file_coder(model: MachineCodec, device: torch.device, level: int | None = No
     return code
 
 
-def estimate_coder(model: MachineCodec, device: torch.device, lmbda: float | None, level: int | None = None) -> Coder:
+def estimate_coder(
+    model: MachineCodec,
+    device: torch.device,
+    lmbda: float | None,
+    level: int | None = None,
+    distortion: Distortion = Distortion.mse,
+) -> Coder:
     """One forward pass in the model's precision: the bits its likelihoods promise, no file.
 
-    `level`: the byte that a variable-rate model's files would have.
+    `level`: the byte that a variable-rate model's files would have. The loss is that at `lmbda` of a `distortion`; None
+    without a λ, or where MS-SSIM is not defined.
     """
     model.to(device)
-    objective = RateDistortionObjective(lmbda or 0.0)
     number = None if level is None else level_of_byte(model.config.rate, level)
 
     def code(pixels: Tensor) -> CodedImage:
+        known = lmbda is not None and not (distortion == Distortion.ms_ssim and too_small(pixels))
+        objective = objective_of(distortion, lmbda) if known else objective_of(Distortion.mse, 0.0)
         result, decoded = estimate(
             model, pixels, multiple=model.multiple, objective=objective, device=device, level=number
         )
         training = {name: getattr(result, name).item() for name in ("loss", "bpp_y", "bpp_z", "mse")}
-        if lmbda is None:
+        if not known:
             training["loss"] = None
         return CodedImage(decoded, result.bpp.item() * pixels[0].numel(), None, None, training)
 

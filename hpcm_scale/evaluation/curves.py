@@ -13,7 +13,7 @@ import torch
 
 from hpcm_scale import __version__
 from hpcm_scale.coding.quality import byte_of_quality, quality_of_byte
-from hpcm_scale.config.schema import ModelConfig, Precision, RateConfig
+from hpcm_scale.config.schema import Distortion, ModelConfig, Precision, RateConfig
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.coders import Coder, Watcher, code_images, estimate_coder, file_coder, other_coder
@@ -83,13 +83,18 @@ class Weights(NamedTuple):
     facts: dict[str, Any]
     settings: list[Setting]
 
+    @property
+    def distortion(self) -> Distortion:
+        """What they were trained for; facts that do not say it are older than MS-SSIM."""
+        return Distortion(self.facts.get("distortion", "mse"))
+
 
 def read_weights(names: Sequence[str], qualities: Sequence[float] | None = None) -> list[list[Weights]]:
     """The weights grouped by curve, both in the order named.
 
     A name is PATH or CURVE=PATH. Files of fixed rate make a curve together, a point for each λ: those called the same,
-    or, where none is called anything, those of one architecture. A file of variable rate makes a curve alone, with a
-    point at each of `qualities` (0 to 100), by default at each level that it has learned.
+    or, where none is called anything, those of one architecture and one distortion. A file of variable rate makes a
+    curve alone, with a point at each of `qualities` (0 to 100), by default at each level that it has learned.
 
     Raises UserError if a file cannot be used, or if a curve through the files of one name would mean nothing.
     """
@@ -120,7 +125,10 @@ def _read(curve: str | None, path: str, qualities: Sequence[float] | None) -> We
     else:
         settings = [Setting(Path(path).stem if lmbda is None else f"λ = {lmbda:g}", lmbda)]
     usual = f"hpcm {config.name}" + " variable" * (config.rate.levels > 1)
-    return Weights(path, curve or usual, config, facts, settings)
+    weights = Weights(path, curve or usual, config, facts, settings)
+    if curve is None and weights.distortion == Distortion.ms_ssim:
+        return weights._replace(curve=f"{usual} ms-ssim")
+    return weights
 
 
 def _levels(rate: RateConfig, qualities: Sequence[float] | None) -> list[int]:
@@ -143,6 +151,8 @@ def _check_together(one: Weights, other: Weights) -> None:
         raise UserError(f"--weights names {other.path} twice; name it once")
     if one.config != other.config:
         raise UserError(f"{same} but are built differently; {mend}")
+    if one.distortion != other.distortion:
+        raise UserError(f"{same}, one trained for MSE and one for MS-SSIM; {mend}")
     if other.config.rate.levels > 1:
         raise UserError(f"{same}, and each has a range of rates; {mend}")
     if one.settings == other.settings:
@@ -172,7 +182,7 @@ def model_curve(
             model.set_precision(Precision(weights.facts["precision"]))
         for setting in weights.settings:
             coder = (
-                estimate_coder(model, device, setting.lmbda, setting.level)
+                estimate_coder(model, device, setting.lmbda, setting.level, weights.distortion)
                 if estimate
                 else file_coder(model, device, setting.level)
             )

@@ -38,7 +38,7 @@ class ImageResult:
     width: int
     height: int
     loss: float
-    """λ·255²·MSE + bpp, the reconstruction neither clamped nor rounded, as in training."""
+    """Of the objective, the reconstruction neither clamped nor rounded, as in training."""
     bpp: float
     bpp_y: float
     bpp_z: float

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from pytorch_msssim import ms_ssim
 from torch import Tensor
 
 from hpcm_scale.coding.distortion import peak_signal_to_noise
-
-MS_SSIM_SMALLEST_SIDE = 161
-"""Five halvings and a window of 11 pixels: MS-SSIM is not defined for images with a shorter side below this."""
+from hpcm_scale.objective.ms_ssim import multi_scale_similarity, too_small
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ class Estimated(Measured):
     """One image whose bits were estimated: also the training loss and its parts, on unrounded pixels."""
 
     loss: float | None
-    """λ·255²·MSE + bpp, the reconstruction neither clamped nor rounded, as in training; None without a λ."""
+    """That of the training, the reconstruction neither clamped nor rounded; None without a λ, or where the image is too
+    small for MS-SSIM and the training was for that."""
     bpp_y: float
     bpp_z: float
     mse: float
@@ -56,7 +54,7 @@ def measure(
 ) -> Measured:
     """Compare two images, both uint8 (3, H, W); `bits` is what `decoded` was coded with."""
     height, width = original.shape[1:]
-    similarity = multi_scale_similarity(original, decoded)
+    similarity = _similarity(original, decoded)
     return Measured(
         name=name,
         width=width,
@@ -86,15 +84,15 @@ def mean(images: list[Measured]) -> dict[str, float | None]:
     return means
 
 
-def multi_scale_similarity(x: Tensor, y: Tensor) -> float | None:
-    """MS-SSIM (Wang et al. 2003) of two uint8 images (3, H, W); None where they are too small for it."""
-    if min(x.shape[1:]) < MS_SSIM_SMALLEST_SIDE:
-        return None
-    # Channel by channel: the mean of the same three values, in a third of the memory.
-    pairs = zip(x[:, None, None].double(), y[:, None, None].double(), strict=True)
-    return math.fsum(ms_ssim(one, other, data_range=255).item() for one, other in pairs) / len(x)
-
-
 def decibels(similarity: float) -> float:
     """MS-SSIM as the field plots it: −10·log10(1 − MS-SSIM), at most 100 dB."""
     return -10 * math.log10(max(1 - similarity, 1e-10))
+
+
+def _similarity(x: Tensor, y: Tensor) -> float | None:
+    """MS-SSIM of two uint8 images (3, H, W), in float64; None where they are too small for it."""
+    if too_small(x):
+        return None
+    # Channel by channel: the mean of the same three values, in a third of the memory.
+    pairs = zip(x[:, None, None].double(), y[:, None, None].double(), strict=True)
+    return math.fsum(multi_scale_similarity(one, other, data_range=255).item() for one, other in pairs) / len(x)

@@ -51,7 +51,8 @@ TIMES = (
 
 COSTS = (
     "kMAC/px: thousands of multiply-accumulates per pixel of the model's forward pass at 256×256. "
-    "loss: λ·255²·MSE + bpp, as in training; known for estimates only."
+    "loss: λ·255²·MSE + bpp, or λ·(1 − MS-SSIM) + bpp of weights trained for MS-SSIM, as in training; known for "
+    "estimates only."
 )
 WORDS = ("codec", "setting", "image", "metric")
 MEASURES = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hpcm_scale.config.checks import check_pre_editor
 from hpcm_scale.config.compose import from_dict, model_from_dict, to_dict
-from hpcm_scale.config.schema import ModelConfig, PreEditorConfig
+from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file
 from hpcm_scale.model.hpcm import HPCM
@@ -113,6 +113,8 @@ def check_facts(facts: object) -> None:
     """Raises ValueError unless these are facts, and those of all that they come from, too."""
     if not isinstance(facts, dict):
         raise ValueError("its facts are no dictionary")
+    if facts.get("distortion", "mse") not in [each.value for each in Distortion]:
+        raise ValueError(f"its facts name the distortion {facts['distortion']!r}")
     if "origin" in facts:
         origin = facts["origin"]
         check_facts(origin.get("facts") if isinstance(origin, dict) else None)

@@ -40,6 +40,8 @@ class Analysis:
     metric: str
     """"eval/loss" or "train/loss"."""
     lmbda: float
+    distortion: str
+    """What the losses hold beside the rate: a key of `words.LOSSES`."""
     level: float
     """Probability of every interval below."""
     observations: tuple[Observation, ...]
@@ -106,6 +108,7 @@ def analyse(study: Study, *, bootstrap: int = 0, level: float = 0.95) -> Analysi
     return Analysis(
         metric=study.metric,
         lmbda=study.lmbda,
+        distortion=study.distortion,
         level=level,
         observations=tuple(observations),
         frontier=tuple(whole),
@@ -223,7 +226,7 @@ def read_laws(path: str | Path) -> Analysis:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError
-        analysis = from_plain(Analysis, values)
+        analysis = from_plain(Analysis, {"distortion": "mse"} | values)  # there was nothing else to name
         # Laws differ in how they predict, and "compute_optimal" alone has a class of its own.
         kinds = {"compute_optimal": ComputeOptimal}
         laws = {name: from_plain(kinds.get(name, Law), law) for name, law in values["laws"].items()}

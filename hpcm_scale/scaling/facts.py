@@ -33,6 +33,18 @@ def _parameters_by_part(model: str) -> dict[str, int]:
     return shapes.parameters_by_part(shapes.on_meta(model_from_dict(json.loads(model))))
 
 
+def training_pixels(config: dict[str, Any], steps: np.ndarray, images: np.ndarray) -> np.ndarray | None:
+    """float64 (n,): pixels trained on after `steps` with so many `images`; None where no crop is told.
+
+    Where crops change on the way, it is the pixels of a step that stay the same (`config.phases`).
+    """
+    crop = (config.get("data") or {}).get("crop")
+    if not crop:
+        return None
+    changing = (config.get("schedule") or {}).get("crops")
+    return steps * config["train"]["batch_size"] * crop**2 if changing else images * crop**2
+
+
 def learning_rates(run: Run, steps: np.ndarray) -> np.ndarray:
     """float64 (n,): the rate of the last training line at or before each step; NaN before the first one."""
     rows = run.records.rows("train/learning_rate")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.scaling.facts import annealed, learning_rates, parameters_by_part, trunk
+from hpcm_scale.scaling.facts import annealed, learning_rates, parameters_by_part, training_pixels, trunk
 from hpcm_scale.scaling.runs import Run
 from hpcm_scale.scaling.smoothing import smoothed
 from hpcm_scale.scaling.usable import LeftOut, end, passed_over, usable_lines
@@ -35,7 +35,7 @@ class Curve:
     pflops: np.ndarray
     """Cumulative training compute, 1e15 FLOP; a branch counts its trunk's, too."""
     pixels: np.ndarray
-    """Pixels trained on: images × crop²."""
+    """Pixels trained on: images × crop², each image with the crop of its time."""
     loss: np.ndarray
     smoothed: np.ndarray
     """Local linear fit of `loss` (`smoothing`)."""
@@ -87,6 +87,8 @@ class Study:
     """The sweep that all runs belong to (run.sweep), wandb's group; None if there is no such one."""
     project: str | None = None
     """wandb's project likewise (log.project)."""
+    distortion: str = "mse"
+    """What the losses hold beside the rate: a key of `words.LOSSES`."""
 
 
 def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = None) -> Study:
@@ -104,11 +106,12 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
     lmbda = _chosen_lmbda(begun, lmbda)
     metric = metric or ("eval/loss" if all(map(_is_evaluated, begun)) else "train/loss")
     told: list[tuple[Curve, Observation]] = []
-    kinds = {_special(run) for run in begun}
+    special = {run.name: _special(run) for run in begun if run.config["objective"]["lmbda"] == lmbda}
+    common = set.intersection(*map(set, special.values())) if special else set()
     for run in begun:
         try:
-            if len(kinds) > 1 and _special(run):
-                raise LeftOut(_special(run))
+            if apart := [reason for reason in special.get(run.name, []) if reason not in common]:
+                raise LeftOut(apart[0])
             told.append(_tell(run, metric, lmbda, trunk(run, runs)))
             left_out += passed_over(run, metric)
         except LeftOut as reason:  # noqa: PERF203
@@ -120,18 +123,25 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
     names = {observation.run for observation in observations}
     used = [run for run in begun if run.name in names]
     group, project = _shared(used, "run.sweep"), _shared(used, "log.project")
-    return Study(metric, lmbda, curves, observations, sorted(left_out), _differences(used, metric), group, project)
+    notes, distortion = _differences(used, metric), _distortion(used[0])
+    return Study(metric, lmbda, curves, observations, sorted(left_out), notes, group, project, distortion)
 
 
-def _special(run: Run) -> str:
-    """What sets a run apart from one that trains a codec of one rate for people from nothing; empty for such a one."""
-    if _setting(run, "objective.viewer") == "machine":
-        return "it is trained for machine receivers, and its loss is another one"
-    if (_setting(run, "model.rate.levels") or 1) > 1:
-        return "it has variable rate: it trains for many λ at once"
-    if _setting(run, "init_from"):
-        return "it started from trained weights, whose compute is not in its journal"
-    return ""
+def _special(run: Run) -> list[str]:
+    """What sets a run apart from one that trains a codec of one rate for people, by MSE, from nothing."""
+    reasons = {
+        "it is trained for machine receivers, and its loss is another one": _setting(run, "objective.viewer")
+        == "machine",
+        "it is trained for MS-SSIM, and its loss is another one": _distortion(run) == "ms_ssim",
+        "it has variable rate: it trains for many λ at once": (_setting(run, "model.rate.levels") or 1) > 1,
+        "it started from trained weights, whose compute is not in its journal": _setting(run, "init_from"),
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def _distortion(run: Run) -> str:
+    """What its loss holds beside the rate; runs that do not say it are older than MS-SSIM."""
+    return _setting(run, "objective.distortion") or "mse"
 
 
 def _lines(run: Run) -> int:
@@ -165,8 +175,8 @@ def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[C
         parts = parameters_by_part(run.config)
     except UserError as error:
         raise LeftOut(str(error)) from None
-    crop = _setting(run, "data.crop")
-    if not crop:
+    pixels = training_pixels(run.config, steps, images)
+    if pixels is None:
         raise LeftOut("its configuration does not say data.crop")
     rates = learning_rates(run, steps)
     decayed = annealed(run.config, steps, rates)
@@ -180,13 +190,13 @@ def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[C
         "parts": parts,
         "lmbda": lmbda,
         "seed": int(run.config["train"].get("seed", 0)),
-        "flops_per_pixel": float(pflops[-1] * PETA / (images[-1] * crop**2)),
+        "flops_per_pixel": float(pflops[-1] * PETA / pixels[-1]),
         "branch_of": branch_of,
     }
     curve = Curve(
         **same,
         pflops=pflops,
-        pixels=images * crop**2,
+        pixels=pixels,
         loss=loss,
         smoothed=fit,
         learning_rate=rates,
@@ -194,7 +204,7 @@ def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[C
     )
     observation = Observation(
         **same,
-        pixels=float(images[-1] * crop**2),
+        pixels=float(pixels[-1]),
         images=int(images[-1]),
         pflops=float(pflops[-1]),
         loss=float(loss[-1] if metric == "eval/loss" else fit[-1]),
@@ -208,10 +218,16 @@ def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[C
 
 def _differences(runs: Sequence[Run], metric: str) -> list[str]:
     """What makes the losses of runs another thing."""
-    keys = ("data.crop", "eval.images", "eval.limit") if metric == "eval/loss" else ("data.crop",)
+    keys = ("data.crop", "schedule.crops", *(("eval.images", "eval.limit") if metric == "eval/loss" else ()))
     notes = []
+    if changing := [run.name for run in runs if metric == "train/loss" and _setting(run, "schedule.crops")]:
+        notes.append(
+            f"the training crops of {', '.join(changing)} change on the way, and their training loss with them"
+        )
     for key in keys:
-        values = sorted({PurePath(str(_setting(run, key))).name for run in runs})  # a path may differ by machine
+        values = sorted(
+            {PurePath(str(_setting(run, key) or None)).name for run in runs}
+        )  # a path may differ by machine
         if len(values) > 1:
             notes.append(f"the runs differ in {key} ({', '.join(values)}): their losses may not be comparable")
     return notes

@@ -301,6 +301,7 @@ def _command(analysis: Analysis, chosen: Training, setting: Setting) -> str:
     """What to type; composed and checked here, so that training will not refuse it."""
     overrides = [
         f"model={chosen.model}",
+        *(["objective=ms_ssim"] if analysis.distortion == "ms_ssim" else []),
         f"objective.lmbda={analysis.lmbda:g}",
         f"train.steps={chosen.steps}",
         f"train.batch_size={setting.batch}",
@@ -310,7 +311,7 @@ def _command(analysis: Analysis, chosen: Training, setting: Setting) -> str:
         f"run.dir=runs/{chosen.model}_{chosen.steps}_steps",
     ]
     if setting.crop != 256:
-        overrides.insert(4, f"data.crop={setting.crop}")
+        overrides.insert(-4, f"data.crop={setting.crop}")
     check(compose(overrides), setting.gpus)
     launcher = f"--num_gpus {setting.gpus}" if setting.gpus <= PER_NODE else "--hostfile hostfile"
     return shlex.join(["deepspeed", *launcher.split(), "--module", "hpcm_scale.train", *overrides])

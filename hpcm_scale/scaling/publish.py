@@ -76,6 +76,7 @@ def _config(analysis: Analysis) -> dict[str, Any]:
     return {
         "metric": analysis.metric,
         "lmbda": analysis.lmbda,
+        "distortion": analysis.distortion,
         "level": analysis.level,
         "laws": {name: law.to_dict() for name, law in analysis.laws.items()},
         "preferred": analysis.preferred,

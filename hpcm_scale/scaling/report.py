@@ -13,6 +13,7 @@ from hpcm_scale.scaling.trust import Bootstrap, HeldOut
 from hpcm_scale.scaling.verdict import FACTORS, doubts, headline, improvement, no_best_split, parameter_law
 from hpcm_scale.scaling.words import (
     DASH,
+    LOSSES,
     TITLES,
     count,
     expected,
@@ -102,9 +103,9 @@ def _runs(analysis: Analysis) -> str:
     ]
     kind = "evaluation" if analysis.metric == "eval/loss" else "smoothed training"
     note = (
-        f"Loss: {kind} loss at the end of the run, λ·255²·MSE + bpp (bits per pixel). Pixels: images × crop². PFLOPs: "
-        "1e15 floating-point operations of training, forward and backward; a branch counts its trunk's, too. Annealed: "
-        "the learning rate had fallen to a tenth of its peak or less."
+        f"Loss: {kind} loss at the end of the run, {LOSSES[analysis.distortion]} (bits per pixel). Pixels: images × "
+        "crop². PFLOPs: 1e15 floating-point operations of training, forward and backward; a branch counts its trunk's, "
+        "too. Annealed: the learning rate had fallen to a tenth of its peak or less."
     )
     return f"{markdown_table(headings, rows, 2)}\n\n{note}"
 

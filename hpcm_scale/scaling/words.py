@@ -18,6 +18,8 @@ TITLES = {
     "compute_optimal": "compute-optimal law, from the joint law and the measured cost per pixel",
 }
 """Names of laws, for readers."""
+LOSSES = {"mse": "λ·255²·MSE + bpp", "ms_ssim": "λ·(1 − MS-SSIM) + bpp"}
+"""By objective.distortion: what a loss is."""
 SHORT = {
     "power_law_of_parameters": "power law",
     "floor_of_parameters": "with floor",

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpcm_scale.config.checks import check
-from hpcm_scale.config.schema import Config, Viewer
+from hpcm_scale.config.distortions import MS_SSIM_SMALLEST_SIDE
+from hpcm_scale.config.schema import Config, Distortion, Viewer
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import ShardIndex, load_index
+from hpcm_scale.data.mixture import Mixture, load_mixture
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
-from hpcm_scale.machine.extractor import TokenExtractor, check_size
+from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.inherit import check_inheritance
@@ -26,7 +28,8 @@ class Start(NamedTuple):
 
     folder: RunFolder
     resume: Resume
-    index: ShardIndex
+    index: Mixture
+    """Of all sets of shards."""
     images: ImageSet | None
     """For evaluation."""
     finished: bool
@@ -57,7 +60,7 @@ def prepare(
     data = config.data
     if data.shards is None:
         raise UserError("data.shards is not set; name the folder that `hpcm shards build` made")
-    index = open_index(data.shards, retries=data.retries, timeout=data.timeout, pipe=data.pipe)
+    index = load_mixture(data, open_index)
     images = open_images(config.eval.images, config.eval.limit) if config.eval.images else None
     folder = RunFolder(run_directory(config))
     resume = folder.resume(config, index.digest)
@@ -70,14 +73,26 @@ def prepare(
             f"it goes on with the codec of init_from={config.init_from}, which this command would train further; "
             "choose another run.dir"
         )
-    origin = _origin(config, folder) if needed and not later else None
-    for_machine = config.objective.viewer == Viewer.machine
-    receivers = {name: open_receiver(name) for name in config.machine.receivers if for_machine}
+    origin = origin_weights(config, folder) if needed and not later else None
+    receivers = receivers_of(config, open_receiver)
+    if images and config.objective.distortion == Distortion.ms_ssim:
+        _check_sizes(images, MS_SSIM_SMALLEST_SIDE, "MS-SSIM is defined for")
     if receivers:
-        for index, name in enumerate(images.names if images else ()):
-            check_size(images.load(index), f"{name} of eval.images={images.folder}", "leave it out")
+        if images:
+            _check_sizes(images, SMALLEST_SIDE, "receivers look at")
         MachineObjective(receivers, config.machine, config.objective.lmbda)  # refuses layers that there are not
     return Start(folder, resume, index, images, finished, origin, receivers)
+
+
+def _check_sizes(images: ImageSet, smallest: int, who: str) -> None:
+    """Raise UserError if an image has a side shorter than `smallest` pixels."""
+    for number, name in enumerate(images.names):
+        height, width = images.load(number).shape[1:]
+        if min(height, width) < smallest:
+            raise UserError(
+                f"{name} of eval.images={images.folder} is {width}×{height} pixels, and {who} images with sides from "
+                f"{smallest}; leave it out"
+            )
 
 
 def origin_folder(config: Config) -> Path | None:
@@ -88,7 +103,16 @@ def origin_folder(config: Config) -> Path | None:
     return path.parent if path.name == WEIGHTS_NAME else path
 
 
-def _origin(config: Config, folder: RunFolder) -> WeightsFile:
+def receivers_of(
+    config: Config, open_receiver: Callable[[str], TokenExtractor] = receiver
+) -> dict[str, TokenExtractor]:
+    """The networks that a configuration trains for, by name; none if it trains for people."""
+    for_machine = config.objective.viewer == Viewer.machine
+    return {name: open_receiver(name) for name in config.machine.receivers if for_machine}
+
+
+def origin_weights(config: Config, folder: RunFolder) -> WeightsFile:
+    """What `init_from` names. Raises UserError if the run cannot start, or go on, from it."""
     file = read_weights_file(config.init_from)
     begun = folder.origin(config)
     if begun and config.machine.freeze_codec and begun["sha256"] != sha256_of(file.path):

@@ -19,7 +19,7 @@ from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.evaluation.measures import Estimated, peak_signal_to_noise
 from hpcm_scale.evaluation.other_codecs import other_codec
 from hpcm_scale.machine.weights import load_machine_codec
-from hpcm_scale.model.weights import load_weights
+from hpcm_scale.model.weights import load_weights, save_weights
 from hpcm_scale.objective.rate_distortion import RateDistortionObjective
 from hpcm_scale.training.costs import size_row
 
@@ -125,6 +125,20 @@ def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, small_i
 def test_weights_without_a_lambda_are_named_by_their_file(save_untrained):
     ((weights,),) = read_weights([save_untrained("imported", lmbda=None)])
     assert [setting.label for setting in weights.settings] == ["imported"]
+
+
+def test_weights_trained_for_ms_ssim_are_a_curve_of_their_own(save_untrained, weights, small_images, tmp_path):
+    model, facts = load_weights(save_untrained("trained_for_ms_ssim", lmbda=8.73))
+    path = str(tmp_path / "ms_ssim.safetensors")
+    save_weights(path, model.state_dict(), model.config, facts | {"distortion": "ms_ssim"})
+    (mse,), (ms_ssim,) = read_weights([weights, path])
+    assert (mse.curve, ms_ssim.curve) == ("hpcm nano", "hpcm nano ms-ssim")
+    with pytest.raises(UserError, match="one trained for MSE and one for MS-SSIM"):
+        read_weights([f"mine={weights}", f"mine={path}"])
+    (point,) = model_curve([ms_ssim], small_images, device=CPU, estimate=True).points
+    assert [image.loss is None for image in point.images] == [True, True, False]  # MS-SSIM is not defined there
+    large = point.images[2]
+    assert large.loss == pytest.approx(8.73 * (1 - large.ms_ssim) + large.bpp, rel=1e-3)  # of pixels, unrounded
 
 
 def test_curves_that_mean_nothing_are_refused(save_untrained, weights):

@@ -118,6 +118,7 @@ def test_the_weights_file_tells_where_it_came_from(imported, loaded):
     assert model.config == replace(compose_model(preset), hyper_placement=HyperPlacement.upstream)
     assert facts == {
         "lmbda": 0.013,
+        "distortion": "mse",
         "precision": "fp32",
         "step": None,
         "images": None,

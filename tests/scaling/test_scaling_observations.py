@@ -234,6 +234,25 @@ def test_runs_that_may_not_be_compared_are_told(tmp_path: Path) -> None:
     ]
 
 
+def test_crops_that_grow_leave_the_pixels_of_a_step(tmp_path: Path) -> None:
+    lines = journal(range(1, 101))
+    for line in lines[-24:]:  # the last 20 steps and their evaluations
+        line["train/images"] = 640 + (line["step"] - 80) * 2
+    growing = ("train.batch_size=8", "schedule.crops=[512]", "schedule.crop_boundaries=[0.8]")
+    write(tmp_path / "growing", lines, *growing, "train.seed=1")
+    write(tmp_path / "growing-too", lines, *growing)
+    write(tmp_path / "plain", journal(range(1, 101)), "train.batch_size=8")
+    told = study(find_runs([tmp_path]))
+    assert {seen.run: seen.images for seen in told.observations} == {"growing": 680, "growing-too": 680, "plain": 800}
+    assert all(seen.pixels == 800 * 256**2 for seen in told.observations)
+    assert all(curve.pixels.tolist() == [8 * step * 256**2 for step in (20, 40, 60, 80, 100)] for curve in told.curves)
+    assert told.notes == ["the runs differ in schedule.crops (None, [512]): their losses may not be comparable"]
+    alone = study(find_runs([tmp_path / "growing", tmp_path / "growing-too"]), metric="train/loss")
+    assert alone.notes == [
+        "the training crops of growing, growing-too change on the way, and their training loss with them"
+    ]
+
+
 def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
     lines = journal(range(1, 101))
     write(tmp_path / "plain", lines)
@@ -243,5 +262,17 @@ def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
     told = study(find_runs([tmp_path]))
     assert [seen.run for seen in told.observations] == ["plain"]
     assert [sentence.split(" is left out: ")[1].split()[1] for sentence in told.left_out] == ["is", "started", "has"]
+    write(tmp_path / "ms_ssim", lines, "objective=ms_ssim")
+    write(tmp_path / "fine", lines, "objective=ms_ssim", "init_from=runs/other")
+    similar = study(find_runs([tmp_path]), lmbda=8.73)
+    assert ([seen.run for seen in similar.observations], similar.distortion) == (["ms_ssim"], "ms_ssim")
+    assert [sentence for sentence in similar.left_out if sentence.startswith("fine")] == [
+        "fine is left out: it started from trained weights, whose compute is not in its journal"
+    ]
+    mixed = study(
+        find_runs([tmp_path / "plain", write(tmp_path / "same", lines, "objective=ms_ssim", "objective.lmbda=0.013")])
+    )
+    assert (mixed.distortion, [seen.run for seen in mixed.observations]) == ("mse", ["plain"])
+    assert mixed.left_out == ["same is left out: it is trained for MS-SSIM, and its loss is another one"]
     alone = study(find_runs([tmp_path / "variable"]))  # among their like they do compare
     assert [seen.run for seen in alone.observations] == ["variable"]

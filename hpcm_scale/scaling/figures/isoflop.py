@@ -38,7 +38,7 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     sizes = np.concatenate([each.parameters for each in slices])
     log_axis(axes.xaxis, sizes.min() * 0.8, sizes.max() * 1.25)
     log_axis(axes.yaxis, lowest * 0.97, top * 1.03)
-    over_parameters(figure, axes, analysis.metric)
+    over_parameters(figure, axes, analysis)
     return True
 
 

@@ -45,7 +45,7 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     log_axis(axes.xaxis, left * 0.9, right * 1.1, 7)
     log_axis(axes.yaxis, bottom * 0.98, top * 1.02, 7)
     axes.set_xlabel(SHORT_COMPUTE)
-    axes.set_ylabel(loss_label(analysis.metric))
+    axes.set_ylabel(loss_label(analysis))
     calm(axes)
     handles = []
     for model in sorted(sizes, key=sizes.__getitem__):

@@ -13,9 +13,10 @@ from matplotlib.lines import Line2D
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.facts import learning_rates
-from hpcm_scale.scaling.figures.style import COMPUTE, LOSS, calm, check_format, colours, number_log, save
+from hpcm_scale.scaling.figures.style import COMPUTE, calm, check_format, colours, number_log, save
 from hpcm_scale.scaling.runs import Run
 from hpcm_scale.scaling.smoothing import smooth
+from hpcm_scale.scaling.words import LOSSES
 
 LEFT_OUT = 0.02
 """Part of each run, from its start, that is not drawn: losses fall tenfold there and tell nothing."""
@@ -123,7 +124,8 @@ def _explain(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
     title += f", λ = {', '.join(f'{value:g}' for value in lambdas)}"
     axes.set_title(title, loc="left", fontweight="bold", pad=10)
     axes.set_xlabel(COMPUTE)
-    axes.set_ylabel(LOSS)
+    losses = dict.fromkeys(LOSSES[run.config["objective"].get("distortion", "mse")] for run in runs)
+    axes.set_ylabel(f"rate-distortion loss\n{' or '.join(losses)} (bits per pixel)")
     calm(axes)
     kinds = [
         Line2D(

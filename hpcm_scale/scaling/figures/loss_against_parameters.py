@@ -46,7 +46,7 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
         axes.axvline(max(sizes) * 1.12, color="0.55", linewidth=0.8, linestyle=":", zorder=1)
     log_axis(axes.xaxis, min(sizes) * 0.75, end * 1.1)
     log_axis(axes.yaxis, *bounds)
-    over_parameters(figure, axes, analysis.metric)
+    over_parameters(figure, axes, analysis)
     return True
 
 

@@ -18,8 +18,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file
+from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.laws.law import Prediction
-from hpcm_scale.scaling.words import count
+from hpcm_scale.scaling.words import LOSSES, count
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette without its yellow: told apart by colour-blind readers."""
@@ -30,7 +31,6 @@ WIDEST = 1.5
 WIDTH = 3.5
 """Inches: one column of a two-column paper, where the type below is its real size."""
 COMPUTE = "training compute (PFLOPs; 1 PFLOP = 10¹⁵ floating-point operations)"
-LOSS = "rate-distortion loss\nλ·255²·MSE + bpp (bits per pixel)"
 SHORT_COMPUTE = "training compute C (PFLOPs)"
 PARAMETERS = "parameters N"
 
@@ -162,19 +162,19 @@ def size_styles(sizes: dict[str, int]) -> dict[str, tuple[str, str]]:
     }
 
 
-def over_parameters(figure: Figure, axes: Axes, metric: str) -> None:
+def over_parameters(figure: Figure, axes: Axes, analysis: Analysis) -> None:
     """What every figure of loss over parameters ends with: numbers and labels of its axes, the legend."""
     number_parameters(axes.xaxis)
     axes.set_xlabel(PARAMETERS)
-    axes.set_ylabel(loss_label(metric))
+    axes.set_ylabel(loss_label(analysis))
     calm(axes)
     column(figure, axes.get_legend_handles_labels()[0], 2)
 
 
-def loss_label(metric: str) -> str:
+def loss_label(analysis: Analysis) -> str:
     """What is on the axis of losses."""
-    kind = {"eval/loss": "evaluation loss", "train/loss": "training loss"}[metric]
-    return f"{kind}  λ·255²·MSE + bpp"
+    kind = {"eval/loss": "evaluation loss", "train/loss": "training loss"}[analysis.metric]
+    return f"{kind}  {LOSSES[analysis.distortion]}"
 
 
 def column(figure: Figure, handles: Sequence[Artist], columns: int = 3) -> None:

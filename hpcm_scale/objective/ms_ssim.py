@@ -1,0 +1,81 @@
+"""The rate-distortion loss of a batch with MS-SSIM as its distortion, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+
+from hpcm_scale.config.distortions import MS_SSIM_SMALLEST_SIDE
+from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+
+
+class SimilarityRateDistortion(NamedTuple):
+    """What a batch of reconstructions costs and how far it is off; fp32, (B,) or, after `mean`, ()."""
+
+    loss: Tensor
+    """λ·(1 − MS-SSIM) + bpp; carries the gradient."""
+    bpp: Tensor
+    """Bits per image pixel: bpp_y + bpp_z."""
+    bpp_y: Tensor
+    bpp_z: Tensor
+    mse: Tensor
+    """Mean squared error over channels and pixels, for values in [0, 1]."""
+    psnr: Tensor
+    """−10·log10(MSE) in dB, without gradient; infinite for an exact reconstruction."""
+    ms_ssim: Tensor
+    """0 to 1, the mean over the channels."""
+
+    def mean(self) -> SimilarityRateDistortion:
+        """Each quantity averaged over the images; the PSNR is the mean of the images' PSNRs."""
+        return SimilarityRateDistortion(*(quantity.mean() for quantity in self))
+
+
+class SimilarityObjective:
+    """`similarity_loss` as training and evaluation call every objective."""
+
+    fields = SimilarityRateDistortion._fields
+
+    def __init__(self, lmbda: float | Callable[[Tensor], Tensor]) -> None:
+        """`lmbda`: λ, or with variable rate what gives it, (B,), for levels (B,)."""
+        self._lmbda = lmbda
+
+    def __call__(self, x: Tensor, coded: Any, level: Tensor | None = None) -> SimilarityRateDistortion:
+        """Images (B, 3, H, W), what a codec made of them (its `x_hat`, `bits_y`, `bits_z`), and their levels."""
+        lmbda = self._lmbda(level) if callable(self._lmbda) else self._lmbda
+        return similarity_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, lmbda)
+
+
+def similarity_loss(
+    x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tensor, lmbda: float | Tensor
+) -> SimilarityRateDistortion:
+    """λ·(1 − MS-SSIM(x, x̂)) + bits per pixel of each image, after CompressAI (arXiv 2011.03029).
+
+    Arguments as of `rate_distortion_loss`; Raises ValueError as it does, and for images that are `too_small`.
+    """
+    plain = rate_distortion_loss(x, x_hat, bits_y, bits_z, 0.0)
+    similarity = multi_scale_similarity(x.float(), x_hat.float())
+    return SimilarityRateDistortion(lmbda * (1 - similarity) + plain.bpp, *plain[1:], similarity)
+
+
+def too_small(image: Tensor) -> bool:
+    """Whether MS-SSIM is not defined for an image (…, H, W): for a side below `MS_SSIM_SMALLEST_SIDE`."""
+    return min(image.shape[-2:]) < MS_SSIM_SMALLEST_SIDE
+
+
+def multi_scale_similarity(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
+    """MS-SSIM (Wang et al. 2003) of images (B, C, H, W) of one float type, each the mean over its channels; (B,).
+
+    Worked out in the type of the images, under autocast too. Where the contrast of a channel runs against the
+    original's on some scale, its MS-SSIM is 0, and so is the gradient. Raises ValueError for `too_small` images.
+    """
+    if too_small(x):
+        raise ValueError(f"MS-SSIM needs sides from {MS_SSIM_SMALLEST_SIDE} pixels, not {tuple(x.shape)}")
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        # Not channels-last, for which a GPU would multiply TF32 numbers where the rest of the process does.
+        return ms_ssim(x.contiguous(), y.contiguous(), data_range=data_range, size_average=False)
