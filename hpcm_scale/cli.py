@@ -15,6 +15,7 @@ COMMANDS = {
     "estimate": "memory per GPU, FLOPs and time of a run, without a GPU",
     "train": "train one configuration, or several with -m (launch with `deepspeed` on many GPUs)",
     "sweep": "a live table of the runs of a sweep, trained by `hpcm train -m`",
+    "average": "weights averaged over a length chosen after training (see train.ema)",
     "branch": "from checkpoints of a run, train branches whose learning rate decays to zero",
     "encode": "photos to .hpcm files",
     "decode": ".hpcm files to PNG",

@@ -10,15 +10,17 @@ from argparse import Namespace
 
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.compose import compose
+from hpcm_scale.config.phases import described, phases
 from hpcm_scale.config.schema import Config, Precision, Viewer
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.model.ladder import sized
 
 
 @one_line
 def main() -> None:
     """Entry point of `hpcm estimate` and `python -m hpcm_scale.estimate`."""
     arguments = _parser().parse_intermixed_args()
-    config = compose(arguments.overrides)
+    config = compose(arguments.overrides, sized)
     world_size = config.engine.world_size or 1
     check(config, world_size)
     if config.objective.viewer != Viewer.people:
@@ -89,16 +91,19 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
     needs = estimate(config, world_size)
     memory, engine = needs.memory, config.engine
     stage = f"{engine.name.value} ZeRO {engine.zero_stage}" if engine.name.value == "deepspeed" else "accelerate"
+    crops = ", then ".join(
+        f"{micro_batch_size(config, world_size, phase)} crops of {phase.crop}²" for phase in phases(config)
+    )
     again = "" if engine.checkpoint.value == "none" else f", {engine.checkpoint.value} computed again"
     print(
         f"{config.model.name}: {needs.parameters:,} parameters; {stage}, {engine.precision.value}{again}, "
-        f"{world_size} × {arguments.gpu}; {micro_batch_size(config, world_size)} crops of {config.data.crop}² per GPU "
-        "at a time"
+        f"{world_size} × {arguments.gpu}; {crops} per GPU at a time"
     )
     table = Table(title="memory per GPU", title_justify="left")
     table.add_column("kind")
     table.add_column("GB", justify="right")
-    for kind in ("weights", "gradients", "optimizer", "activations", "buffers"):
+    averages = ["averages"] if config.train.ema else []
+    for kind in ("weights", "gradients", "optimizer", *averages, "activations", "buffers"):
         table.add_row(kind, f"{getattr(memory, kind) / 1e9:,.2f}")
     table.add_section()
     table.add_row("in all", f"{memory.device / 1e9:,.2f}")
@@ -112,7 +117,7 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
     )
     hours = needs.seconds(peak * world_size, arguments.mfu) / 3600
     print(
-        f"{config.train.steps:,} steps of {config.train.batch_size} images: {needs.images:,} images, "
+        f"{config.train.steps:,} steps of {described(config)}: {needs.images:,} images, "
         f"{needs.pflops:,.4g} PFLOPs (1e15 floating-point operations)"
     )
     print(

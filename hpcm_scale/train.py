@@ -19,6 +19,7 @@ from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folde
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
 from hpcm_scale.errors import STOPPED, UserError, one_line
+from hpcm_scale.model.ladder import sized
 from hpcm_scale.sweeps import plugins  # noqa: F401 (makes itself known to Hydra)
 from hpcm_scale.training.processes import without_launcher_arguments
 
@@ -32,14 +33,20 @@ def main() -> None:
     sys.argv = [sys.argv[0], *arguments]
     composed: list[tuple[Config, list[str]]] = []
     settings: list[DictConfig] = []
+    mistakes: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=CONFIG_NAME)
     def job(configuration: DictConfig) -> None:
         """Only takes note: what Hydra composes is trained when it is done."""
         settings.append(HydraConfig.get())
-        composed.append((typed(configuration), list(settings[-1].overrides.task)))
+        try:
+            composed.append((typed(configuration, sized), list(settings[-1].overrides.task)))
+        except UserError as mistake:  # Hydra would have a line of its own to say about it
+            mistakes.append(mistake)
 
     translated(job)
+    if mistakes:
+        raise mistakes[0]
     if not composed:
         return  # a launcher has trained all, or only help was asked for
     if settings[0].mode == RunMode.MULTIRUN:

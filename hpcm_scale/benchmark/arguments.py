@@ -10,6 +10,7 @@ from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.compose import compose, preset_names
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
 from hpcm_scale.errors import Parser, UserError
+from hpcm_scale.model.ladder import sized
 
 _COUNTS = ("rounds", "batch", "batches", "crop", "workers", "limit", "symbols", "elements")
 
@@ -58,12 +59,7 @@ def configuration(preset: str, crop: int = 256) -> Config:
 
     Raises UserError for a size that there is not, or a crop that does not fit it.
     """
-    names = preset_names("model")
-    if preset not in names:
-        near = difflib.get_close_matches(preset, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}."
-        raise UserError(f"there is no --preset {preset}; {hint}")
-    config = compose([f"model={preset}", f"data.crop={crop}"])
+    config = compose([*choice(preset), f"data.crop={crop}"], sized)
     multiple = side_multiple(config.model)
     if crop % multiple:
         mend = max(multiple, round(crop / multiple) * multiple)
@@ -71,6 +67,21 @@ def configuration(preset: str, crop: int = 256) -> Config:
             f"--crop {crop} does not fit {preset}, whose inputs are multiples of {multiple} pixels; use --crop {mend}"
         )
     return config
+
+
+def choice(preset: str) -> list[str]:
+    """The overrides that choose a preset, or a size of a family such as hpcm_30m; UserError if there is none."""
+    names = preset_names("model")
+    if preset in names:
+        return [f"model={preset}"]
+    from hpcm_scale.model import families  # here: torch takes seconds to import
+
+    family, _, size = preset.rpartition("_")
+    if family in families.names():
+        return [f"model={family}", f"model.size={size}"]
+    near = difflib.get_close_matches(preset, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}."
+    raise UserError(f"there is no --preset {preset}; {hint}")
 
 
 def _add_train(commands) -> None:
@@ -180,7 +191,9 @@ def _add_entropy(commands) -> None:
 
 
 def _add_size(command: Parser, preset: str) -> None:
-    command.add_argument("--preset", default=preset, help="size of the model (default: %(default)s; see hpcm models)")
+    command.add_argument(
+        "--preset", default=preset, help="of conf/model, or such as hpcm_30m (default: %(default)s; see hpcm models)"
+    )
 
 
 def _add_crops(command: Parser, batch: int, of: str) -> None:

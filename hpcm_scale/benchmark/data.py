@@ -20,7 +20,7 @@ from hpcm_scale.benchmark.report import Report, Table, with_quartiles
 from hpcm_scale.compute.hardware import peak_of
 from hpcm_scale.config.schema import DataConfig, ModelConfig
 from hpcm_scale.data.build import build_shards
-from hpcm_scale.data.index import ShardIndex, load_index
+from hpcm_scale.data.mixture import Mixture, load_mixture
 from hpcm_scale.data.order import sample_at
 from hpcm_scale.data.photos import Photos
 from hpcm_scale.data.processes import follow
@@ -119,7 +119,8 @@ def measure_data(config: DataConfig, batch: int, batches: int, rounds: int) -> D
     are done in this process, and the time of its core is taken. Raises UserError for
     photos that cannot be had, and as the stream does.
     """
-    index = load_index(config.shards, retries=config.retries, timeout=config.timeout, pipe=config.pipe)
+    mixture = load_mixture(config)
+    (index,) = mixture.indices
     crops = batch * batches * config.workers
     photos = Photos(config, index, SEED, ())
     try:
@@ -127,7 +128,7 @@ def measure_data(config: DataConfig, batch: int, batches: int, rounds: int) -> D
         with ProcessPoolExecutor(config.workers, initializer=_begin, initargs=(stored,)) as pool:
             contestants = {
                 DECODER: lambda: _seconds(lambda: list(pool.map(_decode_one, range(crops), chunksize=CHUNK))),
-                STREAM: lambda: _stream_seconds(config, index, batch, batches),
+                STREAM: lambda: _stream_seconds(config, mixture, batch, batches),
                 f"{DECODER}, CPU": lambda: _seconds(lambda: [_decode(file) for file in stored], time.thread_time),
                 f"{STREAM}, CPU": lambda: _seconds(lambda: _crops(photos, batch, crops), time.thread_time),
             }
@@ -181,15 +182,15 @@ def _seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_cou
     return clock() - began
 
 
-def _stream_seconds(config: DataConfig, index: ShardIndex, batch: int, batches: int) -> float:
+def _stream_seconds(config: DataConfig, mixture: Mixture, batch: int, batches: int) -> float:
     """The time of all batches after the first of each worker, with which the workers have begun."""
-    stream = _open(config, index, batch, (batches + 1) * config.workers)
+    stream = _open(config, mixture, batch, (batches + 1) * config.workers)
     for _ in range(config.workers):
         next(stream)
     return _seconds(lambda: list(stream))
 
 
-def _open(config: DataConfig, index: ShardIndex, batch: int, batches: int):
+def _open(config: DataConfig, mixture: Mixture, batch: int, batches: int):
     return open_stream(
         config,
         seed=SEED,
@@ -199,7 +200,7 @@ def _open(config: DataConfig, index: ShardIndex, batch: int, batches: int):
         micro_batch_size=batch,
         rank=0,
         world_size=1,
-        index=index,
+        index=mixture,
     )
 
 
@@ -211,8 +212,7 @@ def demand(model: ModelConfig, crop: int, utilisation: float) -> Demand:
 
 def measure_waits(config: DataConfig, batch: int, step: float, steps: int) -> Waits:
     """Let a consumer take `steps` batches that it spends `step` seconds on each, as a GPU would."""
-    index = load_index(config.shards, retries=config.retries, timeout=config.timeout, pipe=config.pipe)
-    stream = _open(config, index, batch, steps + config.workers)
+    stream = _open(config, load_mixture(config), batch, steps + config.workers)
     for _ in range(config.workers):
         next(stream)  # the workers have begun
     waits = []

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hpcm_scale.benchmark.arguments import choice
 from hpcm_scale.benchmark.machine import machine
 from hpcm_scale.benchmark.paired import Spread, alternate, ratio, seconds, spread
 from hpcm_scale.benchmark.report import Report, Table, with_quartiles
@@ -24,6 +25,7 @@ from hpcm_scale.config.schema import Config
 from hpcm_scale.data.processes import follow
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.ladder import sized
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.noise import image_noise
@@ -70,7 +72,7 @@ def measure_processes(
 
 
 def _overrides(preset: str, images: int, crop: int, engine: str) -> list[str]:
-    return [f"model={preset}", f"data.crop={crop}", f"engine={engine}", f"train.micro_batch_size={images}"]
+    return [*choice(preset), f"data.crop={crop}", f"engine={engine}", f"train.micro_batch_size={images}"]
 
 
 def _measure(engine: str, overrides: list[str], rounds: int) -> Scaling:
@@ -142,7 +144,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, overri
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     complete_environment()
     torch.set_num_threads(1)
-    config = compose(overrides)
+    config = compose(overrides, sized)
     engine = create_engine(config)
     torch.manual_seed(config.train.seed)
     model = HPCM(config.model, precision=config.engine.precision)

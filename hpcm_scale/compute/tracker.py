@@ -5,22 +5,30 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 PETA = 1e15
+Costs = Mapping[int, float]
+"""Model FLOPs of a training image, forward and backward, by the global index of the first that costs so much."""
+
+
+def flops_of(costs: Costs, images: int) -> float:
+    """Model FLOPs of the first so many training images; exact where the costs are whole numbers."""
+    ends = [*list(costs)[1:], images]
+    return sum(cost * max(0, min(end, images) - first) for (first, cost), end in zip(costs.items(), ends, strict=True))
 
 
 @dataclass
 class ComputeTracker:
     """Cumulative compute, images and time of one run; goes on over resumes.
 
-    `flops_per_image`: model FLOPs of one training image, forward and backward. `peak`: FLOP/s of all
-    devices together, None where it is not known.
+    `peak`: FLOP/s of all devices together, None where it is not known.
     """
 
-    flops_per_image: float
+    costs: Costs
     device: torch.device
     peak: float | None = None
     images: int = 0
@@ -35,7 +43,7 @@ class ComputeTracker:
     @property
     def pflops(self) -> float:
         """Model PFLOPs (1e15 floating-point operations) spent so far; recomputation is not counted."""
-        return self.images * self.flops_per_image / PETA
+        return flops_of(self.costs, self.images) / PETA
 
     def start_clock(self) -> None:
         """Training begins now; what went before is not counted."""
@@ -79,7 +87,8 @@ class ComputeTracker:
             "perf/memory_gb": peak_memory(self.device) / 1e9,
         }
         if self.peak:
-            rates["perf/mfu"] = self._images * self.flops_per_image / seconds / self.peak
+            flops = flops_of(self.costs, self.images) - flops_of(self.costs, self.images - self._images)
+            rates["perf/mfu"] = flops / seconds / self.peak
         self._steps, self._images, self._window, self._waited = 0, 0, 0.0, 0.0
         return rates
 

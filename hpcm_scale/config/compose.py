@@ -26,7 +26,11 @@ from hpcm_scale.errors import UserError
 
 CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("stage", "experiment", "debug")
+_OPEN = ("hydra.", "hydra/", "engine.options.", "model.options.")
+"""What keys may begin with that are no fields of a dataclass here."""
 T = TypeVar("T")
+Sized = Callable[[ModelConfig], ModelConfig]
+"""A model of some size to its widths and depths (`model.ladder.sized`)."""
 ConfigStore.instance().store(name="schema", node=Config)
 # For values that follow from others, as a learning rate from a width: ${divide:0.03,${model.channels.1}}
 OmegaConf.register_new_resolver("divide", lambda dividend, divisor: dividend / divisor, replace=True)
@@ -42,18 +46,18 @@ def config_folder() -> Path:
     raise UserError("the folder conf/ is missing; install hpcm_scale again")
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """The configuration of one run, from Hydra overrides such as `model=nano` or `train.steps=80`.
+def compose(overrides: Sequence[str] = (), sized: Sized | None = None) -> Config:
+    """The configuration of one run, from Hydra overrides such as `model=nano` or `train.steps=80`; see `typed`.
 
     Raises UserError for an unknown key or group, or a value of the wrong type.
     """
     check_overrides(overrides)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return translated(lambda: typed(hydra_compose(CONFIG_NAME, list(overrides))))
+        return translated(lambda: typed(hydra_compose(CONFIG_NAME, list(overrides)), sized))
 
 
 def compose_model(name: str) -> ModelConfig:
-    """The preset `conf/model/<name>.yaml`."""
+    """The preset `conf/model/<name>.yaml`, or a family there with its `size`."""
     return compose([f"model={name}"]).model
 
 
@@ -62,8 +66,14 @@ def preset_names(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
-def typed(config: DictConfig) -> Config:
-    """Hydra's composed configuration as dataclasses."""
+def typed(config: DictConfig, sized: Sized | None = None) -> Config:
+    """Hydra's composed configuration as dataclasses.
+
+    With `sized`, model.size has become widths and depths before other keys that refer to them are worked out, such as
+    a learning rate that follows from a width.
+    """
+    if sized and config.model.size is not None:
+        config.model = sized(OmegaConf.to_object(config.model))
     return OmegaConf.to_object(config)
 
 
@@ -126,7 +136,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
         key = override.key_or_group
         if key in groups and not (override.is_delete() and key in _OPTIONAL_GROUPS):
             _check_choice(key, override.input_line, override.value())
-        if key in known or key.startswith(("hydra.", "hydra/", "engine.options.")):
+        if key in known or key.startswith(_OPEN):
             continue
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "the keys are in hpcm_scale/config/schema.py."

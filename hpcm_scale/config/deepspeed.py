@@ -30,7 +30,8 @@ def deepspeed_dictionary(config: Config, world_size: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
     Weights and gradients stay fp32: DeepSpeed's bf16 mode casts every parameter, which ruins an entropy
-    model; bf16 arithmetic is autocast inside the model. Stage 0 clips and guards in our optimizer.
+    model; bf16 arithmetic is autocast inside the model. Stage 0 clips and guards in our optimizer. The batch sizes are
+    those of the first phase: of them DeepSpeed uses the number of accumulation rounds alone, the same in all phases.
     """
     engine = config.engine
     # DeepSpeed's default, 5e8, would take 4 GB of every device, whatever the size of the model.

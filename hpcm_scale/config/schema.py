@@ -206,7 +206,7 @@ class DataConfig:
     max_bad: int = 100
     """Photos that may turn out to be unreadable, each replaced by another, before the run ends."""
     pipe: bool = False
-    """Whether data.shards may be `pipe:COMMAND`, a shell command that writes the file {} to its standard output."""
+    """Whether shards may be `pipe:COMMAND`, a shell command that writes the file {} to its standard output."""
 
 
 @dataclass

@@ -83,6 +83,11 @@ class EncodedImage:
             return orientation_of(self._image)
 
     @property
+    def is_jpeg(self) -> bool:
+        """By its first bytes."""
+        return isinstance(self._image, JpegImageFile)
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height, upright, pixels."""
         return self.orientation.size(self._image.size)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ class ShardIndex:
         """Bytes of all shards together."""
         return sum(shard.bytes for shard in self.shards)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the samples in their order, hexadecimal: two sets with one digest train alike."""
         content = json.dumps([self.keys, self.length.tolist(), self.crc32.tolist()])

@@ -7,11 +7,11 @@ NumPy keeps the same between its versions; its distributions and shuffles it doe
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
-ORDER, AUGMENTATION = 0, 1
+ORDER, AUGMENTATION, MIXTURE, SETS = 0, 1, 2, 3
 """What numbers are for: separate streams of the same key."""
 
 
@@ -22,7 +22,6 @@ def random_words(seed: int, epoch: int, purpose: int, sample: int, count: int) -
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-@lru_cache(maxsize=3)  # a batch may straddle two epochs, and what replaces a photo is of the next
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The samples of one epoch in the order they are visited: a read-only permutation, int64 (size,)."""
     order = np.argsort(random_words(seed, epoch, ORDER, 0, size), kind="stable")
@@ -30,7 +29,30 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
+class SetOrder:
+    """The order in which a set of `size` samples is visited, epoch after epoch."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.size = size
+        # A batch may straddle two epochs, and what replaces a photo is of the next.
+        self._epoch = lru_cache(maxsize=3)(partial(epoch_order, seed, size=size))
+
+    def sample_at(self, turn: int) -> int:
+        """The sample that is visited after `turn` others."""
+        epoch, position = divmod(turn, self.size)
+        return int(self._epoch(epoch)[position])
+
+
+@lru_cache(maxsize=1)
+def _set_order(seed: int, size: int) -> SetOrder:
+    return SetOrder(seed, size)
+
+
 def sample_at(seed: int, image: int, size: int) -> int:
-    """Which of `size` samples is the global image index `image`."""
-    epoch, position = divmod(image, size)
-    return int(epoch_order(seed, epoch, size)[position])
+    """Which of `size` samples is the global image index `image`, where they are all that is trained on."""
+    return _set_order(seed, size).sample_at(image)
+
+
+def set_seed(seed: int, number: int) -> int:
+    """The seed of order and crops of one of several sets, counted from 0: of the first, that of the run."""
+    return int(random_words(seed, 0, SETS, number, 1)[0]) if number else seed

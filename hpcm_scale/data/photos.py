@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count, islice
+from dataclasses import replace
+from itertools import accumulate, count, islice
 from typing import NamedTuple
 from zlib import crc32
 
@@ -14,7 +15,8 @@ from hpcm_scale.data.cache import CachedStorage
 from hpcm_scale.data.crop import cut
 from hpcm_scale.data.images import EncodedImage, to_array
 from hpcm_scale.data.index import ShardIndex
-from hpcm_scale.data.order import sample_at
+from hpcm_scale.data.mixture import Mixture, MixtureOrder
+from hpcm_scale.data.order import SetOrder, set_seed
 from hpcm_scale.data.retrying import Unreadable
 from hpcm_scale.data.storage import LocalStorage, Storage, open_storage
 from hpcm_scale.errors import UserError
@@ -27,7 +29,7 @@ class BadPhoto(NamedTuple):
     """A photo that cannot be had."""
 
     sample: int
-    """Its number in the set."""
+    """Its number in the set; with several sets, in all of them one after the other."""
     reason: str
     """One sentence that names the sample and its shard."""
 
@@ -57,31 +59,44 @@ class Photos:
     A photo that cannot be had is replaced by the one at the same place of the next epoch, cropped as in that epoch;
     if that is bad, too, by that of the epoch after, and so on. So are the global image indices in `left_out`. What
     comes is a pure function of the seed, the set, `left_out`, and which photos are bad.
+
+    Where the set is one of several, `left_out` is in its own turns, and `first_sample` photos are in sets before it.
     """
 
-    def __init__(self, config: DataConfig, index: ShardIndex, seed: int, left_out: Sequence[range]) -> None:
+    def __init__(
+        self, config: DataConfig, index: ShardIndex, seed: int, left_out: Sequence[range], first_sample: int = 0
+    ) -> None:
         self.config = config
         self.index = index
         self.seed = seed
         self.left_out = left_out
+        self.first_sample = first_sample
+        self.order = SetOrder(seed, len(index))
         self.storage = open_set(config, index)
 
-    def crop_at(self, image: int) -> Crop:
-        """The crop for the place `image`. Raises `UserError` if neither its photo nor any in its place can be had,
-        and at once for what no other photo would mend."""
+    def crop_at(self, image: int, turn: int | None = None) -> Crop:
+        """The crop for the place `image`; where the set is one of several, `turn` photos of it come before.
+
+        Raises `UserError` if neither its photo nor any in its place can be had, and at once for what no other photo
+        would mend.
+        """
         size = len(self.index)
         bad: dict[int, BadPhoto] = {}
-        turns = (turn for turn in count(image, size) if not any(turn in span for span in self.left_out))
+        own = count(image if turn is None else turn, size)
+        turns = (turn for turn in own if not any(turn in span for span in self.left_out))
         for turn in islice(turns, ATTEMPTS):
-            sample = sample_at(self.seed, turn, size)
+            sample = self.order.sample_at(turn)
             if sample in bad:
                 continue
             crop, flip, epoch = self.config.crop, self.config.flip, turn // size
             try:
                 photo = EncodedImage(self.stored(sample))
-                square, upscaled = cut(photo, crop, flip, seed=self.seed, epoch=epoch, sample=sample)
+                downscale = self.config.downscale if photo.is_jpeg else 1.0
+                square, upscaled = cut(
+                    photo, crop, flip, seed=self.seed, epoch=epoch, sample=sample, downscale=downscale
+                )
             except (OSError, ValueError) as error:
-                bad[sample] = BadPhoto(sample, self._reason(sample, error))
+                bad[sample] = BadPhoto(self.first_sample + sample, self._reason(sample, error))
                 continue
             pixels = torch.from_numpy(to_array(square))
             return Crop(image, self.index.keys[sample], pixels, upscaled, list(bad.values()))
@@ -128,6 +143,40 @@ class Photos:
         else:
             what = f"does not decode: {error}"
         return f"sample {self.index.keys[sample]} in {place} {what}"
+
+
+class MixedPhotos:
+    """Reads and crops the photos of all sets of a mixture. Close it after use.
+
+    A photo that cannot be had is replaced by one of its own set, as `Photos` says.
+    """
+
+    def __init__(self, config: DataConfig, mixture: Mixture, seed: int, left_out: Sequence[range]) -> None:
+        self.order = MixtureOrder(seed, mixture.shares)
+        spans = [(self.order.turns_before(span.start), self.order.turns_before(span.stop)) for span in left_out]
+        first_samples = accumulate((len(index) for index in mixture.indices), initial=0)
+        self.sets = [
+            Photos(
+                replace(config, shards=location),
+                index,
+                set_seed(seed, number),
+                [range(first[number], last[number]) for first, last in spans],
+                first_sample,
+            )
+            for number, (location, index, first_sample) in enumerate(
+                zip(mixture.locations, mixture.indices, first_samples, strict=False)
+            )
+        ]
+
+    def crop_at(self, image: int) -> Crop:
+        """The crop for the place `image`. Raises as `Photos.crop_at`."""
+        number, turn = self.order.turn_at(image)
+        return self.sets[number].crop_at(image, turn)
+
+    def close(self) -> None:
+        """Close files and connections."""
+        for photos in self.sets:
+            photos.close()
 
 
 def open_set(config: DataConfig, index: ShardIndex) -> Storage | CachedStorage:

@@ -6,7 +6,8 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
+from weakref import WeakSet
 
 import aiohttp
 import fsspec
@@ -23,17 +24,20 @@ class LocalStorage:
     """A folder on this machine."""
 
     OPEN_FILES = 128
-    """Handles kept open, least recently used closed first: a large set has more shards than that."""
+    """Handles kept open, least recently used closed first: a large set has more shards than that. All storages of a
+    process share them."""
+    _all: ClassVar[WeakSet[LocalStorage]] = WeakSet()
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._handles: dict[str, BinaryIO] = {}
+        self._all.add(self)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes start … stop − 1 of a file, fewer if it ends before. Raises `OSError`."""
         handle = self._handles.pop(name, None) or (self.folder / name).open("rb", buffering=0)
         self._handles[name] = handle
-        if len(self._handles) > self.OPEN_FILES:
+        while len(self._handles) > max(1, self.OPEN_FILES // len(self._all)):
             self._handles.pop(next(iter(self._handles))).close()
         size = os.fstat(handle.fileno()).st_size  # memory is taken for what is there, not for what is asked for
         stop = size if stop is None else min(stop, size)

@@ -19,8 +19,8 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 
 from hpcm_scale.config.schema import DataConfig
-from hpcm_scale.data.index import ShardIndex, load_index
-from hpcm_scale.data.photos import BadPhoto, Crop, Photos
+from hpcm_scale.data.mixture import Mixture, load_mixture
+from hpcm_scale.data.photos import BadPhoto, Crop, MixedPhotos
 from hpcm_scale.data.processes import follow, sheltered
 from hpcm_scale.errors import UserError
 
@@ -55,7 +55,7 @@ def open_stream(
     micro_batch_size: int,
     rank: int,
     world_size: int,
-    index: ShardIndex | None = None,
+    index: Mixture | None = None,
     left_out: Sequence[range] = (),
 ) -> Iterator[Batch]:
     """The micro-batches of process `rank`, in order, from global image index `first_image` on.
@@ -63,21 +63,20 @@ def open_stream(
     Micro-batch j (from 0) of this process holds the global images from first_image +
     (j · world_size + rank) · micro_batch_size on: the batches of `batch_size` images follow each other
     without gaps, whatever the number of processes and of `config.workers`. Images, their order and
-    their crops are a pure function of the seed, the set and `config.crop` and `config.flip`. The places of
-    photos that cannot be had, and of the global image indices in `left_out`, are taken by others, as
-    `photos.Photos` says. Where there is CUDA, the tensors are in pinned memory.
+    their crops are a pure function of the seed, the sets, and `config.weights`, `crop`, `flip` and `downscale`. The
+    places of photos that cannot be had, and of the global image indices in `left_out`, are taken by others of the
+    same set, as `photos.Photos` says. Where there is CUDA, the tensors are in pinned memory.
 
-    Ends before global image `last_image`, never if that is None. `first_image` and `last_image` are
-    multiples of `batch_size`, which is a multiple of micro_batch_size · world_size. `index` is that of
-    `config.shards` where it has been read already. Call `close()` on
+    Ends before global image `last_image`, never if that is None. It is whole batches of `batch_size` after
+    `first_image`, and `batch_size` is a multiple of micro_batch_size · world_size. `index` is what
+    `load_mixture` read, where it has done so already. Call `close()` on
     the iterator to end its workers. Raises `UserError` at once if the shards are missing, and while
     iterating if no photo can be had, for what no other photo would mend, and if a worker is killed.
     """
     assert batch_size % (micro_batch_size * world_size) == 0
-    assert first_image % batch_size == 0
-    assert last_image is None or last_image % batch_size == 0
+    assert last_image is None or (last_image - first_image) % batch_size == 0
     if index is None:
-        index = load_index(config.shards, retries=config.retries, timeout=config.timeout, pipe=config.pipe)
+        index = load_mixture(config)
     stride = micro_batch_size * world_size
     start = first_image + rank * micro_batch_size
     starts = range(start, sys.maxsize if last_image is None else last_image, stride)
@@ -104,7 +103,7 @@ class Source:
     """First stage: the crops of this worker's micro-batches, in global order."""
 
     config: DataConfig
-    index: ShardIndex
+    index: Mixture
     seed: int
     starts: range
     """First global image of each micro-batch of this process."""
@@ -114,7 +113,7 @@ class Source:
     def __call__(self) -> Iterator[Crop]:
         worker = torch.utils.data.get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
-        photos = Photos(self.config, self.index, self.seed, self.left_out)
+        photos = MixedPhotos(self.config, self.index, self.seed, self.left_out)
         try:
             for start in islice(self.starts, share, None, shares):
                 for image in range(start, start + self.micro_batch_size):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import Rate
-from hpcm_scale.model.layers import ResidualBlock
+from hpcm_scale.model.layers import Block
 
 _MOST_SHAPES = 256
 """Of one region: widths × resolutions × with and without gradients."""
@@ -31,7 +31,7 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.optimize_ddp = False  # it would cut regions where gradients are sent
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
     for module in model.modules():
-        if isinstance(module, (ResidualBlock, WindowFusion, Rate)):
+        if isinstance(module, (Block, WindowFusion, Rate)):
             module.compute = _region(module.compute, backend)
 
 

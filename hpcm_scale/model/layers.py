@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -133,13 +134,28 @@ class _LeakyReLU(torch.autograd.Function):
         return torch.ops.aten.leaky_relu_backward(gradient, result, SLOPE, True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention of (…, positions, d) each."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # torch's kernel for it is ten times slower than these products where there are few positions.
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of (…, positions, d) each; `bias` (…, positions, positions), which can be broadcast,
+    is added to what the softmax takes."""
+    bias = None if bias is None else bias.to(query.dtype)
+    if products_are_faster(query):
         weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        weights = weights if bias is None else weights + bias
         return weights.softmax(dim=-1) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, bias)
+
+
+def products_are_faster(query: Tensor) -> bool:
+    """Whether attention is faster as matrix products: torch's kernel for bf16 on a CPU is ten times slower where there
+    are few positions."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of every position of (B, C, H, W); what it gives is channels-last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def down(inputs: int, outputs: int, *, kernel: int = 2, fp32: bool = False) -> nn.Conv2d:
@@ -174,23 +190,49 @@ class PartialConvolution(nn.Conv2d):
         return torch.cat([super().forward(convolved), untouched], dim=1)
 
 
-class ResidualBlock(nn.Module):
-    """x + reduce(LeakyReLU(expand(spatial(x)))), with 1×1 convolutions around the non-linearity."""
+class Block(nn.Module, ABC):
+    """A residual block, (B, C, H, W) to the same shape, dtype and memory format: what a network has most of.
 
-    def __init__(self, spatial: nn.Module, channels: int, expansion: int) -> None:
+    It is one region to the compiler, and to the backward pass, which may compute it again.
+    """
+
+    widest: int
+    """Channels of the widest activation within."""
+    grid = 1
+    """Where a part of an input is cut out, it begins and ends at multiples of so many positions, or at the border."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.spatial = spatial
-        self.expand = Pointwise(channels, expansion * channels)
-        self.reduce = Pointwise(expansion * channels, channels)
         self.recompute = False
         """Whether the backward pass computes again what is within, instead of keeping it; `set_ways` says."""
 
     def forward(self, x: Tensor) -> Tensor:
         return recomputed(self.compute, x) if self.recompute else self.compute(x)
 
+    @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
         """`forward`, everything within kept for the backward pass."""
+
+    @abstractmethod
+    def spoilt(self, depth: int) -> int:
+        """How many positions beside a cut differ from what they were in one piece, if `depth` of the input's do."""
+
+
+class ResidualBlock(Block):
+    """x + reduce(LeakyReLU(expand(spatial(x)))), with 1×1 convolutions around the non-linearity."""
+
+    def __init__(self, spatial: nn.Conv2d, channels: int, expansion: int) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.expand = Pointwise(channels, expansion * channels)
+        self.reduce = Pointwise(expansion * channels, channels)
+        self.widest = expansion * channels
+
+    def compute(self, x: Tensor) -> Tensor:
         return self.reduce(self.expand(self.spatial(x), leaky=True), onto=x)
+
+    def spoilt(self, depth: int) -> int:
+        return depth + self.spatial.kernel_size[0] // 2
 
 
 def set_ways(network: nn.Module, precision: Precision, recompute: Callable[[str], bool]) -> None:
@@ -199,7 +241,7 @@ def set_ways(network: nn.Module, precision: Precision, recompute: Callable[[str]
     for name, module in network.named_modules():
         if isinstance(module, Pointwise):
             module.reduced = precision == Precision.bf16
-        elif isinstance(module, ResidualBlock):
+        elif isinstance(module, Block):
             module.recompute = recompute(name)
 
 

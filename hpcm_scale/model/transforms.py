@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import nn
 
 from hpcm_scale.config.schema import ModelConfig
-from hpcm_scale.model.layers import down, partial_block, up
+from hpcm_scale.model.families import blocks
+from hpcm_scale.model.layers import down, up
 
 INITIAL_SPREAD = 8
 """y of an untrained model is this much wider than the image, so that rounding leaves something of it."""
@@ -21,11 +19,6 @@ def start_scales(convolution: nn.Module) -> nn.Module:
     return convolution
 
 
-def _block_of(config: ModelConfig) -> Callable[[int], nn.Module]:
-    """Channels to a residual block of the transforms."""
-    return partial(partial_block, ratio=config.partial_ratio, expansion=config.expansion)
-
-
 def _scale(convolution: nn.Module, factor: float) -> None:
     with torch.no_grad():
         convolution.weight.mul_(factor)
@@ -33,14 +26,13 @@ def _scale(convolution: nn.Module, factor: float) -> None:
 
 def analysis(config: ModelConfig) -> nn.Sequential:
     """g_a: image (B, 3, H, W) to y (B, M, H/16, W/16), fp32."""
-    block = _block_of(config)
     widths = [3, *config.channels, config.latent_channels]
     layers: list[nn.Module] = []
     for level, count in enumerate(config.g_a_blocks):
         inputs, outputs = widths[level], widths[level + 1]
         kernel = config.stem_kernel if level == 0 else 2
         layers.append(down(inputs, outputs, kernel=kernel, fp32=level == 3))
-        layers += [block(outputs) for _ in range(count)]
+        layers += blocks(config, outputs, level + 1, count)
         if level == 3:
             _scale(layers[-1 - count], INITIAL_SPREAD)
     return nn.Sequential(*layers)
@@ -48,13 +40,12 @@ def analysis(config: ModelConfig) -> nn.Sequential:
 
 def synthesis(config: ModelConfig) -> nn.Sequential:
     """g_s: ŷ (B, M, H/16, W/16) to the reconstruction (B, 3, H, W), fp32, not clamped."""
-    block = _block_of(config)
     widths = [config.latent_channels, *reversed(config.channels), 3]
     layers: list[nn.Module] = []
     for level, count in enumerate(config.g_s_blocks):
         inputs, outputs = widths[level], widths[level + 1]
         kernel = config.stem_kernel if level == 3 else 2
-        layers += [block(inputs) for _ in range(count)]
+        layers += blocks(config, inputs, 4 - level, count)
         layers.append(up(inputs, outputs, kernel=kernel, fp32=level == 3))
         if level == 0:
             _scale(layers[-1], 1 / INITIAL_SPREAD)
@@ -65,25 +56,23 @@ def synthesis(config: ModelConfig) -> nn.Sequential:
 
 def hyper_analysis(config: ModelConfig) -> nn.Sequential:
     """h_a: y (B, M, H/16, W/16) to z (B, N, H/64, W/64), fp32."""
-    block = _block_of(config)
     outer, inner = config.hyper_blocks
     y, middle, z = config.latent_channels, config.hyper_channels, config.hyper_latent_channels
     return nn.Sequential(
-        *(block(y) for _ in range(outer)),
+        *blocks(config, y, 4, outer, hyper=True),
         down(y, middle),
-        *(block(middle) for _ in range(inner)),
+        *blocks(config, middle, 5, inner, hyper=True),
         down(middle, z, fp32=True),
     )
 
 
 def hyper_synthesis(config: ModelConfig) -> nn.Sequential:
     """h_s: ẑ (B, N, H/64, W/64) to the hyper parameters (B, 2M, H/16, W/16), fp32: scales, then means."""
-    block = _block_of(config)
     outer, inner = config.hyper_blocks
     y, middle, z = config.latent_channels, config.hyper_channels, config.hyper_latent_channels
     return nn.Sequential(
         up(z, middle),
-        *(block(middle) for _ in range(inner)),
+        *blocks(config, middle, 5, inner, hyper=True),
         start_scales(up(middle, 2 * y, fp32=True)),
-        *(block(2 * y) for _ in range(outer)),
+        *blocks(config, 2 * y, 4, outer, hyper=True),
     )

@@ -42,6 +42,8 @@ class Analysis:
     lmbda: float
     distortion: str
     """What the losses hold beside the rate: a key of `words.LOSSES`."""
+    family: str
+    """What the transforms of the models are made of (model.family)."""
     level: float
     """Probability of every interval below."""
     observations: tuple[Observation, ...]
@@ -109,6 +111,7 @@ def analyse(study: Study, *, bootstrap: int = 0, level: float = 0.95) -> Analysi
         metric=study.metric,
         lmbda=study.lmbda,
         distortion=study.distortion,
+        family=study.family,
         level=level,
         observations=tuple(observations),
         frontier=tuple(whole),
@@ -226,7 +229,8 @@ def read_laws(path: str | Path) -> Analysis:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError
-        analysis = from_plain(Analysis, {"distortion": "mse"} | values)  # there was nothing else to name
+        older = {"distortion": "mse", "family": "hpcm"}  # there was nothing else to name
+        analysis = from_plain(Analysis, older | values)
         # Laws differ in how they predict, and "compute_optimal" alone has a class of its own.
         kinds = {"compute_optimal": ComputeOptimal}
         laws = {name: from_plain(kinds.get(name, Law), law) for name, law in values["laws"].items()}

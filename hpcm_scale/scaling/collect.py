@@ -17,7 +17,7 @@ from hpcm_scale.scaling.smoothing import DECADES, RATE
 from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, read_journal
 from hpcm_scale.tracking.progress import progress
 
-PATHS = ("run.dir", "run.branch_of", "data.shards", "data.cache", "eval.images")
+PATHS = ("run.dir", "run.branch_of", "data.shards", "data.more_shards", "data.cache", "eval.images")
 """Keys of a configuration that name places; of each the last component is kept."""
 WIDEST = DECADES
 """Decades of compute over which training lines are averaged at most: one standard deviation of the smoothing."""
@@ -51,8 +51,10 @@ def portable(config: dict[str, Any]) -> str:
     copy = OmegaConf.create(config)
     for key in PATHS:
         value = OmegaConf.select(copy, key)
-        if value is not None:
+        if isinstance(value, str):
             OmegaConf.update(copy, key, PurePosixPath(value).name)
+        elif value is not None:
+            OmegaConf.update(copy, key, [PurePosixPath(each).name for each in value])
     return OmegaConf.to_yaml(copy)
 
 

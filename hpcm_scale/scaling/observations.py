@@ -89,6 +89,8 @@ class Study:
     """wandb's project likewise (log.project)."""
     distortion: str = "mse"
     """What the losses hold beside the rate: a key of `words.LOSSES`."""
+    family: str = "hpcm"
+    """What the transforms are made of (model.family); of the smallest, where the runs differ."""
 
 
 def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = None) -> Study:
@@ -124,7 +126,8 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
     used = [run for run in begun if run.name in names]
     group, project = _shared(used, "run.sweep"), _shared(used, "log.project")
     notes, distortion = _differences(used, metric), _distortion(used[0])
-    return Study(metric, lmbda, curves, observations, sorted(left_out), notes, group, project, distortion)
+    family = next(_family(run) for run in used if run.name == observations[0].run)
+    return Study(metric, lmbda, curves, observations, sorted(left_out), notes, group, project, distortion, family)
 
 
 def _special(run: Run) -> list[str]:
@@ -142,6 +145,11 @@ def _special(run: Run) -> list[str]:
 def _distortion(run: Run) -> str:
     """What its loss holds beside the rate; runs that do not say it are older than MS-SSIM."""
     return _setting(run, "objective.distortion") or "mse"
+
+
+def _family(run: Run) -> str:
+    """Runs that do not say it are older than families."""
+    return _setting(run, "model.family") or "hpcm"
 
 
 def _lines(run: Run) -> int:
@@ -220,6 +228,8 @@ def _differences(runs: Sequence[Run], metric: str) -> list[str]:
     """What makes the losses of runs another thing."""
     keys = ("data.crop", "schedule.crops", *(("eval.images", "eval.limit") if metric == "eval/loss" else ()))
     notes = []
+    if len(families := sorted({_family(run) for run in runs})) > 1:
+        notes.append(f"the runs are of several families ({', '.join(families)}): each may have laws of its own")
     if changing := [run.name for run in runs if metric == "train/loss" and _setting(run, "schedule.crops")]:
         notes.append(
             f"the training crops of {', '.join(changing)} change on the way, and their training loss with them"

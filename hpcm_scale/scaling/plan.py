@@ -19,6 +19,7 @@ from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import check, side_multiple
 from hpcm_scale.config.compose import compose, compose_model, preset_names
 from hpcm_scale.errors import UserError
+from hpcm_scale.model.ladder import LARGEST, SMALLEST, size_name, sized
 from hpcm_scale.model.shapes import forward_flops_per_image, on_meta, parameter_count
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
@@ -140,7 +141,7 @@ def make_plan(
     if pflops is None:
         pflops = _compute_for(target_loss, guide.expected)
     parameters = float(guide.best(pflops))
-    presets = _presets(parameters, pflops, guide, setting)
+    presets = _presets(analysis.family, parameters, pflops, guide, setting)
     optimum = _optimum(parameters, pflops, guide, setting, presets)
     known = [preset for preset in presets if preset.loss is not None]
     nearest = min(presets, key=lambda preset: abs(math.log(preset.parameters / parameters)))
@@ -149,7 +150,10 @@ def make_plan(
     if setting.batch > (setting.batch_size or BATCH):
         notes.append(f"{setting.batch} images per step, for {BATCH} do not divide over {setting.gpus} GPUs")
     if not presets[0].parameters <= parameters <= presets[-1].parameters:
-        notes.append(f"the best size, {count(parameters)}, lies outside the presets of conf/model; add one there")
+        notes.append(f"the best size, {count(parameters)}, lies outside the presets of conf/model")
+    if SMALLEST <= parameters <= LARGEST:
+        size = size_name(round(parameters, 1 - math.floor(math.log10(parameters))))
+        notes.append(f"a model of the best size itself: model={analysis.family} model.size={size}")
     return Plan(
         pflops,
         pflops * PETA / (setting.peak() * setting.mfu) / SECONDS_A_DAY,
@@ -225,9 +229,9 @@ def _compute_for(loss: float, law: Law) -> float:
     return math.exp(brentq(above, low, high, xtol=1e-12))
 
 
-def _presets(parameters: float, pflops: float, guide: _Guide, setting: Setting) -> tuple[Training, ...]:
+def _presets(family: str, parameters: float, pflops: float, guide: _Guide, setting: Setting) -> tuple[Training, ...]:
     """The presets next to the best size, one on either side where there is one, at their own exact cost."""
-    sizes = sorted((_parameters(name), name) for name in preset_names("model"))
+    sizes = sorted((_parameters(name), name) for name in _names(family))
     above = next((index for index, (size, _) in enumerate(sizes) if size >= parameters), len(sizes))
     trainings = []
     for size, name in sizes[max(above - 1, 0) : above + 1]:
@@ -238,13 +242,21 @@ def _presets(parameters: float, pflops: float, guide: _Guide, setting: Setting) 
 
 
 @cache
+def _names(family: str) -> list[str]:
+    """Presets of a family, or else its default size."""
+    models = {name: compose_model(name) for name in preset_names("model")}
+    names = [name for name, model in models.items() if model.family == family and model.size is None]
+    return names or [family]
+
+
+@cache
 def _parameters(preset: str) -> int:
-    return parameter_count(on_meta(compose_model(preset)))
+    return parameter_count(on_meta(sized(compose_model(preset))))
 
 
 @cache
 def _flops_per_image(preset: str, crop: int) -> int:
-    model = compose_model(preset)
+    model = sized(compose_model(preset))
     multiple = side_multiple(model)
     if crop % multiple:
         raise UserError(f"--crop {crop} does not fit {preset}, whose inputs are multiples of {multiple} pixels")
@@ -312,6 +324,6 @@ def _command(analysis: Analysis, chosen: Training, setting: Setting) -> str:
     ]
     if setting.crop != 256:
         overrides.insert(-4, f"data.crop={setting.crop}")
-    check(compose(overrides), setting.gpus)
+    check(compose(overrides, sized), setting.gpus)
     launcher = f"--num_gpus {setting.gpus}" if setting.gpus <= PER_NODE else "--hostfile hostfile"
     return shlex.join(["deepspeed", *launcher.split(), "--module", "hpcm_scale.train", *overrides])

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, flag_override
 from hpcm_scale.config.compose import typed
 from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
 from hpcm_scale.errors import UserError
+from hpcm_scale.model.ladder import sized
 
 if TYPE_CHECKING:
     from hpcm_scale.sweeps.jobs import Job
@@ -100,7 +101,7 @@ class _JobsLauncher(Launcher):
             composed = load(self._config, list(overrides))
             with flag_override(composed, ["struct", "readonly"], False):
                 del composed["hydra"]
-            jobs.append(make_job(typed(composed), list(overrides), swept))
+            jobs.append(make_job(typed(composed, sized), list(overrides), swept))
         code = self.train(jobs)
         if code:
             raise SystemExit(code)

@@ -98,7 +98,7 @@ def mirror(order: dict[str, Any], trainer: Trainer) -> None:
                 if "eval/loss" in record:
                     row |= _pictures(wandb, run_dir, record["step"])
                 for metric in sorted(row.keys() - defined):
-                    if metric.startswith(("train/", "eval/", "perf/")):
+                    if metric.startswith(("train/", "eval/", "eval_", "perf/")):
                         run.define_metric(metric, step_metric=AXES[0])
                         defined.add(metric)
                 run.log(row)  # never with wandb's own step: it drops what goes back

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from hpcm_scale.config.compose import check_overrides, from_yaml, translated
+from hpcm_scale.config.phases import crop_starts
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
 from hpcm_scale.training.run_folder import RunFolder
@@ -47,6 +48,7 @@ def branch(trunk: str | Path, at: int, decay: float, changes: Sequence[str] = ()
     boundaries = config.schedule.boundaries
     if boundaries and boundaries[-1] <= 1:  # the trunk's drops stay at the trunk's steps
         config.schedule.boundaries = [max(boundary * config.train.steps, 2.0) for boundary in boundaries]
+    config.schedule.crop_boundaries = [float(step) for step in crop_starts(config)]  # so do its crops
     config.schedule.decay = float(steps - at)
     config.train.steps = steps
     config.train.stop_after = None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hpcm_scale.compute.flops import TRAINING_FACTOR, forward_flops
+from hpcm_scale.config.phases import phases
 from hpcm_scale.config.schema import Config, ModelConfig
 from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.machine.machine_codec import MachineCodec
@@ -38,13 +39,17 @@ class TaskCosts(NamedTuple):
     """Model FLOPs of a crop, forward and backward."""
 
 
-def task_costs(config: Config, receivers: Mapping[str, TokenExtractor] | None = None) -> TaskCosts:
+def task_costs(
+    config: Config, receivers: Mapping[str, TokenExtractor] | None = None, crop: int | None = None
+) -> TaskCosts:
     """The costs of what a configuration trains, for `receivers` where there are any; the codec takes no memory for it.
+
+    `crop`: side of a later phase's crops, pixels; unset: data.crop.
 
     Receivers see the original without gradients and the decoded image with, and have none of their own: of forward
     passes that is three, too; eigenvalues are not counted. Through a frozen codec gradients go only to its input: two.
     """
-    shapes, machine, side = on_meta(config.model), config.machine, config.data.crop
+    shapes, machine, side = on_meta(config.model), config.machine, crop or config.data.crop
     codec = forward_flops_per_image(shapes, side)
     parts, forward_passes = parameters_by_part(shapes), TRAINING_FACTOR * codec
     if machine.freeze_codec:
@@ -60,6 +65,11 @@ def task_costs(config: Config, receivers: Mapping[str, TokenExtractor] | None = 
         flops["pre_editor"] = whole - codec - flops.get(machine.pre_editor.tokens, 0)
         parts["pre_editor"] = parameter_count(pre_editor)
     return TaskCosts(sum(parts.values()), parts, forward_passes + TRAINING_FACTOR * sum(flops.values()))
+
+
+def costs_by_phase(config: Config, receivers: Mapping[str, TokenExtractor] | None = None) -> dict[int, TaskCosts]:
+    """The costs in each phase of crops, by the global index of its first image."""
+    return {phase.first_image: task_costs(config, receivers, phase.crop) for phase in phases(config)}
 
 
 class SizeRow(NamedTuple):

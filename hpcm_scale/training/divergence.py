@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -35,14 +35,16 @@ class Divergence(NamedTuple):
     """… to this one."""
 
 
-def culprits(step: int, checkpoint: int, before: Sequence[Divergence], batch_size: int) -> tuple[int, int]:
-    """First and last global index of the images to go on without.
+def culprits(
+    step: int, checkpoint: int, before: Sequence[Divergence], images_at: Callable[[int], int]
+) -> tuple[int, int]:
+    """First and last global index of the images to go on without; `images_at`: images trained on before a step.
 
     They are those of the step itself; where the run has failed before since the same checkpoint, the harm may have
     been done earlier: twice as many steps every time, but none before the checkpoint.
     """
     again = sum(divergence.step > checkpoint for divergence in before)
-    return max(checkpoint, step - 2**again) * batch_size, step * batch_size - 1
+    return images_at(max(checkpoint, step - 2**again)), images_at(step) - 1
 
 
 class LossHistory:

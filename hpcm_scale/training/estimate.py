@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hpcm_scale.compute.tracker import PETA
+from hpcm_scale.compute.tracker import PETA, flops_of
 from hpcm_scale.config.checks import micro_batch_size
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
+from hpcm_scale.config.phases import images_at, phases
 from hpcm_scale.config.schema import Config, EngineName
 from hpcm_scale.model.shapes import on_meta, parameter_count
 from hpcm_scale.training.costs import training_flops_per_image
@@ -28,8 +29,11 @@ class Memory:
     gradients: int
     optimizer: int
     """Adam's two moments, and ZeRO's fp32 master copy of this process's share."""
+    averages: int
+    """Moving averages of the weights (train.ema) of this process's share."""
     activations: int
-    """Of one micro-batch: what is kept for the backward pass, and what is being computed at the peak."""
+    """Of one micro-batch: what is kept for the backward pass, and what is being computed at the peak; of the phases of
+    crops, the one that takes most."""
     buffers: int
     """Where gradients are laid out to be added up over the processes."""
     host: int
@@ -38,7 +42,7 @@ class Memory:
     @property
     def device(self) -> int:
         """All together on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+        return self.weights + self.gradients + self.optimizer + self.averages + self.activations + self.buffers
 
 
 @dataclass(frozen=True)
@@ -48,28 +52,31 @@ class Estimate:
     parameters: int
     memory: Memory
     traffic: Traffic
-    flops_per_image: int
+    averages: int
+    """Moving averages of the weights."""
+    flops: int
+    """Model FLOPs of the whole run."""
     images: int
-    images_per_process: int
-    """In one optimizer step."""
+    flops_per_step: int
+    """Of one process; of the phases of crops, in the one that takes most."""
 
     @property
     def pflops(self) -> float:
         """Model PFLOPs of the whole run."""
-        return self.flops_per_image * self.images / PETA
+        return self.flops / PETA
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint; each process keeps its share in host memory from the first one on."""
-        return FP32 * len(KINDS) * self.parameters
+        return FP32 * (len(KINDS) + self.averages) * self.parameters
 
     def seconds(self, peak: float, mfu: float) -> float:
         """Time of the run on processes with `peak` FLOP/s together, of which `mfu` (0 to 1) are used."""
-        return self.flops_per_image * self.images / (peak * mfu)
+        return self.flops / (peak * mfu)
 
     def times(self, peak: float, mfu: float, bandwidth: float) -> Times:
         """Of a step whose processes compute at `mfu` × `peak` FLOP/s each and send at `bandwidth` bytes/s each."""
-        return self.traffic.times(self.flops_per_image * self.images_per_process / (peak * mfu), bandwidth)
+        return self.traffic.times(self.flops_per_step / (peak * mfu), bandwidth)
 
 
 def estimate(config: Config, world_size: int) -> Estimate:
@@ -82,19 +89,30 @@ def estimate(config: Config, world_size: int) -> Estimate:
     """
     model = on_meta(config.model)
     parameters = parameter_count(model)
-    engine, crop = config.engine, config.data.crop
-    activations, uses = rehearse(
-        config.model, engine.precision, engine.checkpoint, crop, micro_batch_size(config, world_size)
-    )
+    engine, planned = config.engine, phases(config)
+    rehearsals = [
+        rehearse(
+            config.model,
+            engine.precision,
+            engine.checkpoint,
+            phase.crop,
+            micro_batch_size(config, world_size, phase),
+        )
+        for phase in planned
+    ]
+    activations, uses = max(rehearsal.activations for rehearsal in rehearsals), rehearsals[0].uses
+    costs = {phase.first_image: training_flops_per_image(model, phase.crop) for phase in planned}
+    images = images_at(config, config.train.steps)
     zero = deepspeed_dictionary(config, world_size)["zero_optimization"]
     gathered = gather(uses, limits(zero)) if engine.zero_stage == 3 else None
     return Estimate(
         parameters,
         _memory(config, world_size, parameters, activations, gathered, zero["reduce_bucket_size"]),
         traffic(config, world_size, parameters, gathered),
-        training_flops_per_image(model, crop),
-        config.train.steps * config.train.batch_size,
-        config.train.batch_size // world_size,
+        len(config.train.ema),
+        flops_of(costs, images),
+        images,
+        max(costs[phase.first_image] * phase.batch_size // world_size for phase in planned),
     )
 
 
@@ -121,10 +139,11 @@ def _memory(
     # Stages 1 and 2 update a copy of this process's share, and so does stage 3 when the host updates it.
     master = FP32 * share(1) if stage in (1, 2) or config.engine.offload else 0
     optimizer = _ADAM_MOMENTS * FP32 * share(1) + master
+    averages = FP32 * share(1) * len(config.train.ema)
     # Two buffers in turns at stages 1 and 2, one at stage 3; accelerate's DDP copies every gradient into its buckets.
     buffers = FP32 * reduced * (0, 2, 2, 1)[stage]
     if config.engine.name == EngineName.accelerate and world_size > 1:
         buffers = FP32 * parameters
     if not config.engine.offload:
-        return Memory(weights + whole, gradients, optimizer, activations, buffers, host=0)
-    return Memory(whole, 0, 0, activations, buffers, host=weights + gradients + optimizer)
+        return Memory(weights + whole, gradients, optimizer, averages, activations, buffers, host=0)
+    return Memory(whole, 0, 0, 0, activations, buffers, host=weights + gradients + optimizer + averages)

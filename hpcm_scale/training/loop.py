@@ -11,11 +11,13 @@ import torch
 
 from hpcm_scale.compute.tracker import ComputeTracker
 from hpcm_scale.config.checks import accumulation, side_multiple
+from hpcm_scale.config.phases import phase_at
 from hpcm_scale.config.schema import Config, OnDivergence
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import UserError, alone
-from hpcm_scale.evaluation.estimate import evaluate
+from hpcm_scale.evaluation.estimate import Evaluation, evaluate
+from hpcm_scale.training.averages import Averages, kind_of
 from hpcm_scale.training.bad_photos import BadPhotos
 from hpcm_scale.training.divergence import Diverged, LossHistory, limit_reached
 from hpcm_scale.training.engine import Engine
@@ -64,6 +66,7 @@ class Trainer:
     data_digest: str
     stop: StopRequest
     saver: Saver
+    averages: Averages
     alive: Callable[[int], None]
     """Called with the step whenever there is progress."""
     rollbacks: int = 0
@@ -102,6 +105,9 @@ class Trainer:
         """Step after step, and what is due between them."""
         config = self.config
         while self.step < last_step:
+            phase = phase_at(config, self.step)
+            if self.step == phase.first_step > 0:
+                self.recorder.say(f"step {self.step}: from here on {phase.batch_size} crops of {phase.crop}²")
             agreed = self.train_step(stream, last=self.step + 1 == last_step)
             self.step += 1
             self._evaluation = None
@@ -142,7 +148,7 @@ class Trainer:
         agreed = Agreed(dict(zip(names, told, strict=False)), *told[len(names) :])
         self.apply(agreed)
         self.upscaled += int(agreed.upscaled)
-        self.tracker.step(self.config.train.batch_size, waited)
+        self.tracker.step(phase_at(self.config, self.step).batch_size, waited)
         self.recorder.advance(agreed.means["loss"])
         self.tell(self.saver.settle(agreed.written, agreed.unwritten))
         if agreed.bad:
@@ -155,7 +161,9 @@ class Trainer:
         wrong = self.losses.verdict(agreed.means["loss"], train.spike)
         rate = learning_rate(self.config.schedule, self.step, train.steps)
         stepped = self.engine.step(rate, agreed.grad_norm, bool(wrong))
-        if stepped.skipped and not wrong:
+        if not stepped.skipped:
+            self.averages.update()
+        elif not wrong:
             wrong = "its gradient is not finite"
         self.meter.add(agreed.means | {"grad_norm": stepped.grad_norm}, stepped.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if wrong else 0
@@ -212,7 +220,26 @@ class Trainer:
         self.recorder.line(self.position() | train | self.tracker.rates())
 
     def evaluate(self, images: ImageSet) -> None:
-        """Loss at λ, bpp and PSNR on the evaluation images."""
+        """Loss at λ, bpp and PSNR on the evaluation images, with the weights and with their averages."""
+        evaluation = self.evaluation(images, keep=self.config.log.images)
+        means = {"eval": evaluation.mean()}
+        for length in self.averages.lengths:
+            with self.averages.in_place(length):
+                means[f"eval_{kind_of(length)}"] = self.evaluation(images, keep=0).mean()
+        self.tracker.restart_clock()
+        self._evaluation = means["eval"]["loss"]
+        self.recorder.pictures(self.step, evaluation.reconstructions)
+        line = {f"{group}/{name}": value for group, mean in means.items() for name, value in mean.items()}
+        self.recorder.line(self.position() | line)
+        mean, *averaged = means.values()
+        losses = ", ".join(f"{average['loss']:.4f}" for average in averaged)
+        self.recorder.say(
+            f"step {self.step}: {self.tracker.pflops:.4g} PFLOPs, evaluation loss {mean['loss']:.4f}"
+            f"{f' (averages of the weights: {losses})' if losses else ''}, {mean['bpp']:.4f} bpp, {mean['psnr']:.2f} dB"
+        )
+
+    def evaluation(self, images: ImageSet, keep: int) -> Evaluation:
+        """Code the images with what the model has for weights; the first process keeps reconstructions."""
         engine = self.engine
         engine.module.eval()
         with alone():
@@ -226,19 +253,11 @@ class Trainer:
                 rank=engine.rank,
                 world_size=engine.world_size,
                 reduce=engine.reduce,
-                keep=self.config.log.images if engine.rank == 0 else 0,
+                keep=keep if engine.rank == 0 else 0,
                 progress=lambda: self.alive(self.step),
             )
         engine.module.train()
-        self.tracker.restart_clock()
-        mean = evaluation.mean()
-        self._evaluation = mean["loss"]
-        self.recorder.pictures(self.step, evaluation.reconstructions)
-        self.recorder.line(self.position() | {f"eval/{name}": value for name, value in mean.items()})
-        self.recorder.say(
-            f"step {self.step}: {self.tracker.pflops:.4g} PFLOPs, evaluation loss {mean['loss']:.4f}, "
-            f"{mean['bpp']:.4f} bpp, {mean['psnr']:.2f} dB"
-        )
+        return evaluation
 
     def checkpoint(self, last: bool = False) -> None:
         """Begin to write what a resumed run needs; wait for it if it is the `last` of this call.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     """A part of one flattened tensor."""
 
     kind: str
-    """One of KINDS."""
+    """One of KINDS, or an average of the weights (`averages.kind_of`)."""
     name: str
     """The parameter's name in the model."""
     start: int
@@ -82,27 +82,43 @@ def fill(files: Sequence[Path], pieces: Sequence[Piece]) -> None:
 
     Raises ValueError if they do not hold all of them.
     """
-    with ExitStack() as stack, torch.no_grad():
-        stored: dict[str, list[tuple[int, int, object]]] = defaultdict(list)
-        for path in files:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+    with opened(files) as stored:
+        for piece in pieces:
+            stored.fill(piece)
+
+
+@contextmanager
+def opened(files: Sequence[Path]) -> Iterator[Stored]:
+    """The pieces in files that `write` wrote; they are read one by one, when they are asked for."""
+    with ExitStack() as stack:
+        yield Stored([stack.enter_context(safe_open(path, framework="pt")) for path in files])
+
+
+class Stored:
+    """Pieces in open files."""
+
+    def __init__(self, files: Sequence[Any]) -> None:
+        self._parts: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+        for file in files:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
                 tensor, _, start = key.rpartition("@")
                 values = file.get_slice(key)
-                stored[tensor].append((int(start), int(start) + values.get_shape()[0], values))
-        for piece in pieces:
-            missing = piece.values.numel()
-            for first, last, part in _overlaps(stored[f"{piece.kind}/{piece.name}"], piece):
-                piece.values[first - piece.start : last - piece.start].copy_(part)
-                missing -= last - first
-            if missing:
-                raise ValueError(f"{piece.key} is not all there")
+                self._parts[tensor].append((int(start), int(start) + values.get_shape()[0], values))
 
+    @torch.no_grad()
+    def fill(self, piece: Piece) -> None:
+        """Read the values of a piece. Raises ValueError if they are not all there."""
+        missing = piece.values.numel()
+        for first, last, part in self._overlaps(piece):
+            piece.values[first - piece.start : last - piece.start].copy_(part)
+            missing -= last - first
+        if missing:
+            raise ValueError(f"{piece.key} is not all there")
 
-def _overlaps(stored: list[tuple[int, int, object]], piece: Piece) -> Iterator[tuple[int, int, Tensor]]:
-    """What of a piece is in the stored parts: from where to where in the flattened parameter, and its values."""
-    end = piece.start + piece.values.numel()
-    for start, stop, values in stored:
-        first, last = max(start, piece.start), min(stop, end)
-        if first < last:
-            yield first, last, values[first - start : last - start]
+    def _overlaps(self, piece: Piece) -> Iterator[tuple[int, int, Tensor]]:
+        """What of a piece there is: from where to where in the flattened parameter, and its values."""
+        end = piece.start + piece.values.numel()
+        for start, stop, values in self._parts[f"{piece.kind}/{piece.name}"]:
+            first, last = max(start, piece.start), min(stop, end)
+            if first < last:
+                yield first, last, values[first - start : last - start]

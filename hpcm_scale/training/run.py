@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hpcm_scale.compute.hardware import peak_flops
-from hpcm_scale.compute.tracker import PETA, ComputeTracker
-from hpcm_scale.config.checks import micro_batch_size
+from hpcm_scale.compute.tracker import PETA, ComputeTracker, flops_of
+from hpcm_scale.config.phases import described, images_at
 from hpcm_scale.config.schema import Config, EngineName, OnDivergence, Precision
-from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError, is_first_process
 from hpcm_scale.files import writing
 from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
+from hpcm_scale.training.averages import Averages
+from hpcm_scale.training.batches import batches
 from hpcm_scale.training.checkpoints import Checkpoint, Retention
-from hpcm_scale.training.costs import task_costs
+from hpcm_scale.training.costs import costs_by_phase
 from hpcm_scale.training.divergence import Diverged, Divergence, culprits
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.group.differences import facts
@@ -123,10 +126,12 @@ class _Training:
     watch: Watch
 
     def __post_init__(self) -> None:
-        costs = task_costs(self.config, self.start.receivers)
-        self.flops, self.parameters = costs.training_flops_per_image, costs.parameters
-        self.described = {"parameters": self.parameters, "parameters_by_part": costs.parameters_by_part}
+        costs = costs_by_phase(self.config, self.start.receivers)
+        self.costs = {image: of_phase.training_flops_per_image for image, of_phase in costs.items()}
+        self.parameters = costs[0].parameters
+        self.described = {"parameters": self.parameters, "parameters_by_part": costs[0].parameters_by_part}
         self.described |= {"environment": environment()}
+        self.averages = Averages(self.engine, self.config.train.ema)
 
     def choose(self) -> Resume:
         """The checkpoint to go on from, every byte of which has been looked at by one process or another."""
@@ -149,9 +154,9 @@ class _Training:
         config, engine, folder = self.config, self.engine, self.start.folder
         divergences = self.divergences()
         peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
-        tracker = ComputeTracker(self.flops, engine.device, peak and peak * engine.world_size)
+        tracker = ComputeTracker(self.costs, engine.device, peak and peak * engine.world_size)
         recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=self.described)
-        saver = Saver(engine, folder.checkpoints, Retention.of(config.train), before=recorder.sync)
+        saver = Saver(engine, folder.checkpoints, Retention.of(config.train), recorder.sync, self.averages.pieces())
         trainer = Trainer(
             config=config,
             engine=engine,
@@ -163,6 +168,7 @@ class _Training:
             data_digest=self.start.index.digest,
             stop=self.stop,
             saver=saver,
+            averages=self.averages,
             alive=self.watch.alive,
             rollbacks=len(divergences),
         )
@@ -170,13 +176,9 @@ class _Training:
         failed = True
         try:
             self._load(resume, trainer)
-            stream = open_stream(
-                config.data,
-                seed=config.train.seed,
-                first_image=trainer.step * config.train.batch_size,
-                last_image=None,
-                batch_size=config.train.batch_size,
-                micro_batch_size=micro_batch_size(config, engine.world_size),
+            stream = batches(
+                config,
+                trainer.step,
                 rank=engine.rank,
                 world_size=engine.world_size,
                 index=self.start.index,
@@ -216,7 +218,7 @@ class _Training:
         resume = self.choose()
         if resume.choice is None:
             raise UserError(f"{diverged}, and no checkpoint could be written to go back to; mend that, and start anew")
-        first, last = culprits(diverged.step, resume.step, before, train.batch_size)
+        first, last = culprits(diverged.step, resume.step, before, partial(images_at, self.config))
         if self.engine.rank == 0:
             folder.note_divergence(Divergence(diverged.step, diverged.reason, first, last))
         for damaged in resume.choice.damaged:
@@ -231,8 +233,7 @@ class _Training:
         lines = [
             f"{folder.path}: {config.model.name}, {self.parameters:,} parameters, {self.task.aim}, "
             f"{stage} on {engine.world_size} × {engine.device.type}, {config.train.steps:,} steps of "
-            f"{config.train.batch_size} images, "
-            f"{config.train.steps * config.train.batch_size * self.flops / PETA:.4g} PFLOPs"
+            f"{described(config)}, {flops_of(self.costs, images_at(config, config.train.steps)) / PETA:.4g} PFLOPs"
         ]
         if self.start.origin:
             lines.append(f"starting from {self.start.origin.path}")
@@ -244,9 +245,10 @@ class _Training:
             else:
                 lines.append(f"branching off {config.run.branch_of} at step {resume.step}")
         if resume.previous and resume.previous.train.steps != config.train.steps:
+            crops = " and that of crops" if config.schedule.crops else ""
             lines.append(
                 f"train.steps changes from {resume.previous.train.steps} to {config.train.steps}: the learning-rate "
-                "schedule, where it is in fractions of the run, changes with it"
+                f"schedule{crops}, where it is in fractions of the run, changes with it"
             )
         return "\n".join(lines)
 
@@ -256,10 +258,11 @@ class _Training:
         checkpoint, state, _ = resume.choice
         files, _ = checkpoint.read()
         try:
-            fill([checkpoint.folder / name for name in files], self.engine.pieces())
+            fill([checkpoint.folder / name for name in files], [*self.engine.pieces(), *self.averages.pieces()])
         except ValueError as error:
             raise UserError(f"{checkpoint.folder} does not fit this model ({error}); choose another run.dir") from error
         self.engine.take_over(state["updates"])
+        self.averages.load(state["updates"])
         trainer.load_state(state)
 
     def _finish(self, trainer: Trainer) -> None:
@@ -271,9 +274,16 @@ class _Training:
                     f"stopped at step {step} of {config.train.steps}; without train.stop_after the same command goes on"
                 )
             return
+        spent = {"step": step, "images": trainer.tracker.images, "pflops": trainer.tracker.pflops}
+        for length in self.averages.lengths:
+            with self.averages.in_place(length):
+                self._export(folder.averaged_file(length), spent | {"ema": length})
+        self._export(folder.weights_file, spent)  # the last one: with it the run is finished
+        trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")
+
+    def _export(self, path: Path, spent: dict[str, Any]) -> None:
+        """Write what the model has for weights now; every process calls it."""
         state = self.engine.weights()
         if state is not None:
-            spent = {"step": step, "images": trainer.tracker.images, "pflops": trainer.tracker.pflops}
-            with writing(folder.weights_file):
-                self.task.save(folder.weights_file, state, spent, folder.origin(config))
-        trainer.recorder.say(f"finished at step {step}: {folder.weights_file}")
+            with writing(path):
+                self.task.save(path, state, spent, self.start.folder.origin(self.config))

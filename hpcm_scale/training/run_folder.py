@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hpcm_scale.config.compose import from_yaml, to_dict, to_yaml
+from hpcm_scale.config.phases import crop_starts, images_at
 from hpcm_scale.config.schema import Config, RunConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text, writing
 from hpcm_scale.model.weights import WEIGHTS_NAME
 from hpcm_scale.tracking.environment import environment
+from hpcm_scale.training.averages import kind_of
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Choice, Examine
 from hpcm_scale.training.divergence import Divergence
 from hpcm_scale.training.run_lock import LOCK
@@ -30,6 +32,7 @@ _MAY_CHANGE = (
     "train.max_",
     "train.stall_minutes",
     "data.shards",
+    "data.more_shards",
     "data.workers",
     "data.prefetch",
     "data.cache",
@@ -37,6 +40,7 @@ _MAY_CHANGE = (
     "data.timeout",
     "data.max_bad",
     "data.pipe",
+    "schedule.crop_boundaries",
     "engine.name",
     "engine.zero_stage",
     "engine.offload",
@@ -86,6 +90,10 @@ class RunFolder:
         self.divergences_file = self.path / "divergences.json"
         self.stop_file = self.path / "stop"
         self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+    def averaged_file(self, length: float) -> Path:
+        """Where the moving average of the weights of that length is exported to."""
+        return self.path / f"weights_{kind_of(length)}.safetensors"
 
     def resume(self, config: Config, data_digest: str, examine: Examine = Checkpoint.flaw) -> Resume:
         """What of an earlier run this command continues; writes nothing.
@@ -170,14 +178,24 @@ class RunFolder:
 
     def _refuse_state(self, state: dict[str, Any], config: Config, data_digest: str) -> None:
         if state["data"] != data_digest:
+            more = config.data.more_shards
+            named = f"data.shards={config.data.shards} " + (f"with data.more_shards={more} " if more else "")
             raise UserError(
-                f"data.shards={config.data.shards} holds other photos than {self.path} was trained on; name "
-                "the same set, or choose another run.dir"
+                f"{named}holds other photos than {self.path} was trained on; name the same "
+                f"{'sets, in the same order' if more else 'set'}, or choose another run.dir"
             )
         if config.train.steps < state["step"]:
             raise UserError(
                 f"{self.path} has {state['step']} steps already, more than train.steps={config.train.steps}; "
                 "ask for more, or choose another run.dir"
+            )
+        images = state["tracker"]["images"]
+        if images_at(config, state["step"]) != images:
+            starts = crop_starts(from_yaml(self.config_file))
+            raise UserError(
+                f"{self.path} has trained on {images:,} images in {state['step']:,} steps, and with these train.steps, "
+                f"schedule.crops and crop_boundaries it would have been {images_at(config, state['step']):,}; give "
+                f"schedule.crop_boundaries={starts}, in steps, or choose another run.dir"
             )
 
     def _refuse_other_run(self, previous: Config, config: Config, may_change: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from hpcm_scale.files import sha256_of, whole_file, write_text
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, File, Retention
 from hpcm_scale.training.engine import Engine
-from hpcm_scale.training.pieces import HostCopy, share, write
+from hpcm_scale.training.pieces import HostCopy, Piece, share, write
 
 
 class Saved(NamedTuple):
@@ -35,13 +35,22 @@ class Saver:
     """
 
     def __init__(
-        self, engine: Engine, checkpoints: Checkpoints, retention: Retention, before: Callable[[], None]
+        self,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        retention: Retention,
+        before: Callable[[], None],
+        beside: Sequence[Piece] = (),
     ) -> None:
-        """`before` makes what must survive with a checkpoint, the journal, do so, or raises OSError."""
+        """`before` makes what must survive with a checkpoint, the journal, do so, or raises OSError.
+
+        `beside`: pieces that are saved with the engine's, and sharded as they are.
+        """
         self._engine = engine
         self._checkpoints = checkpoints
         self._retention = retention
         self._before = before
+        self._beside = beside
         self._host = HostCopy()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[Checkpoint, dict[str, Any]] | None = None
@@ -60,7 +69,7 @@ class Saver:
                 checkpoint.remove()  # what an interrupted save left
                 checkpoint.folder.mkdir(parents=True, exist_ok=True)
         engine.barrier()
-        pieces = engine.pieces()
+        pieces = [*engine.pieces(), *self._beside]
         if engine.replicated:
             pieces = share(pieces, engine.rank, engine.world_size)
         tensors = self._host.take(pieces)

@@ -31,13 +31,13 @@ def clock(monkeypatch) -> Clock:
 
 def started(flops_per_image: float) -> ComputeTracker:
     """A tracker whose clock runs."""
-    tracker = ComputeTracker(flops_per_image, CPU)
+    tracker = ComputeTracker({0: flops_per_image}, CPU)
     tracker.start_clock()
     return tracker
 
 
 def test_counts_and_rates(clock):
-    tracker = ComputeTracker(flops_per_image=2e12, device=CPU, peak=1e14)
+    tracker = ComputeTracker(costs={0: 2e12}, device=CPU, peak=1e14)
     clock.now += 50  # the model is built, workers start
     tracker.start_clock()
     for _ in range(4):
@@ -98,7 +98,7 @@ def test_a_resumed_run_counts_on(clock):
         first.step(16, waited=0.0)
     state = json.loads(json.dumps(first.state()))
     clock.now += 3600  # between the two starts
-    resumed = ComputeTracker(3e12, CPU)
+    resumed = ComputeTracker({0: 3e12}, CPU)
     resumed.load_state(state)
     assert resumed.position() == first.position()
     resumed.start_clock()
@@ -114,7 +114,7 @@ def test_a_resumed_run_counts_on(clock):
 
 def test_a_long_run_loses_no_image():
     """2 M steps of 32 images of the largest model, to the last digit."""
-    tracker = ComputeTracker(flops_per_image=3_016_201_175_040, device=CPU)
+    tracker = ComputeTracker(costs={0: 3_016_201_175_040}, device=CPU)
     for _ in range(2000):
         tracker.step(32_000, waited=0.0)
     assert tracker.images == 64_000_000

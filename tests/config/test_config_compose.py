@@ -20,6 +20,7 @@ from hpcm_scale.config.compose import (
 )
 from hpcm_scale.config.schema import Config, EngineName, Fusion, HyperPlacement, Precision, WandbMode
 from hpcm_scale.errors import UserError
+from hpcm_scale.model.ladder import sized
 
 GROUPS = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 CHOICES = [f"{group}={name}" for group in GROUPS for name in preset_names(group)]
@@ -35,7 +36,7 @@ def test_the_groups_are_the_documented_ones():
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_checks_and_comes_back_from_yaml(choice, tmp_path):
-    config = compose([choice])
+    config = compose([choice], sized)
     for world_size in (1, 2, min(8, config.train.batch_size)):
         check(config, world_size)
     file = tmp_path / "config.yaml"

@@ -24,6 +24,7 @@ from hpcm_scale.data.crop import cut
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.images import decode
 from hpcm_scale.data.index import load_index
+from hpcm_scale.data.mixture import load_mixture
 from hpcm_scale.data.order import sample_at
 from hpcm_scale.data.storage import LocalStorage
 from hpcm_scale.data.stream import Source, collate, hand_over_errors, open_stream
@@ -175,7 +176,7 @@ def test_a_program_leaves_promptly_without_closing(program, method, workers):
 def test_stages_can_be_sent_to_other_processes(small_set):
     config = DataConfig(shards=str(small_set), crop=64)
     pipeline = wds.DataPipeline(
-        Source(config, load_index(str(small_set)), 0, range(0, 8, 4), 4),
+        Source(config, load_mixture(config), 0, range(0, 8, 4), 4),
         wds.batched(4, collation_fn=collate, partial=False),
         hand_over_errors,
     )

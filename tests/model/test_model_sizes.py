@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hpcm_scale.config.compose import compose_model, config_folder, preset_names
+from hpcm_scale.model import families
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
 from hpcm_scale.training.costs import size_row
@@ -25,6 +26,8 @@ PARAMETERS = {
     "1b": 1_000_328_003,
     "64m_phi": 63_582_419,
     "90m": 89_718_803,
+    "swin_250m": 248_158_525,
+    "swin_500m": 499_625_443,
 }
 SMALL = {"nano": 16, "450k": 12, "micro": 8, "2m": 6, "mini": 4, "small": 2}
 SMALL_PARAMETERS = {
@@ -53,8 +56,9 @@ def table(project) -> SimpleNamespace:
 
 
 def test_there_are_no_other_sizes():
-    """A new one belongs into the tables here."""
-    assert set(preset_names("model")) == set(PARAMETERS) | set(SMALL)
+    """A new one belongs into the tables here; families are there with a size of their own (`model.ladder`)."""
+    assert set(preset_names("model")) == set(PARAMETERS) | set(SMALL) | set(families.names())
+    assert {name for name in preset_names("model") if compose_model(name).size} == set(families.names())
 
 
 @pytest.mark.parametrize(("name", "expected"), (PARAMETERS | SMALL_PARAMETERS).items())

@@ -135,6 +135,7 @@ def test_tensors_that_do_not_fit(case, model, tmp_path):
         ("facts", None),
         ("facts", {"origin": []}),
         ("facts", {"origin": {"facts": 5}}),
+        ("facts", {"distortion": ["ssim"]}),
         ("pre_editor", {"channels": []}),
         ("pre_editor", {"channels": [0, 0, 0]}),
         ("pre_editor", {"blocks": -1}),

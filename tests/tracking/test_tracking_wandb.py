@@ -52,7 +52,7 @@ for step in range(start + 1, stop + 1):
             ("kodim02", generator.integers(256, size=(height, width, 3), dtype=np.uint8), "kodim02"),
         ]
         view.images(step, pictures)
-        journal.append(axes | {"eval/loss": 11 / step})
+        journal.append(axes | {"eval/loss": 11 / step, "eval_ema_0.05/loss": 10 / step})
     time.sleep(0.002)
 print("trained", flush=True)
 if end == "killed":
@@ -123,7 +123,7 @@ def test_a_resumed_offline_run_is_one_run_with_one_unbroken_curve(tmp_path: Path
     axis_of = {metric["name"]: metric.get("step_metric") for metric in metrics}
     assert axis_of.pop("compute/pflops") is None
     assert axis_of.pop("train/images") is None
-    assert {"train/loss", "train/psnr", "eval/loss", "perf/step_seconds"} <= axis_of.keys()
+    assert {"train/loss", "train/psnr", "eval/loss", "eval_ema_0.05/loss", "perf/step_seconds"} <= axis_of.keys()
     assert set(axis_of.values()) == {"compute/pflops"}
 
     history = [record["history"]["item"] for record in everything if record["type"] == "history"]

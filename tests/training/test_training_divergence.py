@@ -91,10 +91,10 @@ def test_a_rollback_from_a_damaged_checkpoint(diverge, launch):
 def test_which_images_are_left_out():
     before: list[Divergence] = []
     for expected in ((9, 9), (8, 9), (6, 9), (4, 9), (4, 9)):
-        first, last = culprits(step=10, checkpoint=4, before=before, batch_size=1)
+        first, last = culprits(step=10, checkpoint=4, before=before, images_at=lambda step: step)
         assert (first, last) == expected
         before.append(Divergence(10, "", first, last))
-    assert culprits(step=13, checkpoint=12, before=before, batch_size=4) == (48, 51)
+    assert culprits(step=13, checkpoint=12, before=before, images_at=lambda step: 4 * step) == (48, 51)
 
 
 def test_a_rollback_before_the_first_checkpoint_and_its_limit(diverge, launch):

@@ -78,6 +78,18 @@ def test_memory_on_eight_processes(engine_name, shared):
     assert memory.activations == pytest.approx(alone.activations / 8, rel=0.05)
 
 
+@pytest.mark.parametrize(("engine_name", "processes"), [("accelerate", 1), ("zero0", 1), ("zero1", 8), ("zero3", 8)])
+def test_averages_are_shared_out_as_the_optimizer_is(engine_name, processes):
+    """Two of them, fp32; the whole checkpoint holds them beside weights and moments."""
+    result = needs(f"engine={engine_name}", "train.ema=[0.05,0.1]", world_size=8)
+    without = needs(f"engine={engine_name}", world_size=8)
+    assert result.memory.averages == pytest.approx(8 * result.parameters / processes, rel=1e-5)
+    assert result.memory.device - without.memory.device == result.memory.averages
+    assert result.checkpoint == 5 * 4 * result.parameters
+    hosted = needs("engine=zero3_offload", "train.ema=[0.05]").memory.host
+    assert hosted - needs("engine=zero3_offload").memory.host == 4 * result.parameters
+
+
 def test_offload_keeps_the_state_in_host_memory():
     memory = needs("engine=zero3_offload", world_size=2).memory
     assert memory.gradients == memory.optimizer == 0
@@ -100,7 +112,7 @@ def test_less_is_kept_where_more_is_computed_again():
 def test_time_of_a_step_with_communication():
     result = needs(world_size=4)
     times = result.times(peak=1e12, mfu=0.5, bandwidth=1e9)
-    assert times.compute == pytest.approx(2 * result.flops_per_image / 0.5e12)  # two images per process
+    assert times.compute == pytest.approx(result.flops_per_step / 0.5e12)  # two images per process
     sent = 4 * result.parameters * 3 / 4  # engine=zero2: all-reduced gradients, gathered weights
     assert times.communication == pytest.approx(3 * sent / 1e9)
     assert needs().times(peak=1e12, mfu=0.5, bandwidth=1e9).efficiency == 1
@@ -109,9 +121,19 @@ def test_time_of_a_step_with_communication():
 def test_flops_and_time_of_a_run():
     result = needs("train.steps=1000")
     flops = training_flops_per_image(on_meta(compose_model("micro")), 256)
-    assert result.images == 8000 and result.flops_per_image == flops
+    assert result.images == 8000 and result.flops == 8000 * flops and result.flops_per_step == 8 * flops
     assert result.pflops == pytest.approx(8000 * flops / 1e15)
     assert result.seconds(peak=1e15, mfu=0.5) == pytest.approx(2 * result.pflops)
+
+
+def test_a_run_whose_crops_grow():
+    result = needs("train.steps=10", "schedule.crops=[512]", "schedule.crop_boundaries=[0.8]")
+    small, large = (estimates.training_flops_per_image(on_meta(compose_model("micro")), crop) for crop in (256, 512))
+    assert result.images == 8 * 8 + 2 * 2 and result.flops == 64 * small + 4 * large
+    assert result.flops_per_step == max(8 * small, 2 * large)
+    steps = ((256, 8), (512, 2))
+    model = compose_model("micro"), Precision.fp32, Checkpointing.none
+    assert result.memory.activations == max(estimates.rehearse(*model, *step).activations for step in steps)
 
 
 def test_bytes_of_a_checkpoint():

@@ -12,6 +12,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.model.weights import read_weights_file
 from hpcm_scale.sweeps.jobs import Job, make_job, unfinished
 from hpcm_scale.training.costs import task_costs, training_flops_per_image
+from hpcm_scale.training.posthoc import average, save
 from hpcm_scale.training.start import prepare
 from hpcm_scale.training.task import check_origin, task_of
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.launch
 RECEIVER = ("machine.receivers=[random-vit]", "machine.pre_editor.tokens=random-vit")
 VIEWER = ("objective.viewer=machine", *RECEIVER)
 STAGES = ("experiment=machine", "stage=variable,pre_editor,joint", "machine.fixed_rate=fixed", *RECEIVER)
-SHORT = ("train.steps=2", "schedule.warmup=0", "log.wandb=disabled")
+SHORT = ("train.steps=2", "train.ema=[0.1]", "schedule.warmup=0", "log.wandb=disabled")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,22 @@ def test_a_frozen_codec_stays_to_the_bit_and_a_free_one_does_not(weights):
         name for name, tensor in free.pre_editor.state.items() if not torch.equal(tensor, frozen.pre_editor.state[name])
     ]
     assert "to_image.weight" in moved
+
+
+def test_a_pre_editor_is_averaged_in_front_of_its_frozen_codec(stages, weights, launch, monkeypatch):
+    """While it is trained, and afterwards: one checkpoint has the average of the length that was kept."""
+    monkeypatch.chdir(launch.folder)
+    kept, made = stages["pre_editor"] / "weights_ema_0.1.safetensors", launch.folder / "average.safetensors"
+    save(made, average(stages["pre_editor"], 0.1))
+    own = weights["pre_editor"]
+    for file in map(read_weights_file, (kept, made)):
+        assert all(torch.equal(own.state[name], tensor) for name, tensor in file.state.items())
+        assert any(
+            not torch.equal(own.pre_editor.state[name], tensor) for name, tensor in file.pre_editor.state.items()
+        )
+        assert file.facts["ema"] == 0.1 and file.facts["origin"] == own.facts["origin"]
+    ours, theirs = (read_weights_file(file).pre_editor.state for file in (kept, made))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_journals_tell_the_tokens(stages):

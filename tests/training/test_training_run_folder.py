@@ -23,7 +23,7 @@ def started(path, config: Config | None = None) -> RunFolder:
 def checkpoint(folder: RunFolder, step: int, **changes) -> None:
     made = folder.checkpoints.of(step)
     made.folder.mkdir(parents=True)
-    made.complete({}, {"step": step, "data": "digest"} | changes)
+    made.complete({}, {"step": step, "data": "digest", "tracker": {"images": 32 * step}} | changes)
 
 
 def refused(folder: RunFolder, config: Config, digest: str = "digest") -> str:
@@ -77,15 +77,27 @@ def flat(values: dict, prefix: str = "") -> dict[str, object]:
 FREE = ["steps", "stop_after", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "keep_at", "keep_every"]
 FREE += ["keep_best", "on_divergence", "spike", "max_skipped", "max_rollbacks", "max_hours", "stall_minutes"]
 FREE = [f"train.{key}" for key in FREE]
-FREE += [f"data.{key}" for key in ("shards", "workers", "prefetch", "cache", "retries", "timeout", "max_bad", "pipe")]
+FREE += [
+    f"data.{key}"
+    for key in ("shards", "more_shards", "workers", "prefetch", "cache", "retries", "timeout", "max_bad", "pipe")
+]
 FREE += [
     f"engine.{key}"
     for key in ("name", "zero_stage", "offload", "compile", "checkpoint", "world_size", "join_minutes", "options")
 ]
+FREE += ["schedule.crop_boundaries"]
 FREE += ["eval.images", "eval.every", "eval.limit"]
 FREE += ["log.every", "log.wandb", "log.project", "log.images", "run.dir", "run.sweep"]
 OTHERS = {
+    "model.family": "swin",
+    "model.options": {"window": 4},
+    "objective.distortion": "ms_ssim",
+    "objective.likelihood": "public",
+    "train.parametrisation": "mup",
+    "train.ema": [0.1],
     "data.shards": "elsewhere",
+    "data.more_shards": ["elsewhere"],
+    "data.weights": [1.0],
     "data.cache": "elsewhere",
     "eval.images": "elsewhere",
     "run.dir": "elsewhere",
@@ -94,6 +106,8 @@ OTHERS = {
     "train.keep_at": [40],
     "train.on_divergence": "stop",
     "schedule.decay": 0.2,
+    "schedule.crops": [512],
+    "schedule.crop_boundaries": [0.8],
     "model.name": "other",
     "model.fusion": "none",
     "model.hyper_placement": "upstream",

@@ -1,0 +1,174 @@
+"""Swin transforms: attention within windows, shifted in every other block.
+
+After SwinT-ChARM (Zhu et al., "Transformer-based transform coding", ICLR 2022) and STF (arXiv 2203.08450); the block is
+that of arXiv 2103.14030. Patches are merged and split by the strided convolutions that all families have.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcm_scale.config.checks import side_multiple
+from hpcm_scale.config.schema import ModelConfig
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.families import Family, hpcm
+from hpcm_scale.model.layers import Block, ChannelNorm, Pointwise, attend
+
+
+@dataclass
+class Options:
+    """model.options of model.family=swin."""
+
+    window: int = 8
+    """Side of the windows of g_a and g_s: a power of two."""
+    head_channels: int = 32
+    """Channels of an attention head; where they do not divide a width, the number next to it that does."""
+    hyper: bool = False
+    """Whether h_a and h_s have such blocks, too; they have HPCM's otherwise."""
+    hyper_window: int = 4
+    """Side of their windows: a power of two."""
+
+
+class SwinBlock(Block):
+    """Attention within windows, then a network of two layers at every position; each is added to the stream."""
+
+    def __init__(self, channels: int, heads: int, window: int, shift: int, expansion: int) -> None:
+        super().__init__()
+        self.attention_norm = ChannelNorm(channels)
+        self.attention = WindowAttention(channels, heads, window, shift)
+        self.norm = ChannelNorm(channels)
+        self.expand = Pointwise(channels, expansion * channels)
+        self.reduce = Pointwise(expansion * channels, channels)
+        self.grid = window
+        self.widest = max(expansion * channels, 3 * channels, heads * window**2)
+
+    def compute(self, x: Tensor) -> Tensor:
+        x = self.attention(self.attention_norm(x), onto=x)
+        return self.reduce(F.gelu(self.expand(self.norm(x))), onto=x)
+
+    def spoilt(self, depth: int) -> int:
+        """Whole windows."""
+        window, shift = self.attention.window, self.attention.shift
+        return shift + math.ceil((depth - shift) / window) * window
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within windows of (B, C, H, W), H and W multiples of the window.
+
+    Windows are shifted by `shift`, half a window or none, down and to the right; at the border they are smaller.
+    """
+
+    def __init__(self, channels: int, heads: int, window: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.query_key_value = Pointwise(channels, 3 * channels)
+        self.position_bias = PositionBias(heads, window)
+        self.project = Pointwise(channels, channels)
+
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """What the positions of `x` make of each other, added to `onto`; all of one shape."""
+        height, width = x.shape[2:]
+        windows = (height // self.window, width // self.window)
+        query, key, value = self._to_windows(self.query_key_value(self._rolled(x, -self.shift)))
+        bias = self.position_bias()
+        if self.shift:
+            beside = _beside(*windows, self.window, self.shift, x.device)
+            bias = bias.masked_fill(~beside[:, None], -math.inf).flatten(0, 1)
+        attended = attend(query, key, value, bias)
+        return onto + self._rolled(self.project(self._from_windows(attended, *windows)), self.shift)
+
+    @staticmethod
+    def _rolled(x: Tensor, by: int) -> Tensor:
+        """Rows and columns moved on round and round. As (B, H, W, C): torch.roll on a GPU knows no other layout."""
+        return x.permute(0, 2, 3, 1).roll((by, by), (1, 2)).permute(0, 3, 1, 2) if by else x
+
+    def _to_windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3·heads·d, H, W) to three of (B·windows, heads, window², d), or of (B, windows·heads, window², d) if
+        shifted: so the bias, of all windows or of each, is broadcast over the rest."""
+        batch, channels, height, width = x.shape
+        w, d = self.window, channels // (3 * self.heads)
+        x = x.permute(0, 2, 3, 1).reshape(batch, height // w, w, width // w, w, 3, self.heads, d)
+        x = x.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, -1, self.heads, w * w, d)
+        return (x.flatten(2, 3) if self.shift else x.flatten(1, 2)).unbind(0)
+
+    def _from_windows(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """The inverse of it, for one of the three: (B, heads·d, H, W), channels last."""
+        w, d = self.window, x.shape[-1]
+        x = x.reshape(-1, rows, columns, self.heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6)
+        return x.reshape(-1, rows * w, columns * w, self.heads * d).permute(0, 3, 1, 2)
+
+
+class PositionBias(nn.Module):
+    """A learned number per head for every way from one position of a window to another.
+
+    A module of its own so that ZeRO-3 gathers it where it is read; one row of numbers, since it is no matrix product's.
+    """
+
+    def __init__(self, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.weight = nn.Parameter(torch.zeros(heads * (2 * window - 1) ** 2))
+        row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        down, right = (place.flatten()[:, None] - place.flatten() + window - 1 for place in (row, column))
+        self.register_buffer("way", down * (2 * window - 1) + right, persistent=False)
+
+    def forward(self) -> Tensor:
+        """(heads, window², window²)."""
+        return self.weight.view(self.heads, -1)[:, self.way]
+
+
+def _beside(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Which positions of rolled windows lie beside each other in the picture, too: (windows, window², window²)."""
+    down, right = (
+        (torch.arange(count * window, device=device) >= count * window - shift).view(count, window)
+        for count in (rows, columns)
+    )
+    place = (2 * down[:, None, :, None] + right[None, :, None, :]).reshape(rows * columns, window**2)
+    return place[:, :, None] == place[:, None, :]
+
+
+def heads_of(channels: int, head_channels: int) -> int:
+    """Heads whose width divides the channels and is, by its ratio, nearest to the one that is asked for."""
+    divisors = [heads for heads in range(1, channels + 1) if channels % heads == 0]
+    return min(divisors, key=lambda heads: abs(math.log(channels / heads / head_channels)))
+
+
+def _swin(
+    config: ModelConfig, options: Options, channels: int, stage: int, index: int, setting: str = "window"
+) -> Block:
+    window, side = getattr(options, setting), side_multiple(config) >> stage
+    if window < 2 or side % window:
+        raise UserError(
+            f"model.options.{setting}={window} does not fit at 1/{2**stage} of the image, where sides are multiples of "
+            f"{side}; use a power of two up to {side}"
+        )
+    if options.head_channels < 1:
+        raise UserError(f"model.options.head_channels={options.head_channels} must be at least 1; use 32")
+    heads = heads_of(channels, options.head_channels)
+    return SwinBlock(channels, heads, window, window // 2 if index % 2 else 0, config.expansion)
+
+
+def block(config: ModelConfig, options: Options, channels: int, stage: int, index: int) -> Block:
+    """Swin's block; the windows of every second one are shifted."""
+    return _swin(config, options, channels, stage, index)
+
+
+def hyper_block(config: ModelConfig, options: Options, channels: int, stage: int, index: int) -> Block:
+    """Swin's block with windows of its own, or HPCM's."""
+    if not options.hyper:
+        return hpcm.FAMILY.hyper_block(config, hpcm.FAMILY.options(), channels, stage, index)
+    return _swin(config, options, channels, stage, index, "hyper_window")
+
+
+FAMILY = Family(
+    block=block,
+    hyper_block=hyper_block,
+    options=Options,
+    base=ModelConfig(channels=[128, 192, 256], g_a_blocks=[2, 2, 6, 2], g_s_blocks=[2, 6, 2, 2]),  # SwinT-ChARM's g_a
+    multiple=32,
+)

@@ -1,0 +1,163 @@
+"""Sizes by rule: of every family, from 0.1 million to 10 billion parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hpcm_scale import models
+from hpcm_scale.config.checks import check_model
+from hpcm_scale.config.compose import check_overrides, compose, compose_model
+from hpcm_scale.config.schema import Fusion, ModelConfig, RateConfig
+from hpcm_scale.errors import UserError
+from hpcm_scale.model import families
+from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.ladder import WITHIN, parameters_of, size_name, sized
+from hpcm_scale.model.shapes import on_meta, parameter_count
+
+SIZES = ["100k", "300k", "1m", "3m", "10m", "30m", "100m", "300m", "1b", "10b"]
+DEPTHS = ("g_a_blocks", "g_s_blocks", "hyper_blocks", "adaptor_blocks", "prior_s1_s2", "prior_s3")
+
+
+@pytest.fixture(scope="module", params=families.names())
+def ladder(request) -> dict[str, ModelConfig]:
+    """A family's sizes."""
+    return {size: sized(ModelConfig(family=request.param, size=size)) for size in SIZES}
+
+
+def test_every_size_is_met_and_can_be_built(ladder):
+    for size, model in ladder.items():
+        asked = parameters_of(size)
+        assert parameter_count(on_meta(model)) == pytest.approx(asked, rel=WITHIN)
+        check_model(model)
+        families.check(model)
+        assert (model.name, model.size) == (f"{model.family}_{size}", None)
+
+
+def test_widths_and_depths_grow_with_the_size(ladder):
+    """Depths from the base on alone, and then evenly; no width without the others."""
+    base = families.family(ladder["1m"].family).base
+    models = list(ladder.values())
+    for smaller, larger in zip(models, models[1:], strict=False):
+        assert smaller.latent_channels < larger.latent_channels
+        assert sum(smaller.channels) < sum(larger.channels)
+        assert all(sum(getattr(smaller, key)) <= sum(getattr(larger, key)) for key in DEPTHS[:4])
+    for size in SIZES[:6]:
+        assert all(getattr(ladder[size], key) == getattr(base, key) for key in DEPTHS)
+    for size in ("30m", "100m", "300m", "1b", "10b"):  # in proportion, but for rounding
+        model = ladder[size]
+        factor = model.latent_channels / base.latent_channels
+        assert model.channels == pytest.approx([factor * channels for channels in base.channels], rel=0.2)
+        assert model.hyper_channels == pytest.approx(factor * base.hyper_channels, rel=0.25)
+    deeper = [sum(ladder[size].g_a_blocks) / sum(base.g_a_blocks) for size in ("100m", "1b", "10b")]
+    assert deeper[1] / deeper[0] == pytest.approx(10**0.5, rel=0.15)
+    assert deeper[2] / deeper[1] == pytest.approx(10**0.5, rel=0.15)
+
+
+def test_wide_channels_suit_the_blocks(ladder):
+    for model in ladder.values():
+        assert model.latent_channels % 8 == 0
+        assert all(width % 8 == 0 for width in (model.hyper_channels, model.hyper_latent_channels) if width > 64)
+        assert all(width % families.family(model.family).multiple == 0 for width in model.channels if width > 64)
+        assert 10 <= 2 * model.latent_channels / model.attention_heads <= 40
+
+
+def test_the_count_of_the_base_gives_the_base():
+    model, base = sized(ModelConfig(size="68505299")), compose_model("68m")
+    assert model.name == "hpcm_68.505299m"
+    base.name = model.name
+    assert model == base
+
+
+@pytest.mark.parametrize("name", ["swin_250m", "swin_500m"])
+def test_presets_of_swin_are_its_rule(name):
+    """0.25 and 0.5 billion parameters within 1 %."""
+    preset = compose_model(name)
+    assert preset == sized(ModelConfig(family="swin", size=name.removeprefix("swin_")))
+    assert parameter_count(on_meta(preset)) == pytest.approx(parameters_of(name.removeprefix("swin_")), rel=0.01)
+
+
+def test_what_is_no_width_or_depth_stays():
+    rate = RateConfig(levels=8)
+    given = ModelConfig(
+        family="swin", size="1m", fusion=Fusion.none, rate=rate, options={"window": 4}, channels=[1, 2, 3]
+    )
+    model = sized(given)
+    assert (model.fusion, model.rate, model.options) == (Fusion.none, rate, {"window": 4})
+    assert min(model.channels) > 3 and given.channels == [1, 2, 3] and given.size == "1m"
+    assert parameter_count(on_meta(model)) == pytest.approx(1e6, rel=WITHIN)
+    assert sized(model) is model  # it names no size any more
+
+
+def test_the_smallest_trains_for_real(ladder):
+    """Its exact count is that of tensors in memory, too, and a gradient reaches every one of them."""
+    model = HPCM(ladder["100k"])
+    x = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    coded = model(x)
+    (coded.bits_y.sum() + coded.bits_z.sum() + coded.x_hat.square().sum()).backward()
+    assert parameter_count(model) == pytest.approx(1e5, rel=WITHIN)
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("100k", 10**5),
+        ("0.3m", 3 * 10**5),
+        ("30M", 3 * 10**7),
+        ("1.5b", 1_500_000_000),
+        ("10B", 10**10),
+        ("2e6", 2 * 10**6),
+    ],
+)
+def test_sizes_are_read_and_written(text, count):
+    assert parameters_of(text) == count
+    assert parameters_of(size_name(count)) == count
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"size": "99k"}, "model.size=99k must lie between 100k and 10b parameters"),
+        ({"size": "11b"}, "model.size=11b must lie between"),
+        ({"size": "nan"}, "model.size=nan must lie between"),
+        ({"size": "big"}, "model.size=big is no number of parameters; write 300k, 30m, 1.5b"),
+        ({"size": ""}, "is no number of parameters"),
+        ({"size": "1m", "family": "resnet"}, "model.family=resnet is none of the families"),
+        ({"size": "1m", "options": {"window": 4}}, "model.options.window is no setting of model.family=hpcm"),
+        ({"size": "1m", "partial_ratio": 0}, "model.partial_ratio=0"),
+        ({"size": "100k", "expansion": 64}, "model.size=100k cannot be met within 2%"),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence(given, reason):
+    with pytest.raises(UserError, match=reason) as refused:
+        sized(ModelConfig(**given))
+    assert "\n" not in str(refused.value)
+
+
+def test_other_keys_follow_from_the_widths_of_a_size():
+    """And not from those that were there before the rule."""
+    follow = ["run.dir='runs/${model.name}'", "model=hpcm", "model.size=300k", "train.steps=${model.channels.1}"]
+    config = compose(follow, sized)
+    assert (config.run.dir, config.train.steps) == ("runs/hpcm_300k", config.model.channels[1])
+    check_overrides(["+model.options.window=4"])
+    assert compose([*follow[1:], "model.family=swin", "+model.options.window=4"], sized).model.options == {"window": 4}
+
+
+def test_a_size_that_is_none_yet_is_never_trained():
+    """Its widths are those of another."""
+    with pytest.raises(UserError, match="model.size=30m has not become widths and depths"):
+        check_model(compose_model("hpcm"))
+
+
+def test_the_table_has_them(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    for arguments, there in {
+        ("--family", "swin"): ["swin_30m", "swin_250m", "248,158,525", "192 288 352", "4 4 11 4"],
+        ("--size", "10b,100k"): ["hpcm_100k", "hpcm_10b", "36+24", "c1 c2 c3"],
+    }.items():
+        monkeypatch.setattr("sys.argv", ["hpcm models", *arguments])
+        models.main()
+        text = capsys.readouterr().out
+        assert all(part in text for part in there) and "…" not in text and "68m" not in text
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
