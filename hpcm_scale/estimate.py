@@ -28,6 +28,9 @@ def main() -> None:
             "hpcm estimate counts codecs alone, without pre-editor and receivers; leave out stage and objective.viewer"
         )
     from hpcm_scale.compute.hardware import peak_of  # after the arguments: torch takes seconds to import
+    from hpcm_scale.model import families
+
+    families.check(config.model)
 
     peak = peak_of(arguments.gpu, config.engine.precision == Precision.bf16)
     if peak is None:

@@ -5,9 +5,9 @@ parameters a size has its depths, and its widths times one factor: over sizes of
 Above, depths grow as the square root of the number, and widths as what that leaves, about its fourth root; these are
 the shares of EfficientNet (arXiv 1905.11946: 1.2 times the depth with 1.1 times the width, exponents of 0.49 and 0.26).
 
-M can only be a multiple of 8, and two thirds of all parameters go with its square. It is rounded up if that leaves the
-other widths nine tenths of what is due to them, and else down; they make up for the difference, which is a few percent
-but for the smallest sizes, where they may have up to twice their proportion.
+M can only be a multiple of 8, and two thirds of all parameters go with its square. It is the multiple next to what the
+factor makes of it, or the one below where that would leave the other widths less than nine tenths of their proportion;
+they make up for the difference: a few percent, but up to twice their proportion in the smallest sizes.
 From 64 on they are multiples of 8, or of what suits the family's blocks, and the wider the rounder. The heads of the
 cross-attention have about 20 channels, as in 68m.
 """
@@ -33,7 +33,7 @@ _WIDTHS = ("channels", "latent_channels", "hyper_latent_channels", "hyper_channe
 _GROUPS = 8
 """M is a multiple of it: the coding order's channel groups."""
 _LEAST = 0.9
-"""The other widths keep so much of their proportion to M where it is rounded up."""
+"""The other widths keep so much of their proportion to M."""
 _HEAD = 20
 """Channels of an attention head, about."""
 _LOOKS = 5
@@ -105,8 +105,9 @@ def _fitted(config: ModelConfig, parameters: int) -> _Found:
         """Factor of the other widths, for what the context model leaves."""
         return _root(square[1], linear[1], max(1.0, parameters - square[0] * latent**2 - linear[0] * latent))
 
-    smaller, larger = _next_to(due, base.latent_channels)
-    latent = larger if rest(larger) >= _LEAST * larger else smaller
+    latent = _latent_channels(base, due) / base.latent_channels
+    if rest(latent) < _LEAST * latent:
+        latent = max(_GROUPS / base.latent_channels, latent - _GROUPS / base.latent_channels)
     factor = rest(latent)
     found = _tuned(lambda rest: widened(deep, latent, rest), factor, ("g_a", "g_s", "hyper"), parameters)
     if abs(found.off) <= WITHIN / 2:
@@ -166,11 +167,10 @@ def _widened(
     )
 
 
-def _next_to(factor: float, channels: int) -> tuple[float, float]:
-    """The factors next to the given one, below and above, at which M is a multiple of 8, of 16 from 512 on, …"""
-    step = max(_GROUPS, _power_of_two(factor * channels / 32))
-    below = max(step, math.floor(factor * channels / step) * step)
-    return below / channels, (below + step) / channels
+def _latent_channels(base: ModelConfig, factor: float) -> int:
+    """A multiple of 8, of 16 from 512 on, of 32 from 1024 on, and so forth."""
+    channels = factor * base.latent_channels
+    return _rounded(channels, max(_GROUPS, _power_of_two(channels / 32)))
 
 
 def _width(channels: float, least: int, multiple: int = 8) -> int:

@@ -17,6 +17,7 @@ from hpcm_scale.files import sha256_of
 from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
+from hpcm_scale.model import families
 from hpcm_scale.model.inherit import check_inheritance
 from hpcm_scale.model.weights import WEIGHTS_NAME, WeightsFile, exported_step, read_weights_file
 from hpcm_scale.training.run_folder import Resume, RunFolder, run_directory
@@ -57,6 +58,7 @@ def prepare(
     Raises UserError, one sentence, for whatever keeps the run from being trained.
     """
     check(config, world_size)
+    families.check(config.model)
     data = config.data
     if data.shards is None:
         raise UserError("data.shards is not set; name the folder that `hpcm shards build` made")

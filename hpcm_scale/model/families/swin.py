@@ -106,13 +106,16 @@ class WindowAttention(nn.Module):
 class PositionBias(nn.Module):
     """A learned number per head for every way from one position of a window to another.
 
-    A module of its own so that ZeRO-3 gathers it where it is read; one row of numbers, since it is no matrix product's.
+    It starts as a Gaussian of the distance, so that attention begins near, as a convolution does (arXiv 2103.10697),
+    and not with the mean of a whole window. A module of its own so that
+    ZeRO-3 gathers it where it is read; one row of numbers, since it is no matrix product's.
     """
 
     def __init__(self, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
-        self.weight = nn.Parameter(torch.zeros(heads * (2 * window - 1) ** 2))
+        squares = torch.arange(1.0 - window, window).square()
+        self.weight = nn.Parameter(-(squares[:, None] + squares).flatten().repeat(heads) / 2)
         row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
         down, right = (place.flatten()[:, None] - place.flatten() + window - 1 for place in (row, column))
         self.register_buffer("way", down * (2 * window - 1) + right, persistent=False)
