@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +54,8 @@ def read_arm(argument: str) -> tuple[str, dict[int, Run]]:
     """Name, and runs by seed."""
     name, _, where = argument.partition("=")
     pattern, _, key = where.partition(":")
-    folders = sorted(Path(folder) for folder in glob(pattern))
+    root = Path(pattern).anchor
+    folders = sorted(Path(root or ".").glob(pattern.removeprefix(root)))
     if not folders:
         raise UserError(f"{argument} names no runs; write NAME=RUNS or NAME=RUNS:KEY")
     return name, dict(read_run(folder, key or LOSS) for folder in folders)

@@ -54,31 +54,36 @@ def _models(family: str | None, sizes: str | None) -> list[ModelConfig]:
     return [sized(model) for model in presets if model.family == family]
 
 
-def _table(numbers: list[str], caption: str) -> Table:
-    """A column of models, and columns of numbers."""
+def _table(numbers: list[str], caption: str, wrapped: bool = False) -> Table:
+    """A column of models, and columns of numbers, wrapped between numbers where they do not fit."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, collapse_padding=True)
     table.add_column("model", no_wrap=True)
     for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=not wrapped)
     return table
 
 
 def _costs(rows: list[SizeRow], caption: str) -> Table:
     table = _table(["parameters", "g_a", "g_s", "hyper", "context", "kMAC/px", "TFLOP/step"], caption)
     for row in rows:
-        parts = [f"{count / 1e6:,.2f}" for count in row.parts.values()]
-        rates = [f"{row.kmac_per_pixel:,.1f}", f"{row.step_tflop:,.2f}"]
+        parts = [_short(count / 1e6, 2) for count in row.parts.values()]
+        rates = [_short(row.kmac_per_pixel, 1), _short(row.step_tflop, 2)]
         table.add_row(row.name, f"{row.parameters:,}", *parts, *rates)
     return table
+
+
+def _short(number: float, digits: int) -> str:
+    """With so many digits after the point, or none where there are enough before it."""
+    return f"{number:,.0f}" if number >= 10_000 or (number >= 1000 and digits > 1) else f"{number:,.{digits}f}"
 
 
 def _shapes(models: list[ModelConfig]) -> Table:
     adaptors = any(sum(model.adaptor_blocks) for model in models)
     headings = ["c1 c2 c3", "M", "N", "h", "g_a", "g_s", "h_a", "s1 s2", "s3", *(["adaptors"] if adaptors else [])]
-    table = _table(headings, f"{_SHAPES}{_ADAPTORS if adaptors else ''}.")
+    table = _table(headings, f"{_SHAPES}{_ADAPTORS if adaptors else ''}.", wrapped=True)
     for model in models:
         widths = map(str, (model.latent_channels, model.hyper_latent_channels, model.hyper_channels))
         blocks = map(_words, (model.g_a_blocks, model.g_s_blocks, model.hyper_blocks))

@@ -24,6 +24,8 @@ def test_the_smallest_of_each_family_trains_sharded(launch, shards):
         "-m",
         f"model={','.join(names)}",
         "model.size=100k",
+        "model.fusion=none",
+        "data.crop=128",
         "engine=zero3",
         f"data.shards={shards}",
         f"train.steps={STEPS}",

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,22 +109,30 @@ class PositionBias(nn.Module):
     """A learned number per head for every way from one position of a window to another.
 
     It starts as a Gaussian of the distance, so that attention begins near, as a convolution does (arXiv 2103.10697),
-    and not with the mean of a whole window. A module of its own so that
-    ZeRO-3 gathers it where it is read; one row of numbers, since it is no matrix product's.
+    and not with the mean of a whole window. A module of its own so that ZeRO-3 gathers it where it is read; one row of
+    numbers, since it is no matrix product's.
     """
 
     def __init__(self, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
-        squares = torch.arange(1.0 - window, window).square()
-        self.weight = nn.Parameter(-(squares[:, None] + squares).flatten().repeat(heads) / 2)
-        row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-        down, right = (place.flatten()[:, None] - place.flatten() + window - 1 for place in (row, column))
-        self.register_buffer("way", down * (2 * window - 1) + right, persistent=False)
+        ways, nearness = _ways(window)
+        self.weight = nn.Parameter(torch.tensor(nearness).repeat(heads))
+        self.register_buffer("way", torch.tensor(ways), persistent=False)
 
     def forward(self) -> Tensor:
         """(heads, window², window²)."""
         return self.weight.view(self.heads, -1)[:, self.way]
+
+
+@cache  # every block asks, of every model whose parameters are counted
+def _ways(window: int) -> tuple[np.ndarray, np.ndarray]:
+    """From each position of a window to each, the number of the way, (window², window²); and of each way a Gaussian's
+    logarithm, fp32 ((2·window − 1)²,)."""
+    row, column = np.divmod(np.arange(window**2), window)
+    down, right = (place[:, None] - place + window - 1 for place in (row, column))
+    squares = np.arange(1 - window, window, dtype=np.float32) ** 2
+    return down * (2 * window - 1) + right, -(squares[:, None] + squares).ravel() / 2
 
 
 def _beside(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
@@ -136,8 +146,12 @@ def _beside(rows: int, columns: int, window: int, shift: int, device: torch.devi
 
 
 def heads_of(channels: int, head_channels: int) -> int:
-    """Heads whose width divides the channels and is, by its ratio, nearest to the one that is asked for."""
+    """Heads whose width divides the channels and is, by its ratio, nearest to the one that is asked for.
+
+    Widths that are multiples of 8, as attention on GPUs wants them, come first.
+    """
     divisors = [heads for heads in range(1, channels + 1) if channels % heads == 0]
+    divisors = [heads for heads in divisors if channels // heads % 8 == 0] or divisors
     return min(divisors, key=lambda heads: abs(math.log(channels / heads / head_channels)))
 
 
