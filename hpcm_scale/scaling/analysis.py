@@ -38,7 +38,7 @@ class Analysis:
     """All that `hpcm scaling fit` finds; laws.json holds it whole."""
 
     metric: str
-    """"eval/loss" or "train/loss"."""
+    """One of `observations.METRICS`."""
     lmbda: float
     distortion: str
     """What the losses hold beside the rate: a key of `words.LOSSES`."""

@@ -49,7 +49,10 @@ def _add_fit(commands) -> None:
     )
     _add_runs(fit)
     fit.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is found")
-    fit.add_argument("--metric", choices=("eval/loss", "train/loss"), help="default: eval/loss where there is one")
+    fit.add_argument(
+        "--metric",
+        help="eval/loss, train/loss or, of runs with train.ema, eval_ema_0.05/loss; default: eval/loss if there is one",
+    )
     fit.add_argument("--lmbda", metavar="X", type=float, help="runs of this λ only; needed where there are several")
     fit.add_argument(
         "--bootstrap", metavar="K", type=int, default=0, help="resamples of the runs for a second interval; default: 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -13,9 +14,10 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.facts import annealed, learning_rates, parameters_by_part, training_pixels, trunk
 from hpcm_scale.scaling.runs import Run
 from hpcm_scale.scaling.smoothing import smoothed
-from hpcm_scale.scaling.usable import LeftOut, end, passed_over, usable_lines
+from hpcm_scale.scaling.usable import EVALUATION, TRAINING, LeftOut, end, passed_over, usable_lines
 
-METRICS = ("eval/loss", "train/loss")
+METRICS = re.compile(rf"{EVALUATION}|{TRAINING}|eval_ema_[\d.]+/loss")
+"""And of averages of the weights (train.ema) on those images."""
 PETA = 1e15
 
 
@@ -75,7 +77,7 @@ class Study:
     """What runs tell, before any law; runs in order of parameters, compute and name, whatever order they came in."""
 
     metric: str
-    """"eval/loss" or "train/loss"."""
+    """One of METRICS."""
     lmbda: float
     curves: list[Curve]
     observations: list[Observation]
@@ -96,17 +98,17 @@ class Study:
 def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = None) -> Study:
     """The curves and observations that runs give for one λ and one metric, with what was left out and why.
 
-    `metric` is "eval/loss" or "train/loss"; by default the first if every run that has begun is evaluated, or is to
-    be. Takes finished, unfinished, resumed and branched runs. Raises UserError when the runs have several λ and
-    none was chosen, or none can be used.
+    `metric` is one of METRICS; by default EVALUATION if every run that has begun is evaluated, or is to be, and
+    TRAINING otherwise. Takes finished, unfinished, resumed and branched runs. Raises UserError when the runs have
+    several λ and none was chosen, or none can be used.
     """
-    if metric not in (None, *METRICS):
-        raise UserError(f"there is no curve of {metric}; choose {' or '.join(METRICS)}")
+    if metric and not METRICS.fullmatch(metric):
+        raise UserError(f"there is no curve of {metric}; choose {EVALUATION}, {TRAINING} or eval_ema_LENGTH/loss")
     runs = sorted(runs, key=lambda run: (run.name, str(run.folder)))
     begun = [run for run in runs if _lines(run)]
     left_out = [f"{run.name} is left out: it has no line yet" for run in runs if not _lines(run)]
     lmbda = _chosen_lmbda(begun, lmbda)
-    metric = metric or ("eval/loss" if all(map(_is_evaluated, begun)) else "train/loss")
+    metric = metric or (EVALUATION if all(map(_is_evaluated, begun)) else TRAINING)
     told: list[tuple[Curve, Observation]] = []
     special = {run.name: _special(run) for run in begun if run.config["objective"]["lmbda"] == lmbda}
     common = set.intersection(*map(set, special.values())) if special else set()
@@ -153,11 +155,11 @@ def _family(run: Run) -> str:
 
 
 def _lines(run: Run) -> int:
-    return sum(run.records.rows(metric).size for metric in METRICS)
+    return sum(run.records.rows(metric).size for metric in (EVALUATION, TRAINING))
 
 
 def _is_evaluated(run: Run) -> bool:
-    return bool(run.records.rows("eval/loss").size or _setting(run, "eval.images"))
+    return bool(run.records.rows(EVALUATION).size or _setting(run, "eval.images"))
 
 
 def _chosen_lmbda(runs: Sequence[Run], lmbda: float | None) -> float:
@@ -215,7 +217,7 @@ def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[C
         pixels=float(pixels[-1]),
         images=int(images[-1]),
         pflops=float(pflops[-1]),
-        loss=float(loss[-1] if metric == "eval/loss" else fit[-1]),
+        loss=float(fit[-1] if metric == TRAINING else loss[-1]),
         bpp=end(run, metric.replace("loss", "bpp"), steps[-1]),
         psnr=end(run, metric.replace("loss", "psnr"), steps[-1]),
         annealed=bool(decayed[-1]),
@@ -226,11 +228,11 @@ def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[C
 
 def _differences(runs: Sequence[Run], metric: str) -> list[str]:
     """What makes the losses of runs another thing."""
-    keys = ("data.crop", "schedule.crops", *(("eval.images", "eval.limit") if metric == "eval/loss" else ()))
+    keys = ("data.crop", "schedule.crops", *(() if metric == TRAINING else ("eval.images", "eval.limit")))
     notes = []
     if len(families := sorted({_family(run) for run in runs})) > 1:
         notes.append(f"the runs are of several families ({', '.join(families)}): each may have laws of its own")
-    if changing := [run.name for run in runs if metric == "train/loss" and _setting(run, "schedule.crops")]:
+    if changing := [run.name for run in runs if metric == TRAINING and _setting(run, "schedule.crops")]:
         notes.append(
             f"the training crops of {', '.join(changing)} change on the way, and their training loss with them"
         )

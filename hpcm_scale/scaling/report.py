@@ -10,6 +10,7 @@ from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.trust import Bootstrap, HeldOut
+from hpcm_scale.scaling.usable import TRAINING
 from hpcm_scale.scaling.verdict import FACTORS, doubts, headline, improvement, no_best_split, parameter_law
 from hpcm_scale.scaling.words import (
     DASH,
@@ -101,7 +102,7 @@ def _runs(analysis: Analysis) -> str:
         ]
         for point in analysis.observations
     ]
-    kind = "evaluation" if analysis.metric == "eval/loss" else "smoothed training"
+    kind = "smoothed training" if analysis.metric == TRAINING else "evaluation"
     note = (
         f"Loss: {kind} loss at the end of the run, {LOSSES[analysis.distortion]} (bits per pixel). Pixels: images × "
         "crop². PFLOPs: 1e15 floating-point operations of training, forward and backward; a branch counts its trunk's, "

@@ -10,6 +10,8 @@ from hpcm_scale.scaling.facts import learning_rates
 from hpcm_scale.scaling.runs import Run
 from hpcm_scale.scaling.smoothing import smoothed
 
+EVALUATION, TRAINING = "eval/loss", "train/loss"
+"""Losses of the weights on images held out, and of training."""
 SHORTEST = 20
 """Training lines below which no noise is averaged out."""
 
@@ -28,14 +30,15 @@ class Lines(NamedTuple):
 
 
 def usable_lines(run: Run, metric: str) -> Lines:
-    """The lines of "eval/loss" or "train/loss". Raises LeftOut when there is no curve in them."""
+    """The lines of a metric, `TRAINING` or another. Raises LeftOut when there is no curve in them."""
     records = run.records
     rows = records.rows(metric)
     if not rows.size and records.nulls[metric]:
         raise LeftOut(f"its {metric} was never finite")
     if not rows.size:
-        raise LeftOut("it has no evaluation yet" if metric == "eval/loss" else "it has no training line")
-    if metric == "train/loss" and rows.size < SHORTEST:
+        missing = {EVALUATION: "it has no evaluation yet", TRAINING: "it has no training line"}
+        raise LeftOut(missing.get(metric, f"it has no {metric}"))
+    if metric == TRAINING and rows.size < SHORTEST:
         raise LeftOut(f"{rows.size} training lines are too few to smooth; {SHORTEST} are needed")
     lines = Lines(*(records.column(key)[rows] for key in ("step", "compute/pflops", "train/images", metric)))
     stuck = np.flatnonzero(~((np.diff(lines.pflops) > 0) & (np.diff(lines.images) > 0)))

@@ -53,7 +53,7 @@ def test_a_model_is_named_after_its_file(name):
 @pytest.mark.parametrize("experiment", preset_names("experiment"))
 def test_every_experiment_goes_with_every_debug_preset(experiment):
     for debug in preset_names("debug"):
-        check(compose([f"experiment={experiment}", f"debug={debug}"]), 2)
+        check(compose([f"experiment={experiment}", f"debug={debug}"], sized), 2)
 
 
 def test_the_defaults_are_the_dataclasses():

@@ -169,7 +169,7 @@ def test_several_lambdas_need_a_choice(tmp_path: Path) -> None:
     assert [seen.lmbda for seen in study(runs, lmbda=0.05).observations] == [0.05]
     with pytest.raises(UserError, match=r"no run has λ = 0\.1; there are runs with 0\.013, 0\.05"):
         study(runs, lmbda=0.1)
-    with pytest.raises(UserError, match="eval/loss or train/loss"):
+    with pytest.raises(UserError, match="eval/loss, train/loss or eval_ema_LENGTH/loss"):
         study(runs, metric="eval/psnr")
     young = find_runs([write(tmp_path / "young", [])])
     with pytest.raises(UserError, match="young is left out: it has no line yet"):
@@ -276,3 +276,18 @@ def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
     assert mixed.left_out == ["same is left out: it is trained for MS-SSIM, and its loss is another one"]
     alone = study(find_runs([tmp_path / "variable"]))  # among their like they do compare
     assert [seen.run for seen in alone.observations] == ["variable"]
+
+
+def test_averages_of_the_weights_have_curves_of_their_own(tmp_path: Path) -> None:
+    lines = journal(range(1, 101))
+    for line in lines:
+        if "eval/loss" in line:
+            line |= {"eval_ema_0.05/loss": line["eval/loss"] - 0.25, "eval_ema_0.05/psnr": 30.0}
+    write(tmp_path / "averaged", lines)
+    write(tmp_path / "plain", journal(range(1, 101)))
+    runs = find_runs([tmp_path])
+    told = study(runs, metric="eval_ema_0.05/loss")
+    raw = {seen.run: seen.loss for seen in study(runs).observations}
+    assert [seen.run for seen in told.observations] == ["averaged"]
+    assert told.observations[0].loss == pytest.approx(raw["averaged"] - 0.25) and told.observations[0].psnr == 30.0
+    assert "plain is left out: it has no eval_ema_0.05/loss" in told.left_out

@@ -20,6 +20,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.laws.law import Prediction
+from hpcm_scale.scaling.usable import TRAINING
 from hpcm_scale.scaling.words import LOSSES, count
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -173,7 +174,7 @@ def over_parameters(figure: Figure, axes: Axes, analysis: Analysis) -> None:
 
 def loss_label(analysis: Analysis) -> str:
     """What is on the axis of losses."""
-    kind = {"eval/loss": "evaluation loss", "train/loss": "training loss"}[analysis.metric]
+    kind = "training loss" if analysis.metric == TRAINING else "evaluation loss"
     return f"{kind}  {LOSSES[analysis.distortion]}"
 
 
