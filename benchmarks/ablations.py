@@ -55,10 +55,13 @@ def read_arm(argument: str) -> tuple[str, dict[int, Run]]:
     name, _, where = argument.partition("=")
     pattern, _, key = where.partition(":")
     root = Path(pattern).anchor
-    folders = sorted(Path(root or ".").glob(pattern.removeprefix(root)))
-    if not folders:
+    folders = [path for path in sorted(Path(root or ".").glob(pattern.removeprefix(root))) if path.is_dir()]
+    runs = [read_run(folder, key or LOSS) for folder in folders]
+    if not runs:
         raise UserError(f"{argument} names no runs; write NAME=RUNS or NAME=RUNS:KEY")
-    return name, dict(read_run(folder, key or LOSS) for folder in folders)
+    if len({seed for seed, _ in runs}) < len(runs) or len({run.parameters for _, run in runs}) > 1:
+        raise UserError(f"{argument} names runs of one seed, or of several sizes; name one run of each seed")
+    return name, dict(runs)
 
 
 def interval(differences: np.ndarray) -> float:
@@ -86,6 +89,9 @@ def main() -> None:
     if not arms:
         raise UserError("name arms as NAME=RUNS; the first one is the baseline")
     baseline = next(iter(arms.values()))
+    for name, runs in arms.items():
+        if not runs.keys() & baseline.keys():
+            raise UserError(f"{name} has no seed in common with the first arm; train it with the same seeds")
     print("| arm | parameters | PFLOPs | seeds | loss | against the first, % |")
     print("|---|--:|--:|--:|--:|--:|")
     for name, runs in arms.items():

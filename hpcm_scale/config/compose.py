@@ -105,10 +105,9 @@ def to_dict(config: object) -> dict:
 def from_dict(kind: type[T], values: dict) -> T:
     """The inverse of `to_dict` for a configuration of a `kind`. Raises UserError if the values describe none."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(f"it is not described as in this version ({_one_sentence(error)})") from error
-    return OmegaConf.to_object(merged)
 
 
 def model_from_dict(values: dict) -> ModelConfig:

@@ -29,7 +29,8 @@ def fan_in(layer: nn.Module) -> int:
 
 def widening(codec: HPCM) -> dict[str, float]:
     """By name of a layer with weights: its inputs over those that it has in a network of the base's widths."""
-    base = dict(on_meta(replace(codec.config, **BASE)).named_modules())
+    ratio = min(codec.config.partial_ratio, *BASE["channels"])  # a part of the narrowest width is a channel at least
+    base = dict(on_meta(replace(codec.config, **BASE, partial_ratio=ratio)).named_modules())
     return {
         name: fan_in(layer) / fan_in(base[name]) for name, layer in codec.named_modules() if isinstance(layer, LAYERS)
     }

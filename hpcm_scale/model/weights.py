@@ -19,6 +19,7 @@ from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import whole_file
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.shapes import on_meta
 
 WEIGHTS_NAME = "weights.safetensors"
 """In a run folder."""
@@ -131,9 +132,30 @@ def load_weights(path: str | Path) -> tuple[HPCM, dict[str, Any]]:
 
 def codec_of(file: WeightsFile) -> HPCM:
     """The codec of what a weights file holds, in evaluation mode. Raises UserError if it does not fit."""
+    _check_fit(file)
     model = HPCM(file.config)
     load_state(model, file.state, file.path)
     return model.eval()
+
+
+def _check_fit(file: WeightsFile) -> None:
+    """Raise UserError unless the tensors are those of the model described: nothing is built by its word alone."""
+    config, tensors = file.config, file.state.values()
+    widths = [*config.channels, config.latent_channels, config.hyper_latent_channels, config.hyper_channels]
+    priors = (*vars(config.prior_s1_s2).values(), *vars(config.prior_s3).values())
+    blocks = sum([*config.g_a_blocks, *config.g_s_blocks, *config.hyper_blocks, *config.adaptor_blocks, *priors])
+    fits = blocks <= len(tensors) and max(widths) <= max((tensor.numel() for tensor in tensors), default=0)
+    try:
+        fits = fits and _shapes_of(on_meta(config).state_dict()) == _shapes_of(file.state)
+    except (UserError, RuntimeError, OverflowError, TypeError) as error:  # torch's own, of sizes beyond all bounds
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the description in {file.path} is damaged ({reason}); export it again") from error
+    if not fits:
+        raise UserError(f"the tensors in {file.path} do not fit the model it describes; export it again")
+
+
+def _shapes_of(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -27,6 +27,23 @@ def kind_of(length: float) -> str:
     return f"ema_{length}"
 
 
+FINEST = 2**14
+"""Of so many steps each one is taken in; of twice as many every second one, and so on."""
+
+
+def taken_in_before(updates: int) -> int | None:
+    """Of the steps before step `updates` the last that was taken into the averages; None if this one is not to be.
+
+    The weight of a single step, (γ + 1) / t, would come to lie below the precision of fp32 in long trainings, and the
+    averages would stand still.
+    """
+
+    def stride(updates: int) -> int:
+        return 1 << max(0, (updates // FINEST).bit_length() - 1)
+
+    return None if updates % stride(updates) else updates - stride(updates - 1)
+
+
 class Averages:
     """The averages of the weights that one process holds, as shards beside them: whatever engine shards the weights.
 
@@ -59,8 +76,11 @@ class Averages:
     def update(self) -> None:
         """Take in what the weights are after one more step (the same, equation 8)."""
         self._updates += 1
+        before = taken_in_before(self._updates)
+        if before is None:
+            return
         for length, average in self._averages.items():
-            kept = (1 - 1 / self._updates) ** (exponent(length) + 1)
+            kept = (before / self._updates) ** (exponent(length) + 1)
             torch._foreach_lerp_(_values(average), _values(self._weights), 1 - kept)
 
     @contextmanager

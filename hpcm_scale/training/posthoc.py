@@ -146,6 +146,8 @@ def _snapshots(folder: RunFolder, config: Config, at: int | None) -> tuple[list[
     found = [checkpoint for checkpoint in folder.checkpoints.complete() if at is None or checkpoint.step <= at]
     while config.run.branch_of:
         trunk, step = RunFolder(config.run.branch_of), config.run.branch_at
+        if not trunk.config_file.is_file():
+            raise UserError(f"{trunk.path}, which {folder.path} branched off, is not there; put it back")
         before = [checkpoint for checkpoint in trunk.checkpoints.complete() if checkpoint.step <= step]
         found = [*before, *(checkpoint for checkpoint in found if checkpoint.step > step)]
         config = from_yaml(trunk.config_file)

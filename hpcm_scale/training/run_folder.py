@@ -200,10 +200,10 @@ class RunFolder:
 
     def _refuse_other_run(self, previous: Config, config: Config, may_change: tuple[str, ...]) -> None:
         before, now = _flat(to_dict(previous)), _flat(to_dict(config))
-        for key, value in now.items():
-            if before.get(key) != value and not key.startswith(may_change):
+        for key in before | now:  # a setting in model.options may be in one of the two alone
+            if before.get(key) != now.get(key) and not key.startswith(may_change):
                 raise UserError(
-                    f"{self.path} holds a run with {key}={before.get(key)}, not {value}; give the same value to "
+                    f"{self.path} holds a run with {key}={before.get(key)}, not {now.get(key)}; give the same value to "
                     "go on, or choose another run.dir"
                 )
 

@@ -102,7 +102,7 @@ def origin_folder(config: Config) -> Path | None:
     if config.init_from is None:
         return None
     path = Path(config.init_from).resolve()
-    return path.parent if path.name == WEIGHTS_NAME else path
+    return path.parent if path.suffix == Path(WEIGHTS_NAME).suffix else path
 
 
 def receivers_of(

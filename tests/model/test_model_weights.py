@@ -142,12 +142,19 @@ def test_tensors_that_do_not_fit(case, model, tmp_path):
         ("pre_editor", []),
         ("rate", {"levels": 10**9}),
         ("rate", {"levels": 3, "lowest": 1.0}),
+        ("family", "../swin"),
+        ("options", {"window": 8}),
+        ("options", {"window": "???"}),
+        ("options", {"window": "${window}"}),
+        ("channels", [10**9, 16, 24]),
+        ("expansion", 10**30),
+        ("g_a_blocks", [10**9] * 4),
     ],
 )
 def test_a_description_that_cannot_be(key, value, model, saved, tmp_path):
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
-    if key == "rate":
+    if key not in ("facts", "pre_editor"):
         metadata["model"] = json.dumps(json.loads(metadata["model"]) | {key: value})
     else:
         metadata[key] = json.dumps(value)

@@ -27,7 +27,7 @@ from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.model.weights import load_weights, read_weights_file
 from hpcm_scale.objective.rate_distortion import RateDistortionObjective
 from hpcm_scale.training.accelerate_engine import AccelerateEngine
-from hpcm_scale.training.averages import Averages, exponent, kind_of
+from hpcm_scale.training.averages import FINEST, Averages, exponent, kind_of, taken_in_before
 from hpcm_scale.training.pieces import Piece, opened
 from hpcm_scale.training.posthoc import WORST, Profile, coefficients
 
@@ -282,6 +282,10 @@ def test_too_few_checkpoints_and_none_are_told(runs, monkeypatch, capsys, tmp_pa
     refused(monkeypatch, capsys, "of length 0.25 in 1 checkpoint come only within", run, "--length", 0.05)
     shutil.rmtree(run / "checkpoints")
     refused(monkeypatch, capsys, "holds no checkpoint after a step yet", run, "--length", 0.1)
+    (run / "config.yaml").write_text(
+        to_yaml(replace(from_yaml(run / "config.yaml"), run=RunConfig(branch_of=str(tmp_path / "gone"), branch_at=1)))
+    )
+    refused(monkeypatch, capsys, "branched off, is not there", run, "--length", 0.1)
     keeps(run, [])
     refused(monkeypatch, capsys, "has kept no averages of its weights", run, "--length", 0.1)
     assert not list(run.glob("*_at_*"))
@@ -305,3 +309,29 @@ def refused(monkeypatch, capsys, told: str, *arguments: object) -> None:
 def test_lengths_that_cannot_be_are_refused(lengths):
     with pytest.raises(UserError, match=r"train\.ema=.*between 0 and 0\.2887"):
         check(compose(["model=nano", f"train.ema=[{lengths}]"]), 1)
+
+
+def test_long_trainings_take_in_every_few_steps_and_leave_out_none():
+    """What each step that is taken in goes on from is the one that was before it: shares stay those of the profile."""
+    last, taken = 0, 0
+    for updates in range(1, 9 * FINEST):
+        before = taken_in_before(updates)
+        if before is not None:
+            assert before == last
+            assert updates - before <= max(1, updates // FINEST)
+            last, taken = updates, taken + 1
+    assert taken < 4.2 * FINEST
+
+
+def test_an_average_moves_late_in_a_long_training():
+    """As much as it does in float64; of every single step fp32 would lose a tenth of it."""
+    drift, start, steps = 1e-7, 1_900_000, 30_000
+    power = exponent(LENGTHS[0]) + 1
+    exact, average = torch.ones((), dtype=torch.float64), torch.ones(())
+    for updates in range(start, start + steps):
+        weight = 1.001 + drift * (updates - start)
+        exact.lerp_(torch.tensor(weight, dtype=torch.float64), 1 - (1 - 1 / updates) ** power)
+        before = taken_in_before(updates)
+        if before is not None:
+            average.lerp_(torch.tensor(weight), 1 - (before / updates) ** power)
+    assert average.item() - 1 == pytest.approx(exact.item() - 1, rel=0.01)

@@ -13,8 +13,10 @@ from torch import Tensor
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Fusion, ModelConfig, TrainConfig
 from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.model.families import names
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.model.parametrisation import LAYERS, fan_in, learning_rate_factor, parametrise, widening
+from hpcm_scale.model.shapes import on_meta
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 from hpcm_scale.training.optimizer import clip, create_optimizer, set_learning_rate
 
@@ -116,6 +118,15 @@ def test_at_the_widths_of_the_base_nothing_changes():
     parametrise(model)
     assert {*widening(model).values()} == {1.0}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [*({"family": name} for name in names()), {"partial_ratio": 9}])
+def test_every_layer_has_one_to_compare_with(changes):
+    base = replace(compose_model("450k"), **changes)
+    wide = replace(base, channels=[32, 64, 128], latent_channels=96, hyper_latent_channels=96, hyper_channels=96)
+    found = widening(on_meta(wide))
+    assert found["g_a.0"] == 1 and found["g_a.1.expand"] == found["context.prior_s3.before.0.expand"] == 4
+    assert all(ratio >= 1 for ratio in found.values())
 
 
 def test_inputs_of_layers_are_counted_as_their_outputs_sum_them():

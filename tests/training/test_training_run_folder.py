@@ -158,6 +158,14 @@ def test_what_may_change_when_a_run_goes_on(key, run_at_40):
         assert key in text and "choose another run.dir" in text
 
 
+def test_a_setting_of_the_family_that_is_left_out_is_missed(tmp_path):
+    """A smaller kernel would read the beginning of a larger one, from a checkpoint of flattened weights."""
+    plain = ["model=nano", "model.family=convnext"]
+    folder = RunFolder(tmp_path / "run")
+    folder.write_facts(compose([*plain, "+model.options.kernel=9"]))
+    assert "model.options.kernel=9, not None" in refused(folder, compose(plain))
+
+
 def test_other_photos_and_fewer_steps_are_refused(run_at_40):
     config = compose(["model=nano"])
     assert "data.shards" in refused(run_at_40, config, digest="other")

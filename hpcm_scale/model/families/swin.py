@@ -21,6 +21,8 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.model.families import Family, hpcm
 from hpcm_scale.model.layers import Block, ChannelNorm, Pointwise, attend
 
+MOST_HEAD_CHANNELS = 1024
+
 
 @dataclass
 class Options:
@@ -150,7 +152,8 @@ def heads_of(channels: int, head_channels: int) -> int:
 
     Widths that are multiples of 8, as attention on GPUs wants them, come first.
     """
-    divisors = [heads for heads in range(1, channels + 1) if channels % heads == 0]
+    small = [heads for heads in range(1, math.isqrt(channels) + 1) if channels % heads == 0]
+    divisors = [*small, *(channels // heads for heads in small)]
     divisors = [heads for heads in divisors if channels // heads % 8 == 0] or divisors
     return min(divisors, key=lambda heads: abs(math.log(channels / heads / head_channels)))
 
@@ -164,8 +167,10 @@ def _swin(
             f"model.options.{setting}={window} does not fit at 1/{2**stage} of the image, where sides are multiples of "
             f"{side}; use a power of two up to {side}"
         )
-    if options.head_channels < 1:
-        raise UserError(f"model.options.head_channels={options.head_channels} must be at least 1; use 32")
+    if not 1 <= options.head_channels <= MOST_HEAD_CHANNELS:
+        raise UserError(
+            f"model.options.head_channels={options.head_channels} must lie between 1 and {MOST_HEAD_CHANNELS}; use 32"
+        )
     heads = heads_of(channels, options.head_channels)
     return SwinBlock(channels, heads, window, window // 2 if index % 2 else 0, config.expansion)
 
