@@ -17,7 +17,8 @@ from hpcm_scale.scaling.smoothing import DECADES, RATE
 from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, read_journal
 from hpcm_scale.tracking.progress import progress
 
-PATHS = ("run.dir", "run.branch_of", "data.shards", "data.more_shards", "data.cache", "eval.images")
+PATHS = ("init_from", "run.dir", "run.branch_of", "machine.fixed_rate", "eval.images")
+PATHS += ("data.shards", "data.more_shards", "data.cache")
 """Keys of a configuration that name places; of each the last component is kept."""
 WIDEST = DECADES
 """Decades of compute over which training lines are averaged at most: one standard deviation of the smoothing."""

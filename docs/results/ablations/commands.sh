@@ -20,7 +20,7 @@ for seed in 0 1 2; do
     arm phi $seed model.fusion=none train.steps=1609
     arm public $seed objective.likelihood=public
     hpcm evaluate --weights runs/public_$seed/weights.safetensors --images kodak --estimate --visual 0 \
-        --out runs/public_$seed # by the likelihood of the others
+        --out evaluations/public_$seed # by the likelihood of the others
 done
 python ../../../benchmarks/ablations.py plain='runs/plain_*' upstream='runs/upstream_*' phi='runs/phi_*' \
     public='runs/public_*' ema_0.05='runs/plain_*:eval_ema_0.05/loss' ema_0.1='runs/plain_*:eval_ema_0.1/loss'
@@ -52,3 +52,4 @@ for ladder in best paper_like; do
     hpcm scaling collect runs/$ladder --out journals/$ladder
     hpcm scaling fit journals/$ladder --out $ladder
 done
+hpcm scaling curves journals/best journals/paper_like --out ladders.png
