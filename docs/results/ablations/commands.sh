@@ -16,6 +16,7 @@ arm() { # NAME SEED KEYS
 }
 for seed in 0 1 2; do
     arm plain $seed train.ema=[0.05,0.1]
+    [ $seed = 2 ] || arm constant $seed schedule.decay=0 train.ema=[0.05,0.1]
     arm upstream $seed model.hyper_placement=upstream
     arm phi $seed model.fusion=none train.steps=1609
     arm public $seed objective.likelihood=public
