@@ -103,7 +103,7 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
     several λ and none was chosen, or none can be used.
     """
     if metric and not METRICS.fullmatch(metric):
-        raise UserError(f"there is no curve of {metric}; choose {EVALUATION}, {TRAINING} or eval_ema_LENGTH/loss")
+        raise UserError(f"--metric {metric} names no curve; choose {EVALUATION}, {TRAINING} or eval_ema_LENGTH/loss")
     runs = sorted(runs, key=lambda run: (run.name, str(run.folder)))
     begun = [run for run in runs if _lines(run)]
     left_out = [f"{run.name} is left out: it has no line yet" for run in runs if not _lines(run)]

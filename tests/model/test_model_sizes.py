@@ -27,7 +27,7 @@ PARAMETERS = {
     "64m_phi": 63_582_419,
     "90m": 89_718_803,
     "swin_250m": 248_158_525,
-    "swin_500m": 499_625_443,
+    "swin_500m": 499_620_943,
 }
 SMALL = {"nano": 16, "450k": 12, "micro": 8, "2m": 6, "mini": 4, "small": 2}
 SMALL_PARAMETERS = {

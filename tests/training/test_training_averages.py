@@ -59,17 +59,17 @@ def runs(train, launch, photo, project):
     Two look at a photo on their way, and two are stopped and go on: one with other processes and another engine.
     """
     looking = (f"eval.images={photo}", "eval.every=2")
-    train("zero0", *CHEAP, *SHORT, "engine=zero0")
-    train("zero1", *CHEAP, *SHORT, "engine=zero1", *looking)
-    train("zero2", *CHEAP, *SHORT, "engine=zero2", "train.stop_after=2")
-    train("zero2", *CHEAP, *SHORT, "engine=zero2")
-    train("zero3", *CHEAP, *SHORT, "engine=accelerate", *looking, "train.stop_after=1", processes=1)
-    train("zero3", *CHEAP, *SHORT, "engine=zero3", *looking)
+    train("averaged_zero0", *CHEAP, *SHORT, "engine=zero0")
+    train("averaged_zero1", *CHEAP, *SHORT, "engine=zero1", *looking)
+    train("averaged_zero2", *CHEAP, *SHORT, "engine=zero2", "train.stop_after=2")
+    train("averaged_zero2", *CHEAP, *SHORT, "engine=zero2")
+    train("averaged_zero3", *CHEAP, *SHORT, "engine=accelerate", *looking, "train.stop_after=1", processes=1)
+    train("averaged_zero3", *CHEAP, *SHORT, "engine=zero3", *looking)
     # Image 6 spoils a weight in step 2, which the loss of step 3 tells: the averages of step 2 are not finite then.
     spoilt = {"DIVERGE": json.dumps({"kind": "weight", "image": 6}), "PYTHONPATH": str(project / "tests" / "training")}
     rollback = ("engine=zero2", "train.on_divergence=rollback")
-    train("rolled_back", *CHEAP, *SHORT, *rollback, processes=1, module="diverging_train", **spoilt)
-    return {run: launch.folder / run for run in RUNS}
+    train("averaged_rolled_back", *CHEAP, *SHORT, *rollback, processes=1, module="diverging_train", **spoilt)
+    return {run: launch.folder / f"averaged_{run}" for run in RUNS}
 
 
 def stored(run: Path, step: int, kind: str) -> dict[str, Tensor]:
