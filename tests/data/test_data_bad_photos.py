@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -177,16 +178,19 @@ def test_what_a_server_fails_to_give_for_good(server, sound, tmp_path, workers, 
     found = seen(server.url, workers=workers, cache=str(tmp_path / "cache") if cached else None)
     assert_replaced(found, sound, index, {0, 1, 2, 3, 4})
     reasons = {photo.sample: photo.reason for photo in reversed(found.bad)}
+    # Right after a shard that failed, one is tried once; where another worker fetches into the cache, it may be any.
+    tries = "(2 tries|1 try)" if cached and workers else "2 tries"
     for sample, said in enumerate(
         (
-            "cannot be read after 2 tries (ClientResponseError 503",
-            "cannot be read after 1 try (ClientResponseError 403",
+            rf"cannot be read after {tries} \(ClientResponseError 503",
+            r"cannot be read after 1 try \(ClientResponseError 403",
             "cannot be read: the shard is not there",
-            "cannot be read after 2 tries (OSError what came is not the shard" if cached else "is damaged",
+            rf"cannot be read after {tries} \(OSError what came is not the shard" if cached else "is damaged",
             "cannot be read after ",
         )
     ):
-        assert reasons[sample].startswith(f"sample {index.keys[sample]} in {server.url}/{names[sample]} {said}")
+        place = re.escape(f"sample {index.keys[sample]} in {server.url}/{names[sample]} ")
+        assert re.match(place + said, reasons[sample])
         assert "Traceback" not in reasons[sample] and "\n" not in reasons[sample]
     if cached:
         kept = {path.name for path in (tmp_path / "cache").iterdir()}
