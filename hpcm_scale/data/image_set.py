@@ -40,6 +40,13 @@ class ImageSet:
         return read_image(self.folder / self.names[i])
 
 
+def check_size(pixels: torch.Tensor, name: str, mend: str, *, smallest: int, who: str) -> None:
+    """Raise UserError, which names the image and ends with `mend`, if a side of (3, H, W) is below `smallest`."""
+    height, width = pixels.shape[1:]
+    if min(height, width) < smallest:
+        raise UserError(f"{name} is {width}×{height} pixels, and {who} images with sides from {smallest}; {mend}")
+
+
 def read_image(path: Path, background: Colour | None = BACKGROUND) -> torch.Tensor:
     """A JPEG, PNG or WebP file as RGB, uint8 (3, H, W), by the rule of `images.to_rgb`.
 

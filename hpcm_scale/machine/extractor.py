@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcm_scale.errors import UserError
+from hpcm_scale.data import image_set
 from hpcm_scale.model.layers import full_precision
 
 SMALLEST_SIDE = 32
@@ -61,11 +61,7 @@ class TokenExtractor(nn.Module, ABC):
 
 def check_size(pixels: Tensor, name: str, mend: str) -> None:
     """Raise UserError, which names the image and ends with `mend`, if (3, H, W) is too small for receivers."""
-    height, width = pixels.shape[1:]
-    if min(height, width) < SMALLEST_SIDE:
-        raise UserError(
-            f"{name} is {width}×{height} pixels, and receivers look at images with sides from {SMALLEST_SIDE}; {mend}"
-        )
+    image_set.check_size(pixels, name, mend, smallest=SMALLEST_SIDE, who="receivers look at")
 
 
 def _checked(x: Tensor) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
 from hpcm_scale.config.distortions import MS_SSIM_SMALLEST_SIDE
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective.rate_distortion import RateDistortionObjective, rate_distortion_loss
 
 
 class SimilarityRateDistortion(NamedTuple):
@@ -35,21 +34,6 @@ class SimilarityRateDistortion(NamedTuple):
         return SimilarityRateDistortion(*(quantity.mean() for quantity in self))
 
 
-class SimilarityObjective:
-    """`similarity_loss` as training and evaluation call every objective."""
-
-    fields = SimilarityRateDistortion._fields
-
-    def __init__(self, lmbda: float | Callable[[Tensor], Tensor]) -> None:
-        """`lmbda`: λ, or with variable rate what gives it, (B,), for levels (B,)."""
-        self._lmbda = lmbda
-
-    def __call__(self, x: Tensor, coded: Any, level: Tensor | None = None) -> SimilarityRateDistortion:
-        """Images (B, 3, H, W), what a codec made of them (its `x_hat`, `bits_y`, `bits_z`), and their levels."""
-        lmbda = self._lmbda(level) if callable(self._lmbda) else self._lmbda
-        return similarity_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, lmbda)
-
-
 def similarity_loss(
     x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tensor, lmbda: float | Tensor
 ) -> SimilarityRateDistortion:
@@ -60,6 +44,13 @@ def similarity_loss(
     plain = rate_distortion_loss(x, x_hat, bits_y, bits_z, 0.0)
     similarity = multi_scale_similarity(x.float(), x_hat.float())
     return SimilarityRateDistortion(lmbda * (1 - similarity) + plain.bpp, *plain[1:], similarity)
+
+
+class SimilarityObjective(RateDistortionObjective):
+    """The same for `similarity_loss`."""
+
+    fields = SimilarityRateDistortion._fields
+    loss = staticmethod(similarity_loss)
 
 
 def too_small(image: Tensor) -> bool:

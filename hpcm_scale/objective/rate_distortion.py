@@ -28,21 +28,6 @@ class RateDistortion(NamedTuple):
         return RateDistortion(*(quantity.mean() for quantity in self))
 
 
-class RateDistortionObjective:
-    """`rate_distortion_loss` as training and evaluation call every objective."""
-
-    fields = RateDistortion._fields
-
-    def __init__(self, lmbda: float | Callable[[Tensor], Tensor]) -> None:
-        """`lmbda`: λ, or with variable rate what gives it, (B,), for levels (B,)."""
-        self._lmbda = lmbda
-
-    def __call__(self, x: Tensor, coded: Any, level: Tensor | None = None) -> RateDistortion:
-        """Images (B, 3, H, W), what a codec made of them (its `x_hat`, `bits_y`, `bits_z`), and their levels."""
-        lmbda = self._lmbda(level) if callable(self._lmbda) else self._lmbda
-        return rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, lmbda)
-
-
 def rate_distortion_loss(
     x: Tensor, x_hat: Tensor, bits_y: Tensor, bits_z: Tensor, lmbda: float | Tensor
 ) -> RateDistortion:
@@ -73,3 +58,19 @@ def rate_distortion_loss(
     mse = (x.float() - x_hat.float()).square().mean(dim=(1, 2, 3))
     psnr = -10 * torch.log10(mse.detach())
     return RateDistortion(lmbda * 255**2 * mse + bpp, bpp, bpp_y, bpp_z, mse, psnr)
+
+
+class RateDistortionObjective:
+    """`rate_distortion_loss` as training and evaluation call every objective; others have another `loss`."""
+
+    fields = RateDistortion._fields
+    loss = staticmethod(rate_distortion_loss)
+
+    def __init__(self, lmbda: float | Callable[[Tensor], Tensor]) -> None:
+        """`lmbda`: λ, or with variable rate what gives it, (B,), for levels (B,)."""
+        self._lmbda = lmbda
+
+    def __call__(self, x: Tensor, coded: Any, level: Tensor | None = None) -> RateDistortion:
+        """Images (B, 3, H, W), what a codec made of them (its `x_hat`, `bits_y`, `bits_z`), and their levels."""
+        lmbda = self._lmbda(level) if callable(self._lmbda) else self._lmbda
+        return self.loss(x, coded.x_hat, coded.bits_y, coded.bits_z, lmbda)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from hpcm_scale.training.engine import Engine
 from hpcm_scale.training.pieces import Piece
 
 
+@cache  # asked for in every step
 def exponent(length: float) -> float:
     """The exponent γ > 0 of the profile whose standard deviation is `length` times the training so far, 0 < `length` <
     1/√12 (the same, section 3.1): `length`² · (γ + 2)² · (γ + 3) = γ + 1."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.distortions import MS_SSIM_SMALLEST_SIDE
 from hpcm_scale.config.schema import Config, Distortion, Viewer
+from hpcm_scale.data import image_set
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.data.mixture import Mixture, load_mixture
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
-from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor
+from hpcm_scale.machine.extractor import TokenExtractor, check_size
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model import families
@@ -78,23 +82,19 @@ def prepare(
     origin = origin_weights(config, folder) if needed and not later else None
     receivers = receivers_of(config, open_receiver)
     if images and config.objective.distortion == Distortion.ms_ssim:
-        _check_sizes(images, MS_SSIM_SMALLEST_SIDE, "MS-SSIM is defined for")
+        similarity = partial(image_set.check_size, smallest=MS_SSIM_SMALLEST_SIDE, who="MS-SSIM is defined for")
+        _check_sizes(images, similarity)
     if receivers:
         if images:
-            _check_sizes(images, SMALLEST_SIDE, "receivers look at")
+            _check_sizes(images, check_size)
         MachineObjective(receivers, config.machine, config.objective.lmbda)  # refuses layers that there are not
     return Start(folder, resume, index, images, finished, origin, receivers)
 
 
-def _check_sizes(images: ImageSet, smallest: int, who: str) -> None:
-    """Raise UserError if an image has a side shorter than `smallest` pixels."""
+def _check_sizes(images: ImageSet, check: Callable[[Tensor, str, str], None]) -> None:
+    """Raise UserError if `check` does, of an image, its name and a mend."""
     for number, name in enumerate(images.names):
-        height, width = images.load(number).shape[1:]
-        if min(height, width) < smallest:
-            raise UserError(
-                f"{name} of eval.images={images.folder} is {width}×{height} pixels, and {who} images with sides from "
-                f"{smallest}; leave it out"
-            )
+        check(images.load(number), f"{name} of eval.images={images.folder}", "leave it out")
 
 
 def origin_folder(config: Config) -> Path | None:
