@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -41,6 +42,8 @@ TRAINING = (
 """What a training imports sooner or later."""
 LONGEST_REQUEST = 2**17
 """Bytes."""
+NOTICING_SECONDS = 1
+"""DeepSpeed's launcher looks so often whether one of its processes has failed."""
 GRACE_SECONDS = 30
 """From SIGTERM to SIGKILL for the others when one of several processes has failed, as DeepSpeed's launcher has it."""
 
@@ -234,7 +237,10 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 def _wait_for(ranks: set[int]) -> int:
-    """The exit code of the first that fails, or 0; passes on signals, and a failure is the end of the others."""
+    """The exit code of the first that fails, or 0; passes on signals, and a failure is the end of the others.
+
+    They have as long as DeepSpeed's launcher takes to notice, to say what they have to say and end by themselves.
+    """
 
     def pass_on(number: int, frame: object) -> None:
         for pid in ranks:
@@ -243,12 +249,16 @@ def _wait_for(ranks: set[int]) -> int:
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
-    failed = 0
+    failed, noticed = 0, 0.0
     while ranks:
-        pid, status = os.wait()
-        ranks.remove(pid)
+        pid, status = os.waitpid(-1, os.WNOHANG if noticed else 0)
+        ranks.discard(pid)
         if status and not failed:
-            failed = os.waitstatus_to_exitcode(status)
+            failed, noticed = os.waitstatus_to_exitcode(status), time.monotonic() + NOTICING_SECONDS
+        elif pid == 0 and time.monotonic() < noticed:
+            time.sleep(0.01)
+        elif pid == 0:
+            noticed = 0.0
             pass_on(signal.SIGTERM, None)
             signal.alarm(GRACE_SECONDS)
     return failed
