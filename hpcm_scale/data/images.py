@@ -5,14 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 
-from hpcm_scale.data.jpeg import shortened
+from hpcm_scale.data import jpeg, png
 from hpcm_scale.data.orientation import AS_STORED, Box, Orientation, orientation_of
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -33,14 +31,15 @@ def to_rgb(
 ) -> Image.Image:
     """Convert any image, stored in some `orientation`, to 8-bit RGB, upright.
 
-    The rule: the EXIF rotation is applied (a malformed EXIF block counts as none); of 16-bit samples
-    the high byte is kept; transparent images are laid over `background`; grey, palette and CMYK become
-    RGB by Pillow's formulas; ICC profiles are ignored; of an animation the first frame is taken.
+    The rule, which `docs/images.md` describes: the EXIF orientation is applied (a malformed EXIF block counts as none,
+    and XMP never turns an image); of 16-bit samples the high byte is kept; transparent images are laid over
+    `background`; grey, palette and CMYK become RGB by Pillow's formulas; ICC profiles are ignored, pixels count as
+    sRGB; of an animation the first frame is taken.
     Without a background, an image with a pixel that is not opaque raises `TransparentImage`.
     """
     image = orientation.upright(image)
     if image.mode.startswith("I"):
-        image = _high_byte(image)
+        image = png.high_byte(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         if background is None and layer.getextrema()[3][0] < 255:
@@ -50,42 +49,34 @@ def to_rgb(
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _high_byte(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; with 16-bit colour Pillow itself does the like."""
-    samples = np.asarray(image)
-    grey = Image.fromarray((samples >> 8).astype(np.uint8))
-    transparent = image.info.get("transparency")  # a grey that stands for no colour
-    if transparent is not None:
-        grey.putalpha(Image.fromarray(np.where(samples == transparent, 0, 255).astype(np.uint8)))
-    return grey
-
-
 class EncodedImage:
     """A JPEG, PNG or WebP file in memory, of which the header has been read.
 
-    Everything raises `ValueError`, with the reason as its text, for anything that is no such file, is truncated or
-    broken as far as it is decoded, or has more than `MAX_PIXELS`; and where `to_rgb` does.
+    Metadata that is not used is left out first, so that it refuses no image. Everything raises `ValueError`, with the
+    reason as its text, for anything that is no such file, is truncated or broken as far as it is decoded, or has more
+    than `MAX_PIXELS`; and where `to_rgb` does.
     """
 
+    orientation: Orientation
+    """How it is stored, by its EXIF block."""
+    is_jpeg: bool
+
     def __init__(self, data: bytes) -> None:
-        self.data = data
+        self._png: png.Png | None = None
+        self._jpeg: jpeg.Jpeg | None = None
+        exif = b""
         with reasons():
-            self._image = Image.open(BytesIO(data), formats=FORMATS)
+            if data.startswith(png.SIGNATURE):
+                self._png = png.read_png(data)
+                data, exif = self._png.file, self._png.exif
+            elif data.startswith(jpeg.START):
+                self._jpeg = jpeg.read_jpeg(data)
+                data, exif = self._jpeg.file, self._jpeg.exif
+            self._image = _open(data)
             if self._image.width * self._image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-
-    @cached_property
-    def orientation(self) -> Orientation:
-        """How it is stored, by its EXIF block."""
-        with reasons():
-            if not isinstance(self._image, JpegImageFile):
-                self._image.load()  # the EXIF of a PNG may follow its pixels
-            return orientation_of(self._image)
-
-    @property
-    def is_jpeg(self) -> bool:
-        """By its first bytes."""
-        return isinstance(self._image, JpegImageFile)
+        self.is_jpeg = self._jpeg is not None
+        self.orientation = orientation_of(exif or self._image.info.get("exif", b""))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,10 +84,15 @@ class EncodedImage:
         return self.orientation.size(self._image.size)
 
     def decode(self, background: Colour | None = BACKGROUND) -> Image.Image:
-        """All of it as 8-bit RGB, by the rule of `to_rgb`."""
+        """All of it as 8-bit RGB, by the rule of `to_rgb`.
+
+        A JPEG with an end marker before the end of its coded data is broken; whole scans may be missing.
+        """
         with reasons():
-            self._image.load()
-            return to_rgb(self._image, background, self.orientation)
+            image = self._stored()
+            if self._jpeg and self._jpeg.scans and _open(jpeg.disturbed(self._jpeg.file)).tobytes() != image.tobytes():
+                raise ValueError("image file is truncated")
+            return to_rgb(image, background, self.orientation)
 
     def decode_box(self, box: Box) -> Image.Image:
         """The same as `decode().crop(box)`, without what lies below the box in the file, if it is a JPEG."""
@@ -104,15 +100,26 @@ class EncodedImage:
         with reasons():
             return to_rgb(self._rows(stored[3]).crop(stored), orientation=self.orientation)
 
+    def _stored(self) -> Image.Image:
+        """All of the image as stored."""
+        self._image.load()
+        has_colour = self._png is not None and self._png.colour is not None
+        return png.with_alpha(self._image, self._png) if has_colour else self._image
+
     def _rows(self, needed: int) -> Image.Image:
         """The image as stored, or only its upper part with the rows that are needed."""
-        fewer = shortened(self.data, needed)
-        if fewer is not self.data:
-            with suppress(Exception):  # an odd file may decode only wholly
-                part = Image.open(BytesIO(fewer), formats=FORMATS)
-                part.load()
-                return part
-        return self._image
+        if self._jpeg:
+            fewer = jpeg.shortened(self._jpeg.file, needed)
+            if fewer is not self._jpeg.file:
+                with suppress(Exception):  # an odd file may decode only wholly
+                    part = _open(fewer)
+                    part.load()
+                    return part
+        return self._stored()
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(BytesIO(data), formats=FORMATS)
 
 
 def decode(data: bytes, background: Colour | None = BACKGROUND) -> Image.Image:

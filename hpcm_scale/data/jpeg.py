@@ -1,4 +1,4 @@
-"""JPEG files that promise fewer rows than they hold: their decoders stop early.
+"""JPEG files as sequences of marker segments: without metadata, with fewer rows, and with coded data put in.
 
 The rows of a JPEG are coded one after the other, so that decoding costs what lies above and left of the last pixel
 needed. The number of rows stands in the frame header, and a smaller one there ends decoding after so many rows.
@@ -6,12 +6,96 @@ needed. The number of rows stands in the frame header, and a smaller one there e
 
 from __future__ import annotations
 
-FRAMES = frozenset({0xC0, 0xC1, 0xC2})
-"""Markers of frames whose height may be lowered: sequential and progressive, Huffman coded."""
-SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
-"""Markers of segments that may lie before the frame: tables, restart interval, comment, application data."""
+import random
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+START = b"\xff\xd8"
+EXIF = b"Exif\0\0"
+SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1), 0xC2
+"""Markers of frames that are Huffman coded, of which alone the rest of this module knows."""
+OTHER_FRAMES = frozenset({*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC})
+TEMPORARY, END, SCAN, COMMENT = 0x01, 0xD9, 0xDA, 0xFE
+APP0, APP1, APP14, APP15 = 0xE0, 0xE1, 0xEE, 0xEF
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+"""Of a segment: no stuffed zero, restart marker or fill byte."""
 SIDE = 8
 """Rows of a block of coefficients."""
+CONTEXT, SMOOTHING = 1, 2
+"""Rows of units below a pixel that decide about it: where colour is subsampled it is interpolated, and where scans of a
+progressive file are missing, libjpeg guesses coefficients from those of the blocks around."""
+ONES = b"\xff\0" * 8
+"""Coded data that is in no Huffman code: 64 bits, the most that libjpeg reads ahead."""
+NOISE = b"".join(random.Random(n).randbytes(64).replace(b"\xff", b"") + bytes((0xFF, 0xD0 + n)) for n in range(8))
+"""Coded data with every restart marker, that holds coefficients whatever the Huffman code."""
+
+
+class Segment(NamedTuple):
+    """A marker and what belongs to it."""
+
+    kind: int
+    start: int
+    """Where its marker is."""
+    stop: int
+    """Where its content ends. After a scan header, coded data follows up to the next segment."""
+
+
+class Jpeg(NamedTuple):
+    """What is used of a JPEG file."""
+
+    file: bytes
+    """The same image, without metadata; where `scans` is false, without an end."""
+    exif: bytes
+    """The EXIF block, if there is one."""
+    scans: bool
+    """Whether it may have several scans, Huffman coded."""
+
+
+def read_jpeg(data: bytes) -> Jpeg:
+    """Split a JPEG file; application data and comments before the first scan are left out.
+
+    What tells the colour space is kept: JFIF and Adobe segments that are long enough for libjpeg to read them. Raises
+    `ValueError` if there is no scan.
+
+    Where coded data is missing before an end marker, decoders show grey blocks. A sequential JPEG with one scan gets
+    other bits in the place of the marker: enough to read ahead, too few for more than two blocks, so that a decoder
+    waits for more if data is missing, and not if all is there.
+    """
+    kept, exif = [START], b""
+    for kind, start, stop in segments(data):
+        if kind == SCAN:
+            break
+        content = data[start + 4 : stop]
+        if kind == APP1 and content.startswith(EXIF):
+            exif = exif or content
+        is_jfif = kind == APP0 and content.startswith(b"JFIF\0") and len(content) >= 14
+        is_adobe = kind == APP14 and content.startswith(b"Adobe") and len(content) >= 12
+        if is_jfif or is_adobe or not (APP0 <= kind <= APP15 or kind == COMMENT):
+            kept.append(data[start:stop])
+    else:
+        raise ValueError("image file is truncated")
+    head = b"".join(kept)
+    frame = frame_of(head)
+    if frame is None:
+        return Jpeg(head + data[start:], exif, scans=False)
+    components, of_scan = head[frame.start + 9], data[start + 4 : start + 5]
+    if frame.kind == PROGRESSIVE or of_scan != bytes((components,)):
+        return Jpeg(head + data[start:], exif, scans=True)
+    end = MARKER.search(data, stop)
+    return Jpeg(head + (data[start : end.start()] + ONES if end else data[start:]), exif, scans=False)
+
+
+def disturbed(data: bytes) -> bytes:
+    """The same JPEG with more coded data at the end of every scan: it decodes to other pixels if data was missing
+    there. Whole scans may be missing."""
+    parts, at, in_scan = [], 0, False
+    for kind, start, _ in segments(data):
+        if in_scan:
+            parts += data[at:start], NOISE
+            at = start
+        in_scan = kind == SCAN
+    return b"".join((*parts, data[at:]))
 
 
 def shortened(data: bytes, rows: int) -> bytes:
@@ -19,38 +103,46 @@ def shortened(data: bytes, rows: int) -> bytes:
 
     Its first `rows` rows decode to the same pixels. Of what is no such JPEG, `data` itself.
     """
-    at = frame_of(data)
-    if at is None:
+    frame = frame_of(data)
+    if frame is None:
         return data
-    height = int.from_bytes(data[at + 3 : at + 5], "big")
-    components = data[at + 7]
-    blocks = max((data[at + 9 + 3 * i] & 15 for i in range(components)), default=0)
-    # Rows are coded in units; where colour is subsampled, the last rows of one mix with the first of the next.
-    unit = SIDE * blocks
-    promised = unit and (-(-rows // unit) + 1) * unit
+    at = frame.start + 5
+    height = int.from_bytes(data[at : at + 2], "big")
+    unit = SIDE * max((sampling & 15 for sampling in data[frame.start + 11 : frame.stop : 3]), default=0)
+    below = CONTEXT + (SMOOTHING if frame.kind == PROGRESSIVE else 0)
+    promised = unit and (-(-rows // unit) + below) * unit
     if not 0 < promised < height:
         return data
-    return data[: at + 3] + promised.to_bytes(2, "big") + data[at + 5 :]
+    return data[:at] + promised.to_bytes(2, "big") + data[at + 2 :]
 
 
-def frame_of(data: bytes) -> int | None:
-    """Where the frame header of a JPEG lies (its length, of two bytes), if it is whole and one of `FRAMES`.
+def frame_of(data: bytes) -> Segment | None:
+    """The frame header of a JPEG, if it is whole and Huffman coded.
 
-    After the length follow the bits of a sample (1 byte), height (2), width (2), number of components (1), and of each
-    its name, its sampling factors (horizontal · 16 + vertical) and its table, a byte each.
+    After marker and length (2 bytes each) follow the bits of a sample (1 byte), height (2), width (2), number of
+    components (1), and of each its name, its sampling factors (horizontal · 16 + vertical) and its table, a byte each.
     """
-    at = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while data[at : at + 1] == b"\xff":
-        marker = data[at + 1 : at + 2]
-        if marker == b"\xff":  # fill
-            at += 1
-            continue
-        kind = marker[0] if marker else 0
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        if kind in FRAMES:
-            whole = length >= 8 and len(data) >= at + 2 + length and length == 8 + 3 * data[at + 9]
-            return at + 2 if whole else None
-        if kind not in SEGMENTS:
+    if not data.startswith(START):
+        return None
+    for frame in segments(data):
+        kind, start, stop = frame
+        if kind in SEQUENTIAL or kind == PROGRESSIVE:
+            whole = stop - start >= 10 and stop <= len(data) and stop - start == 10 + 3 * data[start + 9]
+            return frame if whole else None
+        if kind in OTHER_FRAMES or kind == SCAN:
             return None
-        at += 2 + length
     return None
+
+
+def segments(data: bytes) -> Iterator[Segment]:
+    """The segments of a JPEG up to its end marker, or to where there are no more. What lies between them is passed
+    over, as decoders do."""
+    at = len(START)
+    while marker := MARKER.search(data, at):
+        start, at = marker.span()
+        kind = data[at - 1]
+        if kind not in (TEMPORARY, END):
+            at += max(int.from_bytes(data[at : at + 2], "big"), 2)  # the length counts itself
+        yield Segment(kind, start, at)
+        if kind == END:
+            return

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import suppress
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import Image
 from PIL.Image import Transpose
 
 Box = tuple[int, int, int, int]
@@ -52,8 +53,26 @@ ORIENTATIONS = {
 """By the number in the EXIF block."""
 
 
-def orientation_of(image: Image.Image) -> Orientation:
-    """What the EXIF block of an image says; a malformed one counts as none."""
-    with suppress(Exception):  # Pillow raises nearly anything on malformed EXIF; the pixels are sound
-        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), AS_STORED)
+TAG = 0x0112
+"""Of the orientation in an EXIF block."""
+FORMATS = {1: "B", 3: "H", 4: "I"}
+"""Of whole numbers, by the type in an EXIF block."""
+
+
+def orientation_of(exif: bytes) -> Orientation:
+    """What an EXIF block says, in its first directory; an empty or malformed one says nothing.
+
+    Nothing else turns an image: no XMP packet, and no EXIF of a thumbnail.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    with suppress(struct.error):
+        if order:
+            (directory,) = struct.unpack_from(f"{order}I", exif, 4)
+            (entries,) = struct.unpack_from(f"{order}H", exif, directory)
+            for at in range(directory + 2, directory + 2 + 12 * entries, 12):
+                tag, kind = struct.unpack_from(f"{order}HH", exif, at)
+                if tag == TAG and kind in FORMATS:
+                    (number,) = struct.unpack_from(order + FORMATS[kind], exif, at + 8)
+                    return ORIENTATIONS.get(number, AS_STORED)
     return AS_STORED

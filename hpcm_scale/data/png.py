@@ -1,0 +1,138 @@
+"""PNG files: the chunks that decide about the pixels, and the transparent colour in the file's own bit depth."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GREY, RGB, PALETTE = 0, 2, 3
+"""Colour types that may have a tRNS chunk."""
+RAW_EXIF = b"Raw profile type exif\0"
+"""Keyword of text chunks in which programs stored EXIF, as hexadecimal digits, before PNG had a chunk for it."""
+LONGEST_RAW_EXIF = 1 << 18
+"""Characters of such a text that are read."""
+
+
+class Png(NamedTuple):
+    """What is used of a PNG file."""
+
+    file: bytes
+    """The same image, without the other chunks."""
+    exif: bytes
+    """The EXIF block, if there is one."""
+    depth: int
+    """Bits of a sample."""
+    colour: tuple[int, ...] | None
+    """The samples of the transparent colour, if it is grey or RGB and has one."""
+
+
+def read_png(data: bytes) -> Png:
+    """Split a PNG file; every chunk that does not decide about the pixels is left out, undecoded and unchecked.
+
+    IHDR, PLTE, tRNS and IDAT are used, and EXIF. Of an animation the default image is kept. Raises `ValueError` if the
+    checksum of one of these four is wrong, if one is missing that must be there, or if tRNS is too short; and Pillow's
+    `UnidentifiedImageError` without a header.
+    """
+    used: dict[bytes, bytes] = {}
+    pixels: list[bytes] = []
+    exif, raw_exif = b"", None
+    for kind, at, end in _chunks(data):
+        if kind == b"IDAT" or (kind in (b"IHDR", b"PLTE", b"tRNS") and kind not in used and not pixels):
+            if end + 4 <= len(data) and not _is_whole(data, at, end):  # Pillow says what is cut
+                raise ValueError(f"its {kind.decode()} chunk is damaged")
+            if kind == b"IDAT":
+                pixels.append(data[at - 8 : end + 4])
+            else:
+                used[kind] = data[at:end]
+        elif kind == b"eXIf" and _is_whole(data, at, end):
+            exif = data[at:end]
+        elif kind in (b"tEXt", b"zTXt") and raw_exif is None and data.startswith(RAW_EXIF, at):
+            raw_exif = _raw_exif(kind, data[at + len(RAW_EXIF) : end])
+    header = used.pop(b"IHDR", b"")
+    if len(header) != 13:
+        raise Image.UnidentifiedImageError
+    if not pixels:
+        raise ValueError("it has no pixels")
+    depth, kind = header[8:10]
+    transparency = used.pop(b"tRNS", None)
+    colour = None
+    if kind == PALETTE:
+        if b"PLTE" not in used:
+            raise ValueError("it has no palette")
+        if transparency is not None:
+            used[b"tRNS"] = transparency[:256]
+    elif kind in (GREY, RGB) and transparency is not None:
+        samples = 1 if kind == GREY else 3
+        if len(transparency) < 2 * samples:
+            raise ValueError("its tRNS chunk is too short")
+        # Only the low bits count, as many as a sample has.
+        colour = tuple(int.from_bytes(transparency[2 * i : 2 * i + 2], "big") % (1 << depth) for i in range(samples))
+    before = [_chunk(b"IHDR", header), *(_chunk(*item) for item in used.items())]
+    return Png(b"".join((SIGNATURE, *before, *pixels)), exif or raw_exif or b"", depth, colour)
+
+
+def with_alpha(image: Image.Image, png: Png) -> Image.Image:
+    """Of a PNG whose transparent colour is known, the loaded `image` with an alpha channel: 0 where its samples are
+    that colour, 255 elsewhere. 8 bits a sample; of 16 the high byte."""
+    values = png.colour
+    if png.depth < 8:  # Pillow has scaled the samples up
+        image = image.convert("L")
+        values = tuple(value * 255 // ((1 << png.depth) - 1) for value in values)
+    planes = image.split()
+    if png.depth == 16 and len(values) == 3:  # Pillow has kept the high bytes
+        planes += _low_bytes(png.file).split()
+        values = (*(value >> 8 for value in values), *(value & 255 for value in values))
+    matches = np.ones(image.size[::-1], bool)
+    for plane, value in zip(planes, values, strict=True):
+        matches &= np.asarray(plane) == value
+    image = high_byte(image) if image.mode.startswith("I") else image.copy()
+    image.putalpha(Image.fromarray(np.where(matches, 0, 255).astype(np.uint8)))
+    return image
+
+
+def high_byte(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; with 16-bit colour Pillow itself does the like."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def _low_bytes(file: bytes) -> Image.Image:
+    """Of a PNG of 16-bit RGB, the low bytes: those that are kept if the samples count as little-endian."""
+    image = Image.open(BytesIO(file), formats=("PNG",))
+    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+    image.load()
+    return image
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Type, begin and end of the content of every chunk, up to IEND or where there are no more; the last may be cut."""
+    at = len(SIGNATURE)
+    while (kind := data[at + 4 : at + 8]) != b"IEND" and kind.isalpha() and len(kind) == 4:
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        yield kind, at + 8, end
+        at = end + 4
+
+
+def _is_whole(data: bytes, at: int, end: int) -> bool:
+    """Whether a chunk with its content there has its checksum."""
+    return zlib.crc32(memoryview(data)[at - 4 : end]) == int.from_bytes(data[end : end + 4], "big")
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def _raw_exif(kind: bytes, text: bytes) -> bytes:
+    """The EXIF block in a text chunk of that keyword; nothing if it is malformed."""
+    with suppress(zlib.error, ValueError):
+        if kind == b"zTXt":  # a byte for the method is first
+            text = zlib.decompressobj().decompress(text[1:], LONGEST_RAW_EXIF)
+        lines = text[:LONGEST_RAW_EXIF].split(b"\n")  # an empty one, the name and the length are first
+        return bytes.fromhex(b"".join(lines[3:]).decode("ascii"))
+    return b""
