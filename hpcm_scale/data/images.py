@@ -10,7 +10,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from hpcm_scale.data import jpeg, png
+from hpcm_scale.data import jpeg, png, webp
 from hpcm_scale.data.orientation import AS_STORED, Box, Orientation, orientation_of
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -72,11 +72,13 @@ class EncodedImage:
             elif data.startswith(jpeg.START):
                 self._jpeg = jpeg.read_jpeg(data)
                 data, exif = self._jpeg.file, self._jpeg.exif
+            elif webp.is_webp(data):
+                data, exif = webp.read_webp(data)
             self._image = _open(data)
             if self._image.width * self._image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
         self.is_jpeg = self._jpeg is not None
-        self.orientation = orientation_of(exif or self._image.info.get("exif", b""))
+        self.orientation = orientation_of(exif)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def disturbed(data: bytes) -> bytes:
     parts, at, in_scan = [], 0, False
     for kind, start, _ in segments(data):
         if in_scan:
-            parts += data[at:start], NOISE
+            parts += data[at:start].rstrip(b"\xff"), NOISE  # fill bytes would make a marker of it
             at = start
         in_scan = kind == SCAN
     return b"".join((*parts, data[at:]))

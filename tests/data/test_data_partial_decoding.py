@@ -1,4 +1,4 @@
-"""A crop is decoded no further than it needs, and has the pixels that it has in the whole photo."""
+"""A crop is decoded no further than it needs, and has the pixels that it has in the whole image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from image_files import encoded, png16
+from image_files import encoded, first_scans, png16, scan_by_scan, scans
 from PIL import Image, ImageOps
 
 from hpcm_scale.data.crop import cut
@@ -69,6 +69,57 @@ def assert_same_boxes(data: bytes, whole: Image.Image, number: int = 12) -> None
 @pytest.mark.parametrize("kind", JPEGS)
 def test_any_box_of_any_jpeg_has_the_pixels_of_the_whole(photo, kind, orientation):
     data = jpeg(photo, kind, orientation)
+    assert_same_boxes(data, pillow(data))
+
+
+@pytest.mark.parametrize("restarts", [0, 5])
+@pytest.mark.parametrize("quality", [30, 90])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_progressive_files_without_their_last_scans(photo, subsampling, quality, restarts):
+    """libjpeg smooths blocks whose coefficients it does not know by those two rows further."""
+    options = {"quality": quality, "subsampling": subsampling, "restart_marker_blocks": restarts}
+    data = encoded(photo, "JPEG", progressive=True, **options)
+    for number in range(1, len(scans(data))):
+        part = first_scans(data, number)
+        assert_same_boxes(part, pillow(part), number=25)
+
+
+def patched(data: bytes, frame: int | None = None, sampling: int | None = None) -> bytes:
+    """A JPEG whose frame has another marker, or whose first component is sampled in another way."""
+    at = max(data.find(marker) for marker in (b"\xff\xc0", b"\xff\xc2"))
+    header = bytearray(data[at : at + 19])
+    header[1] = frame or header[1]
+    header[11] = sampling or header[11]
+    return data[:at] + bytes(header) + data[at + 19 :]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(
+    ("subsampling", "sampling"),
+    [(1, 0x12), (2, 0x41), (2, 0x14), (0, 0x11), (1, 0x21)],
+    ids=["4:4:0", "4:1:1", "4:1:0 upright", "4:4:4", "4:2:2"],
+)
+def test_every_subsampling(photo, subsampling, sampling, progressive):
+    """Files with as many blocks in each unit: the image is another, of as much coded data."""
+    square = photo.resize((192, 192))
+    for side in (192, 187):
+        data = encoded(square.crop((0, 0, side, side)), "JPEG", subsampling=subsampling, progressive=progressive)
+        data = patched(data, sampling=sampling)
+        assert_same_boxes(data, pillow(data), number=25)
+        for number in range(1, len(scans(data))):
+            part = first_scans(data, number)
+            assert_same_boxes(part, pillow(part), number=10)
+
+
+def test_a_scan_for_each_component(photo):
+    data = scan_by_scan(photo)
+    assert len(scans(data)) == 3
+    assert_same_boxes(data, pillow(data), number=25)
+
+
+def test_arithmetic_coding(photo):
+    """Which takes any data for an image."""
+    data = patched(encoded(photo, "JPEG"), frame=0xC9)
     assert_same_boxes(data, pillow(data))
 
 
