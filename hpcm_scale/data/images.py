@@ -60,6 +60,7 @@ class EncodedImage:
     orientation: Orientation
     """How it is stored, by its EXIF block."""
     is_jpeg: bool
+    """By its first bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._png: png.Png | None = None

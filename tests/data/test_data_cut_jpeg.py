@@ -118,8 +118,7 @@ def test_crops_do_not_show_what_is_missing(photo):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_oddities_of_whole_files(photo, kind):
-    """Bytes behind the end, fill bytes and superfluous data before it, a restart marker at the end, a missing byte of
-    padding."""
+    """Bytes behind the end; fill bytes, superfluous data and a restart marker before it; whole scans missing."""
     data = jpeg(photo, kind)
     body, expected = data[:-2], np.asarray(decode(data))
     for end in (END + b"junk" * 99, END + data, b"\xff\xff" + END, b"\0\0\0" + END, b"\xff\xd5" + END, b"\xff\0" + END):
