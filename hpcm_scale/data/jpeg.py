@@ -18,6 +18,8 @@ SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1), 0xC2
 OTHER_FRAMES = frozenset({*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC})
 TEMPORARY, END, SCAN, COMMENT = 0x01, 0xD9, 0xDA, 0xFE
 APP0, APP1, APP14, APP15 = 0xE0, 0xE1, 0xEE, 0xEF
+RESTART_INTERVAL = b"\xff\xdd"
+"""Marker of the segment that says that there are restart markers."""
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 """Of a segment: no stuffed zero, restart marker or fill byte."""
 SIDE = 8
@@ -101,10 +103,12 @@ def disturbed(data: bytes) -> bytes:
 def shortened(data: bytes, rows: int) -> bytes:
     """The same JPEG with a header that promises fewer rows, at least `rows` and no more than there are.
 
-    Its first `rows` rows decode to the same pixels. Of what is no such JPEG, `data` itself.
+    Its first `rows` rows decode to the same pixels. Of what is no such JPEG, and of progressive ones with restart
+    markers, `data` itself.
     """
     frame = frame_of(data)
-    if frame is None:
+    # Smoothing ends where coded data is missing, and restart markers let it begin again, at any row below.
+    if frame is None or (frame.kind == PROGRESSIVE and RESTART_INTERVAL in data):
         return data
     at = frame.start + 5
     height = int.from_bytes(data[at : at + 2], "big")

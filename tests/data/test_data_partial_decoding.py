@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import BytesIO
+from itertools import product
 
 import numpy as np
 import pytest
@@ -82,6 +83,17 @@ def test_progressive_files_without_their_last_scans(photo, subsampling, quality,
     for number in range(1, len(scans(data))):
         part = first_scans(data, number)
         assert_same_boxes(part, pillow(part), number=25)
+
+
+def test_progressive_files_whose_restart_markers_are_not_where_they_should_be(photo):
+    """libjpeg smooths differently above and below the row where coded data is found again."""
+    part = photo.crop((0, 0, 50, 120))
+    for quality, subsampling in product((50, 80), (0, 2)):
+        options = {"quality": quality, "restart_marker_blocks": 5, "subsampling": subsampling}
+        data = encoded(part, "JPEG", progressive=True, **options)
+        for number, interval in product((1, 3, 5), (4, 23, 37, 61)):
+            damaged = first_scans(data, number).replace(b"\xff\xdd\0\4\0\5", b"\xff\xdd\0\4\0" + bytes((interval,)))
+            assert_same_boxes(damaged, pillow(damaged))
 
 
 def patched(data: bytes, frame: int | None = None, sampling: int | None = None) -> bytes:
