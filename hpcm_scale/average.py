@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpcm_scale.config.schema import AVERAGE
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.limits import COUNT
 
 
 @one_line
@@ -21,9 +23,9 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument(
-        "--length", type=float, required=True, help="standard deviation relative to the training, such as 0.08"
+        "--length", type=AVERAGE.real, required=True, help="standard deviation relative to the training, such as 0.08"
     )
-    parser.add_argument("--at", type=int, metavar="STEP", help="up to this checkpoint (default: the newest)")
+    parser.add_argument("--at", type=COUNT.whole, metavar="STEP", help="up to this checkpoint (default: the newest)")
     parser.add_argument("--out", help="weights to write (default: RUN/weights_ema_LENGTH_at_STEP.safetensors)")
     arguments = parser.parse_args()
     if arguments.out and Path(arguments.out).is_dir():

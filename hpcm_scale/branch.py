@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from hpcm_scale.errors import Parser, one_line
+from hpcm_scale.limits import COUNT, PART
 
 
 def parser() -> Parser:
@@ -24,11 +25,16 @@ def parser() -> Parser:
         "runs", nargs="+", metavar="RUN", help="the run folder of a trunk; branches and files are passed over"
     )
     command.add_argument(
-        "--at", nargs="+", type=int, required=True, metavar="STEP", help="steps with a checkpoint (see train.keep_at)"
+        "--at",
+        nargs="+",
+        type=COUNT.whole,
+        required=True,
+        metavar="STEP",
+        help="steps with a checkpoint (see train.keep_at)",
     )
     command.add_argument(
         "--decay",
-        type=float,
+        type=PART.real,
         default=0.2,
         metavar="FRACTION",
         help="part of the branch's steps, the trunk's included, over which the rate falls (default: %(default)s)",

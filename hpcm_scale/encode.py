@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.limits import QUALITY, Range
 
 
 @one_line
@@ -24,14 +24,16 @@ def main() -> None:
     parser.add_argument("target", help=".hpcm file to write, or folder for them")
     parser.add_argument("--weights", required=True, help="a run folder's weights.safetensors; decoding needs the same")
     aim = parser.add_mutually_exclusive_group()
-    aim.add_argument("--quality", type=float, metavar="Q", help="from 0, the smallest file, to 100, the best picture")
-    aim.add_argument("--bpp", type=float, help="bits per pixel of the whole file, as near as can be had")
-    aim.add_argument("--psnr", type=float, metavar="DB", help="the smallest file that decodes to at least this PSNR")
+    aim.add_argument(
+        "--quality", type=QUALITY.real, metavar="Q", help="from 0, the smallest file, to 100, the best picture"
+    )
+    positive = Range(above=0, most=1000).real
+    aim.add_argument("--bpp", type=positive, help="bits per pixel of the whole file, as near as can be had")
+    aim.add_argument("--psnr", type=positive, metavar="DB", help="the smallest file that decodes to at least this PSNR")
     parser.add_argument("--background", help="colour behind transparent pixels, for example white or #808080")
     parser.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
     arguments = parser.parse_args()
     background = _colour(arguments.background)
-    _refuse(arguments)
 
     from hpcm_scale.coding.codec import Codec
     from hpcm_scale.coding.files import encode_file, encoding_jobs, run_jobs
@@ -57,16 +59,6 @@ def main() -> None:
     if arguments.psnr is not None:
         told.append(f"PSNR {_span([result.psnr for result in results], '.2f')} dB")
     print(f"{', '.join(told)}, in {arguments.target}")
-
-
-def _refuse(arguments) -> None:
-    """Aims that no weights can have."""
-    if arguments.quality is not None and not 0 <= arguments.quality <= 100:
-        raise UserError(f"--quality {arguments.quality:g} must be between 0 and 100")
-    for name in ("bpp", "psnr"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value:g} must be greater than 0, and finite")
 
 
 def _chooser(arguments, rate) -> Callable:

@@ -13,6 +13,7 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.config.phases import described, phases
 from hpcm_scale.config.schema import Config, Precision, Viewer
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.limits import PROCESSES, UTILISATION, Range
 from hpcm_scale.model.ladder import sized
 
 
@@ -38,12 +39,6 @@ def main() -> None:
             f"the peak rate of --gpu {arguments.gpu} is not known; name another, for example A100, H100 or "
             "'H100 PCIe', or add it to hpcm_scale/compute/hardware.py"
         )
-    if not 0 < arguments.mfu <= 1:
-        raise UserError(f"--mfu {arguments.mfu} must lie between 0 and 1")
-    for option in ("bandwidth_node", "bandwidth_network", "gpus_per_node", "price"):
-        value = getattr(arguments, option)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{option.replace('_', '-')} {value} must be greater than 0, and finite")
     _print(config, world_size, peak, _bandwidth(arguments, world_size), arguments)
 
 
@@ -55,22 +50,30 @@ def _parser() -> Parser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu", default="H100", help="whose peak rate to take (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of it in use (default: %(default)s)")
+    parser.add_argument("--mfu", type=UTILISATION.real, default=0.4, help="share of it in use (default: %(default)s)")
+    bandwidth = Range(least=0.001, most=1_000_000).real
     parser.add_argument(
         "--bandwidth-node",
-        type=float,
+        type=bandwidth,
         metavar="GB/S",
         help="of one GPU to the others of its machine, in one direction (default: of its data sheet: 450 for H100 and "
         "H200, 300 for A100)",
     )
     parser.add_argument(
         "--bandwidth-network",
-        type=float,
+        type=bandwidth,
         metavar="GB/S",
         help="of a whole machine to the others (default: of its maker's machine: 400 for H100 and H200, 200 for A100)",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="of one machine (default: %(default)s)")
-    parser.add_argument("--price", type=float, metavar="AMOUNT", help="of a GPU-hour, to have the run's printed")
+    parser.add_argument(
+        "--gpus-per-node", type=PROCESSES.whole, default=8, help="of one machine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--price",
+        type=Range(above=0, most=1_000_000).real,
+        metavar="AMOUNT",
+        help="of a GPU-hour, to have the run's printed",
+    )
     return parser
 
 

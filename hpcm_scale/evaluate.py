@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.limits import COUNT, QUALITY, Range
 
 OUTPUTS = ("evaluation.json", "images.csv", "evaluation.md", "rate_distortion.png")
 CROPS = "visual.png"
@@ -80,7 +81,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--qualities",
         nargs="+",
-        type=float,
+        type=QUALITY.real,
         metavar="Q",
         help="points of variable-rate weights, 0 to 100; default: the levels that they learned",
     )
@@ -105,7 +106,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--text-pictures",
-        type=int,
+        type=Range(least=0, most=10_000).whole,
         default=2,
         metavar="N",
         help="of --task text: pictures of text to make, about 1,000 characters each (default: %(default)s)",
@@ -124,9 +125,13 @@ def _parser() -> Parser:
         help="other codecs for the same images: any of jpeg, webp, avif, jxl, hevc, vvc",
     )
     parser.add_argument(
-        "--visual", type=int, default=3, metavar="N", help="crops in visual.png (default: %(default)s; 0: no picture)"
+        "--visual",
+        type=Range(least=0, most=100).whole,
+        default=3,
+        metavar="N",
+        help="crops in visual.png (default: %(default)s; 0: no picture)",
     )
-    parser.add_argument("--limit", type=int, help="use only the first so many images")
+    parser.add_argument("--limit", type=COUNT.whole, help="use only the first so many images")
     parser.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
     return parser
 
@@ -147,17 +152,8 @@ def _refuse(arguments: argparse.Namespace) -> None:
         raise UserError("--task looks at what real files decode to; leave out --estimate")
     if arguments.receivers and not arguments.task:
         raise UserError("--receivers is for --task; name a task, or leave it out")
-    if arguments.text_pictures < 0:
-        raise UserError(f"--text-pictures {arguments.text_pictures} must not be negative")
     if arguments.set and only_text:
         raise UserError(f"--set {arguments.set} is for photos, and --task text codes pictures of text; leave it out")
-    for quality in arguments.qualities or []:
-        if not 0 <= quality <= 100:
-            raise UserError(f"--qualities {quality:g} must be between 0 and 100")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit {arguments.limit} must be at least 1")
-    if arguments.visual < 0:
-        raise UserError(f"--visual {arguments.visual} must not be negative")
     if arguments.limit and arguments.set:
         raise UserError(f"--limit {arguments.limit} leaves no whole {arguments.set}; leave out --limit or --set")
     if arguments.out:

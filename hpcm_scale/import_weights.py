@@ -5,10 +5,10 @@ hpcm import 0.013.pth.tar --preset 68m --lmbda 0.013 --out hpcm_base.safetensors
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.limits import LAMBDA
 from hpcm_scale.model.public_names import PUBLISHED
 
 
@@ -24,13 +24,11 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="FILE.pth.tar", help="the file as the authors publish it")
     parser.add_argument("--preset", required=True, choices=PUBLISHED, help="which model it is")
     parser.add_argument("--out", required=True, help="weights file to write, for example hpcm_base.safetensors")
-    parser.add_argument("--lmbda", type=float, help="λ of its training, as published")
+    parser.add_argument("--lmbda", type=LAMBDA.real, help="λ of its training, as published")
     parser.add_argument(
         "--distortion", choices=("mse", "ms_ssim"), default="mse", help="what it was trained for (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    if arguments.lmbda is not None and not 0 < arguments.lmbda < math.inf:
-        raise UserError(f"--lmbda {arguments.lmbda} must be greater than 0")
     if Path(arguments.out).is_dir():
         raise UserError(f"--out {arguments.out} is a folder; name a file")
 

@@ -11,6 +11,7 @@ from hpcm_scale.data.index import load_index
 from hpcm_scale.data.processes import available_cores
 from hpcm_scale.data.verify import verify_shards
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.limits import PROCESSES, Range
 from hpcm_scale.tracking.progress import progress
 
 BYTES_PER_MB = 1_000_000
@@ -29,8 +30,16 @@ def parser() -> Parser:
     )
     building.add_argument("photos", nargs="+", metavar="PHOTOS", help="folders (and all below) or files")
     building.add_argument("--out", required=True, metavar="DIR", help="folder for the set")
-    building.add_argument("--min-side", type=int, default=0, metavar="PIXELS", help="skip photos with a smaller side")
-    building.add_argument("--shard-size", type=float, default=256, metavar="MB", help="default: 256")
+    building.add_argument(
+        "--min-side",
+        type=Range(least=0, most=1_000_000).whole,
+        default=0,
+        metavar="PIXELS",
+        help="skip photos with a smaller side",
+    )
+    building.add_argument(
+        "--shard-size", type=Range(least=0.001, most=1_000_000).real, default=256, metavar="MB", help="default: 256"
+    )
     building.set_defaults(run=build)
 
     verifying = subcommands.add_parser("verify", help="check every hash and decode every photo; exit code 1 on damage")
@@ -40,7 +49,7 @@ def parser() -> Parser:
     for command in (building, verifying):
         command.add_argument(
             "--workers",
-            type=int,
+            type=PROCESSES.whole,
             default=available_cores(),
             metavar="N",
             help="processes; default: every core",
@@ -54,8 +63,6 @@ def parser() -> Parser:
 
 def build(arguments: argparse.Namespace) -> None:
     """`hpcm shards build`."""
-    if arguments.min_side < 0 or arguments.shard_size <= 0:
-        raise UserError("--min-side and --shard-size are sizes; give positive numbers")
     try:
         built = build_shards(
             arguments.photos,
@@ -98,8 +105,6 @@ def info(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Entry point of `hpcm shards` and of `python -m hpcm_scale.shards`."""
     arguments = parser().parse_args()
-    if getattr(arguments, "workers", 1) < 1:
-        raise UserError("--workers is a number of processes; give 1 or more")
     arguments.run(arguments)
 
 

@@ -10,9 +10,10 @@ from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.compose import compose, preset_names
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
 from hpcm_scale.errors import Parser, UserError
+from hpcm_scale.limits import COUNT, CROP, PROCESSES, Range
 from hpcm_scale.model.ladder import sized
 
-_COUNTS = ("rounds", "batch", "batches", "crop", "workers", "limit", "symbols", "elements")
+_SYMBOLS = Range(least=1, most=100_000_000)
 
 
 def parser() -> Parser:
@@ -32,11 +33,7 @@ def parser() -> Parser:
 
 
 def check(chosen) -> None:
-    """Raise UserError for counts below 1, a place that --out cannot be, and a picture without a place."""
-    for name in _COUNTS:
-        value = getattr(chosen, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+    """Raise UserError for a place that --out cannot be, and a picture without a place."""
     if chosen.out is not None:
         _check_folder(chosen.out)
     if getattr(chosen, "limit", None) and not chosen.images:
@@ -147,9 +144,9 @@ def _add_data(commands) -> None:
     data.add_argument("--shards", metavar="FOLDER", help="photos (default: made ones of 2 megapixels)")
     _add_crops(data, batch=32, of="in a batch")
     data.add_argument(
-        "--batches", type=int, metavar="N", default=4, help="of each worker in a round (default: %(default)s)"
+        "--batches", type=COUNT.whole, metavar="N", default=4, help="of each worker in a round (default: %(default)s)"
     )
-    data.add_argument("--workers", type=int, metavar="N", help="data workers (default: one for each core)")
+    data.add_argument("--workers", type=PROCESSES.whole, metavar="N", help="data workers (default: one for each core)")
 
 
 def _add_codec(commands) -> None:
@@ -166,7 +163,7 @@ def _add_codec(commands) -> None:
     codec.add_argument(
         "--images", metavar="FOLDER", help="JPEG, PNG or WebP images (default: one made picture of 768×512)"
     )
-    codec.add_argument("--limit", type=int, metavar="N", help="use only the first so many images")
+    codec.add_argument("--limit", type=COUNT.whole, metavar="N", help="use only the first so many images")
 
 
 def _add_entropy(commands) -> None:
@@ -178,11 +175,15 @@ def _add_entropy(commands) -> None:
     )
     _add_common(entropy, rounds=15)
     entropy.add_argument(
-        "--symbols", type=int, metavar="N", default=491_520, help="to code (default: %(default)s, a Kodak image of 68m)"
+        "--symbols",
+        type=_SYMBOLS.whole,
+        metavar="N",
+        default=491_520,
+        help="to code (default: %(default)s, a Kodak image of 68m)",
     )
     entropy.add_argument(
         "--elements",
-        type=int,
+        type=_SYMBOLS.whole,
         metavar="N",
         default=2 * 320 * 16 * 16,
         help="of the latent whose bits are taken (default: %(default)s, two crops of 256² of 68m)",
@@ -197,13 +198,21 @@ def _add_size(command: Parser, preset: str) -> None:
 
 
 def _add_crops(command: Parser, batch: int, of: str) -> None:
-    command.add_argument("--batch", type=int, metavar="N", default=batch, help=f"crops {of} (default: %(default)s)")
-    command.add_argument("--crop", type=int, metavar="PX", default=256, help="side of a crop (default: %(default)s)")
+    command.add_argument(
+        "--batch",
+        type=Range(least=1, most=4096).whole,
+        metavar="N",
+        default=batch,
+        help=f"crops {of} (default: %(default)s)",
+    )
+    command.add_argument(
+        "--crop", type=CROP.whole, metavar="PX", default=256, help="side of a crop (default: %(default)s)"
+    )
 
 
 def _add_common(command: Parser, rounds: int, device: bool = True) -> None:
     command.add_argument(
-        "--rounds", type=int, metavar="N", default=rounds, help="runs of each contestant (default: %(default)s)"
+        "--rounds", type=COUNT.whole, metavar="N", default=rounds, help="runs of each contestant (default: %(default)s)"
     )
     if device:
         command.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")

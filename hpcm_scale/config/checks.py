@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from operator import attrgetter
 from typing import Any
 
 from hpcm_scale.config.distortions import check_distortion
@@ -20,63 +18,8 @@ from hpcm_scale.config.schema import (
 )
 from hpcm_scale.config.urls import PIPE, check_no_secret
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import Range, check_numbers
 
-# The smallest value of each key that counts something; unset optional keys pass.
-_LEAST = {
-    "machine.mse": 0,
-    "machine.token": 0,
-    "machine.rank": 0,
-    "train.steps": 1,
-    "train.batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.checkpoint_every": 1,
-    "train.keep_checkpoints": 1,
-    "train.max_skipped": 1,
-    "train.max_rollbacks": 0,
-    "train.keep_every": 1,
-    "train.seed": 0,
-    "eval.every": 1,
-    "eval.limit": 1,
-    "log.every": 1,
-    "log.images": 0,
-    "data.retries": 1,
-    "data.prefetch": 1,
-    "data.workers": 0,
-    "data.max_bad": 0,
-    "schedule.warmup": 0,
-    "schedule.decay": 0,
-    "run.branch_at": 1,
-    "engine.world_size": 1,
-}
-_POSITIVE = (
-    "train.clip_norm",
-    "train.spike",
-    "train.max_hours",
-    "train.stall_minutes",
-    "engine.join_minutes",
-    "objective.lmbda",
-    "schedule.learning_rate",
-    "data.timeout",
-)
-_MODEL_LEAST = {
-    "channels": 1,
-    "latent_channels": 8,
-    "hyper_latent_channels": 1,
-    "hyper_channels": 1,
-    "g_a_blocks": 0,
-    "g_s_blocks": 0,
-    "hyper_blocks": 0,
-    "prior_s1_s2.before": 0,
-    "prior_s1_s2.after": 0,
-    "prior_s1_s2.refine": 0,
-    "prior_s3.before": 0,
-    "prior_s3.after": 0,
-    "prior_s3.refine": 0,
-    "adaptor_blocks": 0,
-    "attention_heads": 1,
-    "expansion": 1,
-    "rate.levels": 1,
-}
 # What a key of DeepSpeed's own, given in engine.options, would set behind the back of a key of ours.
 _GENERATED = {
     "train_batch_size": "train.batch_size",
@@ -92,23 +35,16 @@ _GENERATED = {
 }
 
 
-MOST_LEVELS = 256
-LONGEST_AVERAGE = 12**-0.5
-"""Limit of train.ema: relative standard deviation of the flat profile, in which all weights so far count alike."""
+_OPTION = Range(least=-1e30, most=1e30)
+_MOST_PIXELS = 10**10
+"""Of one forward pass: more than any device holds the activations of."""
 
 
 def check(config: Config, world_size: int) -> None:
     """Raise UserError, naming the key and the mend, for a configuration that cannot be trained."""
+    check_numbers(config)
     _check_source(config.data)
     check_model(config.model)
-    for key, least in _LEAST.items():
-        value = attrgetter(key)(config)
-        if value is not None and value < least:
-            raise UserError(f"{key}={value} must be at least {least}")
-    for key in _POSITIVE:
-        value = attrgetter(key)(config)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{key}={value} must be greater than 0, and finite")
     _check_batch(config, world_size)
     _check_engine(config, world_size)
     _check_schedule(config.schedule, config.train.steps)
@@ -129,18 +65,21 @@ def check(config: Config, world_size: int) -> None:
             f"data.crop={data.crop} does not fit model={config.model.name}, whose inputs are multiples "
             f"of {multiple} pixels; use data.crop={mend}"
         )
-    check_crops(config, multiple, micro_batch_size(config, world_size), world_size)
-    if train.stop_after is not None and not 0 < train.stop_after <= train.steps:
-        raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
-    if not all(0 < step <= train.steps for step in train.keep_at):
-        raise UserError(f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}")
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise UserError(f"train.betas={train.betas} must be two numbers from 0 up to, not including, 1")
-    if not all(0 < length < LONGEST_AVERAGE for length in train.ema) or len(set(train.ema)) < len(train.ema):
+    images = micro_batch_size(config, world_size)
+    check_crops(config, multiple, images, world_size)
+    if images * data.crop**2 > _MOST_PIXELS:
         raise UserError(
-            f"train.ema={train.ema} must be different lengths between 0 and {LONGEST_AVERAGE:.4f} (1/√12: all weights "
-            "so far count alike)"
+            f"{images:,} images per process with data.crop={data.crop} are more than the {_MOST_PIXELS:,} pixels of a "
+            "forward pass; set train.micro_batch_size"
         )
+    if train.stop_after is not None and train.stop_after > train.steps:
+        raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
+    if not all(step <= train.steps for step in train.keep_at):
+        raise UserError(f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}")
+    if len(train.betas) != 2:
+        raise UserError(f"train.betas={train.betas} must be two numbers")
+    if len(set(train.ema)) < len(train.ema):
+        raise UserError(f"train.ema={train.ema} must be different lengths")
 
 
 def _check_source(data: DataConfig) -> None:
@@ -157,10 +96,8 @@ def _check_source(data: DataConfig) -> None:
             f"data.weights has {len(weights)} entries for {len(sources)} sets, data.shards and each of "
             "data.more_shards; give one for each, or none"
         )
-    if weights and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-        raise UserError(f"data.weights={weights} must be 0 or greater, and finite, and one greater than 0")
-    if not 0 < data.downscale <= 1:
-        raise UserError(f"data.downscale={data.downscale} must be greater than 0, and at most 1")
+    if weights and not any(weights):
+        raise UserError(f"data.weights={weights} are all 0; give one of the sets a weight")
 
 
 def side_multiple(model: ModelConfig) -> int:
@@ -185,14 +122,11 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.size={model.size} has not become widths and depths; leave it out, or give it on the command line"
         )
+    check_numbers(model, "model.")
     lengths = {"channels": 3, "g_a_blocks": 4, "g_s_blocks": 4, "hyper_blocks": 2, "adaptor_blocks": 3}
     for key, length in lengths.items():
         if len(getattr(model, key)) != length:
             raise UserError(f"model.{key}={getattr(model, key)} must be a list of {length} numbers")
-    for key, least in _MODEL_LEAST.items():
-        value = attrgetter(key)(model)
-        if min(value if isinstance(value, list) else [value]) < least:
-            raise UserError(f"model.{key}={value} must be at least {least}")
     if model.latent_channels % 8:
         raise UserError(f"model.latent_channels={model.latent_channels} must be a multiple of 8")
     if model.fusion == Fusion.attention and 2 * model.latent_channels % model.attention_heads:
@@ -203,20 +137,11 @@ def check_model(model: ModelConfig) -> None:
     if model.stem_kernel not in (2, 4):
         raise UserError(f"model.stem_kernel={model.stem_kernel} must be 2 or 4")
     rate = model.rate
-    if rate.levels > MOST_LEVELS:
-        raise UserError(
-            f"model.rate.levels={rate.levels} is more than a file's byte tells apart, {MOST_LEVELS}; choose fewer"
-        )
-    if not 0 < rate.lowest < rate.highest < math.inf or not 0 < rate.reference < math.inf:
-        raise UserError(
-            f"model.rate.lowest={rate.lowest:g}, highest={rate.highest:g} and reference={rate.reference:g} must be λ "
-            "greater than 0, the lowest below the highest"
-        )
-    widths = [*model.channels, model.latent_channels, model.hyper_channels]
-    if not 1 <= model.partial_ratio <= min(widths):
-        raise UserError(
-            f"model.partial_ratio={model.partial_ratio} must lie between 1 and the smallest width, {min(widths)}"
-        )
+    if rate.lowest >= rate.highest:
+        raise UserError(f"model.rate.lowest={rate.lowest:g} must be less than model.rate.highest={rate.highest:g}")
+    smallest = min(*model.channels, model.latent_channels, model.hyper_channels)
+    if model.partial_ratio > smallest:
+        raise UserError(f"model.partial_ratio={model.partial_ratio} must be at most the smallest width, {smallest}")
 
 
 def _check_batch(config: Config, world_size: int) -> None:
@@ -232,8 +157,6 @@ def _check_batch(config: Config, world_size: int) -> None:
 
 def _check_engine(config: Config, world_size: int) -> None:
     engine = config.engine
-    if engine.zero_stage not in range(4):
-        raise UserError(f"engine.zero_stage={engine.zero_stage} must be 0, 1, 2 or 3")
     if engine.offload and engine.zero_stage != 3:
         raise UserError(f"engine.offload needs engine.zero_stage=3, not {engine.zero_stage}")
     if engine.compile and engine.zero_stage == 3:
@@ -248,6 +171,7 @@ def _check_engine(config: Config, world_size: int) -> None:
     for key in engine.options:
         if key in _GENERATED:
             raise UserError(f"engine.options.{key} is generated from {_GENERATED[key]}; set that instead")
+    _check_options(engine.options, "engine.options")
     zero = engine.options.get("zero_optimization")
     if isinstance(zero, dict):
         _check_zero_options(zero)
@@ -256,6 +180,15 @@ def _check_engine(config: Config, world_size: int) -> None:
             f"engine.world_size={engine.world_size}, but the launcher started {world_size} processes; "
             "leave the key out or start as many"
         )
+
+
+def _check_options(options: Any, key: str) -> None:
+    """The numbers of DeepSpeed's own options, at any depth."""
+    if isinstance(options, dict | list):
+        for name, value in options.items() if isinstance(options, dict) else enumerate(options):
+            _check_options(value, f"{key}.{name}")
+    elif isinstance(options, int | float):
+        _OPTION.check(key, options)
 
 
 def _check_zero_options(options: dict[str, Any]) -> None:
@@ -311,11 +244,9 @@ def _check_machine(config: Config) -> None:
 
 def check_pre_editor(editor: PreEditorConfig) -> None:
     """Raise UserError for a pre-editor that cannot be built."""
-    if len(editor.channels) != 3 or min(editor.channels) < 4 or editor.blocks < 0:
-        raise UserError(
-            f"machine.pre_editor.channels={editor.channels} must be three numbers from 4 and "
-            f"machine.pre_editor.blocks={editor.blocks} at least 0"
-        )
+    check_numbers(editor, "machine.pre_editor.")
+    if len(editor.channels) != 3:
+        raise UserError(f"machine.pre_editor.channels={editor.channels} must be three numbers")
 
 
 def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
@@ -330,9 +261,7 @@ def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
             f"schedule.factors has {len(schedule.factors)} entries for {len(boundaries)} "
             "schedule.boundaries; it needs one more than they are"
         )
-    if sorted(boundaries) != list(boundaries) or not all(boundary > 0 for boundary in boundaries):
-        raise UserError(f"schedule.boundaries={boundaries} must be positive and rise")
+    if sorted(boundaries) != list(boundaries):
+        raise UserError(f"schedule.boundaries={boundaries} must rise")
     if boundaries and boundaries[0] <= 1 < boundaries[-1]:
         raise UserError(f"schedule.boundaries={boundaries} mixes fractions (≤ 1) and steps (> 1); use one of the two")
-    if not all(0 <= factor < math.inf for factor in schedule.factors):
-        raise UserError(f"schedule.factors={schedule.factors} must be 0 or greater, and finite")

@@ -84,8 +84,8 @@ def check_crops(config: Config, multiple: int, micro_batch_size: int, world_size
             f"schedule.crops has {len(crops)} entries and schedule.crop_boundaries {len(boundaries)}; give one "
             "boundary for each crop"
         )
-    if sorted(boundaries) != list(boundaries) or not all(0 < boundary < math.inf for boundary in boundaries):
-        raise UserError(f"schedule.crop_boundaries={boundaries} must be positive and rise")
+    if sorted(boundaries) != list(boundaries):
+        raise UserError(f"schedule.crop_boundaries={boundaries} must rise")
     if boundaries and boundaries[0] < 1 <= boundaries[-1]:
         raise UserError(
             f"schedule.crop_boundaries={boundaries} mixes fractions (< 1) and steps (≥ 1); use one of the two"

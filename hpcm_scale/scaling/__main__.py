@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import one_line
 from hpcm_scale.files import write_text, writing
 from hpcm_scale.scaling.arguments import parser
 
@@ -33,12 +33,6 @@ def curves(chosen) -> None:
 
 def fit(chosen) -> None:
     """`hpcm scaling fit`: laws.json, figures, report.md, and a summary."""
-    if chosen.extrapolate < 1:
-        raise UserError(f"--extrapolate {chosen.extrapolate:g} must be at least 1")
-    if chosen.bootstrap < 0:
-        raise UserError(f"--bootstrap {chosen.bootstrap} must be 0 or more")
-    if not 0 < chosen.level < 1:
-        raise UserError(f"--level {chosen.level:g} must lie between 0 and 1")
     from hpcm_scale.scaling.analysis import FILE_NAME, analyse, write_laws
     from hpcm_scale.scaling.figures import draw_figures
     from hpcm_scale.scaling.observations import study
@@ -80,8 +74,6 @@ def publish(chosen) -> None:
 
 def collect(chosen) -> None:
     """`hpcm scaling collect`: a ladder to share."""
-    if chosen.most_bytes < 1 or (chosen.every is not None and chosen.every < 1):
-        raise UserError("--every and --most-bytes must be at least 1")
     from hpcm_scale.scaling.collect import collect
     from hpcm_scale.scaling.runs import find_runs
 

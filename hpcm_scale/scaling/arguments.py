@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpcm_scale.config.schema import IMAGES
 from hpcm_scale.errors import Parser
+from hpcm_scale.limits import BUDGET, CONFIDENCE, COUNT, CROP, LAMBDA, UTILISATION, Range
 
 
 def parser() -> Parser:
@@ -53,15 +55,23 @@ def _add_fit(commands) -> None:
         "--metric",
         help="eval/loss, train/loss or, of runs with train.ema, eval_ema_0.05/loss; default: eval/loss if there is one",
     )
-    fit.add_argument("--lmbda", metavar="X", type=float, help="runs of this λ only; needed where there are several")
     fit.add_argument(
-        "--bootstrap", metavar="K", type=int, default=0, help="resamples of the runs for a second interval; default: 0"
+        "--lmbda", metavar="X", type=LAMBDA.real, help="runs of this λ only; needed where there are several"
     )
-    fit.add_argument("--level", metavar="P", type=float, default=0.95, help="of every interval; default: %(default)s")
+    fit.add_argument(
+        "--bootstrap",
+        metavar="K",
+        type=Range(least=0, most=100_000).whole,
+        default=0,
+        help="resamples of the runs for a second interval; default: 0",
+    )
+    fit.add_argument(
+        "--level", metavar="P", type=CONFIDENCE.real, default=0.95, help="of every interval; default: %(default)s"
+    )
     fit.add_argument(
         "--extrapolate",
         metavar="X",
-        type=float,
+        type=Range(least=1, most=1_000_000).real,
         default=10.0,
         help="figures reach out to so many times the largest size; default: %(default)g",
     )
@@ -76,17 +86,39 @@ def _add_plan(commands) -> None:
     )
     plan.add_argument("--laws", metavar="FILE", type=Path, required=True, help="laws.json, or the folder it lies in")
     budget = plan.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--pflops", metavar="C", type=float, help="training compute, 1e15 floating-point operations")
-    budget.add_argument("--target-loss", metavar="L", type=float, help="the compute that reaches this loss")
-    budget.add_argument("--days", metavar="T", type=float, help="what --gpus do in so many days at --mfu")
-    plan.add_argument("--gpus", metavar="N", type=int, default=8, help="processes of the run; default: %(default)s")
+    budget.add_argument(
+        "--pflops", metavar="C", type=BUDGET.real, help="training compute, 1e15 floating-point operations"
+    )
+    budget.add_argument(
+        "--target-loss",
+        metavar="L",
+        type=Range(above=0, most=1_000_000).real,
+        help="the compute that reaches this loss",
+    )
+    budget.add_argument(
+        "--days", metavar="T", type=Range(above=0, most=36_525).real, help="what --gpus do in so many days at --mfu"
+    )
+    plan.add_argument(
+        "--gpus", metavar="N", type=IMAGES.whole, default=8, help="processes of the run; default: %(default)s"
+    )
     plan.add_argument("--gpu", metavar="NAME", default="H100", help="whose peak rate to take; default: %(default)s")
-    plan.add_argument("--mfu", metavar="X", type=float, default=0.4, help="share of it in use; default: %(default)s")
+    plan.add_argument(
+        "--mfu", metavar="X", type=UTILISATION.real, default=0.4, help="share of it in use; default: %(default)s"
+    )
     plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default: %(default)s")
-    plan.add_argument("--batch-size", metavar="B", type=int, help="images per step; default: 32, or as many as GPUs")
-    plan.add_argument("--crop", metavar="PX", type=int, default=256, help="side of a crop; default: %(default)s")
-    plan.add_argument("--images-in-set", metavar="N", type=int, help="photos in the data set, to count epochs")
-    plan.add_argument("--level", metavar="P", type=float, default=0.95, help="of the intervals; default: %(default)s")
+    plan.add_argument(
+        "--batch-size", metavar="B", type=IMAGES.whole, help="images per step; default: 32, or as many as GPUs"
+    )
+    plan.add_argument("--crop", metavar="PX", type=CROP.whole, default=256, help="side of a crop; default: %(default)s")
+    plan.add_argument(
+        "--images-in-set",
+        metavar="N",
+        type=COUNT.whole,
+        help="photos in the data set, to count epochs",
+    )
+    plan.add_argument(
+        "--level", metavar="P", type=CONFIDENCE.real, default=0.95, help="of the intervals; default: %(default)s"
+    )
     plan.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -114,7 +146,11 @@ def _add_collect(commands) -> None:
     _add_runs(collect)
     collect.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder for a folder per run")
     size = collect.add_mutually_exclusive_group()
-    size.add_argument("--every", metavar="N", type=int, help="average so many training lines into one")
+    size.add_argument("--every", metavar="N", type=COUNT.whole, help="average so many training lines into one")
     size.add_argument(
-        "--most-bytes", metavar="B", type=int, default=1_000_000, help="of all files together; default: %(default)s"
+        "--most-bytes",
+        metavar="B",
+        type=Range(least=1, most=10**15).whole,
+        default=1_000_000,
+        help="of all files together; default: %(default)s",
     )

@@ -18,7 +18,9 @@ from hpcm_scale.compute.hardware import peak_of
 from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import check, side_multiple
 from hpcm_scale.config.compose import compose, compose_model, preset_names
+from hpcm_scale.config.schema import IMAGES
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import BUDGET, CONFIDENCE, COUNT, CROP, UTILISATION, check_numbers, number
 from hpcm_scale.model.ladder import LARGEST, SMALLEST, size_name, sized
 from hpcm_scale.model.shapes import forward_flops_per_image, on_meta, parameter_count
 from hpcm_scale.scaling.analysis import Analysis
@@ -38,15 +40,15 @@ PER_NODE = 8
 class Setting:
     """How the planned run would be trained."""
 
-    gpus: int = 8
+    gpus: int = number(8, IMAGES)
     gpu: str = "H100"
-    mfu: float = 0.4
+    mfu: float = number(0.4, UTILISATION)
     precision: str = "bf16"
-    batch_size: int | None = None
+    batch_size: int | None = number(None, IMAGES)
     """Images per step; unset: 32, or the least above that divides over the GPUs."""
-    crop: int = 256
-    images_in_set: int | None = None
-    level: float = 0.95
+    crop: int = number(256, CROP)
+    images_in_set: int | None = number(None, COUNT)
+    level: float = number(0.95, CONFIDENCE)
 
     def peak(self) -> float:
         """FLOP/s of all GPUs together at their peak. Raises UserError for a GPU that is not known."""
@@ -170,15 +172,8 @@ def make_plan(
 
 
 def _check(setting: Setting, pflops: float | None) -> None:
-    positive = {"--gpus": setting.gpus, "--batch-size": setting.batch_size, "--crop": setting.crop}
-    positive |= {"--images-in-set": setting.images_in_set, "the budget in PFLOPs": pflops}
-    for option, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{option} {value} must be greater than 0, and finite")
-    if not 0 < setting.mfu <= 1:
-        raise UserError(f"--mfu {setting.mfu:g} must lie between 0 and 1")
-    if not 0 < setting.level < 1:
-        raise UserError(f"--level {setting.level:g} must lie between 0 and 1, such as 0.95")
+    check_numbers(setting, "--")
+    BUDGET.check("the budget in PFLOPs", pflops)
     if setting.batch_size is not None and setting.batch_size % setting.gpus:
         near = setting.gpus * math.ceil(setting.batch_size / setting.gpus)
         raise UserError(

@@ -55,9 +55,6 @@ def shares(gpus: Sequence[int], per_job: int, at_once: int | None, cores: int) -
     `gpus` may be empty: then each job has `per_job` processes on the CPU, and `at_once` tells how many jobs; unset,
     as many as `cores` give each process one. Raises UserError for more than the machine has.
     """
-    for key, value in (("gpus_per_job", per_job), ("jobs_at_once", at_once)):
-        if value is not None and value < 1:
-            raise UserError(f"hydra.launcher.{key}={value} must be at least 1")
     if len(set(gpus)) < len(gpus):
         raise UserError(f"hydra.launcher.gpus={list(gpus)} names a GPU twice; name each once")
     if not gpus:

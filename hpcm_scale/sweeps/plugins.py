@@ -26,6 +26,7 @@ from omegaconf import DictConfig, flag_override
 from hpcm_scale.config.compose import typed
 from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import PROCESSES, Range, check_numbers, number
 from hpcm_scale.model.ladder import sized
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ PLUGIN_MODULE = "hydra_plugins.hpcm_scale"
 """Hydra takes plugins only from modules below `hydra_plugins`: this one goes by such a name, too."""
 # Not imported: looking for plugins, Hydra runs their modules again, and classes imported before are not its own.
 _BasicSweeper = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
+_GRACE = Range(least=0, most=65_535)
+"""Seconds, as many as Slurm takes."""
 
 
 @dataclass
@@ -42,13 +45,13 @@ class DeepSpeedOptions:
     """`hydra.launcher.…` of the launcher `deepspeed`: several runs at a time on this machine."""
 
     _target_: str = f"{PLUGIN_MODULE}.DeepSpeedLauncher"
-    gpus_per_job: int = 1
+    gpus_per_job: int = number(1, PROCESSES)
     """GPUs of each run; on a machine without any, its processes."""
-    gpus: list[int] | None = None
+    gpus: list[int] | None = number(None, Range(least=0, most=1023))
     """The GPUs to use, by number; unset: all that CUDA_VISIBLE_DEVICES leaves."""
-    jobs_at_once: int | None = None
+    jobs_at_once: int | None = number(None, PROCESSES)
     """Runs at a time; unset: as many as there are GPUs, or else processor cores, for."""
-    grace: float = 600.0
+    grace: float = number(600.0, _GRACE)
     """Seconds that a run has to write its checkpoint when it is asked to stop."""
 
 
@@ -57,15 +60,15 @@ class SlurmOptions:
     """`hydra.launcher.…` of the launcher `slurm`: one batch job a run."""
 
     _target_: str = f"{PLUGIN_MODULE}.SlurmLauncher"
-    nodes: int = 1
+    nodes: int = number(1, Range(least=1, most=100_000))
     """Machines of each run."""
-    gpus_per_node: int = 8
+    gpus_per_node: int = number(8, Range(least=0, most=1024))
     """GPUs, and processes, of each run on each machine; 0: one process without a GPU."""
-    cpus_per_task: int = 8
+    cpus_per_task: int = number(8, Range(least=1, most=1024))
     """Processor cores of each process."""
     time: str = "24:00:00"
     """Longest time before a run goes back into the queue, as Slurm writes it."""
-    grace: int = 600
+    grace: int = number(600, _GRACE)
     """Seconds before that at which it is asked to write its checkpoint."""
     partition: str | None = None
     account: str | None = None
@@ -91,6 +94,7 @@ class _JobsLauncher(Launcher):
             raise UserError(
                 "hydra/launcher starts processes of its own; type `python -m hpcm_scale.train -m …`, without deepspeed"
             )
+        check_numbers(self.options, "hydra.launcher.")
         from hpcm_scale.sweeps.jobs import make_job
 
         hydra = self._config.hydra

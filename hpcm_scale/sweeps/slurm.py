@@ -86,9 +86,6 @@ def submit(jobs: Sequence[Job], options: SlurmOptions) -> None:
 
     Raises UserError if a job would be refused when it starts, or Slurm cannot be asked; nothing is submitted then.
     """
-    for key, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1), ("grace", 0)):
-        if getattr(options, key) < least:
-            raise UserError(f"hydra.launcher.{key}={getattr(options, key)} must be at least {least}")
     left = unfinished(jobs, world_size(options))
     if options.submit and shutil.which("sbatch") is None:
         raise UserError(

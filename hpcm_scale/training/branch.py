@@ -12,6 +12,7 @@ from hpcm_scale.config.compose import check_overrides, from_yaml, translated
 from hpcm_scale.config.phases import crop_starts
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import PART
 from hpcm_scale.training.run_folder import RunFolder
 
 
@@ -36,8 +37,7 @@ def branch(trunk: str | Path, at: int, decay: float, changes: Sequence[str] = ()
     Its folder lies beside the trunk's. `changes` are `key=value` of what may differ between starts of one run, such
     as `log.wandb=disabled`. Raises UserError if the trunk has no checkpoint of that step or decays before it.
     """
-    if not 0 < decay < 1:
-        raise UserError(f"--decay {decay:g} must lie between 0 and 1: the part of the branch's steps that anneals")
+    PART.check("--decay", decay)
     trunk = Path(trunk).resolve() if Path(trunk).name in ("", "..") else Path(trunk)
     folder = RunFolder(trunk)
     folder.branch_point(at)

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 
 from hpcm_scale.compute.tracker import PETA, flops_of
-from hpcm_scale.config.checks import LONGEST_AVERAGE
 from hpcm_scale.config.compose import from_yaml
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
@@ -64,13 +63,11 @@ class Average(NamedTuple):
 
 
 def average(run: str | Path, length: float, at: int | None = None) -> Average:
-    """The average of `length` over a run up to the checkpoint of step `at`, by default its newest.
+    """The average of `length`, within `AVERAGE`, over a run up to the checkpoint of step `at`, by default its newest.
 
     Takes memory for the model and three of its largest tensors. Raises UserError if the run has kept no averages, if
     its checkpoints are too few, or one of them vanishes meanwhile.
     """
-    if not 0 < length < LONGEST_AVERAGE:
-        raise UserError(f"--length {length:g} must lie between 0 and {LONGEST_AVERAGE:.4f} (1/√12)")
     folder = RunFolder(run)
     if not folder.config_file.is_file():
         raise UserError(f"{run} is not a run; name a run folder")

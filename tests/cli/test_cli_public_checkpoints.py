@@ -102,7 +102,7 @@ def test_import_refuses_in_one_line(case, run, shared, tmp_path):
         "other preset": ({"": large}, "this is HPCM_Large, not HPCM_Base: give --preset 90m"),
         "lacks": ({"": lacking}, "does not fit HPCM_Base: it lacks means_hyper; give a published one"),
         "unknown preset": ({"--preset": "nano"}, "argument --preset: invalid choice: 'nano'"),
-        "λ": ({"--lmbda": "nan"}, "--lmbda nan must be greater than 0"),
+        "λ": ({"--lmbda": "nan"}, "--lmbda: nan must be at least 1e-09"),
         "out": ({"--out": tmp_path / "folder"}, "is a folder; name a file"),
     }[case]
     arguments = {"": source, "--preset": "68m", "--out": tmp_path / "w.safetensors"} | change

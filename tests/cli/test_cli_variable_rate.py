@@ -90,11 +90,11 @@ def test_a_photo_out_of_range_does_not_stop_the_others(run, weights, photos, tmp
     [
         *(("fixed", (aim, 40), f"has one rate, that of the λ it was trained for; leave out {aim}, or") for aim in AIMS),
         ("variable", ("--quality", 40, "--bpp", 1), "argument --bpp: not allowed with argument --quality"),
-        ("variable", ("--quality", 101), "--quality 101 must be between 0 and 100"),
-        ("variable", ("--quality", "nan"), "--quality nan must be between 0 and 100"),
+        ("variable", ("--quality", 101), "--quality: 101 must be at least 0 and at most 100"),
+        ("variable", ("--quality", "nan"), "--quality: nan must be at least 0 and at most 100"),
         ("variable", ("--quality", "high"), "argument --quality: invalid float value: 'high'"),
-        ("variable", ("--bpp", 0), "--bpp 0 must be greater than 0, and finite"),
-        ("variable", ("--psnr", "inf"), "--psnr inf must be greater than 0, and finite"),
+        ("variable", ("--bpp", 0), "--bpp: 0 must be greater than 0 and at most 1,000"),
+        ("variable", ("--psnr", "inf"), "--psnr: inf must be greater than 0 and at most 1,000"),
         ("variable", ("--psnr", 90), "kodim05.png: 90 dB is out of reach for this image; choose between "),
     ],
 )

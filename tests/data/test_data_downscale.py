@@ -124,5 +124,5 @@ def test_of_a_set_only_the_jpegs_are_scaled(small_set):
 
 @pytest.mark.parametrize("factor", ["0", "-0.5", "1.01", "nan", "inf"])
 def test_a_factor_that_is_none_is_refused(factor):
-    with pytest.raises(UserError, match=r"^data\.downscale=\S+ must be greater than 0, and at most 1$"):
+    with pytest.raises(UserError, match=r"^data\.downscale=\S+ must be greater than 0 and at most 1$"):
         check(compose(["model=nano", f"data.downscale={factor}"]), 1)

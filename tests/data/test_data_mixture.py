@@ -231,9 +231,9 @@ def test_runs_of_a_sweep_read_every_index_once(small_set, other_set, tmp_path):
 
 REFUSED = {
     "data.weights=[1]": "data.weights has 1 entries for 2 sets, data.shards and each of data.more_shards; give",
-    "data.weights=[1,-1]": r"data.weights=\[1.0, -1.0\] must be 0 or greater, and finite",
-    "data.weights=[1,nan]": r"data.weights=\[1.0, nan\] must be 0 or greater, and finite",
-    "data.weights=[0,0]": r"data.weights=\[0.0, 0.0\] must be 0 or greater.* one greater than 0",
+    "data.weights=[1,-1]": r"data.weights=\[1.0, -1.0\] must be at least 0 and at most 1,000,000,000, each",
+    "data.weights=[1,nan]": r"data.weights=\[1.0, nan\] must be at least 0 and at most 1,000,000,000, each",
+    "data.weights=[0,0]": r"data.weights=\[0.0, 0.0\] are all 0",
     "data.more_shards=['pipe:cat {}']": "data.more_shards=pipe:… runs a shell command; set data.pipe=true",
     "data.more_shards=['https://u:hunter2@host/set']": "data.more_shards holds a password, token or signature",
 }

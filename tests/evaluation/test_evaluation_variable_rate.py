@@ -119,4 +119,8 @@ def test_the_command(weights, save_untrained, small_images, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", [*map(str, [*command, *names, "--qualities", 101])])
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 2 and capsys.readouterr().err == "hpcm: --qualities 101 must be between 0 and 100\n"
+    assert (
+        end.value.code == 2
+        and capsys.readouterr().err
+        == "hpcm: argument --qualities: 101 must be at least 0 and at most 100; see hpcm evaluate --help\n"
+    )

@@ -317,7 +317,10 @@ MISTAKES = {
     "window": ({"family": "swin", "options": {"window": 16}}, "window=16 does not fit at 1/16 .* multiples of 8; "),
     "odd window": ({"family": "swin", "options": {"window": 7}}, "window=7 does not fit at 1/2 .* power of two"),
     "hyper": ({"family": "swin", "options": {"hyper": True, "hyper_window": 8}}, "hyper_window=8 .* at 1/32 .* to 4"),
-    "heads": ({"family": "swin", "options": {"head_channels": 0}}, "head_channels=0 must lie between 1 and 1024"),
+    "heads": (
+        {"family": "swin", "options": {"head_channels": 0}},
+        "head_channels=0 must be at least 1 and at most 1,024",
+    ),
     "kernel": ({"family": "convnext", "options": {"kernel": 6}}, "kernel=6 must be odd"),
 }
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_planned_is_one_sentence(ladder_analysis, without_joint) 
     for wrong, option in ((Setting(mfu=0.0), "--mfu"), (Setting(level=1.0), "--level"), (Setting(gpus=0), "--gpus")):
         with pytest.raises(UserError, match=option):
             make_plan(ladder_analysis, wrong, pflops=1)
-    with pytest.raises(UserError, match="budget in PFLOPs -1"):
+    with pytest.raises(UserError, match="budget in PFLOPs=-1 must be at least 1e-09"):
         make_plan(ladder_analysis, Setting(), pflops=-1)
 
 

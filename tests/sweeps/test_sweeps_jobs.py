@@ -45,8 +45,6 @@ def test_devices_are_shared_out_disjointly():
         (([0, 1], 4, None), "gpus_per_job=4 is more than the 2 GPUs"),
         (([0, 1], 1, 3), "gpus_per_job=1 × jobs_at_once=3 is more than the 2 GPUs"),
         (([0, 0], 1, None), "twice"),
-        (([], 0, None), "gpus_per_job=0 must be at least 1"),
-        (([], 1, 0), "jobs_at_once=0 must be at least 1"),
     ],
 )
 def test_more_than_there_is_is_refused(arguments, reason):
@@ -142,7 +140,10 @@ REFUSED = {
     "train.seed=0,-1": "model=nano,train.seed=-1: train.seed=-1",
     "hydra.launcher.gpus_per_job=many": "Integer",
     "hydra.launcher.gpus_per_jop=1": "gpus_per_jop",
-    "hydra.launcher.gpus_per_job=0": "must be at least 1",
+    "hydra.launcher.gpus_per_job=0": "hydra.launcher.gpus_per_job=0 must be at least 1",
+    "hydra.launcher.jobs_at_once=0": "hydra.launcher.jobs_at_once=0 must be at least 1",
+    "hydra.launcher.gpus=[0,-1]": "hydra.launcher.gpus=[0, -1] must be at least 0",
+    "hydra.launcher.grace=nan": "hydra.launcher.grace=nan must be at least 0",
     "hydra/launcher=pbs": "pbs",
 }
 

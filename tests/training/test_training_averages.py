@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpcm_scale.average import main as average_command
-from hpcm_scale.config.checks import LONGEST_AVERAGE, check
+from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose, from_yaml, to_yaml
-from hpcm_scale.config.schema import RunConfig
+from hpcm_scale.config.schema import AVERAGE, RunConfig
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import evaluate
@@ -41,7 +41,7 @@ WEIGHTS = "weights.safetensors"
 FILES = (WEIGHTS, *(f"weights_ema_{length}.safetensors" for length in LENGTHS))
 RUNS = ("zero0", "zero1", "zero2", "zero3", "rolled_back")
 
-some_lengths = st.floats(0.01, 0.999 * LONGEST_AVERAGE)
+some_lengths = st.floats(0.01, 0.999 * AVERAGE.below)
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,8 @@ def test_an_average_up_to_a_step_over_trunk_and_branch(runs, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("length", "more", "told"),
     [
-        (0.29, (), "--length 0.29 must lie between 0 and 0.2887"),
-        (0.0, (), "--length 0 must lie between"),
+        (0.29, (), "--length: 0.29 must be at least 0.001 and less than 0.2886751346"),
+        (0.0, (), "--length: 0.0 must be at least 0.001"),
         (0.2, ("--at", 7), "holds no checkpoint of step 7 (there are: 1, 2, 3)"),
         (0.01, ("--at", 1, "--out", "."), "--out . is a folder"),
     ],
@@ -307,7 +307,10 @@ def refused(monkeypatch, capsys, told: str, *arguments: object) -> None:
 
 @pytest.mark.parametrize("lengths", ["0.0", "-0.1", "0.2887", "0.05,0.05", "nan"])
 def test_lengths_that_cannot_be_are_refused(lengths):
-    with pytest.raises(UserError, match=r"train\.ema=.*between 0 and 0\.2887"):
+    with pytest.raises(
+        UserError,
+        match=r"^train\.ema=.* must be (at least 0\.001 and less than 0\.2886751346, each|different lengths)$",
+    ):
         check(compose(["model=nano", f"train.ema=[{lengths}]"]), 1)
 
 

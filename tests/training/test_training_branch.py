@@ -75,8 +75,8 @@ def test_a_damaged_checkpoint_is_not_branched_off(tmp_path):
     [
         (50, 0.2, [], "holds no checkpoint of step 50 (there are: 40, 80, 90); choose one of these, or train with"),
         (90, 0.2, [], "is in its own decay, which began at step 80; branch off before"),
-        (40, 0.0, [], "--decay 0 must lie between 0 and 1"),
-        (40, 1.0, [], "--decay 1 must lie between 0 and 1"),
+        (40, 0.0, [], "--decay=0.0 must be greater than 0 and less than 1"),
+        (40, 1.0, [], "--decay=1.0 must be greater than 0 and less than 1"),
         (40, 0.01, [], "--decay 0.01 at step 40 is a decay of 0 steps"),
         (40, 0.2, ["train.sed=1"], "unknown key train.sed in train.sed=1; did you mean train.seed?"),
         (40, 0.2, ["train.seed=one"], "cannot set train.seed=one (Value 'one'"),

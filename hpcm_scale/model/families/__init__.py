@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hpcm_scale.config.schema import ModelConfig
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import check_numbers
 from hpcm_scale.model.layers import Block
 
 BlockOf = Callable[[ModelConfig, Any, int, int, int], Block]
@@ -44,7 +45,7 @@ class Family:
     hyper_block: BlockOf
     """Of h_a and h_s, at stages 4 and 5."""
     options: type = NoOptions
-    """Dataclass of its own settings: every field has a default."""
+    """Dataclass of its own settings: every field has a default, numbers a range (`limits.number`)."""
     base: ModelConfig = field(default_factory=ModelConfig)
     """Whose widths and depths other sizes follow from (`model.ladder`)."""
     multiple: int = 8
@@ -67,7 +68,7 @@ def family(name: str) -> Family:
 
 
 def options_of(config: ModelConfig) -> Any:
-    """The family's own settings, defaults filled in; raises UserError for one that it has not."""
+    """The family's own settings, defaults filled in; raises UserError for one that it has not, or out of its range."""
     kind = family(config.family).options
     known = [field.name for field in fields(kind)]
     for key, value in config.options.items():
@@ -80,7 +81,9 @@ def options_of(config: ModelConfig) -> Any:
             raise UserError(
                 f"model.options.{key}={value} is of the wrong type; {str(error).splitlines()[0]}"
             ) from error
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config.options))
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config.options))
+    check_numbers(options, "model.options.")
+    return options
 
 
 def blocks(config: ModelConfig, channels: int, stage: int, count: int, *, hyper: bool = False) -> list[Block]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hpcm_scale.config.schema import ModelConfig
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import Range, number
 from hpcm_scale.model.families import Family, swin
 from hpcm_scale.model.layers import Block, ChannelNorm, ResidualBlock
 
@@ -17,7 +18,7 @@ from hpcm_scale.model.layers import Block, ChannelNorm, ResidualBlock
 class Options:
     """model.options of model.family=convnext."""
 
-    kernel: int = 7
+    kernel: int = number(7, Range(least=1, most=255))
     """Side of the depthwise convolutions; odd."""
 
 
@@ -39,8 +40,8 @@ class ConvNeXtBlock(ResidualBlock):
 
 def block(config: ModelConfig, options: Options, channels: int, stage: int, index: int) -> Block:
     """ConvNeXt's block, the same at every stage."""
-    if options.kernel < 1 or options.kernel % 2 == 0:
-        raise UserError(f"model.options.kernel={options.kernel} must be odd and at least 1; use 7")
+    if options.kernel % 2 == 0:
+        raise UserError(f"model.options.kernel={options.kernel} must be odd; use 7")
     return ConvNeXtBlock(channels, options.kernel, config.expansion)
 
 

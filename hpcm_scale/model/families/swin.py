@@ -18,23 +18,24 @@ from torch import Tensor, nn
 from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import ModelConfig
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import Range, number
 from hpcm_scale.model.families import Family, hpcm
 from hpcm_scale.model.layers import Block, ChannelNorm, Pointwise, attend
 
-MOST_HEAD_CHANNELS = 1024
+_WINDOW = Range(least=2, most=128)
 
 
 @dataclass
 class Options:
     """model.options of model.family=swin."""
 
-    window: int = 8
+    window: int = number(8, _WINDOW)
     """Side of the windows of g_a and g_s: a power of two."""
-    head_channels: int = 32
+    head_channels: int = number(32, Range(least=1, most=1024))
     """Channels of an attention head; where they do not divide a width, the number next to it that does."""
     hyper: bool = False
     """Whether h_a and h_s have such blocks, too; they have HPCM's otherwise."""
-    hyper_window: int = 4
+    hyper_window: int = number(4, _WINDOW)
     """Side of their windows: a power of two."""
 
 
@@ -162,14 +163,10 @@ def _swin(
     config: ModelConfig, options: Options, channels: int, stage: int, index: int, setting: str = "window"
 ) -> Block:
     window, side = getattr(options, setting), side_multiple(config) >> stage
-    if window < 2 or side % window:
+    if side % window:
         raise UserError(
             f"model.options.{setting}={window} does not fit at 1/{2**stage} of the image, where sides are multiples of "
             f"{side}; use a power of two up to {side}"
-        )
-    if not 1 <= options.head_channels <= MOST_HEAD_CHANNELS:
-        raise UserError(
-            f"model.options.head_channels={options.head_channels} must lie between 1 and {MOST_HEAD_CHANNELS}; use 32"
         )
     heads = heads_of(channels, options.head_channels)
     return SwinBlock(channels, heads, window, window // 2 if index % 2 else 0, config.expansion)
