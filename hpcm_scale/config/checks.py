@@ -18,7 +18,7 @@ from hpcm_scale.config.schema import (
 )
 from hpcm_scale.config.urls import PIPE, check_no_secret
 from hpcm_scale.errors import UserError
-from hpcm_scale.limits import Range, check_numbers
+from hpcm_scale.limits import Range, check_numbers, shown
 
 # What a key of DeepSpeed's own, given in engine.options, would set behind the back of a key of ours.
 _GENERATED = {
@@ -35,6 +35,17 @@ _GENERATED = {
 }
 
 
+ZERO_SIZES = {
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+}
+"""Numbers of parameters among the options of DeepSpeed's ZeRO."""
+_SIZE = Range(least=0, most=1e15)
 _OPTION = Range(least=-1e30, most=1e30)
 _MOST_PIXELS = 10**10
 """Of one forward pass: more than any device holds the activations of."""
@@ -69,8 +80,8 @@ def check(config: Config, world_size: int) -> None:
     check_crops(config, multiple, images, world_size)
     if images * data.crop**2 > _MOST_PIXELS:
         raise UserError(
-            f"{images:,} images per process with data.crop={data.crop} are more than the {_MOST_PIXELS:,} pixels of a "
-            "forward pass; set train.micro_batch_size"
+            f"{images:,} images with data.crop={data.crop} are more than {_MOST_PIXELS:,} pixels of a forward pass; "
+            "lower train.micro_batch_size"
         )
     if train.stop_after is not None and train.stop_after > train.steps:
         raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
@@ -172,9 +183,7 @@ def _check_engine(config: Config, world_size: int) -> None:
         if key in _GENERATED:
             raise UserError(f"engine.options.{key} is generated from {_GENERATED[key]}; set that instead")
     _check_options(engine.options, "engine.options")
-    zero = engine.options.get("zero_optimization")
-    if isinstance(zero, dict):
-        _check_zero_options(zero)
+    _check_zero_options(engine.options.get("zero_optimization", {}))
     if engine.world_size not in (None, world_size):
         raise UserError(
             f"engine.world_size={engine.world_size}, but the launcher started {world_size} processes; "
@@ -191,7 +200,14 @@ def _check_options(options: Any, key: str) -> None:
         _OPTION.check(key, options)
 
 
-def _check_zero_options(options: dict[str, Any]) -> None:
+def _check_zero_options(options: Any) -> None:
+    if not isinstance(options, dict):
+        raise UserError(f"engine.options.zero_optimization={shown(options)} must be a dictionary of options")
+    for key in ZERO_SIZES & options.keys():
+        value = options[key]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"engine.options.zero_optimization.{key}={shown(value)} must be a number")
+        _SIZE.check(f"engine.options.zero_optimization.{key}", value)
     if "stage" in options:
         raise UserError("engine.options.zero_optimization.stage is generated from engine.zero_stage; set that instead")
     for key in ("offload_optimizer", "offload_param"):

@@ -20,9 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hpcm_scale.config.checks import check_model
+from hpcm_scale.config.hints import hint
 from hpcm_scale.config.schema import Config, ModelConfig
 from hpcm_scale.config.urls import check_no_secret
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import shown
 
 CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("stage", "experiment", "debug")
@@ -70,9 +72,16 @@ def typed(config: DictConfig, sized: Sized | None = None) -> Config:
     """Hydra's composed configuration as dataclasses.
 
     With `sized`, model.size has become widths and depths before other keys that refer to them are worked out, such as
-    a learning rate that follows from a width.
+    a learning rate that follows from a width. Raises UserError for a size of a preset that has widths of its own.
     """
-    if sized and config.model.size is not None:
+    name, family, size = (config.model[key] for key in ("name", "family", "size"))
+    preset = config_folder() / "model" / f"{name}.yaml"
+    if size is not None and preset.is_file() and "size" not in OmegaConf.load(preset):
+        raise UserError(
+            f"model={name} has widths and depths of its own, and model.size={size} would replace them; use "
+            f"model={family} model.size={size}, or leave model.size out"
+        )
+    if sized and size is not None:
         config.model = sized(OmegaConf.to_object(config.model))
     return OmegaConf.to_object(config)
 
@@ -123,12 +132,15 @@ def translated(action: Callable[[], Config]) -> Config:
         return action()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_sentence(error)) from error
+    except OverflowError as error:  # OmegaConf's, of an integer with hundreds of digits for a float
+        key = str(error).partition("full_key: ")[2].split("\n")[0]
+        raise UserError(f"{key or 'a number'} is too large; give a smaller one") from error
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse keys that do not exist, naming the nearest one that does."""
-    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
-    known = set(_keys(Config)) | groups
+    """Refuse keys that do not exist, naming the nearest ones that do."""
+    groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir() and path.name != "hydra")
+    known = dict.fromkeys([*_keys(Config), *groups])
     for line in overrides:  # before all else: Hydra writes them down, and errors repeat them
         check_no_secret(line, line.split("=")[0])
     for override in map(_parsed, overrides):
@@ -137,17 +149,17 @@ def check_overrides(overrides: Sequence[str]) -> None:
             _check_choice(key, override.input_line, override.value())
         if key in known or key.startswith(_OPEN):
             continue
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "the keys are in hpcm_scale/config/schema.py."
-        raise UserError(f"unknown key {key} in {override.input_line}; {hint}")
+        raise UserError(f"unknown key {shown(key)} in {shown(override.input_line)}; {hint(key, known)}")
 
 
 def _parsed(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
+    except ValueError as error:  # Python's limit is 4,300
+        raise UserError(f"{shown(override)} has a number with too many digits; give a smaller one") from error
     except HydraException as error:
         raise UserError(
-            f"{override} cannot be read ({_one_sentence(error)}); write key=value, and quote a value with "
+            f"{shown(override)} cannot be read ({_one_sentence(error)}); write key=value, and quote a value with "
             "other characters than letters, digits and /:-._ inside the shell's quotes: 'key=\"value\"'"
         ) from error
 

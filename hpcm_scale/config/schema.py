@@ -25,7 +25,7 @@ from hpcm_scale.limits import COUNT, COUNT_OR_NONE, CROP, LAMBDA, Range, number
 
 WIDTH = Range(least=1, most=16_384)
 """Channels."""
-BLOCKS = Range(least=0, most=256)
+BLOCKS = Range(least=0, most=128)
 """Residual blocks in a row."""
 IMAGES = Range(least=1, most=1_000_000)
 """Of a batch; processes have at least one each."""

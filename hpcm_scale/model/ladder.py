@@ -30,6 +30,7 @@ WITHIN = 0.02
 _UNITS = {"b": 10**9, "m": 10**6, "k": 10**3}
 _DEPTHS = ("g_a_blocks", "g_s_blocks", "hyper_blocks", "adaptor_blocks", "prior_s1_s2", "prior_s3")
 _WIDTHS = ("channels", "latent_channels", "hyper_latent_channels", "hyper_channels")
+_RULED = (*_DEPTHS, *_WIDTHS, "attention_heads")
 _GROUPS = 8
 """M is a multiple of it: the coding order's channel groups."""
 _LEAST = 0.9
@@ -63,11 +64,16 @@ def sized(config: ModelConfig) -> ModelConfig:
     """The model of `config.size` parameters, within 2 %, by the rule above; `config` itself where it names no size.
 
     Widths, depths and `attention_heads` are the rule's, all other keys stay. It is called after family and size, such
-    as hpcm_30m, and has no `size` any more. Raises UserError for a size that there is not.
+    as hpcm_30m, and has no `size` any more. Raises UserError for a size that there is not,
+    or that comes with one of the keys that follow from it.
     """
     if config.size is None:
         return config
     parameters = parameters_of(config.size)
+    default = ModelConfig()
+    for key in _RULED:
+        if getattr(config, key) != getattr(default, key):
+            raise UserError(f"model.{key} follows from model.size={config.size}; leave one of the two out")
     found = _fitted(replace(config, name=f"{config.family}_{size_name(parameters)}", size=None), parameters)
     if abs(found.off) > WITHIN:
         raise UserError(
@@ -91,7 +97,7 @@ def _fitted(config: ModelConfig, parameters: int) -> _Found:
     from hpcm_scale.model.families import family  # here and below: torch takes seconds to import
 
     chosen = family(config.family)
-    base = replace(config, **{key: getattr(chosen.base, key) for key in (*_DEPTHS, *_WIDTHS, "attention_heads")})
+    base = replace(config, **{key: getattr(chosen.base, key) for key in _RULED})
     check_model(base)  # what the user says besides
     widened = partial(_widened, multiple=chosen.multiple)
     whole, half = _context_and_rest(widened(base, 1, 1)), _context_and_rest(widened(base, 0.5, 0.5))

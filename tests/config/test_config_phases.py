@@ -114,7 +114,7 @@ REFUSED = [
     (configured([512], [math.inf]), "schedule.crop_boundaries=[inf] must be greater than 0"),
     (configured([512, 768], [0.5, 80]), "schedule.crop_boundaries=[0.5, 80] mixes fractions (< 1) and steps (≥ 1)"),
     (configured([500], [0.5]), "whose inputs are multiples of 128 pixels; use 512 instead of 500"),
-    (configured([0], [0.5]), "use 128 instead of 0"),
+    (configured([0], [0.5]), "schedule.crops=[0] must be at least 128"),
     (configured([512], [0.5], batch_size=2), "cannot replace the 2 crops of 256² of a forward pass by as many pixels"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from hpcm_scale import models
 from hpcm_scale.config.checks import check_model
-from hpcm_scale.config.compose import check_overrides, compose, compose_model
+from hpcm_scale.config.compose import check_overrides, compose, compose_model, preset_names
 from hpcm_scale.config.schema import Fusion, ModelConfig, RateConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.model import families
@@ -145,6 +146,28 @@ def test_other_keys_follow_from_the_widths_of_a_size():
     assert (config.run.dir, config.train.steps) == ("runs/hpcm_300k", config.model.channels[1])
     check_overrides(["+model.options.window=4"])
     assert compose([*follow[1:], "model.family=swin", "+model.options.window=4"], sized).model.options == {"window": 4}
+
+
+PRESETS = [name for name in preset_names("model") if compose_model(name).size is None]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_size_does_not_replace_a_preset_in_silence(preset):
+    family = compose_model(preset).family
+    with pytest.raises(UserError) as refused:
+        compose([f"model={preset}", "model.size=300k"], sized)
+    told = str(refused.value)
+    assert told.startswith(f"model={preset} has widths and depths of its own, and model.size=300k would replace them")
+    [mend] = re.findall(r"use (model=\w+ model\.size=300k)", told)
+    assert mend == f"model={family} model.size=300k" and compose(mend.split(), sized).model.name == f"{family}_300k"
+
+
+@pytest.mark.parametrize("key", ["channels=[8,16,32]", "latent_channels=64", "prior_s3.before=1", "attention_heads=4"])
+def test_a_size_does_not_replace_widths_and_depths_in_silence(key):
+    with pytest.raises(
+        UserError, match=rf"^model\.{key.split('=')[0].split('.')[0]} follows from model\.size=300k; leave"
+    ):
+        compose(["model=hpcm", "model.size=300k", f"model.{key}"], sized)
 
 
 def test_a_size_that_is_none_yet_is_never_trained():
