@@ -13,7 +13,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,12 +24,14 @@ from hpcm_scale.config.hints import hint
 from hpcm_scale.config.schema import Config, ModelConfig
 from hpcm_scale.config.urls import check_no_secret
 from hpcm_scale.errors import UserError
-from hpcm_scale.limits import shown
+from hpcm_scale.limits import COUNT, Range, shown
 
 CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("stage", "experiment", "debug")
 _OPEN = ("hydra.", "hydra/", "engine.options.", "model.options.")
 """What keys may begin with that are no fields of a dataclass here."""
+_RUNS = Range(least=1, most=10_000)
+"""Of a sweep."""
 T = TypeVar("T")
 Sized = Callable[[ModelConfig], ModelConfig]
 """A model of some size to its widths and depths (`model.ladder.sized`)."""
@@ -143,13 +145,30 @@ def check_overrides(overrides: Sequence[str]) -> None:
     known = dict.fromkeys([*_keys(Config), *groups])
     for line in overrides:  # before all else: Hydra writes them down, and errors repeat them
         check_no_secret(line, line.split("=")[0])
-    for override in map(_parsed, overrides):
+    parsed = [*map(_parsed, overrides)]
+    for override in parsed:
         key = override.key_or_group
         if key in groups and not (override.is_delete() and key in _OPTIONAL_GROUPS):
             _check_choice(key, override.input_line, override.value())
         if key in known or key.startswith(_OPEN):
             continue
         raise UserError(f"unknown key {shown(key)} in {shown(override.input_line)}; {hint(key, known)}")
+    _check_runs(parsed)
+
+
+def _check_runs(overrides: Sequence[Override]) -> None:
+    """Refuse a multirun that would be composed for ever, or that Hydra's sweeper does not take."""
+    runs = 1
+    for override in overrides:
+        value = override.value()
+        if isinstance(value, RangeSweep):
+            runs *= -((value.start - value.stop) // value.step) if value.step else 0
+        elif isinstance(value, ChoiceSweep):
+            runs *= len(value.list)
+        if runs not in _RUNS:
+            raise UserError(f"with {shown(override.input_line)} the sweep has too many runs, or none; ask for {_RUNS}")
+        if override.key_or_group == "hydra.sweeper.max_batch_size" and isinstance(value, int):
+            COUNT.check(override.key_or_group, value)
 
 
 def _parsed(override: str) -> Override:

@@ -74,7 +74,7 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the family's own; the same file lists them."""
     size: str | None = None
-    """Parameters, 100k to 10b: widths and depths follow from it by the family's rule, instead of the keys below."""
+    """Parameters, 100k to 10b: widths, depths and attention_heads follow from it by the family's rule."""
     channels: list[int] = number([96, 192, 384], WIDTH)
     """c1, c2, c3: channels of the transforms at 1/2, 1/4 and 1/8 resolution."""
     latent_channels: int = number(320, Range(least=8, most=16_384))

@@ -64,8 +64,8 @@ def sized(config: ModelConfig) -> ModelConfig:
     """The model of `config.size` parameters, within 2 %, by the rule above; `config` itself where it names no size.
 
     Widths, depths and `attention_heads` are the rule's, all other keys stay. It is called after family and size, such
-    as hpcm_30m, and has no `size` any more. Raises UserError for a size that there is not,
-    or that comes with one of the keys that follow from it.
+    as hpcm_30m, and has no `size` any more. Raises UserError for a size that there is not, or
+    beside one of the keys that follow from it.
     """
     if config.size is None:
         return config

@@ -154,6 +154,29 @@ def test_a_sweep_is_checked_choice_by_choice():
         check_overrides(["model=nano,micrro"])
 
 
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        *("range(1,2000000000)", "range(5,1)", "range(0,1,0)", "range(0,nan)", "range(0,1e400)", "range(0,1,5e-324)"),
+        *(f"range(0,{'9' * 400})", "range(10,0)", "range(20000)", "shuffle(range(20000))"),
+    ],
+)
+def test_a_sweep_has_some_runs_and_not_too_many(sweep):
+    with pytest.raises(
+        UserError, match=r"the sweep has too many runs, or none; ask for at least 1 and at most 10,000$"
+    ):
+        check_overrides(["model=nano,micro", f"train.seed={sweep}"])
+    check_overrides(["model=nano,micro", "train.seed=range(5000)", "schedule.decay=range(0,1,1.5)"])
+    with pytest.raises(UserError, match=r"with objective.lmbda=0.1,0.2 the sweep has too many runs"):
+        check_overrides(["model=nano,micro", "train.seed=range(5000)", "objective.lmbda=0.1,0.2"])
+
+
+@pytest.mark.parametrize("size", [0, -5, 10**30])
+def test_batches_of_hydras_sweeper_hold_something(size):
+    with pytest.raises(UserError, match=rf"^hydra.sweeper.max_batch_size={size} must be at least 1"):
+        check_overrides([f"hydra.sweeper.max_batch_size={size}"])
+
+
 def test_a_damaged_or_foreign_configuration_file_is_refused(tmp_path):
     file = tmp_path / "config.yaml"
     for text, reason in (
