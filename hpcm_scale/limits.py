@@ -59,8 +59,8 @@ class Range:
         return number
 
 
-COUNT = Range(least=1, most=10**9)
-COUNT_OR_NONE = Range(least=0, most=10**9)
+COUNT = Range(least=1, most=10**12)
+COUNT_OR_NONE = Range(least=0, most=10**12)
 PROCESSES = Range(least=1, most=1024)
 """Started on one machine."""
 LAMBDA = Range(least=1e-9, most=1e6)

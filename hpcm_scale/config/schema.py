@@ -30,7 +30,7 @@ BLOCKS = Range(least=0, most=128)
 IMAGES = Range(least=1, most=1_000_000)
 """Of a batch; processes have at least one each."""
 WEIGHT = Range(least=0, most=1e9)
-PART_OR_STEP = Range(above=0, most=10**9)
+PART_OR_STEP = Range(above=0, most=COUNT.most)
 """Part of a run, or one of its steps."""
 AVERAGE = Range(least=0.001, below=12**-0.5)
 """Length of an average; at 1/√12 all weights so far count alike."""

@@ -92,7 +92,7 @@ def test_a_photo_out_of_range_does_not_stop_the_others(run, weights, photos, tmp
         ("variable", ("--quality", 40, "--bpp", 1), "argument --bpp: not allowed with argument --quality"),
         ("variable", ("--quality", 101), "--quality: 101 must be at least 0 and at most 100"),
         ("variable", ("--quality", "nan"), "--quality: nan must be at least 0 and at most 100"),
-        ("variable", ("--quality", "high"), "argument --quality: invalid float value: 'high'"),
+        ("variable", ("--quality", "high"), "argument --quality: high is not a number; it must be at least 0"),
         ("variable", ("--bpp", 0), "--bpp: 0 must be greater than 0 and at most 1,000"),
         ("variable", ("--psnr", "inf"), "--psnr: inf must be greater than 0 and at most 1,000"),
         ("variable", ("--psnr", 90), "kodim05.png: 90 dB is out of reach for this image; choose between "),

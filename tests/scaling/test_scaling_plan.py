@@ -113,8 +113,10 @@ def test_what_cannot_be_planned_is_one_sentence(ladder_analysis, without_joint) 
         make_plan(replace(without_joint, laws=edge, preferred=floors), Setting(), pflops=1)
     with pytest.raises(UserError, match="--target-loss nan"):
         make_plan(ladder_analysis, Setting(), target_loss=float("nan"))
-    with pytest.raises(UserError, match="--crop 100 does not fit"):
+    with pytest.raises(UserError, match="--crop=100 must be at least 128"):
         make_plan(ladder_analysis, Setting(crop=100), pflops=1)
+    with pytest.raises(UserError, match="--crop 300 does not fit"):
+        make_plan(ladder_analysis, Setting(crop=300), pflops=1)
     with pytest.raises(UserError, match="--batch-size 32 does not divide over --gpus 64; use --batch-size 64"):
         make_plan(ladder_analysis, Setting(gpus=64, batch_size=32), pflops=1)
     for wrong, option in ((Setting(mfu=0.0), "--mfu"), (Setting(level=1.0), "--level"), (Setting(gpus=0), "--gpus")):
@@ -134,3 +136,22 @@ def test_for_machines_and_for_people(ladder_analysis, capsys) -> None:
     assert printed.splitlines()[-1] == made.command
     assert f"{made.chosen} ←" in printed
     assert f"{made.optimum.loss:.4f} ({made.optimum.low:.4f}…{made.optimum.high:.4f})" in printed
+
+
+@pytest.mark.parametrize("budget", [{"pflops": 1e-9}, {"pflops": 1e30}, {"target_loss": 5e-324}, {"target_loss": 1e6}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"gpus": 1_000_000, "mfu": 0.001, "level": 0.01},
+        {"batch_size": 1_000_000, "mfu": 1.0, "level": 0.9999, "images_in_set": 1},
+        {"crop": 16_384, "images_in_set": 10**9},
+    ],
+)
+def test_the_ends_of_what_may_be_asked_are_a_plan_or_one_sentence(ladder_analysis, setting, budget, capsys):
+    try:
+        made = make_plan(ladder_analysis, Setting(**setting), **budget)
+    except UserError as refused:
+        assert "\n" not in str(refused)
+    else:
+        json.loads(made.to_json())
+        print_plan(made)
