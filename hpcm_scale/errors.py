@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import NoReturn
+
+from hpcm_scale.streams import lost_output, open_streams
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and left a checkpoint: the same command goes on (EX_TEMPFAIL)."""
@@ -42,9 +45,36 @@ def alone() -> Iterator[None]:
         raise
 
 
+_REFUSALS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the file system refuses in here becomes a `UserError`: a name, permissions, a full disk.
+
+    Other errors of the system, such as a file that should be there, may be mistakes of this program: they stay.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _REFUSALS and error.filename is not None:
+            place = error.filename
+        elif error.errno in _FULL:
+            place = error.filename or "the disk"
+        else:
+            raise
+        raise UserError(f"cannot use {place} ({error.strerror}); mend that, or name another place") from error
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that speaks to the user (rank 0, or no launcher at all)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Tell the user something in one line on stderr, whatever line breaks the names in it have."""
+    sys.stderr.write(f"hpcm: {' '.join(text.split())}\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,17 +85,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a `UserError` of a command into one line on stderr and its exit code."""
+    """What every command has in common: streams that take any text, and mistakes that are told in one line.
+
+    A `UserError` becomes that line on stderr and its exit code. A command whose standard output is closed before all
+    is written does all its work and ends with 1, as Python's documentation has it for a closed pipe.
+    """
 
     @wraps(command)
     def wrapped(*arguments, **keywords) -> None:
+        open_streams()
         try:
-            command(*arguments, **keywords)
+            with refusals():
+                command(*arguments, **keywords)
         except UserError as error:
             if error.local or is_first_process():
-                sys.stderr.write(f"hpcm: {' '.join(str(error).split())}\n")
+                say(str(error))
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+        lost = lost_output()
+        if lost:
+            say(f"cannot write to standard output ({lost})")
+        if lost is not None:
+            raise SystemExit(1)
 
     return wrapped

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.streams import SHOWN
+
+
+def unfinished_name(path: Path) -> str:
+    """What the names of unfinished files of `path` begin with: short, however long its own name is."""
+    return f".{sha256(os.fsencode(path.name)).hexdigest()[:16]}."
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; flush it to disk and rename it on success.
 
-    On an exception the unfinished file is removed and `path` is left as it was.
+    Its permissions are those of any new file, as the umask and the folder have them, whatever wrote it. On an exception
+    the unfinished file is removed and `path` is left as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f"{unfinished_name(path)}{os.getpid()}.part")
     try:
+        unfinished.touch()
+        mode = stat.S_IMODE(unfinished.stat().st_mode)
         yield unfinished
         with unfinished.open("rb") as handle:
+            if stat.S_IMODE(os.fstat(handle.fileno()).st_mode) != mode:  # safetensors makes files of mode 0600
+                with suppress(OSError):  # a file system without permissions
+                    os.fchmod(handle.fileno(), mode)
             os.fsync(handle.fileno())
         unfinished.replace(path)
         sync_folder(path.parent)
@@ -31,9 +45,55 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically.
+
+    Bytes of names that are not UTF-8 are escaped: in JSON as it escapes them itself, so that they are read back as they
+    were, elsewhere as by `shown`.
+    """
     with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        json = Path(path).suffix in (".json", ".jsonl")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace" if json else SHOWN)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises OSError, too, for what is not a regular file: a named pipe would be waited for."""
+    if kind := kind_of(path):
+        raise OSError(errno.EINVAL, f"it is {kind}", str(path))
+    return path.read_bytes()
+
+
+def kind_of(path: Path) -> str:
+    """What something that is neither a regular file nor a link to one is; "" for a file. Raises OSError."""
+    mode = path.stat().st_mode
+    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_length(path: str | Path) -> None:
+    """Raise UserError if a name in `path`, or all of it, is longer than the file system takes."""
+    absolute = Path(path).absolute()
+    there = next(parent for parent in (absolute, *absolute.parents) if os.path.lexists(parent))
+    for name, most in (
+        (max(absolute.parts, key=len_in_bytes), os.pathconf(there, "PC_NAME_MAX")),
+        (absolute, os.pathconf(there, "PC_PATH_MAX") - 1),
+    ):
+        if len_in_bytes(name) > most:
+            raise UserError(
+                f"{name} has {len_in_bytes(name)} bytes, and the file system takes {most}; choose a shorter name"
+            )
+
+
+def len_in_bytes(name: str | Path) -> int:
+    """How many bytes a name has on disk."""
+    return len(os.fsencode(name))
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from torch import Tensor
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.coding.rate_search import Choice
 from hpcm_scale.data.image_set import read_image
-from hpcm_scale.data.images import EXTENSIONS, Colour, TransparentImage
-from hpcm_scale.data.sources import files_below
+from hpcm_scale.data.images import Colour, TransparentImage
+from hpcm_scale.data.sources import check_file, choose_files, image_files
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import whole_file, writing
+from hpcm_scale.files import check_length, read_file, whole_file, writing
 
 SUFFIX = ".hpcm"
 PICTURE_SUFFIX = ".png"
@@ -59,7 +59,7 @@ def encode_file(
 def decode_file(codec: Codec, source: Path, target: Path) -> Written:
     """Decode a `.hpcm` file to a PNG. Raises UserError, naming the file."""
     try:
-        data = source.read_bytes()
+        data = read_file(source)
     except OSError as error:
         raise UserError(f"cannot read {source} ({error.strerror}); mend its permissions") from error
     pixels = _naming(source, codec.decompress, data)
@@ -69,16 +69,21 @@ def decode_file(codec: Codec, source: Path, target: Path) -> Written:
 
 
 def encoding_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """(photo, .hpcm file) for one photo, or for every one below a folder, in order of name.
+    """(image, .hpcm file) for one image, or for every one below a folder (`sources.image_files`), in order of name.
 
-    Raises UserError where there is nothing to do, and where a folder's file would overwrite one.
+    Raises UserError where there is nothing to do, where a folder's file would overwrite one, and where a name is too
+    long.
     """
-    return _jobs(source, target, {f".{extension}" for extension in EXTENSIONS}, SUFFIX, "JPEG, PNG or WebP photo")
+    return _jobs(source, target, image_files, SUFFIX)
 
 
 def decoding_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """(.hpcm file, PNG) for one file, or for every one below a folder, as `encoding_jobs` does."""
-    return _jobs(source, target, {SUFFIX}, PICTURE_SUFFIX, f"{SUFFIX} file")
+
+    def coded(folder: Path) -> list[Path]:
+        return choose_files(folder, lambda path: path.suffix.lower() == SUFFIX, f"{SUFFIX} file")
+
+    return _jobs(source, target, coded, PICTURE_SUFFIX)
 
 
 def run_jobs(
@@ -100,25 +105,23 @@ def run_jobs(
     return results
 
 
-def _jobs(source: Path, target: Path, wanted: set[str], suffix: str, kind: str) -> list[tuple[Path, Path]]:
-    if source.is_file():
+def _jobs(source: Path, target: Path, files_of: Callable[[Path], list[Path]], suffix: str) -> list[tuple[Path, Path]]:
+    if not source.is_dir():
+        check_file(source)
         if target.is_dir():
             raise UserError(f"{target} is a folder; name the {suffix} file to write")
         if target.suffix.lower() != suffix:
             raise UserError(f"what is written is a {suffix} file; name it so instead of {target.name}")
+        check_length(target)
         return [(source, target)]
-    if not source.is_dir():
-        raise UserError(f"there is no file or folder {source}; check the path")
     if target.exists() and not target.is_dir():
         raise UserError(f"{source} is a folder and {target} a file; name a folder to write to")
-    sources = sorted(path for path in files_below(source) if path.suffix.lower() in wanted)
-    if not sources:
-        raise UserError(f"there is no {kind} in {source}; name a folder that holds some")
     jobs: dict[Path, Path] = {}
-    for path in sources:
+    for path in files_of(source):
         written = target / path.relative_to(source).with_suffix(suffix)
         if written in jobs:
             raise UserError(f"{jobs[written]} and {path} would both become {written}; rename one of them")
+        check_length(written)
         jobs[written] = path
     there = [written for written in jobs if written.exists()]
     if there:

@@ -26,7 +26,8 @@ from hpcm_scale.data.processes import parallel_map
 from hpcm_scale.data.shard_writer import ShardWriter
 from hpcm_scale.data.sources import Source, find_sources
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import sync_folder, whole_file, write_text
+from hpcm_scale.files import read_file, sync_folder, whole_file, write_text
+from hpcm_scale.streams import SHOWN
 
 REPORT, PLAN, LOCK = "report.csv", "plan.json", "lock"
 
@@ -138,7 +139,7 @@ def finished_records(out: Path, fingerprint: str) -> list[dict]:
 def examine(source: Source, min_side: int) -> Photo | str:
     """Decode one file; returns the photo or the reason why it is skipped."""
     try:
-        data = source.path.read_bytes()
+        data = read_file(source.path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if not data:
@@ -209,7 +210,7 @@ def finish(out: Path, records: list[dict], built: dict) -> ShardIndex:
     skipped = [row for record in records for row in record["skipped"]]
     with (
         whole_file(unfinished / REPORT) as report,
-        report.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
+        report.open("w", newline="", encoding="utf-8", errors=SHOWN) as handle,
     ):
         csv.writer(handle).writerows([("file", "reason"), *skipped])
     samples = {

@@ -12,7 +12,7 @@ from hpcm_scale.data.index import Shard
 from hpcm_scale.data.pipe import PipeStorage
 from hpcm_scale.data.retrying import Unreadable
 from hpcm_scale.data.storage import LocalStorage, RemoteStorage
-from hpcm_scale.files import sha256_of, whole_file, writing
+from hpcm_scale.files import sha256_of, unfinished_name, whole_file, writing
 
 
 class CachedStorage:
@@ -79,7 +79,7 @@ class CachedStorage:
         with self._sole_owner(shard):
             if cached.exists():  # fetched by another process while this one waited
                 return
-            for left_behind in cached.parent.glob(f".{cached.name}.*.part"):
+            for left_behind in cached.parent.glob(f"{unfinished_name(cached)}*.part"):
                 left_behind.unlink()
             with whole_file(cached) as unfinished:
                 self.remote.download(shard.name, unfinished, check)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcm_scale.errors import UserError
+from hpcm_scale.data.images import EXTENSIONS
+from hpcm_scale.errors import UserError, is_first_process, say
+from hpcm_scale.files import kind_of
+
+IMAGE = "JPEG, PNG or WebP image"
+MEND = "name a folder that holds some"
+MOST_NAMED = 5
+"""Files that one line names."""
 
 LONGEST_KEY = 80
 """Characters; with a suffix for uniqueness it stays within the 100 of one tar header."""
@@ -27,8 +34,18 @@ class Source:
 
 
 def files_below(folder: Path, without: Path | None = None) -> Iterator[Path]:
-    """Every file below `folder`, links followed once, the folder `without` left out."""
+    """Everything below `folder` that is no folder, links followed once, the folder `without` left out.
+
+    Folders that cannot be read are among it; if `folder` itself is one, UserError.
+    """
     seen = set() if without is None else {without.resolve()}
+    unreadable: list[Path] = []
+
+    def refuse(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise UserError(f"cannot read the folder {folder}: {error.strerror}; mend its permissions")
+        unreadable.append(Path(error.filename))
+
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         resolved = Path(parent).resolve()
         if resolved in seen:
@@ -38,33 +55,94 @@ def files_below(folder: Path, without: Path | None = None) -> Iterator[Path]:
         folders.sort()
         for name in names:
             yield Path(parent) / name
+    yield from unreadable
 
 
-def refuse(error: OSError) -> None:
-    """A folder that cannot be read ends the search."""
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; mend its permissions")
+def choose_files(folder: Path, wanted: Callable[[Path], bool], kind: str, mend: str = MEND) -> list[Path]:
+    """The files below `folder` that are `wanted`, in order of name; the rest is named in one line on stderr.
+
+    Links that lead nowhere, pipes, sockets and devices are left out, too. Raises UserError if nothing is left; `kind`
+    is what it calls that, and `mend` how it ends.
+    """
+    chosen: list[Path] = []
+    left_out: list[str] = []
+    for path in sorted(files_below(folder), key=os.fsencode):
+        name = path.relative_to(folder).as_posix()
+        try:
+            if reason := kind_of(path):
+                left_out.append(f"{name} ({reason})")
+            elif wanted(path):
+                chosen.append(path)
+            else:
+                left_out.append(name)
+        except OSError as error:
+            left_out.append(f"{name} ({error.strerror})")
+    told = ", ".join(left_out[:MOST_NAMED]) + ", …" * (len(left_out) > MOST_NAMED)
+    if not chosen:
+        raise UserError(f"there is no {kind} in {folder}{told and f', only {told}'}; {mend}")
+    if left_out and is_first_process():
+        say(f"{folder}: left out what is no {kind}, {len(left_out)} in all: {told}")
+    return chosen
+
+
+def image_files(folder: Path, mend: str = MEND) -> list[Path]:
+    """The images below `folder`, in order of name: files with the name or with the first bytes of one.
+
+    What is named as an image is taken whatever it holds: if that is no image, whoever decodes it says so.
+    """
+    return choose_files(folder, is_image, IMAGE, mend)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is a JPEG, PNG or WebP by its name or by its first bytes. Raises OSError."""
+    if path.suffix.lower().lstrip(".") in EXTENSIONS:
+        return True
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
 
 
 def find_sources(photos: Sequence[str | Path], without: Path) -> list[Source]:
     """All files in the folders and files `photos`, in order of name, each once.
 
-    Names and keys depend on the paths below each folder only, not on where the folder lies. Raises
-    `UserError` for a path that does not exist, and if there is no file at all.
+    Names and keys depend on the paths below each folder only, not on where the folder lies; a file that has several
+    has the first by name in the folder that was named first. What is no file but lies in a folder, such as a link to
+    nothing or a pipe, is among them. Raises `UserError` for a path that is no file or folder, and if there is no file
+    at all.
     """
-    found: dict[Path, tuple[str, Path]] = {}
-    for given in map(Path, photos):
-        if given.is_dir():
-            for path in files_below(given, without):
-                found.setdefault(path.resolve(), (path.relative_to(given).as_posix(), path))
-        elif given.is_file():
-            found.setdefault(given.resolve(), (given.name, given))
-        else:
-            raise UserError(f"there is no folder or file {given}; check the path to the photos")
+    found: dict[str, tuple[int, bytes, str, Path]] = {}
+    for number, given in enumerate(map(Path, photos)):
+        for path, name in _named(given, without):
+            named = number, os.fsencode(name), name, path
+            real = os.path.realpath(path)  # Path.resolve would raise for a link to itself
+            found[real] = min(named, found.get(real, named))
     if not found:
         raise UserError(f"there is no file in {', '.join(map(str, photos))}; name a folder of photos")
     taken: dict[str, int] = {}
-    ordered = sorted(found.values(), key=lambda item: item[0])
-    return [Source(path, name, unique_key(name, taken), size_of(path)) for name, path in ordered]
+    ordered = sorted(found.values(), key=lambda item: item[1])
+    return [Source(path, name, unique_key(name, taken), size_of(path)) for *_, name, path in ordered]
+
+
+def _named(given: Path, without: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a path that the user named, and their names below it."""
+    if given.is_dir():
+        for path in files_below(given, without):
+            yield path, path.relative_to(given).as_posix()
+    else:
+        check_file(given)
+        yield given, given.name
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError unless a path that the user named is a file."""
+    try:
+        kind = kind_of(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no file or folder {path}; check the path") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); check the path") from None
+    if kind:
+        raise UserError(f"{path} is {kind}, no file; name a file or a folder")
 
 
 def unique_key(name: str, taken: dict[str, int]) -> str:
@@ -84,8 +162,8 @@ def unique_key(name: str, taken: dict[str, int]) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; 0 if it cannot be told."""
+    """Bytes of a file; 0 for what is none."""
     try:
-        return path.stat().st_size
+        return 0 if kind_of(path) else path.stat().st_size
     except OSError:  # a link to nothing: reported when it is read
         return 0
