@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hpcm_scale.errors import Parser, one_line
 from hpcm_scale.limits import COUNT, PART
+from hpcm_scale.streams import unread
 
 
 def parser() -> Parser:
@@ -50,6 +51,7 @@ def parser() -> Parser:
 
 
 @one_line
+@unread()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm branch` and `python -m hpcm_scale.branch`."""
     from hpcm_scale.sweeps.in_turn import train_in_turn

@@ -50,7 +50,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(local: bool = False) -> Iterator[None]:
     """What the file system refuses in here becomes a `UserError`: a name, permissions, a full disk.
 
     Other errors of the system, such as a file that should be there, may be mistakes of this program: they stay.
@@ -64,7 +64,9 @@ def refusals() -> Iterator[None]:
             place = error.filename or "the disk"
         else:
             raise
-        raise UserError(f"cannot use {place} ({error.strerror}); mend that, or name another place") from error
+        refusal = UserError(f"cannot use {place} ({error.strerror}); mend that, or name another place")
+        refusal.local = local
+        raise refusal from error
 
 
 def is_first_process() -> bool:

@@ -27,8 +27,8 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(SHOWN, _escape)
 
 
-def shown(name: str | Path) -> str:
-    r"""A name as text that can be printed, drawn and written as UTF-8: bytes that are not UTF-8 become `\xe9`."""
+def shown(name: object) -> str:
+    r"""Text with names in it so that it can be printed, drawn and written: bytes that are not UTF-8 as `\xe9`."""
     return str(name).encode("utf-8", SHOWN).decode()
 
 

@@ -20,11 +20,13 @@ from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
 from hpcm_scale.errors import STOPPED, UserError, one_line
 from hpcm_scale.model.ladder import sized
+from hpcm_scale.streams import unread
 from hpcm_scale.sweeps import plugins  # noqa: F401 (makes itself known to Hydra)
 from hpcm_scale.training.processes import without_launcher_arguments
 
 
 @one_line
+@unread()
 def main() -> None:
     """Entry point of `hpcm train` and `python -m hpcm_scale.train`."""
     arguments = without_launcher_arguments(sys.argv[1:])

@@ -23,6 +23,7 @@ from hpcm_scale.machine.weights import load_machine_codec
 from hpcm_scale.model.shapes import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
 from hpcm_scale.model.variable_rate import byte_of, level_of_byte, lmbda_of
 from hpcm_scale.model.weights import load_weights
+from hpcm_scale.streams import shown
 from hpcm_scale.tracking.progress import progress
 
 Watch = Callable[[str], Watcher]
@@ -123,9 +124,9 @@ def _read(curve: str | None, path: str, qualities: Sequence[float] | None) -> We
     if config.rate.levels > 1:
         settings = [_at_level(config.rate, level) for level in _levels(config.rate, qualities)]
     else:
-        settings = [Setting(Path(path).stem if lmbda is None else f"λ = {lmbda:g}", lmbda)]
+        settings = [Setting(shown(Path(path).stem) if lmbda is None else f"λ = {lmbda:g}", lmbda)]
     usual = f"hpcm {config.name}" + " variable" * (config.rate.levels > 1)
-    weights = Weights(path, curve or usual, config, facts, settings)
+    weights = Weights(path, shown(curve or usual), config, facts, settings)
     if curve is None and weights.distortion == Distortion.ms_ssim:
         return weights._replace(curve=f"{usual} ms-ssim")
     return weights

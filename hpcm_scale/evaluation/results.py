@@ -15,6 +15,7 @@ from hpcm_scale import __version__
 from hpcm_scale.evaluation.anchors import FORMAT
 from hpcm_scale.evaluation.curves import Curve, Point
 from hpcm_scale.files import write_text
+from hpcm_scale.streams import shown
 from hpcm_scale.tracking.environment import environment
 
 PACKAGES = ("torch", "numpy", "pillow", "pytorch-msssim")
@@ -37,7 +38,7 @@ class Results:
     @property
     def title(self) -> str:
         """Set, or folder, and the number of images."""
-        return f"{self.set_name or Path(self.folder).resolve().name}, {self.count} image{'s' * (self.count > 1)}"
+        return f"{self.set_name or shown(Path(self.folder).resolve().name)}, {self.count} image{'s' * (self.count > 1)}"
 
     def points(self) -> Iterable[tuple[Curve, Point]]:
         """All points, curve after curve."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpcm_scale.scaling.runs import Run
+from hpcm_scale.streams import shown
 
 ANNEALED = 0.1
 """A learning rate of at most this part of its peak, once past it, counts as decayed."""
@@ -77,4 +78,4 @@ def trunk(run: Run, runs: Sequence[Run]) -> str | None:
         shared = sum(mine == its for mine, its in zip(run.folder.parts, other.folder.parts, strict=False))
         return str(other.folder) != path, -shared, other.name
 
-    return min(candidates, key=far).name if candidates else PurePath(path).name
+    return min(candidates, key=far).name if candidates else shown(PurePath(path).name)

@@ -15,6 +15,7 @@ from hpcm_scale.scaling.facts import annealed, learning_rates, parameters_by_par
 from hpcm_scale.scaling.runs import Run
 from hpcm_scale.scaling.smoothing import smoothed
 from hpcm_scale.scaling.usable import EVALUATION, TRAINING, LeftOut, end, passed_over, usable_lines
+from hpcm_scale.streams import shown
 
 METRICS = re.compile(rf"{EVALUATION}|{TRAINING}|eval_ema_[\d.]+/loss")
 """And of averages of the weights (train.ema) on those images."""
@@ -238,7 +239,7 @@ def _differences(runs: Sequence[Run], metric: str) -> list[str]:
         )
     for key in keys:
         values = sorted(
-            {PurePath(str(_setting(run, key) or None)).name for run in runs}
+            {shown(PurePath(str(_setting(run, key) or None)).name) for run in runs}
         )  # a path may differ by machine
         if len(values) > 1:
             notes.append(f"the runs differ in {key} ({', '.join(values)}): their losses may not be comparable")

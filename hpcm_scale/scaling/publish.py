@@ -17,7 +17,8 @@ from hpcm_scale.scaling.analysis import FILE_NAME, Analysis, read_laws
 from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.report import REPORT
 from hpcm_scale.scaling.verdict import compute_law, doubts, headline
-from hpcm_scale.tracking.wandb_follower import AXES, load_wandb, settings
+from hpcm_scale.streams import shown
+from hpcm_scale.tracking.wandb_follower import AXES, load_wandb, settings, utf_8_path
 from hpcm_scale.tracking.wandb_view import run_id
 
 KEPT = (REPORT, FILE_NAME)
@@ -35,7 +36,7 @@ def publish(folder: Path, *, project: str | None = None, group: str | None = Non
     no fit, no project or group to put it in, or wandb refuses.
     """
     analysis = read_laws(folder)
-    project, group = project or analysis.project, group or analysis.group
+    project, group = (shown(name or "") for name in (project or analysis.project, group or analysis.group))
     if not project:
         raise UserError("the runs do not share one wandb project; name it with --project")
     if not group:
@@ -46,26 +47,27 @@ def publish(folder: Path, *, project: str | None = None, group: str | None = Non
         identifier = run_id(folder)
     superseded = list((folder / "wandb").glob(f"offline-run-*-{identifier}*"))
     try:
-        run = wandb.init(
-            dir=str(folder),
-            id=identifier,
-            name=f"{JOB} of {group}",
-            job_type=JOB,
-            mode=mode,
-            project=project,
-            group=group,
-            notes=" ".join([headline(analysis), *(f"Doubt: {doubt}." for doubt in doubts(analysis))]),
-            config=_config(analysis),
-            settings=settings(wandb, os.getpid()),  # not resumed: a run of this id is replaced as a whole
-        )
-        _log(wandb, run, analysis, folder)
-        run.finish()
+        with utf_8_path(folder) as place:
+            run = wandb.init(
+                dir=str(place),
+                id=identifier,
+                name=f"{JOB} of {group}",
+                job_type=JOB,
+                mode=mode,
+                project=project,
+                group=group,
+                notes=" ".join([headline(analysis), *(f"Doubt: {doubt}." for doubt in doubts(analysis))]),
+                config=_config(analysis),
+                settings=settings(wandb, os.getpid()),  # not resumed: a run of this id is replaced as a whole
+            )
+            _log(wandb, run, analysis, place)
+            run.finish()
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise UserError(f"wandb refuses ({reason}); mend that, or use --mode offline") from error
     kept = Path(run.dir).parent
     for old in superseded:
-        if old.resolve() != kept.resolve():
+        if old.name != kept.name:
             shutil.rmtree(old, ignore_errors=True)
     if mode == "offline":
         return f"run {identifier} of group {group}, project {project}: wandb sync {folder / 'wandb' / kept.name}"

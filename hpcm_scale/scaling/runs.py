@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.records import Records
+from hpcm_scale.streams import shown
 from hpcm_scale.tracking.journal import FILE_NAME, new_records
 from hpcm_scale.tracking.progress import progress
 
@@ -26,7 +27,7 @@ class Run:
     """One run: its resolved configuration and its journal."""
 
     name: str
-    """The folder's name, or the wandb run's; `find_runs` puts folders before it until no two are the same."""
+    """The folder's name (`shown`), or the wandb run's; `find_runs` puts folders before it until no two are the same."""
     folder: Path
     config: dict[str, Any]
     records: Records
@@ -57,7 +58,7 @@ def load_run(folder: str | Path) -> Run:
         config = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_NAME))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{folder / CONFIG_NAME} cannot be read; mend it, or leave this run out") from error
-    return Run(folder.name, folder, described(config, folder / CONFIG_NAME), _journal(folder / FILE_NAME))
+    return Run(shown(folder.name), folder, described(config, folder / CONFIG_NAME), _journal(folder / FILE_NAME))
 
 
 def described(config: Any, source: Path) -> dict[str, Any]:
@@ -111,7 +112,8 @@ def _files(path: Path, pattern: str) -> Iterator[Path]:
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:
     """The runs under names of their own: those that share one get as many folders before it as it takes."""
-    places = [run.folder.parts if run.folder.name == run.name else (*run.folder.parts, run.name) for run in runs]
+    parts = [tuple(map(shown, run.folder.parts)) for run in runs]
+    places = [own if own[-1] == run.name else (*own, run.name) for own, run in zip(parts, runs, strict=True)]
     lengths = [1] * len(runs)
     while True:
         names = ["/".join(place[-length:]) for place, length in zip(places, lengths, strict=True)]

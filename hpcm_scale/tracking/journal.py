@@ -42,7 +42,7 @@ class Journal:
         missing = [key for key in REQUIRED if key not in record]
         assert not missing, f"a journal line needs {', '.join(missing)}"
         values = {key: _plain(value) for key, value in record.items()}
-        line = json.dumps(values, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(values, allow_nan=False, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with self._lock:
             self._waiting.append(line)
             with suppress(OSError):
@@ -93,7 +93,7 @@ class Journal:
             os.close(self._descriptor)
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:

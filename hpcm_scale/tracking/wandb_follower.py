@@ -15,15 +15,17 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from json import loads
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from time import sleep
 from typing import Any, TextIO
 
 from PIL import Image
 
+from hpcm_scale.streams import SHOWN, shown
 from hpcm_scale.tracking.journal import FILE_NAME, new_records
 
 PICTURES = "reconstructions"
@@ -47,6 +49,18 @@ def off(error: BaseException, terminal: TextIO) -> None:
     terminal.flush()
 
 
+@contextmanager
+def utf_8_path(folder: Path) -> Iterator[Path]:
+    """A path to `folder` that is UTF-8, as wandb needs it: the folder's own, or else a link, there for so long."""
+    if shown(folder) == str(folder):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="hpcm_scale_") as place:
+        link = Path(place, "run")
+        link.symlink_to(folder.resolve())
+        yield link
+
+
 class Trainer(Thread):
     """The training process, seen from here: it lives as long as the other end of stdin is open.
 
@@ -67,10 +81,10 @@ class Trainer(Thread):
         os._exit(1)
 
 
-def mirror(order: dict[str, Any], trainer: Trainer) -> None:
+def mirror(order: dict[str, Any], run_dir: Path, trainer: Trainer) -> None:
     """Mirror the journal until training has ended and its last whole line is shown."""
     wandb = load_wandb()
-    run_dir, offline = Path(order["run_dir"]), order["mode"] == "offline"
+    offline = order["mode"] == "offline"
     (run_dir / "wandb").mkdir(exist_ok=True)  # where it cannot, wandb would quietly use the temporary folder
     superseded = list((run_dir / "wandb").glob(f"offline-run-*-{order['id']}*"))
     run = wandb.init(
@@ -163,14 +177,15 @@ def main() -> None:
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    terminal, life = os.fdopen(os.dup(2), "w"), os.dup(1)
+    terminal, life = os.fdopen(os.dup(2), "w", errors=SHOWN), os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     trainer = Trainer()
     trainer.start()
     try:
-        mirror(order, trainer)
+        with utf_8_path(Path(order["run_dir"])) as run_dir:
+            mirror(order, run_dir, trainer)
     except Exception as error:
         with suppress(OSError):
             off(error, terminal)

@@ -26,9 +26,12 @@ from PIL.PngImagePlugin import PngInfo
 from hpcm_scale.config.schema import LogConfig, RunConfig, WandbMode
 from hpcm_scale.errors import is_first_process
 from hpcm_scale.files import write_text
+from hpcm_scale.streams import shown
 from hpcm_scale.tracking.wandb_follower import off, picture_folder
 
 RUN_ID_FILE = "wandb_id"
+LONGEST_STEM = 50
+"""Characters of an image's name, 4 bytes each at most, in the name of its picture."""
 
 
 class WandbView:
@@ -58,7 +61,6 @@ class WandbView:
             return cls(run_dir)
         try:
             order = {
-                "run_dir": str(Path(run_dir).resolve()),
                 "id": run_id(Path(run_dir)),
                 "name": Path(run_dir).resolve().name,
                 "mode": log.wandb.value,
@@ -67,7 +69,7 @@ class WandbView:
                 "config": config | facts,
                 "trainer": os.getpid(),
             }
-            return cls(run_dir, _start_follower(order))
+            return cls(run_dir, _start_follower(_utf_8(order) | {"run_dir": str(Path(run_dir).resolve())}))
         except Exception as error:
             off(error, sys.stderr)
             return cls(run_dir)
@@ -89,7 +91,7 @@ class WandbView:
             for index, (name, picture, caption) in enumerate(pictures):
                 description = PngInfo()
                 description.add_itxt("Description", caption)
-                _image(picture).save(unfinished / f"{index}_{Path(name).stem}.png", pnginfo=description)
+                _image(picture).save(unfinished / f"{index}_{Path(name).stem[:LONGEST_STEM]}.png", pnginfo=description)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         except Exception as error:
@@ -142,6 +144,15 @@ def _start_follower(order: dict[str, Any]) -> subprocess.Popen[bytes]:
     )
     follower.stdin.write(json.dumps(order).encode() + b"\n")
     return follower
+
+
+def _utf_8(value: Any) -> Any:
+    """Plain JSON values with every text as it is shown: wandb takes no other than UTF-8."""
+    if isinstance(value, dict):
+        return {shown(key): _utf_8(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_utf_8(each) for each in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _image(picture: Any) -> Image.Image:

@@ -76,14 +76,14 @@ class Engine(ABC):
 
     def gather(self, text: str) -> list[str]:
         """What every process says, in order of rank; each calls it with a text of its own, often empty."""
-        said = text.encode()
+        said = text.encode(errors="surrogateescape")  # it may hold names of files
         lengths = torch.zeros(self.world_size, dtype=torch.float64)
         lengths[self.rank] = len(said)
         lengths = [int(length) for length in self.reduce(lengths).tolist()]
         letters = torch.zeros(self.world_size, max(lengths), dtype=torch.float32)
         letters[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.float32)
         rows = self.reduce(letters).to(torch.uint8).tolist() if max(lengths) else letters.tolist()
-        return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+        return [bytes(row[:length]).decode(errors="surrogateescape") for row, length in zip(rows, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Wait for all processes."""

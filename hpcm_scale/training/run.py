@@ -15,7 +15,7 @@ from hpcm_scale.compute.hardware import peak_flops
 from hpcm_scale.compute.tracker import PETA, ComputeTracker, flops_of
 from hpcm_scale.config.phases import described, images_at
 from hpcm_scale.config.schema import Config, EngineName, OnDivergence, Precision
-from hpcm_scale.errors import UserError, is_first_process
+from hpcm_scale.errors import UserError, is_first_process, refusals
 from hpcm_scale.files import writing
 from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.layers import set_arithmetic
@@ -65,7 +65,7 @@ def run(config: Config) -> Outcome:
 
 
 def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
-    with telling_refusals():
+    with telling_refusals(), refusals():
         start = prepare(config, processes.world_size())
     group = join(facts(config, start.index.digest), config.engine.join_minutes)
     group.agree({"run folder": {"finished": start.finished}})
@@ -77,7 +77,10 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     stop.listen()
     try:
         stalled = 60 * config.train.stall_minutes
-        with Watch(group, stalled, start.folder.path / "stacks", on_orphaned=stop.request) as watch:
+        with (
+            Watch(group, stalled, start.folder.path / "stacks", on_orphaned=stop.request) as watch,
+            refusals(local=True),
+        ):
             initialise(group, config.train.stall_minutes)
             return _train(config, start, stop, watch)
     finally:

@@ -17,7 +17,7 @@ from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.data.mixture import Mixture, load_mixture
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import sha256_of
+from hpcm_scale.files import check_length, sha256_of
 from hpcm_scale.machine.extractor import TokenExtractor, check_size
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
@@ -69,6 +69,7 @@ def prepare(
     index = load_mixture(data, open_index)
     images = open_images(config.eval.images, config.eval.limit) if config.eval.images else None
     folder = RunFolder(run_directory(config))
+    check_length(folder.path)
     resume = folder.resume(config, index.digest)
     finished = resume.step == config.train.steps and exported_step(folder.weights_file) == resume.step
     # A frozen codec is in no checkpoint: a run that goes on takes it from where it began.

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed
 
 from hpcm_scale.errors import STOPPED, Fault, UserError
+from hpcm_scale.streams import shown
 from hpcm_scale.training.group.peers import Peer, numbers
 from hpcm_scale.training.group.rendezvous import POLL_SECONDS, Group, ignore_termination
 from hpcm_scale.training.group.stacks import main_thread, summary, write_stacks
@@ -89,7 +90,7 @@ class Watch:
         if stopped:
             together = self._all_come("end")
         elif isinstance(error, UserError) and not error.local:
-            together = self._all_come(f"mistake {hashlib.sha256(str(error).encode()).hexdigest()}", ALIKE_SECONDS)
+            together = self._all_come(f"mistake {hashlib.sha256(shown(error).encode()).hexdigest()}", ALIKE_SECONDS)
         else:
             together = self._group.world_size == 1
         if together:
