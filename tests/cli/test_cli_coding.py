@@ -212,13 +212,12 @@ def test_thin_photos(size, run, weights, photo, tmp_path):
 
 @pytest.fixture
 def folder(photo, tmp_path) -> Path:
-    """Three photos, one of them in a folder of its own, and what is no photo."""
+    """Three photos, one of them in a folder of its own, and an empty folder."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     (folder / "a.png").write_bytes(saved(photo))
     (folder / "b.v2.JPG").write_bytes(saved(photo[:, :40], "JPEG"))
     (folder / "more" / "a.webp").write_bytes(saved(photo[:20], "WEBP"))
-    (folder / "notes.txt").write_text("no photo")
     (folder / "empty").mkdir()
     return folder
 
@@ -229,8 +228,10 @@ def below(folder: Path) -> list[str]:
 
 def test_folders(run, weights, codecs, photo, folder, tmp_path):
     coded, back = tmp_path / "new" / "coded", tmp_path / "back"
+    (folder / "notes.txt").write_text("no image")
     code, out, err = run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")
-    assert (code, err) == (0, "")
+    left_out = f"hpcm: {folder}: left out what is no JPEG, PNG or WebP image, 1 in all: notes.txt\n"
+    assert (code, err) == (0, left_out)
     assert below(coded) == ["a.hpcm", "b.v2.hpcm", "more/a.hpcm"]
     files = [(coded / name).read_bytes() for name in below(coded)]
     size = sum(map(len, files))
@@ -251,7 +252,8 @@ def test_a_folder_never_overwrites(run, weights, folder, tmp_path):
     for path in below(coded):
         (folder / path).write_bytes((coded / path).read_bytes())
     code, out, err = run("decode", folder, folder, "--weights", weights[0], "--device", "cpu")
-    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert (code, out) == (2, "") and err.count("\n") == 2
+    assert f"{folder}: left out what is no .hpcm file, 3 in all: a.png, b.v2.JPG, more/a.webp\n" in err
     assert err.endswith("photos/a.png would be overwritten; name a new folder, or remove them\n")
     assert {name: (folder / name).read_bytes() for name in before} == before
     code, out, err = run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")
@@ -310,7 +312,7 @@ def test_wrong_weights_are_told_with_both_digests(run, weights, codecs, photo, t
 MISTAKES: dict[str, tuple[str, Callable[[Path], tuple], str]] = {
     "no photo": ("encode", lambda t: (t / "nowhere.png", t / "a.hpcm"), "there is no file or folder"),
     "no file": ("decode", lambda t: (t / "nowhere.hpcm", t / "a.png"), "there is no file or folder"),
-    "no photos": ("encode", lambda t: (t / "photos" / "empty", t / "out"), "there is no JPEG, PNG or WebP photo in"),
+    "no photos": ("encode", lambda t: (t / "photos" / "empty", t / "out"), "there is no JPEG, PNG or WebP image in"),
     "no files": ("decode", lambda t: (t / "photos", t / "out"), "there is no .hpcm file in"),
     "suffix": ("encode", lambda t: (t / "photos" / "a.png", t / "out.png"), "is a .hpcm file; name it so instead of"),
     "picture's suffix": ("decode", lambda t: (t / "a.hpcm", t / "out.jpg"), "is a .png file; name it so instead of"),

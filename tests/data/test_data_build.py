@@ -114,7 +114,7 @@ def test_unusable_files_are_reported_with_the_reason(packaged_photos, tmp_path):
         "empty.png": "empty file",
         "notes.txt": "not a JPEG, PNG or WebP image",
         "broken link.jpg": "cannot be read: No such file or directory",
-        "odd\\udcff.jpg": "not a JPEG, PNG or WebP image",
+        "odd\\xff.jpg": "not a JPEG, PNG or WebP image",
         "narrow.png": "too small: 300×99, smaller side under 100",
     }
     assert build([photos], photos / "shards", min_side=100).found_finished
@@ -151,7 +151,7 @@ def test_a_finished_set_is_left_alone(photo_folder, small_set, tmp_path):
 
 
 def test_what_a_user_can_do_wrong(photo_folder, tmp_path):
-    with pytest.raises(UserError, match=r"there is no folder or file .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no file or folder .*nowhere"):
         build([tmp_path / "nowhere"], tmp_path / "set")
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match=r"there is no file in .*bare"):

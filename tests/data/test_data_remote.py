@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -20,6 +21,7 @@ from hpcm_scale.data.retrying import is_permanent, pause
 from hpcm_scale.data.storage import RemoteStorage
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import unfinished_name
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_several_processes_share_one_cache(server, tmp_path):
 def test_what_a_killed_process_left_in_the_cache_is_swept(server, tmp_path):
     index = load_index(str(server.folder))
     cached = CachedStorage(RemoteStorage(server.url, retries=1, timeout=9), tmp_path, index.shards)
-    left_behind = tmp_path / f".{index.shards[0].sha256}.tar.12345.part"
+    left_behind = tmp_path / f"{unfinished_name(Path(f'{index.shards[0].sha256}.tar'))}12345.part"
     left_behind.write_bytes(b"half")
     assert cached.read("shard-000000.tar", 0, 512) == (server.folder / "shard-000000.tar").read_bytes()[:512]
     assert not left_behind.exists()
