@@ -31,10 +31,11 @@ def main() -> None:
     if arguments.out and Path(arguments.out).is_dir():
         raise UserError(f"--out {arguments.out} is a folder; name a file")
 
-    from hpcm_scale.files import writing
+    from hpcm_scale.files import check_length, writing
     from hpcm_scale.training.posthoc import average, counted, save
     from hpcm_scale.training.run_folder import RunFolder
 
+    check_length(arguments.out or arguments.run)
     made = average(arguments.run, arguments.length, arguments.at)
     for damaged in made.damaged:
         print(f"passed over: {damaged}")

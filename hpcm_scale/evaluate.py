@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.files import check_length
 from hpcm_scale.limits import COUNT, QUALITY, Range
 
 OUTPUTS = ("evaluation.json", "images.csv", "evaluation.md", "rate_distortion.png")
@@ -158,6 +159,7 @@ def _refuse(arguments: argparse.Namespace) -> None:
         raise UserError(f"--limit {arguments.limit} leaves no whole {arguments.set}; leave out --limit or --set")
     if arguments.out:
         out = Path(arguments.out)
+        check_length(out)
         there = next(path for path in (out, *out.absolute().parents) if path.exists())
         if not there.is_dir():
             raise UserError(f"--out {out} cannot be a folder because {there} is a file; name a folder")

@@ -142,7 +142,7 @@ def check_file(path: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); check the path") from None
     if kind:
-        raise UserError(f"{path} is {kind}, no file; name a file or a folder")
+        raise UserError(f"{path} is {kind}, not a file; name a file or a folder")
 
 
 def unique_key(name: str, taken: dict[str, int]) -> str:

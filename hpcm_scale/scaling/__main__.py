@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpcm_scale.errors import one_line
-from hpcm_scale.files import write_text, writing
+from hpcm_scale.files import check_length, write_text, writing
 from hpcm_scale.scaling.arguments import parser
 
 
@@ -24,6 +24,7 @@ def curves(chosen) -> None:
             state += f", evaluation loss {evaluation[-1]:.4f}"
         return state
 
+    check_length(chosen.out)
     runs = find_runs(chosen.runs)
     with writing(chosen.out):
         draw_loss_against_compute(runs, chosen.out)
@@ -40,6 +41,7 @@ def fit(chosen) -> None:
     from hpcm_scale.scaling.runs import find_runs
     from hpcm_scale.scaling.summary import print_summary
 
+    check_length(chosen.out)
     found = study(find_runs(chosen.runs), chosen.metric, chosen.lmbda)
     analysis = analyse(found, bootstrap=chosen.bootstrap, level=chosen.level)
     with writing(chosen.out):

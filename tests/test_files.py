@@ -1,0 +1,90 @@
+"""Files are written whole, as readable as the umask has them, under any name that the file system takes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hpcm_scale.errors import UserError, refusals
+from hpcm_scale.files import check_length, read_file, whole_file, write_text
+from hpcm_scale.tracking.journal import Journal, read_journal
+
+ODD = os.fsdecode(b"caf\xe9")
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+def umask(request) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_umask_decides_whatever_writes(umask, tmp_path):
+    with whole_file(tmp_path / "new" / "tensors") as unfinished:
+        save_file({"a": torch.zeros(2)}, unfinished)
+    write_text(tmp_path / "text", "text")
+    journal = Journal(tmp_path / "journal")
+    assert {mode(tmp_path / name) for name in ("new/tensors", "text", "journal")} == {0o666 & ~umask}
+    journal.resume(0)
+    journal.close()
+    assert mode(tmp_path / "journal") == 0o666 & ~umask
+    assert mode(tmp_path / "new") == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("name", ["m" * 255, "ü" * 127, os.fsdecode(b"\xe9" * 255)], ids=["ascii", "utf-8", "bytes"])
+def test_a_name_may_be_as_long_as_the_file_system_takes(name, tmp_path):
+    check_length(tmp_path / name)
+    write_text(tmp_path / name, "whole")
+    assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(name)]  # noqa: PTH208
+    with pytest.raises(UserError, match="has 256 bytes, and the file system takes 255; choose a shorter name"):
+        check_length(tmp_path / "not" / "there" / ("m" * 256))
+    with pytest.raises(UserError, match="and the file system takes 4095"):
+        check_length(tmp_path / "/".join(["m" * 250] * 20))
+
+
+def test_names_in_text_are_shown_and_in_json_kept(tmp_path):
+    write_text(tmp_path / "table.csv", f"{ODD},ü\n")
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8") == "caf\\xe9,ü\n"
+    write_text(tmp_path / "facts.json", json.dumps({"path": ODD, "ü": 1}, ensure_ascii=False))
+    assert json.loads((tmp_path / "facts.json").read_text(encoding="utf-8")) == {"path": ODD, "ü": 1}
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.append({"step": 1, "time": 1, "train/images": 1, "compute/pflops": 1, "name": ODD})
+    journal.close()
+    assert read_journal(tmp_path / "metrics.jsonl")[0]["name"] == ODD
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "socket"))
+    for path, kind in (
+        (tmp_path / "pipe", "a pipe"),
+        (tmp_path / "socket", "a socket"),
+        (Path("/dev/zero"), "a device"),
+    ):
+        with pytest.raises(OSError, match=f"it is {kind}"):
+            read_file(path)
+
+
+def test_what_the_file_system_refuses_is_told_and_other_errors_stay():
+    with pytest.raises(UserError, match=r"cannot use x+/a \(File name too long\)"), refusals():
+        Path("x" * 300, "a").read_bytes()
+    with pytest.raises(UserError, match="cannot use the disk"), refusals():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), refusals():
+        Path("nowhere").read_bytes()
+    with pytest.raises(PermissionError), refusals():  # not of a file
+        raise PermissionError(errno.EPERM, "Operation not permitted")
