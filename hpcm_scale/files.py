@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.streams import SHOWN
+from hpcm_scale.streams import SHOWN, shown
 
 
 def unfinished_name(path: Path) -> str:
@@ -75,6 +76,19 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+@contextmanager
+def utf_8_path(path: str | Path) -> Iterator[Path]:
+    """A path to `path` that is UTF-8, for libraries that take no other: its own, or else a link, removed afterwards."""
+    path = Path(path)
+    if shown(path) == str(path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="hpcm_scale_") as folder:
+        link = Path(folder, "link")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def check_length(path: str | Path) -> None:

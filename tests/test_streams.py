@@ -45,10 +45,10 @@ def test_standard_streams_may_be_closed_or_full():
         assert subprocess.run(["bash", "-c", script], capture_output=True, timeout=120).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "locale",
-    [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1:strict"}, {}],
-)
+ASCII, LATIN = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1:strict"}
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C"}, ASCII, LATIN], ids=["usual", "C", "ascii", "latin"])
 def test_any_name_is_shown_in_any_locale(locale, tmp_path):
     shards = os.fsencode(tmp_path) + b"/caf\xe9 \xce\xbb"
     os.mkdir(shards)  # noqa: PTH102

@@ -26,7 +26,7 @@ from hpcm_scale.data.processes import parallel_map
 from hpcm_scale.data.shard_writer import ShardWriter
 from hpcm_scale.data.sources import Source, find_sources
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import read_file, sync_folder, whole_file, write_text
+from hpcm_scale.files import check_length, read_file, sync_folder, whole_file, write_text
 from hpcm_scale.streams import SHOWN
 
 REPORT, PLAN, LOCK = "report.csv", "plan.json", "lock"
@@ -72,6 +72,7 @@ def build_shards(
     `UserError` for missing paths, for a set without a photo, and if `out` holds a different set.
     """
     out = Path(out)
+    check_length(out)
     sources = find_sources(photos, without=out)
     fingerprint = fingerprint_of(sources, min_side, shard_size)
     if (out / INDEX).exists():

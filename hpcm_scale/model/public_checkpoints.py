@@ -24,7 +24,7 @@ from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import HyperPlacement, ModelConfig
 from hpcm_scale.entropy.generalized_gaussian import LIKELIHOOD_BOUND, SCALE_BOUND, SHAPE
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import whole_file
+from hpcm_scale.files import utf_8_path, whole_file
 from hpcm_scale.model.public_names import PUBLISHED, public_name
 from hpcm_scale.model.shapes import on_meta
 
@@ -59,9 +59,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; name a .pth.tar that the authors published")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), utf_8_path(path) as plain:
             warnings.simplefilter("ignore")  # about pickle protocols that torch.save does not write
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            loaded = torch.load(plain, map_location="cpu", weights_only=True, mmap=is_zipfile(plain))
     except Exception as error:  # a damaged or hostile file can make the reader raise anything
         raise UserError(_why_unread(path, error)) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None

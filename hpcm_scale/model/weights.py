@@ -17,7 +17,7 @@ from hpcm_scale.config.checks import check_pre_editor
 from hpcm_scale.config.compose import from_dict, model_from_dict, to_dict
 from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import whole_file
+from hpcm_scale.files import utf_8_path, whole_file
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import on_meta
 
@@ -71,7 +71,7 @@ def save_weights(
 def exported_step(path: str | Path) -> int | None:
     """The optimizer step of a weights file, None if there is no readable one."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf_8_path(path) as plain, safe_open(plain, framework="pt") as file:
             return json.loads(file.metadata()["facts"])["step"]
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return None
@@ -88,7 +88,7 @@ def read_weights_file(path: str | Path) -> WeightsFile:
     if not path.is_file():
         raise UserError(f"there are no weights at {path}; training leaves them in its run folder")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf_8_path(path) as plain, safe_open(plain, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

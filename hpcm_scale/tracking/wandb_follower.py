@@ -15,17 +15,17 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from json import loads
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from time import sleep
 from typing import Any, TextIO
 
 from PIL import Image
 
-from hpcm_scale.streams import SHOWN, shown
+from hpcm_scale.files import utf_8_path
+from hpcm_scale.streams import SHOWN
 from hpcm_scale.tracking.journal import FILE_NAME, new_records
 
 PICTURES = "reconstructions"
@@ -47,18 +47,6 @@ def off(error: BaseException, terminal: TextIO) -> None:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     terminal.write(f"hpcm: wandb is off for the rest of this run ({reason}); the journal goes on\n")
     terminal.flush()
-
-
-@contextmanager
-def utf_8_path(folder: Path) -> Iterator[Path]:
-    """A path to `folder` that is UTF-8, as wandb needs it: the folder's own, or else a link, there for so long."""
-    if shown(folder) == str(folder):
-        yield folder
-        return
-    with TemporaryDirectory(prefix="hpcm_scale_") as place:
-        link = Path(place, "run")
-        link.symlink_to(folder.resolve())
-        yield link
 
 
 class Trainer(Thread):

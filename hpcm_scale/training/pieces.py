@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpcm_scale.files import utf_8_path
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """A parameter, and Adam's running means of its gradient and of the gradient's square."""
 
@@ -91,7 +93,8 @@ def fill(files: Sequence[Path], pieces: Sequence[Piece]) -> None:
 def opened(files: Sequence[Path]) -> Iterator[Stored]:
     """The pieces in files that `write` wrote; they are read one by one, when they are asked for."""
     with ExitStack() as stack:
-        yield Stored([stack.enter_context(safe_open(path, framework="pt")) for path in files])
+        plain = [stack.enter_context(utf_8_path(path)) for path in files]
+        yield Stored([stack.enter_context(safe_open(path, framework="pt")) for path in plain])
 
 
 class Stored:
