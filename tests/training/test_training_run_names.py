@@ -1,4 +1,4 @@
-"""A run in a folder whose name is not UTF-8, whose output nobody reads, is trained, goes on, and is read by everybody."""
+"""A run in a folder whose name is not UTF-8, whose output nobody reads, is trained, goes on, and can be read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(shards, shared, tmp_path_factory) -> Path:
     common += ("train.ema=[0.1]", "train.checkpoint_every=1", "eval.every=2", "eval.limit=1", "log.images=1")
     images = place / "images"
     images.mkdir()
-    (images / os.fsdecode(b"caf\xe9.png")).symlink_to(shared / "data" / "photos" / "val" / "beach.jpg")
+    (images / os.fsdecode(b"caf\xe9.png")).symlink_to(shared / "data" / "photos" / "val" / "FallenLeaf.jpg")
     before = os.umask(UMASK)
     try:
         for steps in (2, 4):
