@@ -258,6 +258,8 @@ class EvalConfig:
     """Steps between evaluations; the last step is always evaluated."""
     limit: int | None = number(None, COUNT)
     """Use only the first so many images, in name order."""
+    max_failed: int = number(3, COUNT)
+    """Evaluations in a row that may fail, each of them skipped, before the run ends."""
 
 
 @dataclass
@@ -288,6 +290,8 @@ class LogConfig:
 
     every: int = number(1, COUNT)
     """Steps per journal line; the line holds the mean over them."""
+    print_seconds: float = number(30.0, Range(above=0, most=86_400))
+    """Seconds between lines on stderr while training, where it is no terminal."""
     wandb: WandbMode = WandbMode.offline
     project: str = "hpcm_scale"
     images: int = number(4, Range(least=0, most=1000))
@@ -313,8 +317,7 @@ class Config:
     """One run."""
 
     init_from: str | None = None
-    """Run folder or weights.safetensors whose weights a new run starts from; with another λ, say, or as the next stage
-    of training. Its optimizer and its schedule are new."""
+    """Run folder or weights.safetensors whose weights a new run starts from; its optimizer and schedule are new."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -86,8 +86,9 @@ FREE += [
     for key in ("name", "zero_stage", "offload", "compile", "checkpoint", "world_size", "join_minutes", "options")
 ]
 FREE += ["schedule.crop_boundaries"]
-FREE += ["eval.images", "eval.every", "eval.limit"]
-FREE += ["log.every", "log.wandb", "log.project", "log.images", "run.dir", "run.sweep"]
+FREE += ["eval.images", "eval.every", "eval.limit", "eval.max_failed"]
+FREE += [f"log.{key}" for key in ("every", "print_seconds", "wandb", "project", "images")]
+FREE += ["run.dir", "run.sweep"]
 OTHERS = {
     "model.family": "swin",
     "model.options": {"window": 4},
