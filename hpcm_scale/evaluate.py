@@ -199,7 +199,7 @@ def _images(arguments: argparse.Namespace):
     for index in progress(range(len(images)), description="reading", unit="image"):
         pixels = images.load(index)  # a broken one would be refused late
         if "agreement" in arguments.task:
-            check_size(pixels, images.names[index], MEND)
+            check_size(pixels.shape[1:], images.names[index], MEND)
     return images
 
 

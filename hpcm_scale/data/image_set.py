@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -36,10 +37,15 @@ class ImageSet:
         """Image `i` as RGB, uint8 (3, H, W). Raises `UserError` if it is broken."""
         return read_image(self._paths[i])
 
+    @cached_property
+    def sizes(self) -> list[torch.Size]:
+        """Height and width of every image; all are decoded for it, once. Raises `UserError` if one is broken."""
+        return [self.load(i).shape[1:] for i in range(len(self))]
 
-def check_size(pixels: torch.Tensor, name: str, mend: str, *, smallest: int, who: str) -> None:
-    """Raise UserError, which names the image and ends with `mend`, if a side of (3, H, W) is below `smallest`."""
-    height, width = pixels.shape[1:]
+
+def check_size(size: torch.Size, name: str, mend: str, *, smallest: int, who: str) -> None:
+    """Raise UserError, which names the image and ends with `mend`, if its height or width is below `smallest`."""
+    height, width = size
     if min(height, width) < smallest:
         raise UserError(f"{name} is {width}×{height} pixels, and {who} images with sides from {smallest}; {mend}")
 

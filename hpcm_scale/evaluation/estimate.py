@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from hpcm_scale.evaluation.measures import peak_signal_to_noise
 from hpcm_scale.model.hpcm import Coded
 from hpcm_scale.objective.rate_distortion import RateDistortion
 
+Result = TypeVar("Result")
 Forward = Callable[..., Coded]
 """A model's forward pass, or an engine's around it: of images, and with variable rate `level=…`."""
 
@@ -86,6 +88,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda values: values,
+    together: Callable[[Callable[[], Result]], Result] = lambda work: work(),
     keep: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -93,17 +96,19 @@ def evaluate(
 
     Images are padded at the right and bottom, by replication, to multiples of `multiple` pixels, and
     counted by their own pixels. Each process takes every `world_size`-th image and calls the codec equally
-    often (a sharded model needs all of them at every call); `reduce` sums a tensor over the processes. Up
-    to `keep` of this process's images come back with their reconstructions. `progress` is called after each image.
-    `level`: of a variable-rate model.
+    often (a sharded model needs all of them at every call); `reduce` sums a tensor over the processes,
+    and `together` does work of one process that may fail: it fails in all of them or in none, so that none is left
+    waiting. Up to `keep` of this process's images come back with their reconstructions. `progress` is called after each
+    image. `level`: of a variable-rate model.
     """
     table = torch.zeros(len(images), 2 + len(objective.fields), dtype=torch.float64)
     kept: list[tuple[int, Tensor, Tensor]] = []
     for turn in range(math.ceil(len(images) / world_size)):
         index = turn * world_size + rank
         surplus = index >= len(images)  # fewer images than processes in the last turn: code one for company
-        pixels = images.load(0 if surplus else index)
-        measured, rounded = estimate(codec, pixels, multiple=multiple, objective=objective, device=device, level=level)
+        pixels = together(partial(images.load, 0 if surplus else index))
+        coded = partial(estimate, codec, pixels, multiple=multiple, objective=objective, device=device, level=level)
+        measured, rounded = together(coded)
         progress()
         if surplus:
             continue

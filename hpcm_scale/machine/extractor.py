@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from hpcm_scale.data import image_set
 from hpcm_scale.model.layers import full_precision
@@ -59,9 +59,9 @@ class TokenExtractor(nn.Module, ABC):
         return None
 
 
-def check_size(pixels: Tensor, name: str, mend: str) -> None:
-    """Raise UserError, which names the image and ends with `mend`, if (3, H, W) is too small for receivers."""
-    image_set.check_size(pixels, name, mend, smallest=SMALLEST_SIDE, who="receivers look at")
+def check_size(size: Size, name: str, mend: str) -> None:
+    """Raise UserError, which names the image and ends with `mend`, if (height, width) is too small for receivers."""
+    image_set.check_size(size, name, mend, smallest=SMALLEST_SIDE, who="receivers look at")
 
 
 def _checked(x: Tensor) -> Tensor:

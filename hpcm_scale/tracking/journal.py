@@ -63,15 +63,19 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             del self._waiting[0]
 
-    def resume(self, step: int) -> None:
-        """Go back to the checkpoint of `step`: drop a torn last line and every line of a later step."""
+    def resume(self, step: int, *, unevaluated: bool = False) -> None:
+        """Go back to the checkpoint of `step`: drop a torn last line and every line of a later step.
+
+        `unevaluated`: the checkpoint was written before the evaluation of its step, which is dropped, too.
+        """
         with (
             whole_file(self.path) as unfinished,
             unfinished.open("wb") as kept,
             self.path.open("rb") as journal,
         ):
             for line in _whole_lines(journal):
-                if _parsed(line, journal)["step"] <= step:
+                record = _parsed(line, journal)
+                if record["step"] < step or (record["step"] == step and not (unevaluated and "eval/loss" in record)):
                     kept.write(line)
         os.close(self._descriptor)
         self._descriptor = self._open()

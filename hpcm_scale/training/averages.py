@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from hpcm_scale.training.engine import Engine
+from hpcm_scale.training.engine import Engine, FailedTogether
 from hpcm_scale.training.pieces import Piece
 
 
@@ -89,10 +89,15 @@ class Averages:
     def in_place(self, length: float) -> Iterator[None]:
         """Within it the model has the average for its weights, and afterwards its own again, to the bit.
 
-        Every process calls it. After an error they are not put back, which would take all processes: it ends the run.
+        Every process calls it. After FailedTogether, too, they are put back; after another error they are not, which
+        would take all processes: it ends the run.
         """
         self._exchange(length)
-        yield
+        try:
+            yield
+        except FailedTogether:
+            self._exchange(length)
+            raise
         self._exchange(length)
 
     def _exchange(self, length: float) -> None:

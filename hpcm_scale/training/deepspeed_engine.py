@@ -32,7 +32,7 @@ class DeepSpeedEngine(Engine):
         deepspeed.init_distributed(verbose=False)
         self._config = config
         self._stage = config.engine.zero_stage
-        self.replicated = self._stage == 0
+        self.replicated, self.sharded = self._stage == 0, self._stage == 3
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         accelerator = get_accelerator()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import Config, EngineName
+from hpcm_scale.errors import Fault, UserError
 from hpcm_scale.training.pieces import Piece
+
+Result = TypeVar("Result")
+FAILURES = (UserError, OSError, MemoryError, RuntimeError)
+"""What files, network drives and memory raise; torch's out-of-memory errors are RuntimeErrors."""
+
+
+class FailedTogether(Exception):
+    """Work that failed in one process or more; raised in all of them, with the same reason."""
 
 
 class Stepped(NamedTuple):
@@ -31,6 +41,9 @@ class Engine(ABC):
     """The prepared model: call it as the model itself, on all processes alike."""
     replicated: bool
     """Whether every process holds all of the weights and moments."""
+    sharded: bool = False
+    """Whether a forward pass gathers weights from all processes: one that fails in a single process blocks the others.
+    """
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
@@ -76,7 +89,7 @@ class Engine(ABC):
 
     def gather(self, text: str) -> list[str]:
         """What every process says, in order of rank; each calls it with a text of its own, often empty."""
-        said = text.encode(errors="surrogateescape")  # it may hold names of files
+        said = text.encode(errors="surrogateescape")  # names of files need not be UTF-8
         lengths = torch.zeros(self.world_size, dtype=torch.float64)
         lengths[self.rank] = len(said)
         lengths = [int(length) for length in self.reduce(lengths).tolist()]
@@ -84,6 +97,23 @@ class Engine(ABC):
         letters[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.float32)
         rows = self.reduce(letters).to(torch.uint8).tolist() if max(lengths) else letters.tolist()
         return [bytes(row[:length]).decode(errors="surrogateescape") for row, length in zip(rows, lengths, strict=True)]
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns. Every process calls it; the work itself must not communicate.
+
+        Raises FailedTogether in all processes if the work fails in one, for any of FAILURES.
+        """
+        result, reason = None, ""
+        try:
+            result = work()
+        except Fault:
+            raise
+        except FAILURES as error:
+            reason = in_a_line(error)
+        for told in self.gather(reason):
+            if told:
+                raise FailedTogether(told)
+        return result
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -108,6 +138,11 @@ def create_engine(config: Config) -> Engine:
     from hpcm_scale.training.accelerate_engine import AccelerateEngine
 
     return AccelerateEngine(config)
+
+
+def in_a_line(error: Exception) -> str:
+    """The reason of an error in one line, never empty; of what torch says of memory the first line tells all."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def poisoned(loss: Tensor) -> Tensor:

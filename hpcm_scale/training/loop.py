@@ -10,17 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from hpcm_scale.compute.tracker import ComputeTracker
-from hpcm_scale.config.checks import accumulation, side_multiple
+from hpcm_scale.config.checks import accumulation
 from hpcm_scale.config.phases import phase_at
 from hpcm_scale.config.schema import Config, OnDivergence
-from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.stream import Batch
-from hpcm_scale.errors import UserError, alone
-from hpcm_scale.evaluation.estimate import Evaluation, evaluate
-from hpcm_scale.training.averages import Averages, kind_of
+from hpcm_scale.errors import Fault, UserError
+from hpcm_scale.training.averages import Averages
 from hpcm_scale.training.bad_photos import BadPhotos
 from hpcm_scale.training.divergence import Diverged, LossHistory, limit_reached
-from hpcm_scale.training.engine import Engine
+from hpcm_scale.training.engine import Engine, FailedTogether
+from hpcm_scale.training.evaluator import Evaluator
 from hpcm_scale.training.garbage import collecting_between_steps
 from hpcm_scale.training.meter import Meter
 from hpcm_scale.training.recorder import Recorder
@@ -62,7 +61,7 @@ class Trainer:
     folder: RunFolder
     recorder: Recorder
     tracker: ComputeTracker
-    images: ImageSet | None
+    evaluator: Evaluator | None
     data_digest: str
     stop: StopRequest
     saver: Saver
@@ -75,6 +74,11 @@ class Trainer:
     upscaled: int = 0
     """Photos smaller than the crop so far."""
     failed_checkpoints: int = 0
+    failed_evaluations: int = 0
+    failed_in_a_row: int = 0
+    """Of the newest evaluations."""
+    unevaluated: bool = False
+    """Whether the evaluation of this very step is due and not over."""
     meter: Meter = field(default_factory=Meter)
     losses: LossHistory = field(default_factory=LossHistory)
     bad: BadPhotos = field(default_factory=BadPhotos)
@@ -86,6 +90,8 @@ class Trainer:
     """Why they could not be."""
     _evaluation: float | None = None
     """Evaluation loss at this very step."""
+    _saved: int | None = None
+    """Step of the newest checkpoint that has been begun, or gone on from."""
 
     def train(self, stream: Iterator[Batch]) -> None:
         """Train on the stream; leaves a checkpoint of the last step done.
@@ -94,6 +100,8 @@ class Trainer:
         """
         last_step = self.config.train.stop_after or self.config.train.steps
         self.alive(self.step)
+        if self.unevaluated and self.evaluator:  # the processes were killed in it
+            self.evaluate(last_step)
         if self.step < last_step:
             self.fetch(stream)
             self.count_bad()
@@ -115,13 +123,14 @@ class Trainer:
             collect(self.step)
             if self.step % config.log.every == 0 or self.step == config.train.steps:
                 self.log()
-            if self.images and (self.step % config.eval.every == 0 or self.step == config.train.steps):
-                self.evaluate(self.images)
+            self.unevaluated = self.evaluator is not None and self.evaluator.due(self.step)
             self.stopped = agreed.stopping > 0 and self.step < last_step
             ending = self.stopped or agreed.trouble > 0 or self.bad.too_many(config.data.max_bad)
             due = self.step % config.train.checkpoint_every == 0 or self.step in config.train.keep_at
             if ending or due or self.step == last_step:
                 self.checkpoint(last=ending or self.step == last_step)
+            if self.unevaluated:
+                self.evaluate(last_step)
             self.raise_trouble(agreed)
             if self.stopped:
                 reason = f" ({self.stop.reason})" if self.stop.reason else ""
@@ -216,19 +225,50 @@ class Trainer:
         train = {f"train/{name}": value for name, value in means.items()}
         counts = {"learning_rate": rate, "upscaled": self.upscaled, "bad_photos": len(self.bad.reasons)}
         counts |= {"rollbacks": self.rollbacks, "failed_checkpoints": self.failed_checkpoints}
+        counts |= {"failed_evaluations": self.failed_evaluations}
         train |= {f"train/{name}": value for name, value in counts.items()}
         self.recorder.line(self.position() | train | self.tracker.rates())
 
-    def evaluate(self, images: ImageSet) -> None:
-        """Loss at λ, bpp and PSNR on the evaluation images, with the weights and with their averages."""
-        evaluation = self.evaluation(images, keep=self.config.log.images)
-        means = {"eval": evaluation.mean()}
-        for length in self.averages.lengths:
-            with self.averages.in_place(length):
-                means[f"eval_{kind_of(length)}"] = self.evaluation(images, keep=0).mean()
+    def evaluate(self, last_step: int) -> None:
+        """Evaluate the weights; after the checkpoint of this step where one is due, which does not depend on it.
+
+        An evaluation that fails is skipped, said and counted. Raises UserError, the same on all processes, if too many
+        in a row have failed and there are steps left to train; leaves a checkpoint then.
+        """
+        reason = self.measure()
+        if not reason:
+            self.failed_in_a_row = 0
+        else:
+            self.failed_evaluations += 1
+            self.failed_in_a_row += 1
+            self.recorder.warn(f"the evaluation of step {self.step} failed and is skipped: {reason}")
+        in_a_row = self.failed_in_a_row
+        ends = in_a_row >= self.config.eval.max_failed and self.step < last_step
+        if ends:
+            self.failed_in_a_row = 0  # the command that goes on may fail as often
+        self.note_evaluation()
         self.tracker.restart_clock()
+        if not ends:
+            return
+        if self._saved != self.step:
+            self.checkpoint(last=True)
+        raise UserError(
+            f"{in_a_row} evaluations in a row failed, the last one at step {self.step} ({reason}); mend that, or set "
+            "eval.images=null, and the same command goes on"
+        )
+
+    def measure(self) -> str:
+        """Loss at λ, bpp and PSNR on the evaluation images, to journal and terminal; why not, if that fails."""
+        try:
+            means, reconstructions = self.evaluator.measure()
+        except FailedTogether as failed:
+            return str(failed)
+        except Fault:
+            self.failed_evaluations += 1
+            self.note_evaluation(sole=True)  # whoever goes on is not to end here again
+            raise
         self._evaluation = means["eval"]["loss"]
-        self.recorder.pictures(self.step, evaluation.reconstructions)
+        self.recorder.pictures(self.step, reconstructions)
         line = {f"{group}/{name}": value for group, mean in means.items() for name, value in mean.items()}
         self.recorder.line(self.position() | line)
         mean, *averaged = means.values()
@@ -237,38 +277,31 @@ class Trainer:
             f"step {self.step}: {self.tracker.pflops:.4g} PFLOPs, evaluation loss {mean['loss']:.4f}"
             f"{f' (averages of the weights: {losses})' if losses else ''}, {mean['bpp']:.4f} bpp, {mean['psnr']:.2f} dB"
         )
+        return ""
 
-    def evaluation(self, images: ImageSet, keep: int) -> Evaluation:
-        """Code the images with what the model has for weights; the first process keeps reconstructions."""
-        engine = self.engine
-        engine.module.eval()
-        with alone():
-            evaluation = evaluate(
-                engine.module,
-                images,
-                multiple=side_multiple(self.config.model),
-                objective=self.task.objective,
-                level=self.task.evaluation_level,
-                device=engine.device,
-                rank=engine.rank,
-                world_size=engine.world_size,
-                reduce=engine.reduce,
-                keep=keep if engine.rank == 0 else 0,
-                progress=lambda: self.alive(self.step),
-            )
-        engine.module.train()
-        return evaluation
+    def note_evaluation(self, sole: bool = False) -> None:
+        """The evaluation of this step is over: have its checkpoint, if it is there, tell how it ended.
+
+        `sole`: this process alone calls it.
+        """
+        self.unevaluated = False
+        if self._saved == self.step and (sole or self.engine.rank == 0):
+            self.saver.amend(self.step, self.evaluated())
 
     def checkpoint(self, last: bool = False) -> None:
-        """Begin to write what a resumed run needs; wait for it if it is the `last` of this call.
+        """Begin to write what a resumed run needs; wait for it if it is the `last` of this call, or if an evaluation
+        follows: whatever becomes of that, the checkpoint is there.
 
         Raises UserError if the last one cannot be written.
         """
+        self._saved = self.step
         self.tell(self.saver.begin(self.state()))
-        ended = self.saver.finish() if last else []
+        ended = self.saver.finish() if last or self.unevaluated else []
         self.tracker.restart_clock()
         self.alive(self.step)
-        if ended:
+        if not last:
+            self.tell(ended)
+        elif ended:
             kept = self.folder.checkpoints.reached()
             raise UserError(
                 f"the checkpoint of step {self.step} could not be written ({ended[-1].error}); mend that, and the same "
@@ -295,18 +328,30 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "upscaled": self.upscaled,
             "failed_checkpoints": self.failed_checkpoints,
+            **self.evaluated(),
             "tracker": self.tracker.state(),
             "meter": self.meter.state(),
             "losses": self.losses.losses,
             "bad": self.bad.reasons,
-            "evaluation": self._evaluation,
             "data": self.data_digest,
+        }
+
+    def evaluated(self) -> dict[str, Any]:
+        """The part of the `state` that an evaluation changes."""
+        return {
+            "evaluation": self._evaluation,
+            "unevaluated": self.unevaluated,
+            "failed_evaluations": self.failed_evaluations,
+            "failed_in_a_row": self.failed_in_a_row,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state`."""
         self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
         self.upscaled, self.failed_checkpoints = state["upscaled"], state["failed_checkpoints"]
+        self._saved, self.unevaluated = self.step, state.get("unevaluated", False)
+        self.failed_evaluations = state.get("failed_evaluations", 0)
+        self.failed_in_a_row = state.get("failed_in_a_row", 0)
         self.tracker.load_state(state["tracker"])
         self.meter = Meter(**state["meter"])
         self.losses = LossHistory(state["losses"])

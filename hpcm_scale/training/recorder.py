@@ -20,12 +20,22 @@ from hpcm_scale.training.run_folder import RunFolder
 class Recorder:
     """The recording of one run; on processes other than the first every call does nothing."""
 
-    def __init__(self, folder: RunFolder, config: Config, *, first: bool, step: int, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        *,
+        first: bool,
+        step: int,
+        unevaluated: bool = False,
+        facts: dict[str, Any],
+    ) -> None:
+        """What was recorded after `step`, and of it if it is `unevaluated` (`Journal.resume`), is dropped."""
         self._first = first
         if not first:
             return
         self._journal = Journal(folder.journal_file)
-        self._journal.resume(step)
+        self._journal.resume(step, unevaluated=unevaluated)
         self._wandb = WandbView.open(folder.path, config.log, config.run, config=to_dict(config), facts=facts)
         self._bar = progress(total=config.train.steps, initial=step, description=folder.path.name, unit="step")
 

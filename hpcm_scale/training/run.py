@@ -27,6 +27,7 @@ from hpcm_scale.training.checkpoints import Checkpoint, Retention
 from hpcm_scale.training.costs import costs_by_phase
 from hpcm_scale.training.divergence import Diverged, Divergence, culprits
 from hpcm_scale.training.engine import Engine, create_engine
+from hpcm_scale.training.evaluator import Evaluator
 from hpcm_scale.training.group.differences import facts
 from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
 from hpcm_scale.training.group.watch import Watch
@@ -158,7 +159,16 @@ class _Training:
         divergences = self.divergences()
         peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
         tracker = ComputeTracker(self.costs, engine.device, peak and peak * engine.world_size)
-        recorder = Recorder(folder, config, first=engine.rank == 0, step=resume.step, facts=self.described)
+        recorder = Recorder(
+            folder,
+            config,
+            first=engine.rank == 0,
+            step=resume.step,
+            unevaluated=self.is_unevaluated(resume),
+            facts=self.described,
+        )
+        images, alive = self.start.images, self.watch.alive
+        evaluator = Evaluator(config, images, engine, self.task, self.averages, alive) if images else None
         saver = Saver(engine, folder.checkpoints, Retention.of(config.train), recorder.sync, self.averages.pieces())
         trainer = Trainer(
             config=config,
@@ -167,12 +177,12 @@ class _Training:
             folder=folder,
             recorder=recorder,
             tracker=tracker,
-            images=self.start.images,
+            evaluator=evaluator,
             data_digest=self.start.index.digest,
             stop=self.stop,
             saver=saver,
             averages=self.averages,
-            alive=self.watch.alive,
+            alive=alive,
             rollbacks=len(divergences),
         )
         stream = None
@@ -266,7 +276,12 @@ class _Training:
             raise UserError(f"{checkpoint.folder} does not fit this model ({error}); choose another run.dir") from error
         self.engine.take_over(state["updates"])
         self.averages.load(state["updates"])
-        trainer.load_state(state)
+        trainer.load_state(state | {"unevaluated": self.is_unevaluated(resume)})
+
+    def is_unevaluated(self, resume: Resume) -> bool:
+        """Whether the run was cut off in the evaluation after its checkpoint; that of a trunk is not for its branch."""
+        own = resume.choice and resume.choice.checkpoint.folder.parent == self.start.folder.checkpoints.folder
+        return bool(own and resume.choice.state.get("unevaluated"))
 
     def _finish(self, trainer: Trainer) -> None:
         """Export the weights of a finished run, or say how a stopped one goes on."""

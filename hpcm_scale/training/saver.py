@@ -115,6 +115,17 @@ class Saver:
         told = self._engine.gather(next((saved.error for saved in ended), ""))[0]
         return [Saved(step, told)] if told else []
 
+    def amend(self, step: int, state: dict[str, Any]) -> None:
+        """Change values of the loop's state in the checkpoint of `step`, if it is complete, while nothing is being written.
+
+        One process calls it. On a full disk the checkpoint stays as it is.
+        """
+        checkpoint = self._checkpoints.of(step)
+        with suppress(OSError, ValueError):
+            files, before = checkpoint.read()
+            checkpoint.complete(files, before | state)
+            self._checkpoints.retain(self._retention, step)
+
     def close(self) -> None:
         """End the thread, without waiting for the other processes."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Size
 
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.distortions import MS_SSIM_SMALLEST_SIDE
@@ -82,20 +82,21 @@ def prepare(
         )
     origin = origin_weights(config, folder) if needed and not later else None
     receivers = receivers_of(config, open_receiver)
-    if images and config.objective.distortion == Distortion.ms_ssim:
-        similarity = partial(image_set.check_size, smallest=MS_SSIM_SMALLEST_SIDE, who="MS-SSIM is defined for")
-        _check_sizes(images, similarity)
+    if images and not finished:
+        _check_images(images, config, receivers)
     if receivers:
-        if images:
-            _check_sizes(images, check_size)
         MachineObjective(receivers, config.machine, config.objective.lmbda)  # refuses layers that there are not
     return Start(folder, resume, index, images, finished, origin, receivers)
 
 
-def _check_sizes(images: ImageSet, check: Callable[[Tensor, str, str], None]) -> None:
-    """Raise UserError if `check` does, of an image, its name and a mend."""
-    for number, name in enumerate(images.names):
-        check(images.load(number), f"{name} of eval.images={images.folder}", "leave it out")
+def _check_images(images: ImageSet, config: Config, receivers: Mapping[str, TokenExtractor]) -> None:
+    """Decode all of `eval.images`. Raise UserError if one is broken, or too small for what the run is trained for."""
+    checks: list[Callable[[Size, str, str], None]] = [check_size] if receivers else []
+    if config.objective.distortion == Distortion.ms_ssim:
+        checks.append(partial(image_set.check_size, smallest=MS_SSIM_SMALLEST_SIDE, who="MS-SSIM is defined for"))
+    for name, size in zip(images.names, images.sizes, strict=True):
+        for refuse in checks:
+            refuse(size, f"{name} of eval.images={images.folder}", "leave it out")
 
 
 def origin_folder(config: Config) -> Path | None:

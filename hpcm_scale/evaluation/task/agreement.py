@@ -121,7 +121,7 @@ class Agreement(TaskMeasure):
         return seen
 
     def _look(self, pixels: Tensor) -> _Seen:
-        check_size(pixels, "an image", MEND)
+        check_size(pixels.shape[1:], "an image", MEND)
         x = pixels[None].to(self._device).float() / 255
         log_probabilities = self._extractor.posterior(x)
         return _Seen(self._extractor(x), None if log_probabilities is None else log_probabilities[0].double().cpu())
