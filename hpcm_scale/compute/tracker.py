@@ -22,6 +22,16 @@ def flops_of(costs: Costs, images: int) -> float:
 
 
 @dataclass
+class Window:
+    """The steps since rates were last told."""
+
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+@dataclass
 class ComputeTracker:
     """Cumulative compute, images and time of one run; goes on over resumes.
 
@@ -35,10 +45,7 @@ class ComputeTracker:
     seconds: float = 0.0
     """Training time so far, as of the last `step`."""
     _started: float = field(default_factory=time.perf_counter)
-    _steps: int = 0
-    _images: int = 0
-    _window: float = 0.0
-    _waited: float = 0.0
+    _windows: dict[str, Window] = field(default_factory=lambda: {"journal": Window(), "log": Window()})
 
     @property
     def pflops(self) -> float:
@@ -60,11 +67,12 @@ class ComputeTracker:
         now = time.perf_counter()
         self.images += images
         self.seconds += now - self._started
-        self._window += now - self._started
+        for window in self._windows.values():
+            window.steps += 1
+            window.images += images
+            window.seconds += now - self._started
+            window.waited += waited
         self._started = now
-        self._steps += 1
-        self._images += images
-        self._waited += waited
 
     def position(self) -> dict[str, float]:
         """Where the run is: the keys every journal line has, but `step`."""
@@ -74,22 +82,24 @@ class ComputeTracker:
             "compute/pflops": self.pflops,
         }
 
-    def rates(self) -> dict[str, float]:
+    def rates(self, to: str = "journal") -> dict[str, float]:
         """Speed since the last call: seconds per step, images/s, seconds waited for data, GB, MFU.
+
+        Calls for the "journal" and for the "log" do not know of each other.
 
         On a GPU part of what is waited for goes by while the device is still at work on the step before.
         """
-        steps, seconds = max(self._steps, 1), max(self._window, 1e-9)
+        window, self._windows[to] = self._windows[to], Window()
+        steps, seconds = max(window.steps, 1), max(window.seconds, 1e-9)
         rates = {
             "perf/step_seconds": seconds / steps,
-            "perf/images_per_second": self._images / seconds,
-            "perf/data_seconds": self._waited / steps,
+            "perf/images_per_second": window.images / seconds,
+            "perf/data_seconds": window.waited / steps,
             "perf/memory_gb": peak_memory(self.device) / 1e9,
         }
         if self.peak:
-            flops = flops_of(self.costs, self.images) - flops_of(self.costs, self.images - self._images)
+            flops = flops_of(self.costs, self.images) - flops_of(self.costs, self.images - window.images)
             rates["perf/mfu"] = flops / seconds / self.peak
-        self._steps, self._images, self._window, self._waited = 0, 0, 0.0, 0.0
         return rates
 
     def state(self) -> dict[str, float]:

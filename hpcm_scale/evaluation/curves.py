@@ -222,7 +222,7 @@ def labelled(name: str, description: str) -> str:
 
 
 def _coded(coder: Coder, images: ImageSet, watch: Watch | None, name: str) -> list[Measured]:
-    bar = partial(progress, description=name, unit="image")
+    bar = partial(progress, description=name, unit="image", report=True)
     return code_images(coder, images, watch=watch and watch(name), progress=bar)
 
 

@@ -18,6 +18,20 @@ from hpcm_scale.model.hpcm import Coded
 from hpcm_scale.objective.rate_distortion import RateDistortion
 
 Result = TypeVar("Result")
+
+
+class Together(Protocol):
+    """Does work that may fail in one process: it fails in all of them or in none."""
+
+    def __call__(self, work: Callable[[], Result], *, forward: bool = False) -> Result:
+        """What the work returns; in a `forward` pass processes with sharded weights communicate."""
+
+
+def by_itself(work: Callable[[], Result], *, forward: bool = False) -> Result:
+    """The work of a sole process."""
+    return work()
+
+
 Forward = Callable[..., Coded]
 """A model's forward pass, or an engine's around it: of images, and with variable rate `level=…`."""
 
@@ -88,7 +102,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     reduce: Callable[[Tensor], Tensor] = lambda values: values,
-    together: Callable[[Callable[[], Result]], Result] = lambda work: work(),
+    together: Together = by_itself,
     keep: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -97,9 +111,9 @@ def evaluate(
     Images are padded at the right and bottom, by replication, to multiples of `multiple` pixels, and
     counted by their own pixels. Each process takes every `world_size`-th image and calls the codec equally
     often (a sharded model needs all of them at every call); `reduce` sums a tensor over the processes,
-    and `together` does work of one process that may fail: it fails in all of them or in none, so that none is left
-    waiting. Up to `keep` of this process's images come back with their reconstructions. `progress` is called after each
-    image. `level`: of a variable-rate model.
+    and `together` keeps an image that fails in one of them from leaving the others waiting. Up to `keep` of this
+    process's images come back with their reconstructions. `progress` is called after each image. `level`: of a
+    variable-rate model.
     """
     table = torch.zeros(len(images), 2 + len(objective.fields), dtype=torch.float64)
     kept: list[tuple[int, Tensor, Tensor]] = []
@@ -108,7 +122,7 @@ def evaluate(
         surplus = index >= len(images)  # fewer images than processes in the last turn: code one for company
         pixels = together(partial(images.load, 0 if surplus else index))
         coded = partial(estimate, codec, pixels, multiple=multiple, objective=objective, device=device, level=level)
-        measured, rounded = together(coded)
+        measured, rounded = together(coded, forward=True)
         progress()
         if surplus:
             continue

@@ -98,18 +98,22 @@ class Engine(ABC):
         rows = self.reduce(letters).to(torch.uint8).tolist() if max(lengths) else letters.tolist()
         return [bytes(row[:length]).decode(errors="surrogateescape") for row, length in zip(rows, lengths, strict=True)]
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns. Every process calls it; the work itself must not communicate.
+    def together(self, work: Callable[[], Result], *, forward: bool = False) -> Result:
+        """What `work` returns, in every process; a `forward` pass is the only work that may communicate.
 
-        Raises FailedTogether in all processes if the work fails in one, for any of FAILURES.
+        Raises FailedTogether in all processes if the work fails in one, for any of FAILURES. A forward pass through
+        sharded weights, in which the others wait for this process, raises a Fault in this one.
         """
         result, reason = None, ""
         try:
             result = work()
-        except Fault:
-            raise
         except FAILURES as error:
             reason = in_a_line(error)
+            if forward and self.sharded:
+                raise Fault(
+                    f"an evaluation failed ({reason}), and with sharded weights (engine.zero_stage=3) the run "
+                    "cannot go on; leave out large images (eval.images, eval.limit), and the same command goes on"
+                ) from error
         for told in self.gather(reason):
             if told:
                 raise FailedTogether(told)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import Config
 from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.errors import Fault
 from hpcm_scale.evaluation.estimate import Evaluation, Reconstruction, evaluate
-from hpcm_scale.model.hpcm import Coded
 from hpcm_scale.training.averages import Averages, kind_of
-from hpcm_scale.training.engine import FAILURES, Engine, in_a_line
+from hpcm_scale.training.engine import Engine
 from hpcm_scale.training.task import Task
 
 Means = dict[str, dict[str, float]]
@@ -55,7 +52,7 @@ class Evaluator:
         engine.module.eval()
         try:
             return evaluate(
-                self._forward_sharded if engine.sharded else engine.module,
+                engine.module,
                 self.images,
                 multiple=side_multiple(self.config.model),
                 objective=self.task.objective,
@@ -70,13 +67,3 @@ class Evaluator:
             )
         finally:
             engine.module.train()
-
-    def _forward_sharded(self, *arguments: Any, **keywords: Any) -> Coded:
-        """A forward pass that the other processes take part in: they cannot go on if it fails in this one."""
-        try:
-            return self.engine.module(*arguments, **keywords)
-        except FAILURES as error:
-            raise Fault(
-                f"an evaluation failed ({in_a_line(error)}), and with sharded weights (engine.zero_stage=3) training "
-                "cannot go on; leave out large images (eval.images, eval.limit), and the same command goes on"
-            ) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from hpcm_scale.compute.tracker import ComputeTracker
 from hpcm_scale.config.checks import accumulation
@@ -80,6 +81,8 @@ class Trainer:
     unevaluated: bool = False
     """Whether the evaluation of this very step is due and not over."""
     meter: Meter = field(default_factory=Meter)
+    log_meter: Meter = field(default_factory=Meter)
+    """Of the steps since the last line on progress."""
     losses: LossHistory = field(default_factory=LossHistory)
     bad: BadPhotos = field(default_factory=BadPhotos)
     stopped: bool = False
@@ -90,6 +93,8 @@ class Trainer:
     """Why they could not be."""
     _evaluation: float | None = None
     """Evaluation loss at this very step."""
+    _began: tuple[int, float] = (0, 0.0)
+    """Step and seconds of training when this command began."""
     _saved: int | None = None
     """Step of the newest checkpoint that has been begun, or gone on from."""
 
@@ -100,6 +105,7 @@ class Trainer:
         """
         last_step = self.config.train.stop_after or self.config.train.steps
         self.alive(self.step)
+        self._began = self.step, self.tracker.seconds
         if self.unevaluated and self.evaluator:  # the processes were killed in it
             self.evaluate(last_step)
         if self.step < last_step:
@@ -118,6 +124,7 @@ class Trainer:
                 self.recorder.say(f"step {self.step}: from here on {phase.batch_size} crops of {phase.crop}²")
             agreed = self.train_step(stream, last=self.step + 1 == last_step)
             self.step += 1
+            self.recorder.advance(agreed.means["loss"], self.status)
             self._evaluation = None
             self.alive(self.step)
             collect(self.step)
@@ -158,7 +165,6 @@ class Trainer:
         self.apply(agreed)
         self.upscaled += int(agreed.upscaled)
         self.tracker.step(phase_at(self.config, self.step).batch_size, waited)
-        self.recorder.advance(agreed.means["loss"])
         self.tell(self.saver.settle(agreed.written, agreed.unwritten))
         if agreed.bad:
             self.count_bad()
@@ -174,7 +180,8 @@ class Trainer:
             self.averages.update()
         elif not wrong:
             wrong = "its gradient is not finite"
-        self.meter.add(agreed.means | {"grad_norm": stepped.grad_norm}, stepped.skipped)
+        for meter in (self.meter, self.log_meter):
+            meter.add(agreed.means | {"grad_norm": stepped.grad_norm}, stepped.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if wrong else 0
         if not wrong:
             self.losses.add(agreed.means["loss"])
@@ -228,6 +235,23 @@ class Trainer:
         counts |= {"failed_evaluations": self.failed_evaluations}
         train |= {f"train/{name}": value for name, value in counts.items()}
         self.recorder.line(self.position() | train | self.tracker.rates())
+
+    def status(self) -> str:
+        """A line on progress: means and rates over the steps since the last one."""
+        means = self.log_meter.take(["loss", "bpp", "psnr"])
+        rates, steps = self.tracker.rates("log"), self.config.train.steps
+        parts = [f"step {self.step:,}/{steps:,}"]
+        if means["loss"] is not None:
+            parts += [f"loss {means['loss']:.4f}", f"{means['bpp']:.4f} bpp", f"{means['psnr']:.2f} dB"]
+        if means["skipped"]:
+            parts.append(f"{means['skipped']} skipped")
+        parts += [f"{self.tracker.pflops:.4g} PFLOPs", f"{rates['perf/images_per_second']:.4g} images/s"]
+        if "perf/mfu" in rates:
+            parts.append(f"MFU {rates['perf/mfu']:.1%}")
+        began, seconds = self._began
+        left = (steps - self.step) * (self.tracker.seconds - seconds) / (self.step - began)
+        parts += [f"{rates['perf/memory_gb']:.3g} GB", f"{tqdm.format_interval(left)} left"]
+        return f"{self.folder.path.name}: {', '.join(parts)}"
 
     def evaluate(self, last_step: int) -> None:
         """Evaluate the weights; after the checkpoint of this step where one is due, which does not depend on it.

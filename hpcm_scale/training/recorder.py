@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,15 @@ class Recorder:
         self._journal = Journal(folder.journal_file)
         self._journal.resume(step, unevaluated=unevaluated)
         self._wandb = WandbView.open(folder.path, config.log, config.run, config=to_dict(config), facts=facts)
-        self._bar = progress(total=config.train.steps, initial=step, description=folder.path.name, unit="step")
+        self._status: Callable[[], str] = str
+        self._bar = progress(
+            total=config.train.steps,
+            initial=step,
+            description=folder.path.name,
+            unit="step",
+            seconds=config.log.print_seconds,
+            text=lambda: self._status(),
+        )
 
     def line(self, record: dict[str, Any]) -> None:
         """Append one journal line; what cannot be written for want of space is kept for the next time."""
@@ -47,9 +55,10 @@ class Recorder:
             if self._journal.waiting and not waiting:
                 self.warn(f"{self._journal.path} cannot be written (the disk is full?); training goes on meanwhile")
 
-    def advance(self, loss: float | None) -> None:
-        """One step more on the progress bar."""
+    def advance(self, loss: float | None, status: Callable[[], str]) -> None:
+        """One step more on the progress bar; `status` is asked for a line where there is none, if it is time for it."""
         if self._first:
+            self._status = status
             self._bar.set_postfix_str("" if loss is None else f"loss {loss:.4f}", refresh=False)
             self._bar.update(1)
 

@@ -116,7 +116,7 @@ class Saver:
         return [Saved(step, told)] if told else []
 
     def amend(self, step: int, state: dict[str, Any]) -> None:
-        """Change values of the loop's state in the checkpoint of `step`, if it is complete, while nothing is being written.
+        """Change values of the loop's state in the checkpoint of `step`, if it is complete; never while writing.
 
         One process calls it. On a full disk the checkpoint stays as it is.
         """

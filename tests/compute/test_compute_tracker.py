@@ -68,6 +68,7 @@ def test_rates_are_those_since_the_last_line(clock):
     rates = tracker.rates()
     assert rates["perf/step_seconds"] == pytest.approx(3.0)
     assert rates["perf/images_per_second"] == pytest.approx(16 / 6)
+    assert tracker.rates("log")["perf/images_per_second"] == pytest.approx(24 / 7)  # all of it
     assert rates["perf/data_seconds"] == pytest.approx(0.5)
 
 

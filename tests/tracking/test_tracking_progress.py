@@ -35,7 +35,37 @@ def on_a_terminal(rank: str) -> bytes:
     return written
 
 
-def test_silent_in_a_pipe() -> None:
+LINES = """
+from hpcm_scale.tracking.progress import progress
+bar = progress(total=4, description="building", unit="file", seconds=1e-9)
+for _ in range(4):
+    bar.update(1)
+bar.close()
+assert list(progress(range(3), description="webp 80", unit="image", report=True)) == [0, 1, 2]
+with progress(total=2, seconds=1e-9, text=lambda: "step 1/2") as bar:
+    bar.update(1)
+"""
+
+
+def in_a_pipe(rank: str) -> list[str]:
+    """The lines on stderr."""
+    environment = os.environ | {"RANK": rank}
+    done = subprocess.run([sys.executable, "-c", LINES], capture_output=True, check=True, text=True, env=environment)
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_whole_lines_in_a_pipe_and_of_the_first_process_only() -> None:
+    *under_way, done, setting, own = in_a_pipe(rank="0")
+    assert [line.split(",")[0] for line in under_way] == [f"building: {n}/4 files" for n in (1, 2, 3, 4)]
+    assert all("file" in line.split(",")[1] and line.endswith(" left") for line in under_way)
+    assert done.startswith("building: 4/4 files in ")
+    assert setting.startswith("webp 80: 3/3 images in ")
+    assert own == "step 1/2"
+    assert in_a_pipe(rank="1") == []
+
+
+def test_what_is_done_soon_has_no_line_in_a_pipe() -> None:
     done = subprocess.run([sys.executable, "-c", BAR], capture_output=True, check=True)
     assert done.stdout == b""
     assert done.stderr == b""

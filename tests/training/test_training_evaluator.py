@@ -1,0 +1,186 @@
+"""Evaluations that fail while two processes train: none costs more than its own journal line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hpcm_scale.config.compose import compose
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.errors import UserError
+from hpcm_scale.sweeps.jobs import make_job, unfinished
+from hpcm_scale.tracking.journal import Journal
+from hpcm_scale.training.start import prepare
+
+WEIGHTS = "weights.safetensors"
+
+
+@pytest.fixture
+def images(shared, tmp_path) -> Path:
+    """One image for each of two processes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("kodim01.png", "kodim02.png"):
+        Image.open(shared / "data" / "kodak" / name).crop((0, 0, 256, 256)).save(folder / name)
+    return folder
+
+
+def journal(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(records: list[dict], group: str) -> list[dict]:
+    """Of lines of training or evaluation, all that does not depend on the clock or count failures."""
+    lines = [record for record in records if f"{group}/loss" in record]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if key != "time" and not key.startswith("perf/") and key != "train/failed_evaluations"
+        }
+        for line in lines
+    ]
+
+
+@pytest.fixture
+def vanish(launch, shards, images, project):
+    """`vanish(run, *overrides, weights=[…], averages=[…], memory=[…])`: what a training with such faults ends with."""
+
+    def start(run: str, *overrides: str, **moments: list[int]):
+        image, away = images / "kodim02.png", images / "kodim02.away"
+        events = {"image": str(image), "rank": 1} | moments
+        result = launch(
+            "model=nano",
+            "train.batch_size=4",
+            "schedule.learning_rate=1e-3",
+            "log.wandb=disabled",
+            f"data.shards={shards}",
+            f"eval.images={images}",
+            f"run.dir={run}",
+            *overrides,
+            module="vanishing_train",
+            VANISH=json.dumps(events),
+            PYTHONPATH=str(project / "tests" / "training"),
+        )
+        if away.exists():
+            away.rename(image)
+        return result
+
+    return start
+
+
+def said(result) -> list[str]:
+    """The lines that the program itself wrote to stderr."""
+    assert "Traceback" not in result.stdout + result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
+
+
+@pytest.mark.launch
+def test_an_image_that_vanishes_costs_its_evaluations_and_nothing_else(vanish, launch):
+    """On one process, while the weights and while their averages are evaluated; counted across a resume."""
+    options = ("engine=zero2", "train.steps=6", "eval.every=2", "train.checkpoint_every=4", "train.ema=[0.1]")
+    assert vanish("sound", *options).returncode == 0
+    for stop in ("train.stop_after=4", "train.stop_after=null"):
+        result = vanish("faulty", *options, stop, weights=[2], averages=[4])
+        assert result.returncode == 0, result.stdout + result.stderr
+        if stop == "train.stop_after=4":
+            lines = said(result)
+            assert [f"the evaluation of step {step} failed and is skipped" in lines[i] for i, step in ((0, 2), (1, 4))]
+            assert all("kodim02.png" in line for line in lines) and len(lines) == 2
+    sound, faulty = (journal(launch.folder / run) for run in ("sound", "faulty"))
+    assert numbers(faulty, "train") == numbers(sound, "train")
+    assert numbers(faulty, "eval") == numbers(sound, "eval")[-1:]
+    counted = [line["train/failed_evaluations"] for line in faulty if "train/loss" in line]
+    assert counted == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.launch
+def test_too_many_in_a_row_end_the_run_with_a_checkpoint_and_it_goes_on(vanish, launch):
+    options = ("engine=accelerate", "train.steps=4", "eval.every=1", "eval.max_failed=2", "train.checkpoint_every=100")
+    result = vanish("hopeless", *options, weights=[1, 2])
+    assert result.returncode == 2, result.stdout + result.stderr
+    *skipped, last = said(result)
+    assert len(skipped) == 2
+    assert "2 evaluations in a row failed, the last one at step 2 (cannot read" in last and "kodim02.png" in last
+    assert (launch.folder / "hopeless" / "checkpoints" / "step_00000002" / "complete.json").is_file()
+    result = vanish("hopeless", *options, weights=[4])  # the last step: the run is finished all the same
+    assert result.returncode == 0 and "going on from step 2" in result.stdout, result.stdout + result.stderr
+    assert len(said(result)) == 1 and (launch.folder / "hopeless" / WEIGHTS).is_file()
+    evaluated = [line["step"] for line in journal(launch.folder / "hopeless") if "eval/loss" in line]
+    assert evaluated == [3]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_memory_that_runs_out_in_one_process(engine, vanish, images, launch):
+    """With whole weights the evaluation is skipped; with sharded ones the run ends, and goes on behind it."""
+    Image.new("RGB", (4096, 4096)).save(images / "kodim02.png")
+    run = f"memory_{engine}"
+    options = (f"engine={engine}", "train.steps=3", "eval.every=2", "train.checkpoint_every=2")
+    result = vanish(run, *options, "train.stop_after=2", memory=[2])
+    lines = said(result)
+    if engine == "zero2":
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert len(lines) == 1 and "the evaluation of step 2 failed and is skipped" in lines[0]
+    else:
+        assert result.returncode == 1, result.stdout + result.stderr
+        assert len(lines) == 1 and "leave out large images" in lines[0]
+    assert (launch.folder / run / "checkpoints" / "step_00000002" / "complete.json").is_file()
+    Image.new("RGB", (256, 256)).save(images / "kodim02.png")
+    result = vanish(run, *options)
+    assert result.returncode == 0 and "going on from step 2" in result.stdout, result.stdout + result.stderr
+    records = journal(launch.folder / run)
+    assert [line["step"] for line in records if "eval/loss" in line] == [3]
+    assert records[-2]["train/failed_evaluations"] == 1
+
+
+def test_a_broken_image_is_refused_before_anything_is_written(launch, shards, images, shared):
+    shutil.copy(images / "kodim01.png", images / "sound.png")
+    (images / "kodim02.png").write_bytes((images / "kodim01.png").read_bytes()[:1000])
+    result = launch(
+        "model=nano", "train.batch_size=4", f"data.shards={shards}", f"eval.images={images}", "run.dir=broken"
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert said(result) and result.stderr.count("\n") == 1 and "kodim02.png" in result.stderr
+    assert not (launch.folder / "broken").exists()
+    limited = compose(["model=nano", f"data.shards={shards}", f"eval.images={images}", "eval.limit=1"])
+    assert len(prepare(limited, 1).images) == 1  # the others are not looked at
+
+
+def test_a_sweep_decodes_its_images_once_for_all_runs(shards, images, monkeypatch, tmp_path):
+    """A broken one refuses all of it, and names the first run."""
+    read: list[str] = []
+    load = ImageSet.load
+
+    def counted(image_set: ImageSet, i: int):
+        read.append(image_set.names[i])
+        return load(image_set, i)
+
+    monkeypatch.setattr(ImageSet, "load", counted)
+    monkeypatch.chdir(tmp_path)
+
+    def jobs():
+        for seed in range(3):
+            overrides = ["model=nano", f"data.shards={shards}", f"eval.images={images}", f"train.seed={seed}"]
+            yield make_job(compose(overrides), overrides, ["train.seed"])
+
+    assert len(unfinished(list(jobs()), 1)) == 3 and sorted(read) == ["kodim01.png", "kodim02.png"]
+    (images / "._kodim01.png").write_bytes(b"\0\5\x16\7")
+    with pytest.raises(UserError, match=r"train\.seed=0: cannot read .*\._kodim01\.png"):
+        unfinished(list(jobs()), 1)
+
+
+def test_the_line_of_an_evaluation_that_was_cut_off_is_dropped(tmp_path):
+    """It is evaluated again: the checkpoint does not know yet that it was."""
+    path = tmp_path / "metrics.jsonl"
+    position = {"time": 0.0, "train/images": 4, "compute/pflops": 1e-6}
+    lines = [{"step": step} | position | line for step, line in ((1, {"eval/loss": 3.0}), (2, {"train/loss": 2.0}))]
+    lines.append({"step": 2} | position | {"eval/loss": 2.0})
+    for unevaluated, kept in ((False, 3), (True, 2)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        Journal(path).resume(2, unevaluated=unevaluated)
+        assert journal(tmp_path) == lines[:kept]

@@ -1,0 +1,35 @@
+"""What a training says where stderr is no terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+pytestmark = pytest.mark.launch
+
+LINE = re.compile(
+    r"log: step (\d)/3, loss ([\d.]+), ([\d.]+) bpp, ([\d.]+) dB, ([\d.e-]+) PFLOPs, [\d.e+-]+ images/s, [\d.]+ GB, "
+    r"([\d:]+) left"
+)
+
+
+def test_a_line_of_the_first_process_every_so_many_seconds(launch, shards):
+    options = ("model=nano", "train.batch_size=4", "train.steps=3", "log.wandb=disabled", "engine=accelerate")
+    result = launch(*options, f"data.shards={shards}", "run.dir=log", "log.print_seconds=1e-6")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [LINE.fullmatch(line) for line in result.stderr.splitlines() if line.startswith("log: ")]
+    assert [int(line[1]) for line in lines] == [1, 2, 3]
+    assert lines[-1][6] == "00:00"
+    for line, told in zip(lines, (launch.folder / "log" / "metrics.jsonl").open(), strict=True):
+        record = json.loads(told)
+        names = ("train/loss", "train/bpp", "train/psnr", "compute/pflops")
+        expected = [record[name] for name in names]
+        assert [float(value) for value in line.groups()[1:5]] == pytest.approx(expected, rel=1e-2)
+
+
+def test_no_line_of_what_is_over_before(launch, shards):
+    options = ("model=nano", "train.batch_size=4", "train.steps=1", "log.wandb=disabled", "engine=accelerate")
+    result = launch(*options, f"data.shards={shards}", "run.dir=short", "log.print_seconds=1e6", processes=1)
+    assert result.returncode == 0 and "short: step" not in result.stderr
