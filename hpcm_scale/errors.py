@@ -6,8 +6,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import NoReturn
 
@@ -35,14 +34,9 @@ class Fault(UserError):
     exit_code = 1
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """What is done in here may fail on this process and on no other: its `UserError` is `local`."""
-    try:
-        yield
-    except UserError as error:
-        error.local = True
-        raise
+def in_a_line(error: BaseException) -> str:
+    """The reason of an error, never empty; of several lines, as torch has them, the first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _REFUSALS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)

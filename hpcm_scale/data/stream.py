@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 import webdataset as wds
@@ -22,7 +24,13 @@ from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.mixture import Mixture, load_mixture
 from hpcm_scale.data.photos import BadPhoto, Crop, MixedPhotos
 from hpcm_scale.data.processes import follow, sheltered
-from hpcm_scale.errors import UserError
+from hpcm_scale.errors import UserError, in_a_line
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where torch's data workers leave their batches, on Linux."""
+MORE_ROOM = (
+    "give a container more of it (docker run --shm-size=8g), lower data.workers or data.prefetch, or set data.workers=0"
+)
 
 
 @dataclass
@@ -43,6 +51,23 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same in pinned memory, from where it is copied to a CUDA device while Python goes on; torch calls it."""
         return replace(self, images=self.images.pin_memory(), image_index=self.image_index.pin_memory())
+
+
+def check_shared_memory(config: DataConfig, *, micro_batch_size: int, crop: int, processes: int) -> None:
+    """Raise UserError if the batches of the data workers of all `processes` of this machine do not fit into /dev/shm.
+
+    Each worker keeps `config.prefetch` batches of `micro_batch_size` crops, `crop` pixels wide, ready.
+    """
+    if not (config.workers and SHARED_MEMORY.is_dir()):
+        return
+    needed = processes * config.workers * config.prefetch * micro_batch_size * 3 * crop**2
+    there = os.statvfs(SHARED_MEMORY)
+    free = there.f_bavail * there.f_frsize
+    if needed > free:
+        raise UserError(
+            f"data workers hand over up to {needed / 1e6:,.0f} MB of images in {SHARED_MEMORY}, which has "
+            f"{free / 1e6:,.0f} MB free; {MORE_ROOM}"
+        )
 
 
 def open_stream(
@@ -134,11 +159,27 @@ def collate(crops: list[Crop]) -> Batch:
 
 
 def hand_over_errors(batches: Iterator[Batch]) -> Iterator[Batch | UserError]:
-    """Last stage in a worker: errors travel as items, for torch would bury their one sentence."""
+    """Last stage in a worker: errors travel as items, for torch would bury their one sentence.
+
+    Batches are moved to shared memory here: the thread that torch would do it in loses a batch that finds no room, and
+    the trainer would wait for it.
+    """
     try:
-        yield from batches
+        for batch in batches:
+            if torch.utils.data.get_worker_info():
+                share(batch)
+            yield batch
     except UserError as error:
         yield error
+
+
+def share(batch: Batch) -> None:
+    """Move the tensors of a batch to shared memory. Raises UserError if there is no room."""
+    try:
+        batch.images.share_memory_()
+        batch.image_index.share_memory_()
+    except RuntimeError as error:
+        raise UserError(f"data workers cannot hand over their images ({in_a_line(error)}); {MORE_ROOM}") from error
 
 
 def start_worker(stop: Connection, _worker: int) -> None:

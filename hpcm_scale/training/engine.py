@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import Config, EngineName
-from hpcm_scale.errors import Fault, UserError
+from hpcm_scale.errors import Fault, UserError, in_a_line
 from hpcm_scale.training.pieces import Piece
 
 Result = TypeVar("Result")
@@ -142,11 +142,6 @@ def create_engine(config: Config) -> Engine:
     from hpcm_scale.training.accelerate_engine import AccelerateEngine
 
     return AccelerateEngine(config)
-
-
-def in_a_line(error: Exception) -> str:
-    """The reason of an error in one line, never empty; of what torch says of memory the first line tells all."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def poisoned(loss: Tensor) -> Tensor:

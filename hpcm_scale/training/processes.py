@@ -16,6 +16,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Processes of this run on this machine, as far as the launcher says: DeepSpeed's has a name of its own for it."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+
+
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
     """The user's arguments: the DeepSpeed launcher adds --local_rank=N, which Hydra would refuse."""
     return [argument for argument in arguments if not argument.startswith("--local_rank")]
@@ -31,8 +36,7 @@ def complete_environment() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         # CPU processes of one machine share its cores instead of fighting for them.
-        neighbours = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
-        torch.set_num_threads(max(1, available_cores() // neighbours))
+        torch.set_num_threads(max(1, available_cores() // local_world_size()))
 
 
 def _free_port() -> int:

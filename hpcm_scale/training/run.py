@@ -13,8 +13,10 @@ from torch import nn
 
 from hpcm_scale.compute.hardware import peak_flops
 from hpcm_scale.compute.tracker import PETA, ComputeTracker, flops_of
+from hpcm_scale.config.checks import micro_batch_size
 from hpcm_scale.config.phases import described, images_at
 from hpcm_scale.config.schema import Config, EngineName, OnDivergence, Precision
+from hpcm_scale.data.stream import check_shared_memory
 from hpcm_scale.errors import UserError, is_first_process, refusals
 from hpcm_scale.files import writing
 from hpcm_scale.model.compiled import compile_regions
@@ -68,6 +70,8 @@ def run(config: Config) -> Outcome:
 def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     with telling_refusals(), refusals():
         start = prepare(config, processes.world_size())
+        if not start.finished:
+            check_room(config)
     group = join(facts(config, start.index.digest), config.engine.join_minutes)
     group.agree({"run folder": {"finished": start.finished}})
     if start.finished:
@@ -87,6 +91,16 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     finally:
         for lock in locks:
             lock.release()
+
+
+def check_room(config: Config) -> None:
+    """Raise UserError if the images of this machine's data workers do not fit into its shared memory."""
+    check_shared_memory(
+        config.data,
+        micro_batch_size=micro_batch_size(config, processes.world_size()),
+        crop=config.data.crop,
+        processes=processes.local_world_size(),
+    )
 
 
 def tell(text: str) -> None:
