@@ -144,6 +144,12 @@ def published_preset(config: ModelConfig) -> str | None:
     return None
 
 
+def needs_placement(config: ModelConfig) -> bool:
+    """Whether a model, called by a key of `PUBLISHED`, could be exported but for its placement."""
+    fits = config.name in PUBLISHED and config.rate.levels == 1  # first: composing configurations takes a second
+    return fits and config.hyper_placement != HyperPlacement.upstream and published_preset(config) is not None
+
+
 @cache
 def _expected(preset: str) -> dict[str, tuple[str, torch.Size]]:
     """Public name to our name and shape, for every parameter."""

@@ -13,13 +13,14 @@ def curves(chosen) -> None:
     """`hpcm scaling curves`: one figure, and how far each run is."""
     from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
     from hpcm_scale.scaling.runs import Run, find_runs
+    from hpcm_scale.scaling.usable import TRAINING, end
 
     def summary(run: Run) -> str:
-        compute, loss = run.curve("train/loss")
+        compute, _ = run.curve(TRAINING)
         evaluation = run.curve("eval/loss")[1]
         state = f"{run.name}: step {run.step:,} of {run.config['train']['steps']:,}"
         if compute.size:
-            state += f", {compute[-1]:,.4g} PFLOPs, training loss {loss[-1]:.4f}"
+            state += f", {compute[-1]:,.4g} PFLOPs, training loss {end(run, TRAINING, run.step):.4f} (smoothed)"
         if evaluation.size:
             state += f", evaluation loss {evaluation[-1]:.4f}"
         return state

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.runs import CONFIG_NAME
+from hpcm_scale.scaling.smoothing import smoothed
 from hpcm_scale.sweeps.log import last_error, last_mark, lives, log_of, tail
 from hpcm_scale.sweeps.plan import Planned, planned
 from hpcm_scale.tracking import journal
@@ -25,6 +28,10 @@ QUIET_SECONDS = 120.0
 journal, is taken to have stopped where its processes cannot be looked up: it may run on another machine."""
 RECENT = 20
 """Journal lines that the speed is taken from."""
+
+
+MEASURES = ("loss", "bpp", "psnr")
+_TRAINING = ("train/learning_rate", *(f"train/{key}" for key in MEASURES))
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class RunState:
     psnr: float | None = None
     """dB."""
     evaluated: bool = False
-    """Whether loss, bpp and PSNR are of the newest evaluation, or else of the newest training line."""
+    """Whether loss, bpp and PSNR are of the newest evaluation, or else the ends of the smoothed training curves."""
     pflops: float | None = None
     """Training compute so far, 1e15 FLOP."""
     seconds: float | None = None
@@ -73,8 +80,7 @@ class Follower:
         state = self._state(log)
         if state == "failed":
             note = f"{last_error(log)} (log: {log_of(self.folder)})"
-        newest = self._evaluation or self._training
-        kind = "eval" if self._evaluation else "train"
+        measured = {key: self._evaluation.get(f"eval/{key}") for key in MEASURES} if self._evaluation else self._ends()
         step, seconds = (self._last.get(key) for key in ("step", "time"))
         return RunState(
             name=self.folder.name,
@@ -83,8 +89,8 @@ class Follower:
             state=state,
             note=note,
             step=step or 0,
-            **{key: newest.get(f"{kind}/{key}") for key in ("loss", "bpp", "psnr")},
-            evaluated=kind == "eval",
+            **measured,
+            evaluated=bool(self._evaluation),
             pflops=self._last.get("compute/pflops"),
             seconds=seconds,
             seconds_left=self._seconds_left() if state == "running" else None,
@@ -93,7 +99,7 @@ class Follower:
     def _forget(self) -> None:
         self._damage = ""
         self._last: dict[str, Any] = {}
-        self._training: dict[str, Any] = {}
+        self._training = {key: array("d") for key in ("compute/pflops", *_TRAINING)}
         self._evaluation: dict[str, Any] = {}
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
 
@@ -132,8 +138,21 @@ class Follower:
         self._last = numbers
         if "eval/loss" in numbers:
             self._evaluation = numbers
-        elif "train/loss" in record:
-            self._training = numbers
+        elif "train/loss" in numbers:
+            before = self._training["compute/pflops"]
+            if numbers["compute/pflops"] > (before[-1] if before else 0):  # as in every journal of one run
+                for key, values in self._training.items():
+                    values.append(numbers.get(key, np.nan))
+
+    def _ends(self) -> dict[str, float | None]:
+        """Where the smoothed training curves end; a single batch says little."""
+        pflops, rates, *measures = (np.array(values) for values in self._training.values())
+
+        def end(values: np.ndarray) -> float | None:
+            known = np.isfinite(values)
+            return float(smoothed(pflops[known], values[known], rates[known])[-1]) if known.any() else None
+
+        return dict(zip(MEASURES, map(end, measures), strict=True))
 
     def _seconds_left(self) -> float | None:
         if len(self._recent) < 2 or self._plan is None:

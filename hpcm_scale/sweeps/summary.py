@@ -32,7 +32,8 @@ def sentence(job: Job, state: RunState) -> str:
     if state.state == "stopped":
         text += f" at step {state.step:,} of {job.config.train.steps:,}"
     if state.loss is not None:
-        text += f", {'evaluation' if state.evaluated else 'training'} loss {state.loss:.4f}"
+        kind, remark = ("evaluation", "") if state.evaluated else ("training", " (smoothed)")
+        text += f", {kind} loss {state.loss:.4f}{remark}"
     if state.pflops is not None:
         text += f", {state.pflops:,.4g} PFLOPs in {clock(state.seconds)}"
     return text

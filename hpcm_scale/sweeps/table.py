@@ -44,7 +44,7 @@ def table(states: Sequence[RunState], remark: str = "") -> Group:
         if state.note
     ]
     if any(state.loss is not None and not state.evaluated for state in states):
-        notes.insert(0, Text("* of training: not evaluated yet", style="dim"))
+        notes.insert(0, Text("* of training, smoothed: not evaluated yet", style="dim"))
     return Group(grid, *notes, *([Text(remark)] if remark else []))
 
 

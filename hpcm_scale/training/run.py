@@ -21,6 +21,7 @@ from hpcm_scale.errors import UserError, is_first_process, refusals
 from hpcm_scale.files import writing
 from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.layers import set_arithmetic
+from hpcm_scale.model.public_checkpoints import needs_placement
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import processes
 from hpcm_scale.training.averages import Averages
@@ -262,6 +263,10 @@ class _Training:
             f"{stage} on {engine.world_size} × {engine.device.type}, {config.train.steps:,} steps of "
             f"{described(config)}, {flops_of(self.costs, images_at(config, config.train.steps)) / PETA:.4g} PFLOPs"
         ]
+        if resume.previous is None and needs_placement(config.model):
+            lines.append(
+                "its weights cannot go to the public implementation: `hpcm export` needs model.hyper_placement=upstream"
+            )
         if self.start.origin:
             lines.append(f"starting from {self.start.origin.path}")
         if resume.choice:

@@ -54,6 +54,8 @@ _MAY_CHANGE = (
     "run.dir",
     "run.sweep",
 )
+# Where another value makes another run of the same network, which can start from the weights of this one.
+_WEIGHTS_STAY = ("train.", "objective.", "schedule.", "data.", "engine.")
 # What may differ between a trunk and its branch, besides.
 _BRANCH_MAY_CHANGE = (*_MAY_CHANGE, "schedule.", "run.")
 
@@ -202,9 +204,10 @@ class RunFolder:
         before, now = _flat(to_dict(previous)), _flat(to_dict(config))
         for key in before | now:  # a setting in model.options may be in one of the two alone
             if before.get(key) != now.get(key) and not key.startswith(may_change):
+                new = f"; there, init_from={self.path} starts from its weights" if key.startswith(_WEIGHTS_STAY) else ""
                 raise UserError(
                     f"{self.path} holds a run with {key}={before.get(key)}, not {now.get(key)}; give the same value to "
-                    "go on, or choose another run.dir"
+                    f"go on, or choose another run.dir{new}"
                 )
 
 

@@ -69,6 +69,6 @@ def test_what_workers_need_is_what_is_counted():
     common = {"micro_batch_size": 1, "crop": 256}
     fitting = free // batch // 64
     check_shared_memory(DataConfig(workers=2, prefetch=4), processes=fitting // 2, **common)
-    with pytest.raises(UserError, match="data.workers=0"):
+    with pytest.raises(UserError, match=r"data\.workers=0"):
         check_shared_memory(DataConfig(workers=2, prefetch=4), processes=16 * fitting, **common)
     check_shared_memory(DataConfig(workers=0, prefetch=4), processes=16 * fitting, **common)

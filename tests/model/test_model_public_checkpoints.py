@@ -17,7 +17,13 @@ from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import HyperPlacement
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.public_checkpoints import export_state, import_state, published_config, read_checkpoint
+from hpcm_scale.model.public_checkpoints import (
+    export_state,
+    import_state,
+    needs_placement,
+    published_config,
+    read_checkpoint,
+)
 from hpcm_scale.model.public_names import PUBLISHED
 from hpcm_scale.model.shapes import on_meta
 from hpcm_scale.model.weights import load_weights
@@ -212,6 +218,8 @@ def test_only_what_the_public_code_computes_is_exported(preset):
     config = compose_model(preset)
     state = on_meta(config).state_dict()
     upstream = replace(config, name="mine", hyper_placement=HyperPlacement.upstream)
+    assert needs_placement(config) == (preset in PUBLISHED)
+    assert not needs_placement(replace(config, hyper_placement=HyperPlacement.upstream))
     if preset in PUBLISHED:
         assert "was trained with hyper_placement: aligned" in refusal(export_state, state, config)
         assert len(export_state(state, upstream)) == len(state) + len(BUFFERS)

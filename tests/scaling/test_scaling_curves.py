@@ -15,6 +15,7 @@ from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_co
 from hpcm_scale.scaling.figures.style import COLOURS
 from hpcm_scale.scaling.runs import find_runs, load_run
 from hpcm_scale.scaling.smoothing import smooth
+from hpcm_scale.scaling.usable import TRAINING, end
 from hpcm_scale.tracking.journal import Journal
 
 
@@ -145,6 +146,8 @@ def test_the_command_draws_and_says_how_far_each_run_is(tmp_path: Path, capsys: 
     main(["curves", str(tmp_path / "runs"), "--out", str(tmp_path / "curve.png")])
     printed = capsys.readouterr().out
     assert "nano: step 120 of 120, 0.72 PFLOPs, training loss 1." in printed
+    run = load_run(tmp_path / "runs" / "nano")
+    assert f"training loss {end(run, TRAINING, 120):.4f} (smoothed)" in printed
     assert "young: step 0 of 10\n" in printed
     assert (tmp_path / "curve.png").is_file()
 

@@ -29,6 +29,16 @@ def test_a_line_of_the_first_process_every_so_many_seconds(launch, shards):
         assert [float(value) for value in line.groups()[1:5]] == pytest.approx(expected, rel=1e-2)
 
 
+def test_a_run_that_could_not_be_exported_says_so_at_its_start(launch, shards):
+    """Of the public presets alone: a size of another name has no counterpart."""
+    options = ("train.batch_size=1", "train.steps=1", "data.workers=0", "log.wandb=disabled", "engine=accelerate")
+    for model, told in (("68m", True), ("nano", False)):
+        result = launch(f"model={model}", *options, f"data.shards={shards}", f"run.dir={model}", processes=1)
+        assert result.returncode == 0, result.stdout + result.stderr
+        opening = result.stdout.splitlines()[:2]
+        assert ("`hpcm export` needs model.hyper_placement=upstream" in " ".join(opening)) == told
+
+
 def test_no_line_of_what_is_over_before(launch, shards):
     options = ("model=nano", "train.batch_size=4", "train.steps=1", "log.wandb=disabled", "engine=accelerate")
     result = launch(*options, f"data.shards={shards}", "run.dir=short", "log.print_seconds=1e6", processes=1)

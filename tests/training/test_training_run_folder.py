@@ -157,6 +157,8 @@ def test_what_may_change_when_a_run_goes_on(key, run_at_40):
     else:
         text = refused(run_at_40, config)
         assert key in text and "choose another run.dir" in text
+        other_network = key.startswith(("model.", "machine.", "run.", "init_from"))
+        assert (f"init_from={run_at_40.path} starts from its weights" in text) != other_network
 
 
 def test_a_setting_of_the_family_that_is_left_out_is_missed(tmp_path):
