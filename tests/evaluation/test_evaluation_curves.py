@@ -158,3 +158,12 @@ def test_costs_are_those_of_the_table_of_sizes(save_untrained, small_images):
         (group,) = read_weights([save_untrained(f"costs_{name}", preset=name)])
         (point,) = model_curve(group, small_images, device=CPU, estimate=True).points
         assert point.kmac_per_pixel == size_row(compose_model(name)).kmac_per_pixel
+
+
+def test_in_a_pipe_each_setting_has_a_line(small_images, capsys):
+    codec = other_codec("jpeg")
+    other_curve(codec, small_images)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(codec.settings)
+    for setting, line in zip(codec.settings, lines, strict=True):
+        assert f"{codec.label(setting)}: 3/3 images in " in line
