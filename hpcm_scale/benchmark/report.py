@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 
 from hpcm_scale.benchmark.paired import Spread
 from hpcm_scale.files import write_text, writing
-from hpcm_scale.scaling.words import markdown_table
+from hpcm_scale.markdown import markdown_table
 
 WIDTH_OF_A_PIPE = 200
 

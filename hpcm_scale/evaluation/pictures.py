@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from hpcm_scale.drawing import label, new_figure, save
 from hpcm_scale.evaluation.coders import Watcher
 from hpcm_scale.evaluation.measures import Estimated, Measured
-from hpcm_scale.files import whole_file
 
 CROP = 256
 """Sides of a crop in pixels of the image; smaller images are shown whole."""
@@ -145,37 +144,36 @@ def draw_crops(crops: Sequence[Crop], path: str | Path, images: str) -> None:
     heights = [max(image.height for image, _ in row) for row in rows]
     width = columns * (SIDE + GAP) + GAP
     height = TITLE_HEIGHT + sum(heights) + len(rows) * (CAPTION_HEIGHT + GAP)
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    title = f"Where {crops[0].ours.codec} errs most: {images}"
-    rule = RULE + (NEAREST if columns == 3 else "")
-    figure.text(0.5, 1 - 26 / height, title, fontsize=14, fontweight="bold", ha="center", va="center")
-    figure.text(0.5, 1 - 64 / height, rule, fontsize=10, color="0.3", ha="center", va="center", linespacing=1.4)
-    bottom = height - TITLE_HEIGHT
-    for row, tall in zip(rows, heights, strict=True):
-        bottom -= CAPTION_HEIGHT + tall
-        for column, (image, caption) in enumerate(row):
-            middle = GAP + column * (SIDE + GAP) + SIDE / 2
-            left = round(middle - image.width / 2)
-            axes = figure.add_axes((left / width, bottom / height, image.width / width, image.height / height))
-            axes.imshow(image, aspect="auto", interpolation="none")
-            axes.set_axis_off()
-            caption_height = (bottom + tall + CAPTION_HEIGHT * 0.45) / height
-            figure.text(middle / width, caption_height, caption, fontsize=11, ha="center", va="center")
-        bottom -= GAP
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format=Path(path).suffix.lstrip(".") or "png")
+    with new_figure(figsize=(width / DPI, height / DPI), dpi=DPI) as figure:
+        title = f"Where {label(crops[0].ours.codec)} errs most: {label(images)}"
+        rule = RULE + (NEAREST if columns == 3 else "")
+        figure.text(0.5, 1 - 26 / height, title, fontsize=14, fontweight="bold", ha="center", va="center")
+        figure.text(0.5, 1 - 64 / height, rule, fontsize=10, color="0.3", ha="center", va="center", linespacing=1.4)
+        bottom = height - TITLE_HEIGHT
+        for row, tall in zip(rows, heights, strict=True):
+            bottom -= CAPTION_HEIGHT + tall
+            for column, (image, caption) in enumerate(row):
+                middle = GAP + column * (SIDE + GAP) + SIDE / 2
+                left = round(middle - image.width / 2)
+                axes = figure.add_axes((left / width, bottom / height, image.width / width, image.height / height))
+                axes.imshow(image, aspect="auto", interpolation="none")
+                axes.set_axis_off()
+                caption_height = (bottom + tall + CAPTION_HEIGHT * 0.45) / height
+                figure.text(middle / width, caption_height, caption, fontsize=11, ha="center", va="center")
+            bottom -= GAP
+        save(figure, path)
 
 
 def _panels(crop: Crop) -> list[tuple[Image.Image, str]]:
     """The pictures of one row and what is written above each."""
     window, measured = crop.window, crop.ours.measured
     place = f"{window.width}×{window.height} of {measured.width}×{measured.height}, at ({window.left}, {window.top})"
-    panels = [(_shown(crop.original), f"{_shortened(measured.name)}\n{place}")]
+    panels = [(_shown(crop.original), f"{label(measured.name)}\n{place}")]
     for panel in (crop.ours, crop.nearest):
         if panel:
             estimated = " (estimated)" if isinstance(panel.measured, Estimated) else ""
             rate = f"{panel.measured.bpp:.3f} bpp{estimated}, {panel.measured.psnr:.2f} dB"
-            panels.append((_shown(panel.pixels), f"{_shortened(panel.codec)}\n{rate}"))
+            panels.append((_shown(panel.pixels), f"{label(panel.codec)}\n{rate}"))
     return panels
 
 
@@ -184,8 +182,3 @@ def _shown(pixels: Tensor) -> Image.Image:
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     times = SIDE // max(image.size)
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-
-
-def _shortened(name: str, most: int = 44) -> str:
-    """The name, or its end where it is too long for its place."""
-    return name if len(name) <= most else "…" + name[1 - most :]

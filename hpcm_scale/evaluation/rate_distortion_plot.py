@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hpcm_scale.drawing import label, new_figure, save
 from hpcm_scale.evaluation.curves import ESTIMATED, Curve
 from hpcm_scale.evaluation.results import Results
-from hpcm_scale.files import whole_file
 
 PANELS = {"psnr": "mean PSNR (dB), RGB, 8 bits", "ms_ssim_db": "MS-SSIM, mean in dB"}
 MARKERS = "osD^vP*Xph"
+CHARACTERS, MARGIN = 11, 6
+"""Of a legend: how many go into an inch, and the width of marker and gap in characters."""
 
 
 def draw_rate_distortion(results: Results, path: str | Path) -> None:
@@ -24,20 +28,17 @@ def draw_rate_distortion(results: Results, path: str | Path) -> None:
     panels = [key for key in PANELS if all(point.mean[key] is not None for _, point in results.points())]
     highest = max(point.mean["bpp"] for _, point in results.points())
     alone = len(list(results.points())) == 1
-    figure = Figure(figsize=(1 + 5.5 * len(panels), 5.2), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    colours = styles(results.curves)
-    for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for curve, style in zip(results.curves, colours, strict=True):
-            draw_curve(axes, curve, [point.mean[key] for point in curve.points], *style)
-        dress(axes, PANELS[key])
-        axes.set_xlim(0, highest * (2 if alone else 1.05))
-    figure.suptitle(f"Rate and distortion: {results.title}", fontweight="bold")
-    handles, _ = figure.axes[0].get_legend_handles_labels()
-    columns = min(len(handles), 2 * len(panels))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format=Path(path).suffix[1:])
+    with new_figure(figsize=(1 + 5.5 * len(panels), 5.2), dpi=150, layout="constrained") as figure:
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        colours = styles(results.curves)
+        for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for curve, style in zip(results.curves, colours, strict=True):
+                draw_curve(axes, curve, [point.mean[key] for point in curve.points], *style)
+            dress(axes, PANELS[key])
+            axes.set_xlim(0, highest * (2 if alone else 1.05))
+        figure.suptitle(f"Rate and distortion: {label(results.title)}", fontweight="bold")
+        legend(figure, *figure.axes[0].get_legend_handles_labels())
+        save(figure, path)
 
 
 def styles(curves: list[Curve]) -> list[tuple[str, str]]:
@@ -52,22 +53,29 @@ def draw_curve(
     """Draw `heights`, one per point, over mean bpp; ours heavier than others, markers hollow unless `filled`."""
     ours = any(point.weights for point in curve.points)
     rates = [point.mean["bpp"] for point in curve.points]
-    label = curve.label
+    text = label(curve.label)
     if len(curve.points) == 1:
-        label += f", {curve.points[0].setting}"
+        text += f", {label(curve.points[0].setting)}"
     if curve.rate == ESTIMATED:
-        label += " (estimated rate)"
+        text += " (estimated rate)"
     style = {"linewidth": 2.2, "markersize": 7, "zorder": 3} if ours else {"linewidth": 1.4, "markersize": 5}
     if not filled:
         style |= {"markerfacecolor": "white", "markeredgewidth": 1.6}
     line = "-" if len(curve.points) > 1 else ""
-    axes.plot(rates, heights, color=colour, linestyle=line, marker=marker, label=label, clip_on=False, **style)
+    axes.plot(rates, heights, color=colour, linestyle=line, marker=marker, label=text, clip_on=False, **style)
 
 
-def dress(axes: Axes, label: str) -> None:
+def legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """A legend below the axes, in as many columns as the longest label leaves room for."""
+    room = figure.get_figwidth() * CHARACTERS / (MARGIN + max(map(len, labels)))
+    columns = max(1, min(len(labels), int(room)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def dress(axes: Axes, quality: str) -> None:
     """Name the axes, rate on x, and draw a grid behind the curves."""
     axes.set_xlabel("mean rate (bits per pixel)")
-    axes.set_ylabel(label)
+    axes.set_ylabel(quality)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

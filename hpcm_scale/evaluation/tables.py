@@ -13,6 +13,8 @@ from rich.table import Table
 
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES
 from hpcm_scale.evaluation.results import Results
+from hpcm_scale.markdown import code, escaped
+from hpcm_scale.markdown import markdown_table as table_of
 
 COLUMNS = {
     "width": "width (px)",
@@ -88,14 +90,14 @@ def markdown(results: Results) -> str:
     rates = [RATES[rate] for rate in dict.fromkeys(curve.rate for curve in results.curves)]
     known = f"checked to be the set `{results.set_name}`" if results.set_name else "not checked to be a known set"
     lines = [
-        f"# {results.title}",
-        f"Folder `{results.folder}` ({known}).",
+        f"# {escaped(results.title)}",
+        f"Folder {code(results.folder)} ({known}).",
         " ".join([*rates, HOW, *(TIMES for rate in rates if rate == RATES[FILES])]),
         "## Means",
         markdown_table(mean_rows(results)),
         COSTS,
         "## Codecs",
-        "\n".join(f"- **{curve.label}**: {curve.codec}" for curve in results.curves),
+        "\n".join(f"- **{escaped(curve.label)}**: {escaped(curve.codec)}" for curve in results.curves),
         measured_on(results.machine),
         "## Images",
         markdown_table(image_rows(results)),
@@ -166,11 +168,10 @@ def _filled(rows: Sequence[dict[str, str]]) -> list[str]:
 
 
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows by headings; columns that hold nothing are left out."""
+    """Rows by headings, shown as they are; columns that hold nothing are left out."""
     headings = _filled(rows)
-    lines = [headings, ["---" if heading in WORDS else "--:" for heading in headings]]
-    lines += [[row[heading].replace("|", "\\|") for heading in headings] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cells = [[escaped(row[heading]) for heading in headings] for row in rows]
+    return table_of([*map(escaped, headings)], cells, words=sum(heading in WORDS for heading in headings))
 
 
 def measured_on(machine: dict[str, Any]) -> str:

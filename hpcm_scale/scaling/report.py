@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from hpcm_scale.markdown import escaped, markdown_table
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
@@ -18,7 +19,6 @@ from hpcm_scale.scaling.words import (
     TITLES,
     count,
     expected,
-    markdown_table,
     percent,
     significant,
     with_error,
@@ -63,7 +63,7 @@ def report(analysis: Analysis, figures: Sequence[str]) -> str:
         "## Caveats",
         _caveats(analysis),
         "## Left out",
-        "\n".join(f"- {sentence}." for sentence in analysis.left_out) or "Nothing.",
+        "\n".join(f"- {escaped(sentence)}." for sentence in analysis.left_out) or "Nothing.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -89,8 +89,8 @@ def _runs(analysis: Analysis) -> str:
     headings = ["run", "model", "parameters", "pixels", "images", "PFLOPs", "loss", "bpp", "PSNR (dB)", "annealed"]
     rows = [
         [
-            point.run,
-            point.model,
+            escaped(point.run),
+            escaped(point.model),
             f"{point.parameters:,}",
             count(point.pixels),
             f"{point.images:,}",
@@ -123,8 +123,8 @@ def _frontier(analysis: Analysis) -> str:
     ends = {point.run: point for point in annealed}
     headings = ["run", "parameters", "pixels", "PFLOPs", "loss"]
     rows = [
-        [point.run, count(point.parameters), count(point.pixels), significant(point.pflops), f"{point.loss:.4f}"]
-        for point in ends.values()
+        [escaped(run), count(point.parameters), count(point.pixels), significant(point.pflops), f"{point.loss:.4f}"]
+        for run, point in ends.items()
     ]
     return f"{text} Where each run leaves the annealed frontier:\n\n{markdown_table(headings, rows)}"
 
@@ -197,8 +197,9 @@ def _promises(analysis: Analysis) -> str:
     gains = _bullets(f"By the {TITLES[name]}, {gain.sentence}" for name, gain in analysis.rate_gains.items())
     gain = next(iter(analysis.rate_gains.values()))
     rate = (
-        f"In bits, from {gain.model} at {gain.bpp:.4f} bpp: at fixed λ, ΔR/R ≈ ΔL/R, for a loss lower by ΔL is worth "
-        "as many bits per pixel at equal quality, to first order. Where the laws differ, so much hangs on their form."
+        f"In bits, from {escaped(gain.model)} at {gain.bpp:.4f} bpp: at fixed λ, ΔR/R ≈ ΔL/R, for a loss lower by ΔL "
+        "is worth as many bits per pixel at equal quality, to first order. Where the laws differ, so much hangs on "
+        "their form."
     )
     return f"{table}\n\n{note}\n\n{rate}\n\n{gains}"
 
@@ -280,7 +281,7 @@ def _parts(analysis: Analysis, figures: Sequence[str]) -> list[str]:
     names = list(breakdown.sizes[0].parts)
     rows = [
         [
-            size.model,
+            escaped(size.model),
             f"{size.parameters:,}",
             *(f"{100 * size.parts[name] / size.parameters:.1f} %" for name in names),
             f"{size.loss:.4f}",
@@ -329,7 +330,8 @@ def _bullets(sentences) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+    text = text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
+    return escaped(text)
 
 
 def _or_dash(value: float | None, digits: int) -> str:

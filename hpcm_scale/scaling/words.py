@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from hpcm_scale.scaling.laws.law import Prediction
 
@@ -84,9 +83,3 @@ def loss(value: float) -> str:
 def percent(share: float, digits: int = 2) -> str:
     """A signed relative change: "+1.25 %", "−0.40 %"."""
     return f"{share * 100:+.{digits}f} %".replace("-", "−")
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table, its first `words` columns flush left and numbers flush right."""
-    lines = [headings, ["---"] * words + ["--:"] * (len(headings) - words), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from odd_names import ODD_NAMES
 from PIL import Image
 
+from hpcm_scale.drawing import label
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
-from hpcm_scale.evaluation.measures import Measured
+from hpcm_scale.evaluation.measures import Measured, measure
+from hpcm_scale.evaluation.pictures import Crops, draw_crops
 from hpcm_scale.evaluation.rate_distortion_plot import draw_rate_distortion
 from hpcm_scale.evaluation.results import Results
 
@@ -41,8 +45,8 @@ def draw(monkeypatch, tmp_path):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
 
-    def drawn(*curves: Curve, name: str = "plot.png") -> Figure:
-        draw_rate_distortion(Results("somewhere/holiday", None, 2, list(curves), {}), tmp_path / name)
+    def drawn(*curves: Curve, name: str = "plot.png", folder: str = "somewhere/holiday") -> Figure:
+        draw_rate_distortion(Results(folder, None, 2, list(curves), {}), tmp_path / name)
         return figures[-1]
 
     return drawn
@@ -100,3 +104,23 @@ def test_other_formats_and_no_half_written_file(draw, tmp_path):
     draw(OURS, name="plot.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["plot.svg"]
     assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
+
+
+def test_names_are_drawn_as_they_are_spelled(draw):
+    figure = draw(*(curve(name, (0.1, 27, 9), (0.9, 36, 17)) for name in ODD_NAMES), name="plot.svg")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [label(name) for name in ODD_NAMES]
+    boxes = [figure.legends[0].get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    for name in ODD_NAMES:  # of a folder, and of a curve of one point
+        draw(curve(name, (0.1, 27, 9)), folder=name)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_crops_show_names_as_they_are_spelled(name, tmp_path):
+    pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    crops = Crops(1)
+    measured = measure(name, pixels, pixels + 1, 8.0)
+    crops.ours(f"{name} λ = 0.013")(0, pixels, pixels + 1, measured)
+    crops.other(name)(0, pixels, pixels + 2, measured)
+    draw_crops(crops.chosen(), tmp_path / "visual.png", name)
+    assert (tmp_path / "visual.png").is_file()

@@ -7,6 +7,7 @@ import json
 from io import StringIO
 
 import pytest
+from odd_names import ODD_NAMES
 from rich.console import Console
 
 from hpcm_scale.evaluation.anchors import find_curves
@@ -14,6 +15,7 @@ from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
 from hpcm_scale.evaluation.measures import Estimated, Measured
 from hpcm_scale.evaluation.results import Results, machine, write_json
 from hpcm_scale.evaluation.tables import console_table, csv_table, markdown
+from hpcm_scale.markdown import escaped
 
 
 def image(name: str, bpp: float, psnr: float, **more) -> Measured:
@@ -130,3 +132,16 @@ def test_the_terminal_shows_every_image_of_a_single_point(files, estimates):
     assert rows[2] == ["mean", "1.7500", "0.4000", "31.00", "13.01"]
     alone = results(Curve("jpeg", "Pillow", FILES, files.curves[1].points))
     assert "[red]d.png" in printed(alone) and max(map(len, printed(alone).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_are_written_as_they_are_spelled(name):
+    shown = Results(
+        f"photos/{name}", None, 1, [Curve(name, name, FILES, [Point(name, [image(name, 0.7, 29)])])], machine()
+    )
+    text = markdown(shown)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 6 and all(line.endswith("|") for line in rows)
+    assert f"- **{escaped(name)}**: {escaped(name)}" in text
+    (row,) = csv.DictReader(StringIO(csv_table(shown), newline=""))
+    assert (row["codec"], row["setting"], row["image"]) == (name, name, name)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import unescape
 from itertools import combinations
 from pathlib import Path
 
@@ -9,12 +10,18 @@ import pytest
 from known_ladder import SIZES
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from odd_names import ODD_NAMES
 from PIL import Image
 
+from hpcm_scale.drawing import label
+from hpcm_scale.markdown import escaped
 from hpcm_scale.scaling.figures import FIGURES, draw_figures
 from hpcm_scale.scaling.figures.isoflop import budgets
+from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
 from hpcm_scale.scaling.figures.style import COLOURS, paper, plain, round_numbers
 from hpcm_scale.scaling.observations import Study
+from hpcm_scale.scaling.report import report
+from hpcm_scale.scaling.runs import find_runs
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +34,7 @@ def drawn(ladder_study, ladder_analysis, tmp_path_factory) -> Path:
 
 def words(svg: Path) -> set[str]:
     """The texts in a figure; matplotlib keeps each as a comment beside its outlines."""
-    return {text.strip() for text in re.findall(r"<!--(.*?)-->", svg.read_text(), flags=re.DOTALL)}
+    return {unescape(text).strip() for text in re.findall(r"<!--(.*?)-->", svg.read_text(), flags=re.DOTALL)}
 
 
 def test_every_figure_is_there_one_column_wide_and_twice_the_same(
@@ -139,3 +146,35 @@ def test_round_numbers_are_few_and_inside(low, high, expected) -> None:
 
 def test_numbers_on_axes() -> None:
     assert [plain(value) for value in (0.002, 0.5, 1234.0, 1e-6, 3e7)] == ["0.002", "0.5", "1,234", "10⁻⁶", "3·10⁷"]
+
+
+@pytest.mark.parametrize("names", [ODD_NAMES[:6], ODD_NAMES[6:12], (*ODD_NAMES[12:], *ODD_NAMES[:3])])
+def test_names_are_drawn_as_they_are_spelled(names, ladder_runs, ladder_study, ladder_analysis, tmp_path) -> None:
+    """The models of a ladder and its runs, called something odd."""
+    called = dict(zip(SIZES, names, strict=True))
+
+    def renamed(each):
+        return replace(each, run=f"{called[each.model]} {each.run}", model=called[each.model])
+
+    curves, observations = ([*map(renamed, each)] for each in (ladder_study.curves, ladder_study.observations))
+    sizes = tuple(replace(size, model=called[size.model]) for size in ladder_analysis.breakdown.sizes)
+    analysis = replace(
+        ladder_analysis,
+        observations=tuple(observations),
+        breakdown=replace(ladder_analysis.breakdown, sizes=sizes),
+        frontier=tuple(map(renamed, ladder_analysis.frontier)),
+        frontier_annealed=tuple(map(renamed, ladder_analysis.frontier_annealed)),
+    )
+    study = replace(ladder_study, curves=curves, observations=observations)
+    assert list(draw_figures(study, analysis, tmp_path)) == list(FIGURES)
+    runs = [
+        replace(run, name=name, config=run.config | {"model": {"name": name}})
+        for name, run in zip(names[:2], find_runs([ladder_runs / "nano", ladder_runs / "micro"]), strict=True)
+    ]
+    draw_loss_against_compute(runs, tmp_path / "runs.svg")
+    page = report(analysis, [])
+    for name in names:
+        shown = label(name).strip("\u200b ")
+        for figure in ("learning_curves", "parts", *(["runs"] if name in names[:2] else [])):
+            assert any(shown in text for text in words(tmp_path / f"{figure}.svg")), (name, figure)
+        assert escaped(name).replace("|", "\\|") in page

@@ -8,16 +8,15 @@ from pathlib import Path
 from textwrap import fill
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
+from hpcm_scale.drawing import label, new_figure, save
 from hpcm_scale.evaluation.curves import Curve
-from hpcm_scale.evaluation.rate_distortion_plot import draw_curve, dress, styles
+from hpcm_scale.evaluation.rate_distortion_plot import draw_curve, dress, legend, styles
 from hpcm_scale.evaluation.task.bd_rates import qualities
 from hpcm_scale.evaluation.task.metrics import Metric, TaskMeasure
 from hpcm_scale.evaluation.task.sections import Section, TaskResults, trained_on
-from hpcm_scale.files import whole_file
 
 COLUMNS = 4
 """Panels beside each other, at most: what one receiver with classes is measured in."""
@@ -37,23 +36,24 @@ def draw_tasks(results: TaskResults, path: str | Path) -> None:
     panels = [(*each, metric) for each in results.measured for metric in each[1].compared()]
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1 + 4.6 * columns, 1.2 + 4.3 * rows), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    handles: dict[str, Line2D] = {}
-    for axes, (section, measure, metric) in zip(places, panels, strict=False):
-        _draw_panel(axes, section, measure, metric)
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, copy(handle)).set_markerfacecolor(handle.get_color())  # filled
-    for axes in places[len(panels) :]:
-        axes.set_visible(False)
-    hollow = any(trained_on(curve, each.receiver) for section, each in results.measured for curve in _curves(section))
-    note = "; hollow markers: trained on the receiver of the panel" if hollow else ""
-    figure.suptitle(f"Rate and task quality: more is better{note}", fontweight="bold")
-    columns = min(len(handles), 2 * columns)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format=Path(path).suffix[1:])
+    size = (1 + 4.6 * columns, 1.2 + 4.3 * rows)
+    with new_figure(figsize=size, dpi=120, layout="constrained") as figure:
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        places = list(figure.subplots(rows, columns, squeeze=False).flat)
+        handles: dict[str, Line2D] = {}
+        for axes, (section, measure, metric) in zip(places, panels, strict=False):
+            _draw_panel(axes, section, measure, metric)
+            for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(text, copy(handle)).set_markerfacecolor(handle.get_color())  # filled
+        for axes in places[len(panels) :]:
+            axes.set_visible(False)
+        hollow = any(
+            trained_on(curve, each.receiver) for section, each in results.measured for curve in _curves(section)
+        )
+        note = "; hollow markers: trained on the receiver of the panel" if hollow else ""
+        figure.suptitle(f"Rate and task quality: more is better{note}", fontweight="bold")
+        legend(figure, [*handles.values()], [*handles])
+        save(figure, path)
 
 
 def _draw_panel(axes: Axes, section: Section, measure: TaskMeasure, metric: Metric) -> None:
@@ -70,8 +70,8 @@ def _draw_panel(axes: Axes, section: Section, measure: TaskMeasure, metric: Metr
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     seen = [curve.label for curve in curves if trained_on(curve, measure.receiver)]
-    known = f"seen in training by {', '.join(seen)}" if seen else "unseen in training"
-    lines = (f"{measure.receiver}: {known}", section.results.title)
+    known = f"seen in training by {', '.join(map(label, seen))}" if seen else "unseen in training"
+    lines = (f"{label(measure.receiver)}: {known}", label(section.results.title))
     axes.set_title("\n".join(fill(line, WIDTH) for line in lines), fontsize=10)
 
 

@@ -12,6 +12,7 @@ from hpcm_scale.evaluation.tables import markdown_table, measured_on, narrow_tab
 from hpcm_scale.evaluation.task.bd_rates import HOW, TaskComparison, task_bd_rates
 from hpcm_scale.evaluation.task.metrics import Metric, TaskMeasure
 from hpcm_scale.evaluation.task.sections import Section, TaskResults, trained_on, trainings
+from hpcm_scale.markdown import escaped
 
 RATES = (
     "Each image was coded to the bytes of a real file, headers included, and what was measured was decoded from these "
@@ -30,16 +31,16 @@ def task_markdown(results: TaskResults) -> str:
     metrics = list(dict.fromkeys(metric for _, measure in results.measured for metric in measure.metrics))
     lines = ["# Task quality", RATES, HOW, "\n".join(map(_explained, metrics)), COSTS]
     for section, measure in results.measured:
-        lines.append(f"## {section.results.title}: {measure.task}, {measure.receiver}")
-        lines += _notes(section, measure)
+        lines.append(f"## {escaped(section.results.title)}: {measure.task}, {escaped(measure.receiver)}")
+        lines += map(escaped, _notes(section, measure))
         lines.append(markdown_table(task_rows(section, measure, results.parameters)))
         comparisons = list(task_bd_rates(section, measure))
         if rows := bd_rate_rows(comparisons):
             lines += ["BD-rates of our curves against the anchors in the columns:", markdown_table(rows)]
         if remarks := _remarks(comparisons):
-            lines.append("\n".join(f"- {remark}" for remark in remarks))
+            lines.append("\n".join(f"- {escaped(remark)}" for remark in remarks))
     codecs = {curve.label: curve.codec for section in results.sections for curve in section.results.curves}
-    lines += ["## Codecs", "\n".join(f"- **{label}**: {codec}" for label, codec in codecs.items())]
+    lines += ["## Codecs", "\n".join(f"- **{escaped(label)}**: {escaped(codec)}" for label, codec in codecs.items())]
     return "\n\n".join([*lines, measured_on(results.machine)]) + "\n"
 
 

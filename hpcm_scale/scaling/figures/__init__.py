@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcm_scale.drawing import save
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures import (
     isoflop,
@@ -13,7 +14,7 @@ from hpcm_scale.scaling.figures import (
     parts,
     residuals,
 )
-from hpcm_scale.scaling.figures.style import paper, save
+from hpcm_scale.scaling.figures.style import paper
 from hpcm_scale.scaling.observations import Study
 from hpcm_scale.tracking.progress import progress
 

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hpcm_scale.drawing import label
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures.style import SHORT_COMPUTE, calm, column, log_axis, loss_label, ribbon, size_styles
 from hpcm_scale.scaling.laws.law import Law
@@ -50,7 +51,8 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
     handles = []
     for model in sorted(sizes, key=sizes.__getitem__):
         colour, mark = styles[model]
-        handles += axes.plot([], [], color=colour, marker=mark, markersize=4, label=f"{model} ({count(sizes[model])})")
+        text = f"{label(model)} ({count(sizes[model])})"
+        handles += axes.plot([], [], color=colour, marker=mark, markersize=4, label=text)
     known, _ = axes.get_legend_handles_labels()
     column(figure, [*handles, *[handle for handle in known if handle not in handles]])
     return True

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hpcm_scale.drawing import label, new_figure, save
 from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.facts import learning_rates
-from hpcm_scale.scaling.figures.style import COMPUTE, calm, check_format, colours, number_log, save
+from hpcm_scale.scaling.figures.style import COMPUTE, calm, check_format, colours, number_log
 from hpcm_scale.scaling.runs import Run
 from hpcm_scale.scaling.smoothing import smooth
 from hpcm_scale.scaling.words import LOSSES
@@ -33,14 +34,14 @@ def draw_loss_against_compute(runs: Sequence[Run], path: str | Path) -> None:
     if not runs:
         raise UserError("no run has a training loss yet; wait for the first lines of its journal")
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
     palette = colours(len(runs))
-    ends = [_draw_run(axes, run, colour, len(runs)) for run, colour in zip(runs, palette, strict=True)]
-    _scale(axes)
-    _label_ends(axes, ends, _labels(runs, ends), palette)
-    _explain(figure, axes, runs)
-    save(figure, path)
+    with new_figure(figsize=(8, 5), dpi=150, layout="constrained") as figure:
+        axes = figure.add_subplot()
+        ends = [_draw_run(axes, run, colour, len(runs)) for run, colour in zip(runs, palette, strict=True)]
+        _scale(axes)
+        _label_ends(axes, ends, _labels(runs, ends), palette)
+        _explain(figure, axes, runs)
+        save(figure, path)
 
 
 def _compute_per_step(run: Run) -> float:
@@ -91,12 +92,12 @@ def _labels(runs: Sequence[Run], ends: Sequence[float]) -> list[str]:
     labels = []
     for run, end in zip(runs, ends, strict=True):
         model = run.config["model"]["name"]
-        label = f"{model if times[model] == 1 else run.name}  {end:#.3g}"
+        text = f"{label(model if times[model] == 1 else run.name)}  {end:#.3g}"
         if several_lambdas:
-            label += f"\nλ = {run.config['objective']['lmbda']:g}"
+            text += f"\nλ = {run.config['objective']['lmbda']:g}"
         if not run.finished:
-            label += f"\n{run.step / run.config['train']['steps']:.0%} trained"
-        labels.append(label)
+            text += f"\n{run.step / run.config['train']['steps']:.0%} trained"
+        labels.append(text)
     return labels
 
 
@@ -104,7 +105,7 @@ def _label_ends(axes: Axes, ends: Sequence[float], labels: Sequence[str], colour
     """Write each label right of the axes, at the height its curve ends, pushed apart where they meet."""
     to_fraction = axes.transData + axes.transAxes.inverted()
     centres = np.array([to_fraction.transform((axes.get_xlim()[1], end))[1] for end in ends])
-    lines = np.array([1 + label.count("\n") for label in labels])
+    lines = np.array([1 + text.count("\n") for text in labels])
     line = min(0.048, 1 / lines.sum())  # of the axes' height; smaller type for very many runs
     order = np.argsort(centres, kind="stable")
     for upwards, edge in ((1, 0.0), (-1, 1.0)):
@@ -112,15 +113,15 @@ def _label_ends(axes: Axes, ends: Sequence[float], labels: Sequence[str], colour
             half = upwards * lines[index] * line / 2
             centres[index] = edge + half if upwards * (centres[index] - half - edge) < 0 else centres[index]
             edge = centres[index] + half
-    for label, centre, colour in zip(labels, centres, colours, strict=True):
+    for text, centre, colour in zip(labels, centres, colours, strict=True):
         place = {"xy": (1.015, centre), "xycoords": "axes fraction", "verticalalignment": "center"}
-        axes.annotate(label, **place, color=colour, fontsize=10 * line / 0.048)
+        axes.annotate(text, **place, color=colour, fontsize=10 * line / 0.048)
 
 
 def _explain(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
     models = {run.config["model"]["name"] for run in runs}
     lambdas = sorted({run.config["objective"]["lmbda"] for run in runs})
-    title = f"Loss against compute: {models.pop() if len(models) == 1 else f'{len(models)} models'}"
+    title = f"Loss against compute: {label(models.pop()) if len(models) == 1 else f'{len(models)} models'}"
     title += f", λ = {', '.join(f'{value:g}' for value in lambdas)}"
     axes.set_title(title, loc="left", fontweight="bold", pad=10)
     axes.set_xlabel(COMPUTE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from hpcm_scale.drawing import label
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures.style import COLOURS, calm
 from hpcm_scale.scaling.observations import Study
@@ -31,7 +32,7 @@ def draw(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -
             if share >= 7:
                 axes.text(left[row] + share / 2, row, f"{share:.0f}", ha="center", va="center", fontsize=6.5, bbox=box)
         left += shares
-    axes.set_yticks(range(len(sizes)), [f"{size.model} ({count(size.parameters)})" for size in sizes])
+    axes.set_yticks(range(len(sizes)), [f"{label(size.model)} ({count(size.parameters)})" for size in sizes])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of parameters (%)")

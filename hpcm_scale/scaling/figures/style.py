@@ -16,8 +16,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from hpcm_scale.drawing import new_figure
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import whole_file
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.laws.law import Prediction
 from hpcm_scale.scaling.usable import TRAINING
@@ -52,15 +52,14 @@ _PAPER = {
     "ytick.major.size": 2.5,
     "lines.linewidth": 1.3,
     "lines.markersize": 4,
-    "svg.hashsalt": "hpcm_scale",
 }
 
 
 @contextmanager
 def paper() -> Iterator[Figure]:
     """A figure one column wide, to be given its height, drawn and saved in here."""
-    with matplotlib.rc_context(_PAPER):
-        yield Figure(figsize=(WIDTH, WIDTH), dpi=300, layout="constrained")
+    with new_figure(style=_PAPER, figsize=(WIDTH, WIDTH), dpi=300, layout="constrained") as figure:
+        yield figure
 
 
 def check_format(path: str | Path) -> Path:
@@ -69,13 +68,6 @@ def check_format(path: str | Path) -> Path:
     if path.suffix not in FORMATS:
         raise UserError(f"cannot draw {path.name}; end its name in one of {', '.join(FORMATS)}")
     return path
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the suffix of `path`; the same figure gives the same bytes."""
-    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[path.suffix]
-    with whole_file(path) as unfinished, matplotlib.rc_context({"svg.hashsalt": _PAPER["svg.hashsalt"]}):
-        figure.savefig(unfinished, format=path.suffix[1:], metadata=undated)
 
 
 def colours(number: int) -> list[str]:

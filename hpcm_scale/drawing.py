@@ -1,0 +1,54 @@
+"""Figures in which names are drawn as they are spelled: no text is read as mathematics or TeX."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from hpcm_scale.files import whole_file
+
+_LITERAL = {"text.parse_math": False, "text.usetex": False, "axes.formatter.use_mathtext": False}
+"""Text objects take these when they are made, so ticks that are made on saving need them, too. Logarithmic axes need a
+formatter of their own: matplotlib's writes mathematics, which would be shown as it is."""
+_REPRODUCIBLE = {"svg.hashsalt": "hpcm_scale"}
+_UNDATED = {".svg": {"metadata": {"Date": None}}, ".pdf": {"metadata": {"CreationDate": None}}}
+
+
+@contextmanager
+def new_figure(*, style: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Figure]:
+    """A figure to be drawn and saved (`save`) in here; every figure of the package is made by this function.
+
+    Args:
+        style: further entries of matplotlib's rcParams.
+        options: of `matplotlib.figure.Figure`.
+    """
+    with matplotlib.rc_context({**_REPRODUCIBLE, **(style or {}), **_LITERAL}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # a box is drawn
+        yield Figure(**options)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format of the suffix of `path`, whole or not at all; the same figure gives the same bytes.
+
+    To be called inside the `new_figure` that made it.
+    """
+    suffix = Path(path).suffix.lower()
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format=suffix[1:] or "png", **_UNDATED.get(suffix, {}))
+
+
+def label(name: str, most: int = 44) -> str:
+    """A name as figures show it: one line of at most `most` characters, those at its end where it is longer.
+
+    What cannot be printed becomes a space. matplotlib leaves what begins with an underscore out of legends, so an
+    invisible character (U+200B) stands before it.
+    """
+    shown = "".join(character if character.isprintable() else " " for character in name)
+    shown = shown if len(shown) <= most else "…" + shown[1 - most :]
+    return f"\u200b{shown}" if shown.startswith("_") else shown
