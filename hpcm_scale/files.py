@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.streams import SHOWN, shown
@@ -52,8 +55,8 @@ def write_text(path: str | Path, text: str) -> None:
     were, elsewhere as by `shown`.
     """
     with whole_file(path) as unfinished:
-        json = Path(path).suffix in (".json", ".jsonl")
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace" if json else SHOWN)
+        is_json = Path(path).suffix in (".json", ".jsonl")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace" if is_json else SHOWN)
 
 
 def read_file(path: Path) -> bytes:
@@ -108,6 +111,24 @@ def check_length(path: str | Path) -> None:
 def len_in_bytes(name: str | Path) -> int:
     """How many bytes a name has on disk."""
     return len(os.fsencode(name))
+
+
+def json_text(value: Any, indent: int = 1) -> str:
+    """Plain values as JSON that every reader takes: numbers that are not finite become null, which JSON lacks."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file (`json_text`) atomically."""
+    write_text(path, json_text(value) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_finite, value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fault_campaign.elastic import START, Cell, ElasticCampaign
 from fault_campaign.kills import FAULTS, MOMENTS, Kill, KillCampaign
 from fault_campaign.soak import Soak, Window, flat, growth
 from hpcm_scale.data.processes import available_cores
-from hpcm_scale.files import write_text
+from hpcm_scale.files import write_json, write_text
 
 SAMPLES = 100
 """Of a soak, that are kept in the JSON file."""
@@ -223,7 +223,7 @@ def write(out: Path, part: str, result: dict[str, Any]) -> Path:
     file = out.with_suffix(".json")
     parts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     parts[part] = result
-    write_text(file, json.dumps(parts, indent=1, ensure_ascii=False) + "\n")
+    write_json(file, parts)
     write_text(out.with_suffix(".md"), page(parts))
     return out.with_suffix(".md")
 

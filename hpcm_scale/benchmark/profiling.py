@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from hpcm_scale.benchmark.kinds import KINDS, seconds_by_kind
 from hpcm_scale.benchmark.paired import timed
 from hpcm_scale.benchmark.step import Step
-from hpcm_scale.scaling.figures.style import COLOURS, calm, paper, save
+from hpcm_scale.drawing import save
+from hpcm_scale.scaling.figures.style import COLOURS, calm, paper
 
 SMALLEST = 0.002
 """Share of the longest step below which a kind is not drawn."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from hpcm_scale.benchmark.paired import Spread
-from hpcm_scale.files import write_text, writing
+from hpcm_scale.files import write_json, write_text, writing
 from hpcm_scale.markdown import markdown_table
 
 WIDTH_OF_A_PIPE = 200
@@ -82,7 +81,7 @@ def write(report: Report, folder: str | Path) -> list[Path]:
     paths = [Path(folder) / f"{report.name}{suffix}" for suffix in (".json", ".md")]
     content = {"benchmark": report.name, "machine": report.machine, **report.results}
     with writing(folder):
-        write_text(paths[0], json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(paths[0], content)
         write_text(paths[1], markdown(report))
     return paths
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import write_text, writing
+from hpcm_scale.files import write_json, writing
 from hpcm_scale.scaling import samples
 from hpcm_scale.scaling.breakdown import Breakdown, breakdown
 from hpcm_scale.scaling.frontier import FrontierPoint, frontier
@@ -209,13 +209,12 @@ def _rate_gains(
 
 
 def write_laws(analysis: Analysis, path: str | Path) -> None:
-    """Write laws.json atomically: full precision, no date and no path of this machine.
+    """Write laws.json atomically: full precision, no date and no path of this machine; null where nothing is known.
 
     Raises UserError if it cannot be written.
     """
-    text = json.dumps({"format": FORMAT} | to_plain(analysis), indent=1, ensure_ascii=False, allow_nan=False)
     with writing(path):
-        write_text(path, text + "\n")
+        write_json(path, {"format": FORMAT} | to_plain(analysis))
 
 
 def read_laws(path: str | Path) -> Analysis:

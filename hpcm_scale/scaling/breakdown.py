@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcm_scale.scaling.laws.points import Points
+from hpcm_scale.scaling.laws.points import CannotFit, Points
 from hpcm_scale.scaling.laws.power_law import fit_power_law
 from hpcm_scale.scaling.observations import Observation
 
@@ -48,7 +48,7 @@ class Breakdown:
     sizes: tuple[SizeParts, ...]
     """Ascending in parameters."""
     exponents: dict[str, PartExponent]
-    """By part; a part that has one size throughout has none."""
+    """By part; a part that has one size throughout has none, and none has any where the losses are all equal."""
     caveat: str
 
 
@@ -78,8 +78,9 @@ def _exponent(table: Sequence[SizeParts], part: str) -> PartExponent | None:
     if min(counts) <= 0 or len(set(counts)) < 2:
         return None
     points = Points.bare([size.loss for size in table], part, N=counts)
-    if points.different("N") < 2:
+    try:
+        law = fit_power_law(points)
+    except CannotFit:
         return None
-    law = fit_power_law(points)
     error = law.standard_errors["alpha"] if law.standard_errors else None
     return PartExponent(law.parameters["alpha"], error, law.r)

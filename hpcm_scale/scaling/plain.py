@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -17,7 +18,7 @@ def from_plain(kind: type[T], value: Any) -> T:
     """The value of type `kind` that was made plain and went through JSON.
 
     Knows dataclasses, tuples, dictionaries, optional values and JSON's own types. Raises TypeError for a value of
-    another type, and KeyError for a missing field.
+    another type, and KeyError for a missing field. A number that is null was not finite, and becomes NaN.
     """
     if is_dataclass(kind):
         hints = get_type_hints(kind)
@@ -34,6 +35,8 @@ def from_plain(kind: type[T], value: Any) -> T:
         return tuple(from_plain(each, item) for each, item in zip(kinds, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {key: from_plain(inner[1], item) for key, item in value.items()}
+    if kind is float and value is None:
+        return math.nan
     if origin is None and (isinstance(value, kind) or (kind is float and type(value) is int)):
         return kind(value)
     raise TypeError(f"{value!r} is no {kind}")

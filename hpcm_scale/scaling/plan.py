@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from hpcm_scale.config.checks import check, side_multiple
 from hpcm_scale.config.compose import compose, compose_model, preset_names
 from hpcm_scale.config.schema import IMAGES
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import json_text
 from hpcm_scale.limits import BUDGET, CONFIDENCE, COUNT, CROP, UTILISATION, check_numbers, number
 from hpcm_scale.model.ladder import LARGEST, SMALLEST, size_name, sized
 from hpcm_scale.model.shapes import forward_flops_per_image, on_meta, parameter_count
@@ -111,7 +111,7 @@ class Plan:
 
     def to_json(self) -> str:
         """All of it, for machines."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False, ensure_ascii=False)
+        return json_text(asdict(self), indent=2)
 
 
 @dataclass(frozen=True)

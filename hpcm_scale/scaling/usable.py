@@ -39,7 +39,10 @@ def usable_lines(run: Run, metric: str) -> Lines:
         missing = {EVALUATION: "it has no evaluation yet", TRAINING: "it has no training line"}
         raise LeftOut(missing.get(metric, f"it has no {metric}"))
     if metric == TRAINING and rows.size < SHORTEST:
-        raise LeftOut(f"{rows.size} training lines are too few to smooth; {SHORTEST} are needed")
+        lines = "1 training line is" if rows.size == 1 else f"{rows.size} training lines are"
+        every = (run.config.get("log") or {}).get("every")
+        often = "" if every == 1 else ", or with a lower log.every" + (f" (it is {every})" if every else "")
+        raise LeftOut(f"{lines} too few to smooth; {SHORTEST} are needed: train longer{often}")
     lines = Lines(*(records.column(key)[rows] for key in ("step", "compute/pflops", "train/images", metric)))
     stuck = np.flatnonzero(~((np.diff(lines.pflops) > 0) & (np.diff(lines.images) > 0)))
     if stuck.size:

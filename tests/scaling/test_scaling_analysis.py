@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,14 @@ from law_surfaces import AMOUNTS, SIZES, joint_surface, ladder, study_of, traini
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.analysis import FILE_NAME, FORMAT, analyse, read_laws, write_laws
+from hpcm_scale.scaling.figures import draw_figures
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.observations import study
+from hpcm_scale.scaling.plan import Setting, make_plan
+from hpcm_scale.scaling.report import report
 from hpcm_scale.scaling.runs import find_runs
+from hpcm_scale.scaling.summary import print_summary
+from hpcm_scale.scaling.verdict import headline
 
 NAMES = {
     *(f"{kind}_of_{of}" for kind in ("power_law", "floor") for of in ("parameters", "compute", "compute_whole")),
@@ -159,3 +165,54 @@ def test_numbers_are_pythons_own(analysis):
 
     for law in analysis.laws.values():
         walk(law.to_dict())
+
+
+def equal(observations, loss: float = 1.2345678901):
+    return [replace(each, loss=loss) for each in observations]
+
+
+DEGENERATE = {
+    "all losses equal": equal(ladder()),
+    "two sizes": equal(ladder(sizes=SIZES[:2])),
+    "two runs": equal(ladder(sizes=SIZES[:2], amounts=AMOUNTS[:1])),
+    "one amount of data": equal(ladder(amounts=AMOUNTS[:1])),
+    "seeds": equal(ladder(seeds=2)),
+    "not annealed": [replace(each, annealed=False) for each in equal(ladder())],
+    "equal for each amount": [replace(each, loss=float(joint_surface(1e6, each.pixels))) for each in ladder()],
+    "equal for each size": [replace(each, loss=float(joint_surface(each.parameters, 1e9))) for each in ladder()],
+    "one differs": [replace(each, loss=1.0 + (index == 4)) for index, each in enumerate(ladder())],
+    "one size": equal(ladder(sizes=SIZES[:1])),
+    "one training": [replace(equal(ladder())[0], run=f"run {index}", seed=index) for index in range(3)],
+    "equal compute": [replace(each, pflops=1.0) for each in ladder()],
+    "rising": [replace(each, loss=1 / each.loss) for each in ladder()],
+    "tiny": [replace(each, loss=1e-300 * each.loss) for each in ladder()],
+    "huge": [replace(each, loss=1e300 * each.loss) for each in ladder()],
+    "no finite measures": [replace(each, psnr=float("nan"), bpp=float("inf")) for each in ladder()],
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("runs", DEGENERATE.values(), ids=[*DEGENERATE])
+def test_degenerate_runs_give_whole_results(runs, tmp_path):
+    """Figures, report and a laws.json that every reader of JSON takes; what no law follows from is said."""
+    study = study_of(runs)
+    found = analyse(study, bootstrap=2)
+    assert set(found.laws) | set(found.refused) == NAMES
+    write_laws(found, tmp_path / FILE_NAME)
+    json.loads((tmp_path / FILE_NAME).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    again = read_laws(tmp_path)
+    assert set(again.laws) == set(found.laws)
+    draw_figures(study, found, tmp_path / "figures")
+    assert report(found, [])
+    print_summary(found)
+    for asked in ({"pflops": 1.0}, {"target_loss": 1.1}):
+        with suppress(UserError):
+            json.loads(make_plan(again, Setting(), **asked).to_json(), parse_constant=pytest.fail)
+
+
+def test_equal_losses_are_told_as_such():
+    found = analyse(study_of(DEGENERATE["all losses equal"]))
+    assert set(found.laws) == {*()}
+    assert found.refused["power_law_of_parameters"].endswith("are equal, so they say nothing of N")
+    assert found.refused["joint"].endswith("are equal, so they say nothing of N or D")
+    assert "carry no law of parameters: all losses among" in headline(found)

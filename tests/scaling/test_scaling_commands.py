@@ -104,3 +104,26 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, reason, tmp_path, mo
     before = files(tmp_path)
     assert reason in mistake(capsys, *arguments)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("loss", [1.25, 0.0, -1.0, None])
+def test_runs_whose_losses_are_all_the_same_are_drawn_and_fitted(tmp_path, capsys, loss) -> None:
+    for model in ("nano", "micro", "mini"):
+        journal = write_run(tmp_path / "runs" / model, model, 100, decay=0.2) / "metrics.jsonl"
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        lines = [line | {key: loss for key in line if key.endswith("/loss")} for line in lines]
+        journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fit = ["fit", str(tmp_path / "runs"), "--out", str(tmp_path / "fit")]
+    curves = ["curves", str(tmp_path / "runs"), "--out", str(tmp_path / "curves.png")]
+    if loss == 1.25:
+        main(fit)
+        assert "are equal, so they say nothing of N" in " ".join(capsys.readouterr().out.split())
+        laws = json.loads((tmp_path / "fit" / "laws.json").read_text(), parse_constant=pytest.fail)
+        assert laws["laws"] == {} and "are equal" in (tmp_path / "fit" / "report.md").read_text()
+    else:
+        assert "no run can be used: " in mistake(capsys, *fit)
+    if loss is None:
+        assert "no run has a training loss" in mistake(capsys, *curves)
+    else:
+        main(curves)
+        assert (tmp_path / "curves.png").is_file()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,15 @@ def test_training_lines_may_be_too_few(tmp_path: Path) -> None:
     write(tmp_path / "long", journal(range(1, 21)))
     told = study(find_runs([tmp_path]), metric="train/loss")
     assert [seen.run for seen in told.observations] == ["long"]
-    assert told.left_out == ["short is left out: 19 training lines are too few to smooth; 20 are needed"]
+    assert told.left_out == ["short is left out: 19 training lines are too few to smooth; 20 are needed: train longer"]
+
+
+@pytest.mark.parametrize(("every", "told"), [(1, "longer"), (100, "longer, or with a lower log.every (it is 100)")])
+def test_too_few_training_lines_name_what_to_change(tmp_path: Path, every: int, told: str) -> None:
+    write(tmp_path / "short", journal(range(1, 2)), f"log.every={every}")
+    sentence = f"1 training line is too few to smooth; 20 are needed: train {told}"
+    with pytest.raises(UserError, match=re.escape(sentence) + "$"):
+        study(find_runs([tmp_path]), metric="train/loss")
 
 
 def test_the_metric_is_what_every_run_has(tmp_path: Path) -> None:

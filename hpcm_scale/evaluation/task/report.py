@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -14,7 +13,7 @@ from hpcm_scale.evaluation.tables import COLUMNS
 from hpcm_scale.evaluation.task.bd_rates import TaskComparison, task_bd_rates
 from hpcm_scale.evaluation.task.metrics import TaskMeasure
 from hpcm_scale.evaluation.task.sections import Section, TaskResults, trained_on
-from hpcm_scale.files import write_text
+from hpcm_scale.files import write_json
 
 FORMAT = "hpcm_scale task evaluation 1"
 """Of task.json."""
@@ -23,8 +22,7 @@ FORMAT = "hpcm_scale task evaluation 1"
 def write_task_json(results: TaskResults, path: str | Path) -> None:
     """Write task.json: everything that was measured, and the BD-rates."""
     sections = [_section(section, results) for section in results.sections if section.results.curves]
-    whole = {"format": FORMAT, "sections": sections, "machine": results.machine}
-    write_text(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, {"format": FORMAT, "sections": sections, "machine": results.machine})
 
 
 def task_csv(results: TaskResults) -> str:

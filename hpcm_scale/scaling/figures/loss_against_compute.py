@@ -77,10 +77,10 @@ def _scale(axes: Axes) -> None:
     """Logarithmic axes where the data span enough, with round numbers on them."""
     drawn = np.concatenate([line.get_xydata() for line in axes.lines])
     low, high = drawn.min(axis=0), drawn.max(axis=0)
-    if high[0] > 10 * low[0]:
+    if high[0] > 10 * low[0] > 0:
         axes.set_xscale("log")
         number_log(axes.xaxis, (1, 2, 5) if high[0] < 500 * low[0] else (1,))
-    if high[1] > 4 * low[1]:
+    if high[1] > 4 * low[1] > 0:
         axes.set_yscale("log")
         number_log(axes.yaxis, (1, 1.5, 2, 3, 5, 7) if high[1] < 10 * low[1] else (1, 2, 5))
 

@@ -27,13 +27,14 @@ def fit_floor(points: Points) -> Law:
         points: of one variable, N or C.
 
     Raises:
-        CannotFit: fewer than `FEWEST` different x.
+        CannotFit: fewer than `FEWEST` different x, or losses that are all equal.
     """
     ((variable, _),) = points.variables.items()
     different = points.different(variable)
     if different < FEWEST:
         there = f"there are {different}{points.origin}"
         raise CannotFit(f"a floor needs {FEWEST} different {variable} at least, and {there}")
+    points.require_different_losses()
     warnings = list(points.warnings)
     if different < ENOUGH:
         warnings.append(

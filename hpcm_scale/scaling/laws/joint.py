@@ -24,7 +24,8 @@ def fit_joint(points: Points, delta: float = HUBER) -> Law:
         delta: Huber's threshold; the objective is summed over the points.
 
     Raises:
-        CannotFit: fewer than `FEWEST` sizes or amounts of data, or fewer than five points.
+        CannotFit: fewer than `FEWEST` sizes or amounts of data, fewer than five points, or losses that are all
+            equal.
     """
     sizes, amounts = points.different("N"), points.different("D")
     if min(sizes, amounts) < FEWEST or len(points) < PARAMETERS:
@@ -32,6 +33,7 @@ def fit_joint(points: Points, delta: float = HUBER) -> Law:
             f"the joint law needs {FEWEST} sizes, {FEWEST} amounts of training data and {PARAMETERS} trainings; "
             f"there are {sizes}, {amounts} and {len(points)}"
         )
+    points.require_different_losses()
     warnings = list(points.warnings)
     for count, what in ((sizes, "sizes"), (amounts, "amounts of training data")):
         if count < ENOUGH:

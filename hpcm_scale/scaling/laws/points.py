@@ -60,6 +60,11 @@ class Points:
         steps = np.diff(np.sort(np.log(self.variables[variable])))
         return 1 + int(np.sum(steps > tolerance)) if len(self) else 0
 
+    def require_different_losses(self) -> None:
+        """Raise CannotFit where all losses are equal: no exponent, error or correlation follows from them."""
+        if np.ptp(self.loss) == 0:
+            raise CannotFit(f"all losses{self.origin} are equal, so they say nothing of {' or '.join(self.variables)}")
+
     @property
     def origin(self) -> str:
         """Ends a sentence on how many there are: " among …", or nothing for bare numbers."""

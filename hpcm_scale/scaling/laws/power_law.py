@@ -20,12 +20,13 @@ def fit_power_law(points: Points) -> Law:
         points: of one variable, N or C.
 
     Raises:
-        CannotFit: fewer than two different x.
+        CannotFit: fewer than two different x, or losses that are all equal.
     """
     ((variable, x),) = points.variables.items()
     if points.different(variable) < 2:
         there = f"there is {min(len(points), 1)}{points.origin}"
         raise CannotFit(f"a power law needs two different {variable}, and {there}")
+    points.require_different_losses()
     line = stats.linregress(np.log(x), np.log(points.loss))
     amplitude, alpha = float(np.exp(line.intercept)), -float(line.slope)
     residuals = np.log(points.loss) - (line.intercept + line.slope * np.log(x))
@@ -39,8 +40,8 @@ def fit_power_law(points: Points) -> Law:
         across = float(np.log(x).mean()) * float(line.stderr) ** 2
         errors = {"A": amplitude * float(line.intercept_stderr), "alpha": float(line.stderr)}
         spread = (
-            (errors["A"] ** 2, amplitude * across),
-            (amplitude * across, errors["alpha"] ** 2),
+            (errors["A"] * errors["A"], amplitude * across),
+            (amplitude * across, errors["alpha"] * errors["alpha"]),
         )
     else:
         warnings.append("two points determine a power law exactly: it has no interval")
