@@ -1,6 +1,8 @@
-"""Command: BD-rates of an evaluation against a published curve or another evaluation."""
+"""Command: BD-rates of an evaluation, or of points that others measured, against such or a published curve."""
 
 from __future__ import annotations
+
+from difflib import get_close_matches
 
 from hpcm_scale.errors import Parser, UserError, one_line
 
@@ -13,7 +15,13 @@ def main() -> None:
         description="How many more or fewer bits a codec takes than the anchor at equal quality, in percent: log "
         "rate over quality, interpolated by pchip, averaged over the qualities that both reach.",
     )
-    parser.add_argument("result", nargs="?", metavar="RESULT", help="what hpcm evaluate wrote, or a shipped curve")
+    parser.add_argument(
+        "result",
+        nargs="?",
+        metavar="RESULT",
+        help="what hpcm evaluate wrote; a shipped curve; or a file of points that others measured: CompressAI's JSON, "
+        "or a CSV file with columns bpp, psnr, ms-ssim (a fraction, or dB where it is above 1)",
+    )
     parser.add_argument("--anchor", metavar="ANCHOR", help="a shipped curve (kodak/vtm-18), or another RESULT")
     parser.add_argument("--metric", choices=("psnr", "ms-ssim"), default="psnr", help="default: %(default)s")
     parser.add_argument("--curve", metavar="NAME", help="only this curve of RESULT; default: all of them")
@@ -32,7 +40,7 @@ def main() -> None:
     curves = _chosen(find_curves(arguments.result), arguments.curve, arguments.result)
     anchors = _chosen(find_curves(arguments.anchor), arguments.anchor_curve, arguments.anchor)
     if len(anchors) > 1:
-        names = ", ".join(curve.name for curve in anchors)
+        names = ", ".join(curve.label for curve in anchors)
         raise UserError(f"{arguments.anchor} has several curves; choose one with --anchor-curve: {names}")
     anchor = anchors[0]
     compared, refused = [], []
@@ -49,11 +57,13 @@ def main() -> None:
 
 
 def _chosen(curves: list, name: str | None, place: str) -> list:
-    """The curve of that name, or all of them."""
-    chosen = [curve for curve in curves if name in (None, curve.name)]
+    """The curve of that name, as files or as tables spell it, or all of them."""
+    chosen = [curve for curve in curves if name in (None, curve.name, curve.label)]
     if not chosen:
-        names = ", ".join(curve.name for curve in curves)
-        raise UserError(f"{place} has no curve {name}; it has {names}" if name else f"{place} has no curves")
+        names = ", ".join(curve.label for curve in curves)
+        near = get_close_matches(name or "", [curve.label for curve in curves], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{place} has no curve {name}; it has {names}{hint}" if name else f"{place} has no curves")
     return chosen
 
 
@@ -64,6 +74,7 @@ def _print_comparisons(compared: list, refused: list, anchor, metric: str) -> No
 
     from hpcm_scale.evaluation.anchors import stated
     from hpcm_scale.evaluation.bd_rate import METRICS, same_images
+    from hpcm_scale.evaluation.points import GIVEN
 
     console = Console(highlight=False, markup=False, emoji=False)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
@@ -73,16 +84,19 @@ def _print_comparisons(compared: list, refused: list, anchor, metric: str) -> No
         table.add_column(heading, justify="right", no_wrap=True)
     for curve, found in compared:
         shared = (f"{found.low:.2f}–{found.high:.2f}", f"{found.share_of_curve:.0%}", f"{found.share_of_anchor:.0%}")
-        table.add_row(curve.name, curve.rate, *shared, f"{found.bd_rate:+.2f}%")
-    console.print(f"BD-rate by {METRICS[metric].name} against {anchor.name} ({anchor.codec}; rate {anchor.rate})")
+        table.add_row(curve.label, curve.rate, *shared, f"{found.bd_rate:+.2f}%")
+    console.print(f"BD-rate by {METRICS[metric].name} against {anchor.label} ({anchor.codec}; rate {anchor.rate})")
     console.print(table)
     console.print("Negative: fewer bits than the anchor at equal quality, over the dB that both curves reach.")
     for error in refused:
         console.print(f"Left out: {error}.")
-    checked = same_images(compared[0][0], anchor)
-    if not checked:
-        unnamed = next(each for each in (compared[0][0], anchor) if each.set is None)
-        console.print(f"The image set was not checked: {unnamed.name} names none (hpcm evaluate --set does).")
+    curve = compared[0][0]
+    checked = same_images(curve, anchor)
+    if unknown := [each.label for each in (curve, anchor) if each.rate == GIVEN]:
+        console.print(f"Image set not known: {' and '.join(unknown)}; rates of different images do not compare.")
+    elif not checked:
+        unnamed = next(each for each in (curve, anchor) if each.set is None)
+        console.print(f"The image set was not checked: {unnamed.label} names none (hpcm evaluate --set does).")
     if checked and metric == "psnr" and anchor.recommended:
         papers = ", ".join(f"{each.codec} {each.bd_rate[anchor.set]:+.2f}%" for each in stated())
         console.print(f"The papers state, on {anchor.set} against {stated()[0].against}: {papers}.")

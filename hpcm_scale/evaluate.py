@@ -12,6 +12,7 @@ from hpcm_scale.limits import COUNT, QUALITY, Range
 
 OUTPUTS = ("evaluation.json", "images.csv", "evaluation.md", "rate_distortion.png")
 CROPS = "visual.png"
+METRICS = ("psnr", "ms-ssim")
 TASKS = ("agreement", "text")
 TASK_OUTPUTS = ("task.json", "task.csv", "task.md", "task.png")
 
@@ -51,7 +52,8 @@ def main() -> None:
     for section in sections:
         section.look_at_originals()
         crops = chosen if section is photos else None
-        for _ in section.code(models, others, device=device, estimate=arguments.estimate, crops=crops):
+        options = {"estimate": arguments.estimate, "metrics": arguments.metrics}
+        for _ in section.code(models, others, device=device, crops=crops, **options):
             if arguments.out:  # what is measured is kept, whatever the next codec does
                 _write(photos, chosen, tasks, Path(arguments.out))
     console = Console(markup=False, emoji=False, highlight=False)  # names of images are no markup
@@ -126,6 +128,21 @@ def _parser() -> Parser:
         help="other codecs for the same images: any of jpeg, webp, avif, jxl, hevc, vvc",
     )
     parser.add_argument(
+        "--points",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="rate-distortion points that others measured, drawn and listed beside ours: CompressAI's JSON, a CSV file "
+        "with columns bpp, psnr, ms-ssim, another --out, or a curve that hpcm bd-rate --list names",
+    )
+    parser.add_argument(
+        "--metrics",
+        type=_names,
+        default=METRICS,
+        metavar="METRIC,…",
+        help=f"what is measured of decoded images: {', '.join(METRICS)}; psnr alone is faster (default: both)",
+    )
+    parser.add_argument(
         "--visual",
         type=Range(least=0, most=100).whole,
         default=3,
@@ -146,7 +163,12 @@ def _refuse(arguments: argparse.Namespace) -> None:
     for task in arguments.task:
         if task not in TASKS:
             raise UserError(f"there is no task {task!r}; choose from {', '.join(TASKS)}")
+    for metric in arguments.metrics:
+        if metric not in METRICS:
+            raise UserError(f"there is no metric {metric!r}; choose from {', '.join(METRICS)}")
     only_text = arguments.task == ["text"]
+    if arguments.points and only_text:
+        raise UserError("--points are drawn beside the rates of photos, and --task text codes none; leave them out")
     if not arguments.images and not only_text:
         raise UserError("name a folder of images with --images; only --task text does without")
     if arguments.task and arguments.estimate:
@@ -175,13 +197,25 @@ def _sections(arguments: argparse.Namespace, device):
     receivers = task_receivers(arguments.task, arguments.receivers)
     photos, texts, only_text = None, [], arguments.task == ["text"]
     if not only_text:
+        given = _given(arguments)
         images = _images(arguments)
-        results = Results(arguments.images, arguments.set, len(images), [], machine())
+        results = Results(arguments.images, arguments.set, len(images), [], machine(), given)
         photos = photo_section(images, results, receivers.get("agreement", ()), device)
     if "text" in arguments.task:
         sets = (arguments.images, only_text and arguments.images, arguments.text_pictures, arguments.limit)
         texts = text_sections(*sets, receivers["text"], device, machine())
     return photos, texts
+
+
+def _given(arguments: argparse.Namespace) -> tuple:
+    """The curves of --points, none of which is known to be of other images."""
+    from hpcm_scale.evaluation.anchors import find_curves
+
+    curves = tuple(curve for place in arguments.points for curve in find_curves(place))
+    for curve in curves:
+        if arguments.set and curve.set not in (None, arguments.set):
+            raise UserError(f"--points {curve.name} are of {curve.set}, not of {arguments.set}; leave them out")
+    return curves
 
 
 def _images(arguments: argparse.Namespace):
@@ -190,6 +224,7 @@ def _images(arguments: argparse.Namespace):
     from hpcm_scale.evaluation.image_sets import check_set
     from hpcm_scale.evaluation.task.agreement import MEND
     from hpcm_scale.machine.extractor import check_size
+    from hpcm_scale.objective.ms_ssim import too_small
     from hpcm_scale.tracking.progress import progress
 
     images = ImageSet(arguments.images, arguments.limit)
@@ -198,6 +233,8 @@ def _images(arguments: argparse.Namespace):
         return images
     for index in progress(range(len(images)), description="reading", unit="image"):
         pixels = images.load(index)  # a broken one would be refused late
+        if "psnr" not in arguments.metrics and too_small(pixels):
+            raise UserError(f"{images.names[index]} is too small for MS-SSIM; add psnr to --metrics, or leave it out")
         if "agreement" in arguments.task:
             check_size(pixels.shape[1:], images.names[index], MEND)
     return images

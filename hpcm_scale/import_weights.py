@@ -18,8 +18,8 @@ def main() -> None:
     parser = Parser(
         prog="hpcm import",
         description="Weights for use from a checkpoint of github.com/lyq133/LIC-HPCM: HPCM_Base (68m), "
-        "HPCM_Base_PhiContext (64m_phi), HPCM_Large (90m) or HPCM_1B (1b). Only tensors are read from the file; "
-        "no code in it is run.",
+        "HPCM_Base_PhiContext (64m_phi), HPCM_Large (90m) or HPCM_1B (1b, λ = 0.0483). Only tensors are read from the "
+        "file; no code in it is run.",
     )
     parser.add_argument("checkpoint", metavar="FILE.pth.tar", help="the file as the authors publish it")
     parser.add_argument("--preset", required=True, choices=PUBLISHED, help="which model it is")

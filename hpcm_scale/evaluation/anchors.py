@@ -1,9 +1,10 @@
-"""Curves to compare: those that ship with the package, and those of an evaluation."""
+"""Curves to compare: those that ship with the package, of an evaluation, or of a file of points."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,6 +13,7 @@ from typing import Any
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import RateCurve
+from hpcm_scale.evaluation.points import csv_curve, json_curves, read_json, read_text
 
 FORMAT = "hpcm_scale evaluation 1"
 """Of evaluation.json."""
@@ -40,9 +42,9 @@ def stated() -> list[Stated]:
 
 
 def find_curves(name: str) -> list[RateCurve]:
-    """The shipped curve of that name, or else the curves of that result of `hpcm evaluate`.
+    """The shipped curve of that name, or else the curves in that file or folder (`read_curves`).
 
-    `name` may be the result's folder or its evaluation.json. Raises UserError if it is none of these.
+    Raises UserError if there is neither.
     """
     if name in shipped():
         return [shipped()[name]]
@@ -50,16 +52,27 @@ def find_curves(name: str) -> list[RateCurve]:
         return read_curves(name)
     near = difflib.get_close_matches(name, shipped(), n=1)
     hint = f"did you mean {near[0]}?" if near else "--list shows the shipped ones."
-    raise UserError(f"there is neither a result of `hpcm evaluate` nor a shipped curve {name}; {hint}")
+    raise UserError(f"there is neither a file or folder nor a shipped curve {name}; {hint}")
 
 
 def read_curves(path: str | Path) -> list[RateCurve]:
-    """The curves of a result of `hpcm evaluate`: its folder, or the evaluation.json in it (`results.write_json`).
+    """The curves of a result of `hpcm evaluate` (its folder, or evaluation.json), or of a file of points (`points`).
 
     Raises UserError if it cannot be read, or is of another kind.
     """
     path = Path(path)
-    file = path / "evaluation.json" if path.is_dir() else path
+    if path.is_dir():
+        return _evaluated(path / "evaluation.json")
+    text = read_text(path)
+    value = read_json(text, path)
+    if isinstance(value, dict) and "format" in value:
+        if not str(value["format"]).startswith(FORMAT.rstrip("0123456789")):
+            raise UserError(f"{path} holds no rate-distortion points, but {value['format']}; name an evaluation.json")
+        return _evaluated(path)
+    return [csv_curve(text, path)] if value is None else json_curves(value, path)
+
+
+def _evaluated(file: Path) -> list[RateCurve]:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["format"] != FORMAT:
@@ -74,14 +87,14 @@ def read_curves(path: str | Path) -> list[RateCurve]:
 def _measured(entry: dict[str, Any], image_set: str | None, source: str) -> RateCurve:
     points = entry["points"]
     means = [point["mean"] for point in points]
-    similarity = [mean["ms_ssim"] for mean in means]
+    psnr, similarity = ([mean[key] for mean in means] for key in ("psnr", "ms_ssim"))
     return RateCurve(
         name=entry["name"],
         codec=entry["codec"],
         source=source,
         rate=entry["rate"],
-        bpp=tuple(float(mean["bpp"]) for mean in means),
-        psnr=tuple(float(mean["psnr"]) for mean in means),
+        bpp=tuple(math.nan if mean["bpp"] is None else float(mean["bpp"]) for mean in means),
+        psnr=None if None in psnr else tuple(map(float, psnr)),
         ms_ssim=None if None in similarity else tuple(map(float, similarity)),
         set=image_set,
         images=tuple((image["name"], image["width"], image["height"]) for image in points[0]["images"]),

@@ -52,18 +52,22 @@ class RateCurve:
     source: str
     """Where it was published, or the file it was read from."""
     rate: str
-    """"published"; or, of an evaluation, "files" or "estimated"."""
+    """"published"; of an evaluation "files" or "estimated"; of a file of points "given"."""
     bpp: tuple[float, ...]
-    psnr: tuple[float, ...]
-    """dB."""
+    psnr: tuple[float, ...] | None
+    """dB; None, as below, where it was not measured."""
     ms_ssim: tuple[float, ...] | None = None
-    """None where it was not measured."""
     set: str | None = None
     """Name of the image set; None if it has none."""
     images: tuple[tuple[str, int, int], ...] | None = None
     """Name, width and height of each; None of a published curve."""
     recommended: bool = False
     """Whether it is the anchor to take for its set."""
+
+    @property
+    def label(self) -> str:
+        """The name as tables and figures show it."""
+        return labelled(self.name, self.codec)
 
     def quality(self, metric: str) -> tuple[float, ...]:
         """The quality of each point in dB: PSNR, or −10·log10(1 − mean MS-SSIM), at most 100.
@@ -72,8 +76,14 @@ class RateCurve:
         """
         values = self.psnr if metric == "psnr" else self.ms_ssim
         if values is None:
-            raise UserError(f"there is no {METRICS[metric].name} of {self.name}; compare by PSNR")
+            other = next(key for key in METRICS if key != metric)
+            raise UserError(f"there is no {METRICS[metric].name} of {self.name}; compare by {METRICS[other].name}")
         return values if metric == "psnr" else tuple(-10 * math.log10(max(1 - value, 1e-10)) for value in values)
+
+
+def labelled(name: str, description: str) -> str:
+    """A codec's name; with the chroma format where its description says that colours are halved."""
+    return f"{name} 4:2:0" if "4:2:0" in description else name
 
 
 @dataclass(frozen=True)
@@ -167,13 +177,13 @@ def _points(line: Line, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{line.name} has the point {_told(unsound[0], scale)}, which cannot be; evaluate it again")
     if len(points) < POINTS:
         count = "1 point" if len(points) == 1 else f"{len(points)} different points"
-        raise UserError(f"{line.name} has {count}, and a BD-rate needs {POINTS}; evaluate at more settings (λ)")
+        raise UserError(f"{line.name} has {count}, and a BD-rate needs {POINTS}; give it more points (settings, λ)")
     falls = [(one, other) for one, other in pairwise(points) if one[0] >= other[0] or one[1] >= other[1]]
     if falls:
         told = ", ".join(f"{_told(one, scale)} before {_told(other, scale)}" for one, other in falls)
         raise UserError(
             f"{line.name} does not rise in both rate and quality ({told}), so it has no BD-rate; "
-            "evaluate without the settings that spend bits for nothing"
+            "leave out the settings that spend bits for nothing"
         )
     rates, qualities = np.array(points).T
     return rates, qualities

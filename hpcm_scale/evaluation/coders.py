@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.schema import Distortion
 from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.evaluation.bd_rate import METRICS
 from hpcm_scale.evaluation.estimate import estimate
 from hpcm_scale.evaluation.measures import Estimated, Measured, measure
 from hpcm_scale.evaluation.other_codecs import OtherCodec
@@ -114,15 +115,15 @@ def code_images(
     *,
     watch: Watcher | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda turns: turns,
+    metrics: Collection[str] = tuple(METRICS),
 ) -> list[Measured]:
-    """Code every image of a set, one after the other, and measure it; in the set's order."""
+    """Code every image of a set, one after the other, and measure it by `metrics`; in the set's order."""
     results = []
     for index in progress(range(len(images))):
         pixels = images.load(index)
         coded = coder(pixels)
-        measured = measure(
-            images.names[index], pixels, coded.decoded, coded.bits, coded.encode_seconds, coded.decode_seconds
-        )
+        seconds = coded.encode_seconds, coded.decode_seconds
+        measured = measure(images.names[index], pixels, coded.decoded, coded.bits, *seconds, metrics)
         if coded.training:
             measured = Estimated(**asdict(measured), **coded.training)
         if watch:

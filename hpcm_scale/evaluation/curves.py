@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from hpcm_scale.coding.quality import byte_of_quality, quality_of_byte
 from hpcm_scale.config.schema import Distortion, ModelConfig, Precision, RateConfig
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.bd_rate import METRICS, labelled
 from hpcm_scale.evaluation.coders import Coder, Watcher, code_images, estimate_coder, file_coder, other_coder
 from hpcm_scale.evaluation.measures import Measured, mean
 from hpcm_scale.evaluation.other_codecs import OtherCodec
@@ -167,12 +168,13 @@ def model_curve(
     device: torch.device,
     estimate: bool,
     watch: Watch | None = None,
+    metrics: Collection[str] = tuple(METRICS),
 ) -> Curve:
     """Code the images with every one of a group of weights (`read_weights`), at all its settings.
 
     Real files are made in fp32; an estimate is made in the precision of the training, so that the numbers of
-    its journal come again. `watch` is asked for a watcher of each setting. The facts of a point tell the λ of its
-    level.
+    its journal come again. `watch` is asked for a watcher of each setting, `metrics` are measured. The facts of a point
+    tell the λ of its level.
     """
     name, config = group[0].curve, group[0].config
     kmac = kmac_per_pixel(forward_flops_per_image(on_meta(config), 256), 256)
@@ -187,7 +189,7 @@ def model_curve(
                 if estimate
                 else file_coder(model, device, setting.level)
             )
-            measured = _coded(coder, images, watch, f"{name} {setting.label}")
+            measured = _coded(coder, images, watch, f"{name} {setting.label}", metrics)
             facts = weights.facts | {"lmbda": setting.lmbda}
             points.append(Point(setting.label, measured, weights.path, facts, kmac))
     return Curve(name, _described(config, device, estimate), ESTIMATED if estimate else FILES, _in_order(points))
@@ -205,25 +207,22 @@ def _described(config: ModelConfig, device: torch.device, estimate: bool) -> str
     return f"HPCM {config.name}, {', '.join(parts)}; {', '.join(versions)}, on {device.type}"
 
 
-def other_curve(codec: OtherCodec, images: ImageSet, watch: Watch | None = None) -> Curve:
+def other_curve(
+    codec: OtherCodec, images: ImageSet, watch: Watch | None = None, metrics: Collection[str] = tuple(METRICS)
+) -> Curve:
     """Code the images with another codec at each of its settings."""
     points = []
     for setting in codec.settings:
         label = codec.label(setting)
         name = f"{labelled(codec.name, codec.description)} {label}"
-        measured = _coded(other_coder(codec, setting), images, watch, name)
+        measured = _coded(other_coder(codec, setting), images, watch, name, metrics)
         points.append(Point(label, measured))
     return Curve(codec.name, codec.description, FILES, _in_order(points))
 
 
-def labelled(name: str, description: str) -> str:
-    """A codec's name; with the chroma format where its description says that colours are halved."""
-    return f"{name} 4:2:0" if "4:2:0" in description else name
-
-
-def _coded(coder: Coder, images: ImageSet, watch: Watch | None, name: str) -> list[Measured]:
+def _coded(coder: Coder, images: ImageSet, watch: Watch | None, name: str, metrics: Collection[str]) -> list[Measured]:
     bar = partial(progress, description=name, unit="image", report=True)
-    return code_images(coder, images, watch=watch and watch(name), progress=bar)
+    return code_images(coder, images, watch=watch and watch(name), progress=bar, metrics=metrics)
 
 
 def _in_order(points: list[Point]) -> list[Point]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
 from hpcm_scale.coding.distortion import peak_signal_to_noise
-from hpcm_scale.objective.ms_ssim import multi_scale_similarity, too_small
+from hpcm_scale.evaluation.bd_rate import METRICS
+from hpcm_scale.evaluation.similarity import similarity
+from hpcm_scale.objective.ms_ssim import too_small
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class Measured:
     bits: float
     """Of the whole file, its header included; or the estimate."""
     bpp: float
-    psnr: float
-    """dB."""
+    psnr: float | None
+    """dB; None where it was not asked for."""
     ms_ssim: float | None
-    """None where the image is too small for it."""
+    """None where it was not asked for, or the image is too small for it."""
     ms_ssim_db: float | None
     """−10·log10(1 − MS-SSIM)."""
     encode_seconds: float | None
@@ -51,19 +54,21 @@ def measure(
     bits: float,
     encode_seconds: float | None = None,
     decode_seconds: float | None = None,
+    metrics: Collection[str] = tuple(METRICS),
 ) -> Measured:
-    """Compare two images, both uint8 (3, H, W); `bits` is what `decoded` was coded with."""
+    """Compare two images, both uint8 (3, H, W), by `metrics`; `bits` is what `decoded` was coded with."""
     height, width = original.shape[1:]
-    similarity = _similarity(original, decoded)
+    compared = "ms-ssim" in metrics and not too_small(original)
+    ms_ssim = similarity(original, decoded) if compared else None
     return Measured(
         name=name,
         width=width,
         height=height,
         bits=bits,
         bpp=bits / (width * height),
-        psnr=peak_signal_to_noise(original, decoded),
-        ms_ssim=similarity,
-        ms_ssim_db=None if similarity is None else decibels(similarity),
+        psnr=peak_signal_to_noise(original, decoded) if "psnr" in metrics else None,
+        ms_ssim=ms_ssim,
+        ms_ssim_db=None if ms_ssim is None else decibels(ms_ssim),
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
     )
@@ -84,15 +89,6 @@ def mean(images: list[Measured]) -> dict[str, float | None]:
     return means
 
 
-def decibels(similarity: float) -> float:
+def decibels(ms_ssim: float) -> float:
     """MS-SSIM as the field plots it: −10·log10(1 − MS-SSIM), at most 100 dB."""
-    return -10 * math.log10(max(1 - similarity, 1e-10))
-
-
-def _similarity(x: Tensor, y: Tensor) -> float | None:
-    """MS-SSIM of two uint8 images (3, H, W), in float64; None where they are too small for it."""
-    if too_small(x):
-        return None
-    # Channel by channel: the mean of the same three values, in a third of the memory.
-    pairs = zip(x[:, None, None].double(), y[:, None, None].double(), strict=True)
-    return math.fsum(multi_scale_similarity(one, other, data_range=255).item() for one, other in pairs) / len(x)
+    return -10 * math.log10(max(1 - ms_ssim, 1e-10))

@@ -172,7 +172,9 @@ def _panels(crop: Crop) -> list[tuple[Image.Image, str]]:
     for panel in (crop.ours, crop.nearest):
         if panel:
             estimated = " (estimated)" if isinstance(panel.measured, Estimated) else ""
-            rate = f"{panel.measured.bpp:.3f} bpp{estimated}, {panel.measured.psnr:.2f} dB"
+            rate = f"{panel.measured.bpp:.3f} bpp{estimated}"
+            if panel.measured.psnr is not None:
+                rate += f", {panel.measured.psnr:.2f} dB"
             panels.append((_shown(panel.pixels), f"{label(panel.codec)}\n{rate}"))
     return panels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hpcm_scale.drawing import label, new_figure, save
+from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import ESTIMATED, Curve
 from hpcm_scale.evaluation.results import Results
 
@@ -21,27 +23,35 @@ CHARACTERS, MARGIN = 11, 6
 
 
 def draw_rate_distortion(results: Results, path: str | Path) -> None:
-    """Draw mean PSNR, and the dB of the mean MS-SSIM where every image has it, against mean bpp: one line per codec.
+    """Draw mean PSNR, and the dB of the mean MS-SSIM, against mean bpp, where every image has them: one line per codec.
+
+    Points that are given are dashed.
 
     The format follows the suffix of `path`, for example .png, .pdf or .svg.
     """
     panels = [key for key in PANELS if all(point.mean[key] is not None for _, point in results.points())]
-    highest = max(point.mean["bpp"] for _, point in results.points())
-    alone = len(list(results.points())) == 1
+    rates = [point.mean["bpp"] for _, point in results.points()] + [rate for each in results.given for rate in each.bpp]
+    highest = max(filter(math.isfinite, rates), default=1) * (2 if len(rates) == 1 else 1.05)
     with new_figure(figsize=(1 + 5.5 * len(panels), 5.2), dpi=150, layout="constrained") as figure:
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        colours = styles(results.curves)
+        colours = styles([*results.curves, *results.given])
         for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for curve, style in zip(results.curves, colours, strict=True):
+            for curve, style in zip(results.curves, colours, strict=False):
                 draw_curve(axes, curve, [point.mean[key] for point in curve.points], *style)
+            for curve, style in zip(results.given, colours[len(results.curves) :], strict=True):
+                draw_given(axes, curve, key, *style)
             dress(axes, PANELS[key])
-            axes.set_xlim(0, highest * (2 if alone else 1.05))
+            axes.set_xlim(0, highest)
         figure.suptitle(f"Rate and distortion: {label(results.title)}", fontweight="bold")
-        legend(figure, *figure.axes[0].get_legend_handles_labels())
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        for handle, text in zip(*figure.axes[-1].get_legend_handles_labels(), strict=True):
+            if text not in labels:  # what has no PSNR
+                handles, labels = [*handles, handle], [*labels, text]
+        legend(figure, handles, labels)
         save(figure, path)
 
 
-def styles(curves: list[Curve]) -> list[tuple[str, str]]:
+def styles(curves: Sequence[Curve | RateCurve]) -> list[tuple[str, str]]:
     """A colour and a marker for each curve, no two the same up to many more than can be read."""
     colours = matplotlib.color_sequences["petroff10"]  # told apart by colour-blind readers
     return [(colours[i % len(colours)], MARKERS[(i + i // len(colours)) % len(MARKERS)]) for i in range(len(curves))]
@@ -63,6 +73,16 @@ def draw_curve(
         style |= {"markerfacecolor": "white", "markeredgewidth": 1.6}
     line = "-" if len(curve.points) > 1 else ""
     axes.plot(rates, heights, color=colour, linestyle=line, marker=marker, label=text, clip_on=False, **style)
+
+
+def draw_given(axes: Axes, curve: RateCurve, key: str, colour: str, marker: str) -> None:
+    """Draw points that are given, if they have the measure: a key of `PANELS`."""
+    metric = {"psnr": "psnr", "ms_ssim_db": "ms-ssim"}[key]
+    if (curve.psnr if metric == "psnr" else curve.ms_ssim) is not None:
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "linestyle": "--"}
+        axes.plot(
+            curve.bpp, curve.quality(metric), label=f"{label(curve.label)} ({curve.rate})", clip_on=False, **style
+        )
 
 
 def legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 
-from hpcm_scale import __version__
+from hpcm_scale import __version__, files
 from hpcm_scale.evaluation.anchors import FORMAT
+from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import Curve, Point
-from hpcm_scale.files import write_text
 from hpcm_scale.streams import shown
 from hpcm_scale.tracking.environment import environment
 
@@ -34,6 +33,8 @@ class Results:
     curves: list[Curve]
     machine: dict[str, Any]
     """Versions and hardware (`machine`)."""
+    given: tuple[RateCurve, ...] = ()
+    """Points that others measured, to be shown beside the curves."""
 
     @property
     def title(self) -> str:
@@ -52,8 +53,8 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(results: Results, path: str | Path) -> None:
-    """Write evaluation.json, which `hpcm bd-rate` reads."""
-    write_text(path, json.dumps(_to_dict(results), indent=1, ensure_ascii=False) + "\n")
+    """Write evaluation.json, which `hpcm bd-rate` reads; what is not finite is null."""
+    files.write_json(path, _to_dict(results))
 
 
 def _to_dict(results: Results) -> dict[str, Any]:
@@ -67,7 +68,13 @@ def _to_dict(results: Results) -> dict[str, Any]:
         }
         for curve in results.curves
     ]
-    return {"format": FORMAT, "images": images, "curves": curves, "machine": results.machine}
+    given = {"given": [_given_to_dict(curve) for curve in results.given]} if results.given else {}
+    return {"format": FORMAT, "images": images, "curves": curves, **given, "machine": results.machine}
+
+
+def _given_to_dict(curve: RateCurve) -> dict[str, Any]:
+    keys = ("name", "codec", "source", "rate", "set", "bpp", "psnr", "ms_ssim")
+    return {key: getattr(curve, key) for key in keys}
 
 
 def _point_to_dict(point: Point) -> dict[str, Any]:

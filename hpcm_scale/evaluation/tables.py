@@ -11,7 +11,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from hpcm_scale.evaluation.curves import ESTIMATED, FILES
+from hpcm_scale.evaluation.bd_rate import RateCurve
+from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve
 from hpcm_scale.evaluation.results import Results
 from hpcm_scale.markdown import code, escaped
 from hpcm_scale.markdown import markdown_table as table_of
@@ -36,9 +37,9 @@ COLUMNS = {
 HOW = (
     "Every mean is taken over images, each counting the same whatever its size: mean PSNR is the mean of the images' "
     "PSNRs, not the PSNR of the mean error. PSNR is that of all three RGB channels together, on pixels rounded to "
-    "8 bits. MS-SSIM is on the same pixels, its channels averaged; in dB it is −10·log10(1 − MS-SSIM), that of the "
-    "mean MS-SSIM in the table of means. bpp counts the image's own pixels. Transparent images are laid over white "
-    "before they are coded."
+    "8 bits. MS-SSIM is on the same pixels, in float64, its channels averaged; in dB it is −10·log10(1 − MS-SSIM), "
+    "that of the mean MS-SSIM in the table of means. bpp counts the image's own pixels. Transparent images are laid "
+    "over white before they are coded."
 )
 RATES = {
     FILES: "Rates are those of real files, headers included: each image was coded to bytes, and what was measured "
@@ -97,12 +98,21 @@ def markdown(results: Results) -> str:
         markdown_table(mean_rows(results)),
         COSTS,
         "## Codecs",
-        "\n".join(f"- **{escaped(curve.label)}**: {escaped(curve.codec)}" for curve in results.curves),
+        "\n".join([*map(_codec, results.curves), *map(_given, results.given)]),
         measured_on(results.machine),
         "## Images",
         markdown_table(image_rows(results)),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _codec(curve: Curve) -> str:
+    return f"- **{escaped(curve.label)}**: {escaped(curve.codec)}"
+
+
+def _given(curve: RateCurve) -> str:
+    told = f"{curve.codec}; {curve.rate} in {curve.source}, not measured here; image set {curve.set or 'not known'}"
+    return f"- **{escaped(curve.label)}**: {escaped(told)}"
 
 
 def console_table(results: Results) -> Table:
@@ -138,12 +148,19 @@ def narrow_table(
 
 
 def mean_rows(results: Results) -> list[dict[str, str]]:
-    """One row per point, by headings."""
-    return [
+    """One row per point, by headings: ours, then those that are given."""
+    rows = [
         {"codec": curve.label, "setting": point.setting, **_measures(point.mean)}
         | {"kMAC/px": "–" if point.kmac_per_pixel is None else f"{point.kmac_per_pixel:,.1f}"}
         for curve, point in results.points()
     ]
+    for curve in results.given:
+        columns = {"bpp": curve.bpp, "psnr": curve.psnr, "ms_ssim": curve.ms_ssim}
+        columns["ms_ssim_db"] = curve.ms_ssim and curve.quality("ms-ssim")
+        for index in range(len(curve.bpp)):
+            values = {key: values[index] for key, values in columns.items() if values}
+            rows.append({"codec": curve.label, "setting": curve.rate, **_measures(values), "kMAC/px": "–"})
+    return rows
 
 
 def image_rows(results: Results) -> list[dict[str, str]]:

@@ -58,8 +58,8 @@ def too_small(image: Tensor) -> bool:
     return min(image.shape[-2:]) < MS_SSIM_SMALLEST_SIDE
 
 
-def multi_scale_similarity(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
-    """MS-SSIM (Wang et al. 2003) of images (B, C, H, W) of one float type, each the mean over its channels; (B,).
+def multi_scale_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """MS-SSIM (Wang et al. 2003) of images (B, C, H, W) of one float type in [0, 1], the mean over channels; (B,).
 
     Worked out in the type of the images, under autocast too. Where the contrast of a channel runs against the
     original's on some scale, its MS-SSIM is 0, and so is the gradient. Raises ValueError for `too_small` images.
@@ -69,4 +69,4 @@ def multi_scale_similarity(x: Tensor, y: Tensor, data_range: float = 1.0) -> Ten
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         # Not channels-last, for which a GPU would multiply TF32 numbers where the rest of the process does.
-        return ms_ssim(x.contiguous(), y.contiguous(), data_range=data_range, size_average=False)
+        return ms_ssim(x.contiguous(), y.contiguous(), data_range=1.0, size_average=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -119,7 +120,7 @@ def test_ms_ssim_of_small_images_is_missing(tmp_path):
         ("evaluation 1", "evaluation 2"),
         ('"format"', '"model"'),
         ('"bpp": 0.5', '"bpp": "much"'),
-        ('"psnr": 31.0', '"psnr": null'),
+        ('"psnr": 31.0', '"psnr": "much"'),
         ('"images": {', '"images": null, "other": {'),
         ('"points": [', '"points": [], "other": ['),
     ],
@@ -131,6 +132,15 @@ def test_a_result_that_cannot_be_read_is_refused(tmp_path, old, new):
     file.write_bytes(text.replace(old, new).encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="of this version; run `hpcm evaluate` again"):
         find_curves(str(tmp_path))
+
+
+def test_what_was_not_measured_is_missing_and_what_was_not_finite_is_refused_where_it_is_compared(tmp_path):
+    for number in (math.nan, math.inf):
+        written(tmp_path, replace(LARGE, psnr=None), replace(LARGE, bpp=number, psnr=None))
+        (curve,) = find_curves(str(tmp_path))
+        assert curve.psnr is None and math.isnan(curve.bpp[0])
+        with pytest.raises(UserError, match=r"nan bpp at .* dB, which cannot be; evaluate it again"):
+            compare(curve, curve, "ms-ssim")
 
 
 def test_names_of_nothing_are_refused(tmp_path):

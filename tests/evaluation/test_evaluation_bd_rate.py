@@ -291,3 +291,28 @@ def test_command_as_a_module(project):
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert row(result.stdout, "kodak/hpcm-large")[-1] == "-19.39%"
+
+
+def test_command_takes_points_of_others_as_curve_and_as_anchor(hpcm, jpeg, tmp_path):
+    anchor = shipped()["kodak/vtm-18"]
+    results = {"bpp": [rate / 2 for rate in anchor.bpp], "psnr-rgb": [*anchor.psnr]}
+    (tmp_path / "other.json").write_text(json.dumps([{"name": "other", "results": results}]))
+    code, out, _ = hpcm(tmp_path / "other.json", "--anchor", "kodak/vtm-18")
+    assert code == 0 and row(out, "other")[0] == "given" and row(out, "other")[-1] == "-50.00%"
+    assert "Image set not known: other" in out
+    code, out, _ = hpcm("kodak/vtm-18", "--anchor", tmp_path / "other.json")
+    assert code == 0 and row(out, "kodak/vtm-18")[-1] == "+100.00%"
+    code, out, _ = hpcm(jpeg, "--anchor", tmp_path / "other.json", "--curve", "jpeg")
+    assert code == 0 and "Image set not known: other" in out
+
+
+def test_curves_are_called_as_files_or_as_tables_call_them(hpcm, jpeg, tmp_path):
+    text = (jpeg / "evaluation.json").read_text().replace("4:4:4", "4:2:0")
+    (tmp_path / "evaluation.json").write_text(text)
+    for name in ("jpeg", "jpeg 4:2:0"):
+        code, out, _ = hpcm(tmp_path, "--anchor", "kodak/vtm-18", "--curve", name)
+        assert code == 0 and row(out, "jpeg 4:2:0")[0] == "files"
+        code, _, _ = hpcm("kodak/vtm-18", "--anchor", tmp_path, "--anchor-curve", name)
+        assert code == 0
+    code, _, error = hpcm(tmp_path, "--anchor", "kodak/vtm-18", "--curve", "jpeg 4:2.0")
+    assert code == 2 and "it has jpeg 4:2:0, hpcm nano, hpcm lone; did you mean jpeg 4:2:0?" in error

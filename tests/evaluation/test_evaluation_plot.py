@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -9,6 +12,7 @@ from odd_names import ODD_NAMES
 from PIL import Image
 
 from hpcm_scale.drawing import label
+from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
 from hpcm_scale.evaluation.measures import Measured, measure
 from hpcm_scale.evaluation.pictures import Crops, draw_crops
@@ -45,8 +49,8 @@ def draw(monkeypatch, tmp_path):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
 
-    def drawn(*curves: Curve, name: str = "plot.png", folder: str = "somewhere/holiday") -> Figure:
-        draw_rate_distortion(Results(folder, None, 2, list(curves), {}), tmp_path / name)
+    def drawn(*curves: Curve, name: str = "plot.png", folder: str = "somewhere/holiday", given=()) -> Figure:
+        draw_rate_distortion(Results(folder, None, 2, list(curves), {}, given), tmp_path / name)
         return figures[-1]
 
     return drawn
@@ -104,6 +108,27 @@ def test_other_formats_and_no_half_written_file(draw, tmp_path):
     draw(OURS, name="plot.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["plot.svg"]
     assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
+
+
+def test_what_is_not_finite_is_left_out(draw):
+    figure = draw(curve("broken", (math.nan, 28, 10), (math.inf, 30, 12)), OURS)
+    assert figure.axes[0].get_xlim() == pytest.approx((0, 0.42))
+    draw(curve("broken", (math.nan, 28, 10)))
+
+
+GIVEN = RateCurve("$other$", "", "other.json", "given", (0.1, 1.0), (27.0, 36.0), (0.9, 0.99))
+
+
+def test_points_that_are_given_are_drawn_dashed_beside_ours(draw):
+    without = replace(GIVEN, name="only MS-SSIM", psnr=None)
+    figure = draw(OURS, given=(GIVEN, replace(GIVEN, name="only PSNR", ms_ssim=None), without))
+    psnr, ms_ssim = figure.axes
+    assert [line.get_xydata().tolist() for line in psnr.lines[1:]] == [[[0.1, 27], [1.0, 36]]] * 2
+    assert ms_ssim.lines[1].get_xydata().ravel().tolist() == pytest.approx([0.1, 10, 1.0, 20])
+    assert {line.get_linestyle() for line in psnr.lines[1:]} == {"--"} and psnr.get_xlim()[1] > 1
+    names = ["hpcm nano", "$other$ (given)", "only PSNR (given)", "only MS-SSIM (given)"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    assert len({line.get_color() for line in psnr.lines}) == 3
 
 
 def test_names_are_drawn_as_they_are_spelled(draw):

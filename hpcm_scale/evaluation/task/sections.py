@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.evaluation.bd_rate import METRICS
 from hpcm_scale.evaluation.coders import Watcher
 from hpcm_scale.evaluation.curves import Curve, Point, Watch, Weights, model_curve, other_curve
 from hpcm_scale.evaluation.measures import Measured
@@ -50,18 +51,20 @@ class Section:
         device: torch.device,
         estimate: bool = False,
         crops: Crops | None = None,
+        metrics: Collection[str] = tuple(METRICS),
     ) -> Iterator[Curve]:
         """Code the images with every model (`read_weights`) and other codec; a curve that is yielded is kept.
 
-        `crops` are chosen of the first model's.
+        `crops` are chosen of the first model's; `metrics` are measured of every decoded image.
         """
+        options = {"device": device, "estimate": estimate, "metrics": metrics}
         for group in models:
             watch = _together(self._watch, crops.ours) if crops and group is models[0] else self._watch
-            self.results.curves.append(model_curve(group, self.images, device=device, estimate=estimate, watch=watch))
+            self.results.curves.append(model_curve(group, self.images, watch=watch, **options))
             yield self.results.curves[-1]
         for codec in others:
             watch = _together(self._watch, crops.other) if crops else self._watch
-            self.results.curves.append(other_curve(codec, self.images, watch=watch))
+            self.results.curves.append(other_curve(codec, self.images, watch=watch, metrics=metrics))
             yield self.results.curves[-1]
 
     def _watch(self, codec: str) -> Watcher:

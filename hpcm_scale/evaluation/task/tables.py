@@ -73,7 +73,7 @@ def task_rows(section: Section, measure: TaskMeasure, parameters: dict[str, int]
         label = f"{curve.label} †" if trained_on(curve, measure.receiver) else curve.label
         mean = section.mean(point, measure)
         row = {"codec": label, "setting": point.setting, "bpp": f"{point.mean['bpp']:.4f}"}
-        row |= {"PSNR (dB)": f"{point.mean['psnr']:.2f}"}
+        row |= {"PSNR (dB)": "–" if point.mean["psnr"] is None else f"{point.mean['psnr']:.2f}"}
         row |= {metric.heading: f"{mean[metric.key]:.{metric.digits}f}" for metric in measure.metrics}
         rows.append(row if parameters is None else row | _costs(point, parameters))
     return rows

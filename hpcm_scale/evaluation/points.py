@@ -1,0 +1,152 @@
+"""Rate-distortion points that others measured: CompressAI's JSON, or a CSV file with a header."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.bd_rate import RateCurve
+
+GIVEN = "given"
+"""`RateCurve.rate` of such points."""
+RATES = ("bpp", "rate", "bitrate", "ratebpp", "bitratebpp", "bppbitspx", "bitsperpixel")
+PSNRS = ("psnrrgb", "psnr", "psnrdb", "psnrrgbdb")
+SIMILARITIES = ("msssimrgb", "msssim", "msssimdb", "msssimrgbdb")
+"""Names of columns in small letters and digits, in the order in which they are looked for. What was measured on luma
+alone (psnr-y) is another measure, and is not read."""
+_MEAN = re.compile(r"[^a-z0-9]|^(mean|average|avg)|(mean|average|avg)$")
+_MOST = 60.0
+"""dB of MS-SSIM, more than any lossy codec reaches."""
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, or of a UTF-16 one with a byte order mark. Raises UserError."""
+    try:
+        data = file.read_bytes()
+        utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf_16 else "utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}); mend that, or name another file") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no UTF-8 text; save it as UTF-8, or name another file") from None
+
+
+def read_json(text: str, file: Path) -> Any:
+    """The value of a JSON text that begins with a bracket; None for another text. Raises UserError."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no whole JSON ({error}); write it again, or name another file") from None
+
+
+def json_curves(value: Any, file: Path) -> list[RateCurve]:
+    """A curve of each object that is like those of CompressAI; `value` is one, or a list of them.
+
+    `{"name": …, "description": …, "results": {"bpp": […], "psnr-rgb": […], "ms-ssim-rgb": […]}}`; all but bpp and one
+    of the qualities may be missing. Raises UserError.
+    """
+    entries = value if isinstance(value, list) else [value]
+    columns = [entry.get("results", entry) if isinstance(entry, dict) else None for entry in entries]
+    if not entries or not all(isinstance(each, dict) for each in columns):
+        raise UserError(f'{file} holds no points; write {{"results": {{"bpp": […], "psnr": […]}}}}, or a list of such')
+    curves, times = [], Counter[str]()
+    for entry, each in zip(entries, columns, strict=True):
+        name, description = (" ".join(str(entry.get(key) or "").split()) for key in ("name", "description"))
+        name = name or file.stem
+        times[name] += 1
+        listed = {key: values if isinstance(values, list) else [values] for key, values in each.items()}
+        curves.append(_curve(listed, name if times[name] == 1 else f"{name} ({times[name]})", description, file))
+    return curves
+
+
+def csv_curve(text: str, file: Path) -> RateCurve:
+    """The one curve of a CSV text, called as the file.
+
+    Its first line names the columns: bpp or rate, psnr, ms-ssim, in capitals or not, with units or not; others are
+    passed over. Cells are separated by commas, semicolons, tabs or spaces; beside all but commas, decimal commas are
+    read, too. Raises UserError.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{file} is empty; name a file of rate-distortion points")
+    separator = max(";\t,", key=lines[0].count)
+    if separator not in lines[0]:
+        lines, separator = [re.sub(r"\s+", ";", line) for line in lines], ";"
+    if separator != ",":
+        lines = [line.replace(",", ".") for line in lines]
+    try:
+        names, *rows = csv.reader([lines[0].lstrip("# "), *lines[1:]], delimiter=separator, skipinitialspace=True)
+    except csv.Error as error:
+        raise UserError(f"{file} is no CSV ({error}); write it again, or name another file") from None
+    columns: dict[str, list[str]] = {}
+    for index, name in enumerate(names):
+        columns.setdefault(name.strip(), [row[index].strip() if index < len(row) else "" for row in rows])
+    return _curve(columns, file.stem, "", file)
+
+
+def _curve(columns: dict[str, list[Any]], name: str, description: str, file: Path) -> RateCurve:
+    """The points sorted by rate, each once."""
+    known = {_MEAN.sub("", key.lower()): key for key in reversed(columns)}
+    if {"image", "codec"} <= known.keys():
+        raise UserError(f"{file} holds images, not means over them; name the evaluation.json beside it")
+    keys = [next((known[key] for key in named if key in known), None) for named in (RATES, PSNRS, SIMILARITIES)]
+    rates, *qualities = [key and _numbers(columns[key], key, file, positive=key == keys[0]) for key in keys]
+    if not rates or not any(qualities):
+        needed = "rates (bpp)" if not rates else "qualities (psnr or ms-ssim)"
+        there = ", ".join(filter(None, columns)) or "nothing"
+        raise UserError(f"{file} has no {needed} of {name}, but {there}; add them, or name the columns so")
+    for key, values in zip(keys[1:], qualities, strict=True):
+        if values and len(values) != len(rates):
+            raise UserError(f"{file} has {len(rates)} rates of {name}, but {len(values)} {key}; complete them")
+    psnr, similarity = qualities
+    similarity = similarity and _fractions(similarity, file)
+    points = sorted({*zip(rates, psnr or rates, similarity or rates, strict=True)})
+    bpp, psnrs, similarities = zip(*points, strict=True)
+    return RateCurve(
+        name=name,
+        codec=description or "not described",
+        source=str(file),
+        rate=GIVEN,
+        bpp=bpp,
+        psnr=psnrs if psnr else None,
+        ms_ssim=similarities if similarity else None,
+    )
+
+
+def _numbers(values: list[Any], key: str, file: Path, *, positive: bool) -> list[float]:
+    """A column as numbers; none where nothing in it was measured."""
+    if all(value in (None, "") for value in values):
+        return []
+    numbers = []
+    for value in values:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (0 <= number < math.inf) or (positive and not number):
+            told = f"has {value!r}" if value not in (None, "") else "lacks a value"
+            raise UserError(f"{key} in {file} {told}, which cannot be; mend it, or leave out the point")
+        numbers.append(number)
+    return numbers
+
+
+def _fractions(values: Sequence[float], file: Path) -> list[float]:
+    """MS-SSIM as fractions: as it is where no value is above 1, from dB where all are."""
+    if max(values) <= 1:
+        return [*values]
+    if min(values) > 1 and max(values) < _MOST:
+        return [1 - 10 ** (-value / 10) for value in values]
+    raise UserError(
+        f"MS-SSIM in {file} goes from {min(values):g} to {max(values):g}, neither fractions (all at most 1) nor dB "
+        f"(all above 1 and below {_MOST:g}); write one of them"
+    )

@@ -1,0 +1,225 @@
+"""Points that others measured: CompressAI's JSON and CSV files, sound or not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hpcm_scale import evaluate
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.anchors import find_curves, shipped
+from hpcm_scale.evaluation.bd_rate import RateCurve, compare
+
+BPP, PSNR, MS_SSIM = (0.12, 0.19, 0.29, 0.44), (26.9, 28.2, 29.6, 31.3), (0.91, 0.936, 0.955, 0.97)
+COMPRESSAI = {
+    "name": "bmshj2018-factorized",
+    "description": "Inference (ans)",
+    "results": {
+        "psnr-rgb": [*PSNR],
+        "ms-ssim-rgb": [*MS_SSIM],
+        "bpp": [*BPP],
+        "encoding_time": [0.02, 0.03, 0.02, 0.03],
+    },
+}
+
+
+def write(folder: Path, content: object, name: str = "curve.json") -> str:
+    file = folder / name
+    data = content if isinstance(content, bytes) else str(content).encode()
+    file.write_bytes(json.dumps(content).encode() if isinstance(content, dict | list) else data)
+    return str(file)
+
+
+def one(folder: Path, content: object, name: str = "curve.csv") -> RateCurve:
+    (curve,) = find_curves(write(folder, content, name))
+    return curve
+
+
+def test_compressais_json(tmp_path):
+    curve = one(tmp_path, COMPRESSAI)
+    assert (curve.name, curve.codec, curve.rate) == ("bmshj2018-factorized", "Inference (ans)", "given")
+    assert (curve.bpp, curve.psnr, curve.ms_ssim) == (BPP, PSNR, MS_SSIM)
+    assert (curve.set, curve.images, curve.source) == (None, None, str(tmp_path / "curve.csv"))
+
+
+@pytest.mark.parametrize("keys", [("psnr", "ms-ssim"), ("PSNR", "MS_SSIM"), ("psnr-rgb", None), (None, "ms-ssim-rgb")])
+def test_older_and_partial_json(tmp_path, keys):
+    results = {"bpp": [*BPP]} | {key: [*values] for key, values in zip(keys, (PSNR, MS_SSIM), strict=True) if key}
+    for content in ({"results": results}, results):
+        curve = one(tmp_path, content, "vtm.json")
+        assert (curve.name, curve.bpp) == ("vtm", BPP)
+        assert (curve.psnr, curve.ms_ssim) == (PSNR if keys[0] else None, MS_SSIM if keys[1] else None)
+
+
+def test_a_list_of_objects_is_a_curve_each_under_names_of_their_own(tmp_path):
+    unnamed = {"results": COMPRESSAI["results"]}
+    curves = find_curves(write(tmp_path, [COMPRESSAI, COMPRESSAI, unnamed, unnamed], "many.json"))
+    assert [curve.name for curve in curves] == [
+        "bmshj2018-factorized",
+        "bmshj2018-factorized (2)",
+        "many",
+        "many (2)",
+    ]
+
+
+TABLE = "\n".join(["bpp,psnr,ms-ssim", *(f"{a},{b},{c}" for a, b, c in zip(BPP, PSNR, MS_SSIM, strict=True))])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TABLE,
+        TABLE.replace("bpp,psnr,ms-ssim", "Rate (bpp), PSNR (dB), MS-SSIM") + "\n\n",
+        TABLE.replace("bpp,psnr,ms-ssim", "# mean bpp,mean_PSNR,avg MS SSIM"),
+        TABLE.replace("\n", "\r\n"),
+        TABLE.replace(",", ";"),
+        TABLE.replace(",", ";").replace("0.", "0,"),
+        TABLE.replace(",", "\t"),
+        TABLE.replace(",", "  "),
+        TABLE.encode("utf-8-sig"),
+        TABLE.encode("utf-16"),
+        "\n".join(f"{i},{line}" for i, line in enumerate(TABLE.splitlines())).replace("0,bpp", "lambda,bpp", 1),
+        "\n".join(f"{line},," for line in TABLE.splitlines()),
+        "\n".join([TABLE.splitlines()[0], *reversed(TABLE.splitlines()[1:]), TABLE.splitlines()[2]]),
+        "\n".join(f'"{line.replace(",", chr(34) + "," + chr(34))}"' for line in TABLE.splitlines()),
+    ],
+)
+def test_csv_in_many_spellings(tmp_path, text):
+    curve = one(tmp_path, text, "my codec.csv")
+    assert (curve.name, curve.bpp, curve.psnr, curve.ms_ssim) == ("my codec", BPP, PSNR, MS_SSIM)
+
+
+def test_ms_ssim_in_decibels_is_told_by_its_size(tmp_path):
+    decibels = "\n".join(["bpp,ms-ssim (dB)", "0.1,10", "0.2,20"])
+    curve = one(tmp_path, decibels)
+    assert curve.psnr is None and curve.ms_ssim == pytest.approx((0.9, 0.99))
+    assert curve.quality("ms-ssim") == pytest.approx((10, 20))
+    assert one(tmp_path, "bpp,ms-ssim\n0.1,1\n").ms_ssim == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("0.1,28\n0.2,30\n", "no rates .bpp. of odd, but 0.1, 28"),
+        ("bpp,psnr\n", "no rates .bpp. of odd"),
+        ("bpp,psnr-y\n0.1,30\n", "no qualities .psnr or ms-ssim."),
+        ("bpp,psnr\n0.1,nan\n", "has 'nan', which cannot be"),
+        ("bpp,psnr\n0.1,inf\n", "has 'inf'"),
+        ("bpp,psnr\n-0.1,30\n", "bpp in .* has '-0.1'"),
+        ("bpp,psnr\n0,30\n", "bpp in .* has '0'"),
+        ("bpp,psnr\n0.1,thirty\n", "psnr in .* has 'thirty'"),
+        ("bpp,psnr\n0.1,30\n0.2\n", "psnr in .* lacks a value"),
+        ("bpp,ms-ssim\n0.1,0.9\n0.2,17\n", "from 0.9 to 17, neither fractions"),
+        ("bpp,ms-ssim\n0.1,90\n0.2,98\n", "neither fractions"),
+        ("codec,image,bpp (bits/px),PSNR (dB)\nx,a.png,0.1,30\n", "holds images, not means"),
+        (b"d\xe9bit;psnr\n0.1;30\n", "is no UTF-8 text"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "is no UTF-8 text"),
+        ('bpp,psnr\n0.1,"30\n' + "x" * 200_000, "is no CSV"),
+        ("{", "is no whole JSON"),
+        ("[" * 100_000, "is no whole JSON"),
+        ("[]", "holds no points"),
+        ("[1]", "holds no points"),
+        ('{"results": [1]}', "holds no points"),
+        ("{}", "no rates .bpp. of odd, but nothing"),
+        ('{"results": {"bpp": [0.1, 0.2], "psnr": [30]}}', "2 rates of odd, but 1 psnr"),
+        ('{"results": {"bpp": [0.1], "psnr": [null, 1]}}', "psnr in .* lacks a value"),
+        ('{"results": {"bpp": [[0.1]], "psnr": [1]}}', r"bpp in .* has \[0.1\]"),
+        ('{"results": {"bpp": [1e999], "psnr": [1]}}', "bpp in .* has inf"),
+        ('{"format": "hpcm_scale laws 1"}', "but hpcm_scale laws 1; name an evaluation.json"),
+        ('{"format": "hpcm_scale task evaluation 1"}', "but hpcm_scale task evaluation 1"),
+    ],
+)
+def test_files_that_hold_no_points_are_refused_in_one_sentence(tmp_path, content, told):
+    file = write(tmp_path, content, "odd.file")
+    with pytest.raises(UserError, match=told) as refusal:
+        find_curves(file)
+    assert file in str(refusal.value) and "hpcm evaluate` again" not in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+def test_points_compare_like_any_curve_and_their_images_are_not_known(tmp_path):
+    anchor = shipped()["kodak/vtm-18"]
+    table = "\n".join(["bpp,psnr", *(f"{a / 2!r},{b!r}" for a, b in zip(anchor.bpp, anchor.psnr, strict=True))])
+    half = one(tmp_path, table)
+    assert compare(half, anchor).bd_rate == pytest.approx(-50)
+    assert compare(anchor, half).bd_rate == pytest.approx(100)
+    with pytest.raises(UserError, match="there is no MS-SSIM in dB of curve; compare by PSNR"):
+        compare(half, half, "ms-ssim")
+    with pytest.raises(UserError, match="there is no PSNR of curve; compare by MS-SSIM in dB"):
+        compare(replace(half, psnr=None, ms_ssim=(0.9,) * len(half.bpp)), anchor)
+    with pytest.raises(UserError, match="has 1 point, and a BD-rate needs 3"):
+        compare(one(tmp_path, "bpp,psnr\n0.1,30\n"), anchor)
+
+
+@pytest.fixture
+def hpcm_evaluate(monkeypatch, capsys, save_untrained, tmp_path):
+    """Types `hpcm evaluate` with an untrained model and these arguments; gives the exit code and what it wrote."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        typed = ["--weights", save_untrained("points"), "--out", tmp_path / "out", "--device", "cpu", "--estimate"]
+        monkeypatch.setattr(sys, "argv", ["hpcm evaluate", *map(str, [*typed, *arguments])])
+        code = 0
+        try:
+            evaluate.main()
+        except SystemExit as ended:
+            code = ended.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+def test_evaluate_draws_and_lists_points_beside_ours(hpcm_evaluate, small_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    other, table = write(tmp_path, COMPRESSAI | {"name": "$other$"}), write(tmp_path, TABLE, "mine.csv")
+    code, out, error = hpcm_evaluate("--images", small_images.folder, "--points", other, table, "kodak/vtm-18")
+    assert code == 0, error
+    assert "$other$" in out and "mine" in out and "published" in out
+    page = (tmp_path / "out" / "evaluation.md").read_text()
+    assert r"| \$other\$ | given | – | 0.1200 | 26.90 | 0.9100 | 10.46 |" in page
+    assert "given in" in page and "image set not known" in page and "image set kodak" in page
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [given["name"] for given in result["given"]] == ["$other$", "mine", "kodak/vtm-18"]
+    assert [curve.name for curve in find_curves(str(tmp_path / "out"))] == ["hpcm nano"]  # ours alone
+
+
+def test_metrics_that_are_not_asked_for_are_not_measured(hpcm_evaluate, small_images, tmp_path):
+    large = tmp_path / "large"
+    large.mkdir()
+    Image.effect_noise((170, 165), 60).convert("RGB").save(large / "a.png")
+    code, out, error = hpcm_evaluate("--images", large, "--metrics", "psnr")
+    assert code == 0, error
+    files = [(tmp_path / "out" / name).read_text() for name in ("images.csv", "evaluation.md")]
+    assert not any("MS-SSIM |" in text or "MS-SSIM (dB)" in text for text in [out, *files])
+    (curve,) = find_curves(str(tmp_path / "out"))
+    assert curve.ms_ssim is None and curve.psnr
+    code, out, error = hpcm_evaluate("--images", large, "--metrics", "ms-ssim")
+    assert code == 0, error
+    assert "PSNR" not in out + (tmp_path / "out" / "images.csv").read_text()
+    (curve,) = find_curves(str(tmp_path / "out"))
+    assert curve.psnr is None and curve.ms_ssim
+    assert (tmp_path / "out" / "visual.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--metrics", "psnr,vmaf"], "there is no metric 'vmaf'; choose from psnr, ms-ssim"),
+        (["--metrics", ""], "there is no metric ''"),
+        (["--metrics", "ms-ssim"], "a_noise.png is too small for MS-SSIM; add psnr to --metrics"),
+        (["--points", "nowhere.json"], "neither a file or folder nor a shipped curve nowhere.json"),
+        (["--points", "kodak/vtm-18", "--set", "tecnick"], "--points kodak/vtm-18 are of kodak, not of tecnick"),
+        (["--points", "kodak/vtm-18", "--task", "text"], "--points are drawn beside the rates of photos"),
+    ],
+)
+def test_evaluate_refuses_before_anything_is_written(hpcm_evaluate, small_images, tmp_path, arguments, told):
+    code, out, error = hpcm_evaluate("--images", small_images.folder, *arguments)
+    assert (code, out) == (2, "") and told in error and error.count("hpcm: ") == 1
+    assert not (tmp_path / "out").exists()
