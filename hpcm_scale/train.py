@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 
 from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folder, translated, typed
 from hpcm_scale.config.schema import Config
-from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
+from hpcm_scale.config.sweeps import quoted, refuse_hydra_folders, sweeper_grids, swept_keys
 from hpcm_scale.errors import STOPPED, UserError, one_line
 from hpcm_scale.model.ladder import sized
 from hpcm_scale.streams import unread
@@ -30,9 +31,10 @@ from hpcm_scale.training.processes import without_launcher_arguments
 def main() -> None:
     """Entry point of `hpcm train` and `python -m hpcm_scale.train`."""
     arguments = without_launcher_arguments(sys.argv[1:])
-    check_overrides(get_args_parser().parse_args(arguments).overrides)
+    overrides = get_args_parser().parse_args(arguments).overrides
+    check_overrides(overrides)
+    refuse_hydra_folders(overrides)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
-    sys.argv = [sys.argv[0], *arguments]
     composed: list[tuple[Config, list[str]]] = []
     settings: list[DictConfig] = []
     mistakes: list[UserError] = []
@@ -46,7 +48,9 @@ def main() -> None:
         except UserError as mistake:  # Hydra would have a line of its own to say about it
             mistakes.append(mistake)
 
-    translated(job)
+    with tempfile.TemporaryDirectory(prefix="hpcm_hydra_") as unused:  # Hydra writes a multirun.yaml before any check
+        sys.argv = [sys.argv[0], *arguments, f"hydra.sweep.dir={quoted(unused)}"]
+        translated(job)
     if mistakes:
         raise mistakes[0]
     if not composed:

@@ -54,7 +54,7 @@ class AtOnce:
         self._obeyed = 0
 
     def train(self) -> int | None:
-        """Train all; returns the number of the signal that cut it short, None if there was none."""
+        """Train all; returns the number of the signal that ended it at once, None if there was none."""
         on_terminal = sys.stderr.isatty()
         screen = Live(console=console(stderr=True), auto_refresh=False, transient=True)
         drawn = 0.0
@@ -69,7 +69,7 @@ class AtOnce:
                         screen.update(table(self._states(), self._stopping()), refresh=True)
                     drawn = time.monotonic()
                 time.sleep(POLL_SECONDS)
-        return self._signals[0][0] if self._signals else None
+        return self._signals[1][0] if self._obeyed > 1 else None
 
     def _start(self, job: Job) -> None:
         share = self._free[0]

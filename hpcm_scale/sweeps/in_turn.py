@@ -40,6 +40,8 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
         if stopped:
             break
     code = summary(jobs, left, failures) if is_first_process() else 0
+    if failures:
+        return 1
     return STOPPED if stopped else code
 
 

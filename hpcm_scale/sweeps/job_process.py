@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 
-from hpcm_scale.errors import STOPPED
 from hpcm_scale.sweeps.log import ended, group_members, started, starting
 
 _LAUNCHER = "deepspeed.launcher."
@@ -57,7 +56,7 @@ class JobProcess:
                 self._ask()
             return None
         if not self._log.closed:
-            self._log.write(ended(0 if self._stopping or code == STOPPED else code).encode())
+            self._log.write(ended(code, asked=self._stopping).encode())
             self._log.close()
         return code
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from hpcm_scale.config.schema import Config
-from hpcm_scale.config.sweeps import name_run
+from hpcm_scale.config.sweeps import name_run, quoted, sweep_folder
 from hpcm_scale.data.image_set import ImageSet
 from hpcm_scale.data.index import load_index
 from hpcm_scale.errors import UserError
@@ -65,13 +64,6 @@ def _named(config: Config) -> dict[str, str | None]:
     return {"dir": config.run.dir, "sweep": config.run.sweep}
 
 
-def quoted(value: str) -> str:
-    """A text as Hydra's grammar reads it back, whatever its characters."""
-    value = re.sub(r'(\\*)"', r'\1\1\\"', value)
-    value = re.sub(r"(\\+)$", r"\1\1", value)
-    return '"' + value.replace("${", r"\${") + '"'
-
-
 def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -> list[Job]:
     """Those of the jobs that have not been trained to their end.
 
@@ -82,7 +74,7 @@ def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -
     for job in jobs:
         other = taken.setdefault(job.folder.absolute(), job)
         if other is not job:
-            raise UserError(f"two runs of the sweep share run.dir={job.folder}; leave run.dir out, it is then named")
+            raise UserError(_clash(job, other))
     once = {"open_index": cache(load_index), "open_images": cache(ImageSet), "open_receiver": cache(receiver)}
     left: list[Job] = []
     for job in jobs:
@@ -95,8 +87,27 @@ def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -
                 )
             start = prepare(job.config, world_size, **once, to_come=to_come)
         except UserError as error:
-            raise UserError(f"{job.folder}: {error}") from error
+            raise UserError(_of(job, str(error))) from error
         stopped = job.last_step <= start.resume.step < job.config.train.steps  # where train.stop_after asked for it
         if not (start.finished or stopped):
             left.append(job)
     return left
+
+
+def _clash(job: Job, other: Job) -> str:
+    if job.config == other.config:
+        return f"the sweep trains {job.folder} twice; give each value once"
+    return (
+        f"two runs of the sweep share run.dir={job.folder}; leave run.dir out (run.sweep=NAME puts the runs into "
+        "runs/NAME), or name in it the keys that differ, as in 'run.dir=runs/x/${model.name}_${train.seed}'"
+    )
+
+
+def _of(job: Job, refusal: str) -> str:
+    """A refusal of a job, with the job's folder, and with the way out where a sweep has chosen that folder."""
+    if str(job.folder) not in refusal:
+        refusal = f"{job.folder}: {refusal}"
+    named = job.overrides and job.config.run.sweep and job.folder.parent == sweep_folder(job.config.run.sweep)
+    if named and "another run.dir" in refusal:
+        refusal += "; run.sweep=NAME puts the runs of this sweep into runs/NAME"
+    return refusal

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from hpcm_scale.errors import STOPPED
+
 MARK = "hpcm sweep: "
 """What every line of ours begins with."""
 _MARKS = re.compile(
-    rf"^{MARK}(?:(submitted|starting|started)\b(?: on (\S+) as process group (\d+)$)?|(ended) with exit code (-?\d+)$)",
+    rf"^{MARK}(?:(submitted|starting|started)\b(?: on (\S+) as process group (\d+)$)?"
+    r"|(ended) with exit code (-?\d+)(, as asked)?$)",
     re.MULTILINE,
 )
 TAIL = 1 << 16
@@ -30,9 +33,16 @@ class Mark:
     kind: str
     """submitted, starting, started or ended."""
     code: int = 0
-    """What it ended with: 0, or the exit code of what failed."""
+    """What it ended with."""
+    asked: bool = False
+    """Whether it had been asked to end."""
     group: int | None = None
     """The process group it was started as, where that was on this machine."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended as it should not have."""
+        return self.code not in (0, STOPPED) and not self.asked
 
 
 def log_of(folder: Path) -> Path:
@@ -50,9 +60,9 @@ def started(group: int) -> str:
     return f"{MARK}started on {socket.gethostname()} as process group {group}\n"
 
 
-def ended(code: int) -> str:
+def ended(code: int, *, asked: bool = False) -> str:
     """The line for the end of all of a run's processes; `code` is negative for a signal."""
-    return f"{MARK}ended with exit code {code}\n"
+    return f"{MARK}ended with exit code {code}{', as asked' if asked else ''}\n"
 
 
 def tail(path: Path) -> str:
@@ -70,8 +80,9 @@ def last_mark(text: str) -> Mark | None:
     marks = list(_MARKS.finditer(text))
     if not marks:
         return None
-    kind, host, group, ended_with, code = marks[-1].groups()
-    return Mark(ended_with or kind, int(code or 0), int(group) if host == socket.gethostname() else None)
+    kind, host, group, end, code, asked = marks[-1].groups()
+    here = host == socket.gethostname()
+    return Mark(end or kind, int(code or 0), bool(asked), int(group) if here else None)
 
 
 def last_error(text: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcm_scale.errors import STOPPED, UserError
+from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text, writing
 from hpcm_scale.sweeps.jobs import Job, unfinished
 from hpcm_scale.sweeps.log import MARK
@@ -26,7 +26,7 @@ _BODY = r"""
 set -euo pipefail
 cd -- @FOLDER@
 echo "@MARK@started in Slurm job $SLURM_JOB_ID"
-trap 'code=$?; echo "@MARK@ended with exit code $((code == @STOPPED@ ? 0 : code))"' EXIT
+trap 'echo "@MARK@ended with exit code $?"' EXIT
 @SETUP@
 
 @UNDER_SLURM@
@@ -47,7 +47,6 @@ def script(job: Job, options: SlurmOptions) -> str:
         "SETUP": "\n".join(options.setup),
         "PYTHON": shlex.quote(sys.executable),
         "OVERRIDES": " ".join(map(shlex.quote, job.overrides)),
-        "STOPPED": str(STOPPED),
         "UNDER_SLURM": Path(__file__).with_name("slurm_job.sh").read_text(encoding="utf-8"),
     }
     body = _BODY

@@ -43,7 +43,7 @@ class RunState:
     plan: Planned | None
     """None: nothing readable says what the run is."""
     state: str
-    """waiting, running, finished, stopped, failed; or, as a launcher knows better, skipped or starting."""
+    """waiting, running, finished, stopped, failed; or, as a launcher knows better, stopping."""
     note: str = ""
     """Why, where it failed; where to read more."""
     step: int = 0
@@ -166,7 +166,7 @@ class Follower:
             return "running"
         written, logged = (_changed(path) or 0 for path in (self._journal_file, log_of(self.folder)))
         ended = mark is not None and mark.kind == "ended" and logged >= written
-        if ended and mark.code:
+        if ended and mark.failed:
             return "failed"  # even with all steps done: the last evaluation, checkpoint or export may be missing
         if self._plan and self._last and self._last["step"] >= self._plan.steps:
             return "finished"

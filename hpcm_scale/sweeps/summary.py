@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from hpcm_scale.errors import STOPPED
 from hpcm_scale.sweeps.jobs import Job
 from hpcm_scale.sweeps.log import last_mark, lives, tail
 from hpcm_scale.sweeps.plan import plan_of
@@ -40,19 +41,24 @@ def sentence(job: Job, state: RunState) -> str:
 
 
 def summary(jobs: Sequence[Job], left: Sequence[Job], failures: Mapping[Path, str] = MappingProxyType({})) -> int:
-    """Print the table of all jobs of a multirun; returns the exit code, 0 if all are trained as far as was asked.
+    """Print the table of all jobs of a multirun; returns the exit code.
 
-    `left` are those that had not been finished before, `failures` say by folders why some failed.
+    That is 0 if all are trained as far as was asked, 1 if one failed, and otherwise `STOPPED`. `left` are those that
+    had not been finished before, `failures` say by folders why some failed.
     """
     states = []
     for job in jobs:
         state = at_end(job, Follower(job.folder, plan_of(job)).look(), failures.get(job.folder))
-        states.append(state if job in left else replace(state, state="skipped"))
+        if job not in left:  # whatever its log says of an earlier start
+            state = replace(state, state="finished" if state.step >= job.config.train.steps else "stopped", note="")
+        states.append(state)
     console().print(table(states))
     trained = [
-        state.state in ("finished", "skipped") or (state.state == "stopped" and job.reached >= job.last_step)
+        state.state == "finished" or (state.state == "stopped" and job.reached >= job.last_step)
         for job, state in zip(jobs, states, strict=True)
     ]
     if not all(trained):
         print(f"{len(jobs) - sum(trained)} of {len(jobs)} runs are not finished; the same command goes on with them")
-    return 0 if all(trained) else 1
+    if any(state.state == "failed" for state in states):
+        return 1
+    return 0 if all(trained) else STOPPED

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hpcm_scale.sweeps.state import RunState
 
-STYLES = {"finished": "green", "skipped": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+STYLES = {"finished": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
 PIPE_WIDTH = 200
 """Columns where nobody's terminal limits them."""
 
@@ -32,7 +32,7 @@ def table(states: Sequence[RunState], remark: str = "") -> Group:
     grid.add_column("run", overflow="fold")
     if not named:
         grid.add_column("model")
-    for heading in ("size", "step", "loss", "bpp", "PSNR", "PFLOPs", "time", "left"):
+    for heading in ("size", "step", "loss", "bpp", "PSNR", "PFLOPs", "elapsed", "to go"):
         grid.add_column(heading, justify="right", no_wrap=True)
     grid.add_column("state", no_wrap=True)
     for state, name in zip(states, _names(states), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,23 @@ _WEIGHTS_STAY = ("train.", "objective.", "schedule.", "data.", "engine.")
 _BRANCH_MAY_CHANGE = (*_MAY_CHANGE, "schedule.", "run.")
 
 
+_NAME_BYTES = 255
+_PATH_BYTES = 4096 - 512
+"""The longest name that file systems take, and the longest path, less the names of the files in a run folder."""
+_BESIDE = ".sbatch"
+"""The longest ending of the files beside a run folder, which have its name."""
+
+
 def run_directory(config: Config) -> Path:
-    """`run.dir`, or runs/<model> where it is not set."""
-    return Path(config.run.dir or f"runs/{config.model.name}")
+    """`run.dir`, or runs/<model> where it is not set. Raises UserError if that is longer than file systems allow."""
+    folder = Path(config.run.dir or f"runs/{config.model.name}")
+    longest = max(len(os.fsencode(name)) for name in (*folder.parts, folder.name + _BESIDE))
+    if longest > _NAME_BYTES or len(os.fsencode(folder.absolute())) > _PATH_BYTES:
+        raise UserError(
+            f"run.dir={str(folder)[:40]}… is too long; choose one with a name of at most "
+            f"{_NAME_BYTES - len(_BESIDE)} bytes and a whole path of at most {_PATH_BYTES}"
+        )
+    return folder
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hpcm_scale.config.compose import compose
-from hpcm_scale.config.sweeps import name_run, sweeper_grids, swept_keys
+from hpcm_scale.config.sweeps import LONGEST_NAME, name_run, refuse_hydra_folders, sweeper_grids, swept_keys
+from hpcm_scale.errors import UserError
 
 
 def named(job: list[str], arguments: list[str], grids: tuple[dict, ...] = ()) -> tuple[str | None, str | None]:
@@ -37,6 +40,37 @@ def test_a_url_makes_one_folder():
     arguments = ["-m", "data.shards='http://a/b','http://c/d'"]
     sweep, folder = named(["data.shards='http://a/b'"], arguments)
     assert sweep == "sweep_data.shards" and folder.count("/") == 2
+
+
+def test_values_that_differ_in_their_slashes_have_folders_of_their_own():
+    arguments = ["-m", "data.shards=a_b/c,a/b_c,a_b_c"]
+    folders = [named([f"data.shards={value}"], arguments)[1] for value in ("a_b/c", "a/b_c", "a_b_c")]
+    assert len(set(folders)) == 3 and all(folder.count("/") == 2 for folder in folders)
+    assert folders[2] == "runs/sweep_data.shards/data.shards=a_b_c"
+    assert folders == [named([f"data.shards={value}"], arguments)[1] for value in ("a_b/c", "a/b_c", "a_b_c")]
+
+
+@pytest.mark.parametrize("letter", ["a", "ä", "字"])
+def test_long_names_are_cut_and_stay_apart(letter):
+    values = [f'"{letter * 300}{end}"' for end in "12"]
+    keys = ["data.shards", *(f"model.options.key{number}" for number in range(40))]
+    arguments = ["-m", *(f"+{key}={','.join(values)}" for key in keys)]
+    jobs = [[f"{'+' * (key != 'data.shards')}{key}={value}" for key in keys] for value in values]
+    found = [named(job, arguments) for job in jobs]
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+    for sweep, folder in found:
+        runs, *names = folder.split("/")
+        assert runs == "runs" and names[0] == sweep and len(names) == 2
+        assert all(LONGEST_NAME - 4 < len(name.encode()) <= LONGEST_NAME for name in names)
+    other_keys = arguments[:-1]
+    assert named(jobs[0], other_keys)[0] != found[0][0]
+
+
+@pytest.mark.parametrize("key", ["hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "++hydra.run.dir"])
+def test_hydras_own_folders_are_refused(key):
+    with pytest.raises(UserError, match=r"run\.dir=DIR .* run\.sweep=NAME"):
+        refuse_hydra_folders(["model=nano", f"{key}=here"])
+    refuse_hydra_folders(["model=nano", "hydra/launcher=deepspeed", "run.dir=here"])
 
 
 def test_the_users_own_names_stay():

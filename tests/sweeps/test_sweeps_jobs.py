@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 
-from hpcm_scale.config.compose import compose, preset_names
+from hpcm_scale.config.compose import compose, preset_names, to_yaml
 from hpcm_scale.errors import UserError
 from hpcm_scale.sweeps.devices import Share, free_port, shares, visible_gpus
 from hpcm_scale.sweeps.jobs import make_job, quoted
@@ -136,7 +136,11 @@ REFUSED = {
     "train.batch_size=3": "model=nano: train.batch_size=3 does not divide",
     "data.shards=missing": "model=nano: there are no shards at missing",
     "eval.images=missing": "model=nano: there is no folder missing",
-    "run.dir=here": "two runs of the sweep share run.dir=here",
+    "run.dir=here": "two runs of the sweep share run.dir=here; leave run.dir out (run.sweep=NAME puts the runs into",
+    "train.seed=1,1": "train.seed=1 twice; give each value once",
+    "hydra.sweep.dir=here": "hydra.sweep.dir=here has no effect; run.dir=DIR is the folder of a run",
+    f"run.dir=here/${{model.name}}_{'x' * 250}": "too long; choose one with a name of at most 248 bytes",
+    f"run.sweep={'x' * 300}": "too long",
     "train.seed=0,-1": "model=nano,train.seed=-1: train.seed=-1",
     "hydra.launcher.gpus_per_job=many": "Integer",
     "hydra.launcher.gpus_per_jop=1": "gpus_per_jop",
@@ -153,7 +157,46 @@ def test_a_mistake_is_refused_before_anything_starts(train, shards, tmp_path, mi
     launcher = () if mistake.startswith("hydra/") else ("hydra/launcher=deepspeed", "hydra.launcher.gpus_per_job=2")
     code, output, errors = train("-m", "model=nano,450k", f"data.shards={shards}", *launcher, mistake)
     assert code == 2 and output == "" and errors.count("\n") == 1 and REFUSED[mistake] in errors, errors
-    assert [path for path in tmp_path.rglob("*") if path.name not in ("runs", "multirun.yaml")] == []
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("launcher", [(), ("hydra/launcher=deepspeed",), ONLY_WRITE])
+def test_another_sweep_over_the_same_key_is_told_the_way_out(train, shards, tmp_path, launcher):
+    call = ("-m", "model=nano,450k", f"data.shards={shards}")
+    first = tmp_path / "runs" / "sweep_model" / "model=450k"
+    first.mkdir(parents=True)
+    config = compose(["model=450k", f"data.shards={shards}", f"run.dir={quoted(str(first))}"])
+    (first / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    code, output, errors = train(*call, "objective.lmbda=0.05", *launcher)
+    assert code == 2 and output == "" and errors.count("\n") == 1, errors
+    assert errors.startswith("hpcm: runs/sweep_model/model=450k holds a run with objective.lmbda=0.013, not 0.05; ")
+    assert errors.endswith("; run.sweep=NAME puts the runs of this sweep into runs/NAME\n")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+    code, _, errors = train(*call, "objective.lmbda=0.05", "run.sweep=NAME", *ONLY_WRITE)  # as it says
+    assert code == 0 and scripts(tmp_path / "runs" / "NAME").keys() == {"model=nano", "model=450k"}, errors
+
+
+def test_run_dir_may_have_the_swept_key_in_it(train, shards, tmp_path):
+    call = ("-m", "model=nano,450k", f"data.shards={shards}", "run.dir=runs/x/${model.name}_of_two", *ONLY_WRITE)
+    code, _, errors = train(*call)
+    assert code == 0, errors
+    written = scripts(tmp_path / "runs" / "x")
+    assert {compose(run[:-1]).run.dir for run in written.values()} == {f"runs/x/{name}" for name in written}
+    assert written.keys() == {"nano_of_two", "450k_of_two"}
+    assert not list(tmp_path.rglob("multirun.yaml"))  # sweep.json has it all
+    code, _, errors = train(*call, "objective.lmbda=0.05", "run.sweep=x", "hydra.launcher.gpus_per_node=9")
+    assert code == 2 and "run.sweep=NAME" not in errors  # no way out of anything
+
+
+def test_paths_that_differ_in_their_slashes_are_runs_of_their_own(train, shards, tmp_path):
+    for name in ("a_b/c", "a/b_c"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(shards)
+    code, _, errors = train("-m", "model=nano", "data.shards=a_b/c,a/b_c", *ONLY_WRITE)
+    assert code == 0, errors
+    assert len(scripts(tmp_path / "runs" / "sweep_data.shards")) == 2
 
 
 def test_launchers_are_for_several_runs_and_start_their_own_processes(train, shards, monkeypatch):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from hpcm_scale.config.compose import compose, to_yaml
+from hpcm_scale.errors import STOPPED
 from hpcm_scale.sweeps.state import Follower
 
 pytestmark = pytest.mark.launch
@@ -49,7 +50,7 @@ def on_the_cpu(monkeypatch):
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -80,7 +81,7 @@ def test_three_sizes_one_killed_and_one_failing_and_the_same_command_finishes_wh
         child for child in psutil.Process(process.pid).children(recursive=True) if "model=micro" in child.cmdline()
     ]
     ranks[-1].kill()
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 1, output + errors
     states = {run.name: Follower(run).look() for run in (nano, failing, killed)}
     assert {name: state.state for name, state in states.items()} == {
@@ -102,13 +103,13 @@ def test_three_sizes_one_killed_and_one_failing_and_the_same_command_finishes_wh
     assert "going on from step" in killed.with_name("model=micro.log").read_text()
     last = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and f"/{STEPS}" in line]
     assert [(row[0], row[3], row[-1]) for row in last] == [
-        ("model=nano", f"{STEPS}/{STEPS}", "skipped"),
+        ("model=nano", f"{STEPS}/{STEPS}", "finished"),
         ("model=450k", f"{STEPS}/{STEPS}", "finished"),
         ("model=micro", f"{STEPS}/{STEPS}", "finished"),
     ]
 
 
-def test_on_ctrl_c_all_leave_a_checkpoint_and_no_process_stays(shards, tmp_path):
+def test_on_ctrl_c_all_leave_a_checkpoint_and_no_process_stays(shards, tmp_path, exit_codes):
     runs = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k")]
     arguments = ("-m", "model=nano,450k", "train.steps=5000", "hydra/launcher=deepspeed")
     process = start(tmp_path, shards, *arguments, "hydra.launcher.jobs_at_once=2")
@@ -116,22 +117,29 @@ def test_on_ctrl_c_all_leave_a_checkpoint_and_no_process_stays(shards, tmp_path)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 6  # of each run: deepspeed, its launcher, training
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGINT, output + errors
-    assert psutil.wait_procs(children, timeout=5)[1] == []
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == STOPPED and "sweep" in exit_codes[str(STOPPED)], output + errors
+    assert psutil.wait_procs(children, timeout=60)[1] == []
     for run in runs:
         checkpoints = [int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir()]
         assert max(checkpoints) == steps(run)[-1]
         assert f"{run.name}: stopped at step {steps(run)[-1]:,} of 5,000" in output
         assert Follower(run).look().state == "stopped"
+        assert run.with_name(f"{run.name}.log").read_text().endswith(f"ended with exit code {STOPPED}, as asked\n")
 
 
 def test_without_a_launcher_one_after_the_other_and_one_failing(shards, fork_server, tmp_path):
     failing, whole = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k"))
     obstacle(failing, shards, "model=nano", "train.steps=2")
     command = ("-m", "model=nano,450k", "train.steps=2", f"data.shards={shards}", *COMMON)
-    process = fork_server.start("hpcm_scale.train", command, cwd=tmp_path, env=os.environ)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 1 and "IsADirectoryError" in errors, output + errors
-    assert "model=nano: [Errno 21] Is a directory" in " ".join(output.split())
+
+    def train(*changes: str) -> None:
+        process = fork_server.start("hpcm_scale.train", [*command, *changes], cwd=tmp_path, env=os.environ)
+        output, errors = process.communicate(timeout=400)
+        assert process.returncode == 1 and "IsADirectoryError" in errors, output + errors
+        assert "model=nano: [Errno 21] Is a directory" in " ".join(output.split())
+
+    train("train.max_hours=1e-6")  # the second one is asked to stop: that does not hide that the first one failed
+    assert steps(whole) == [1]
+    train()
     assert steps(whole) == [1, 2] and Follower(whole).look().state == "finished"

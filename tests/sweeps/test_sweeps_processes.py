@@ -6,21 +6,23 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import pytest
 
 from hpcm_scale.config.compose import compose
+from hpcm_scale.errors import STOPPED
 from hpcm_scale.sweeps.at_once import AtOnce, _tell
 from hpcm_scale.sweeps.devices import Share
 from hpcm_scale.sweeps.job_process import JobProcess
 from hpcm_scale.sweeps.jobs import Job, make_job
-from hpcm_scale.sweeps.log import group_members, last_error, last_mark, tail
+from hpcm_scale.sweeps.log import ended, group_members, last_error, last_mark, log_of, started, tail
 from hpcm_scale.sweeps.summary import summary
 
 
 def wait(process: JobProcess) -> int:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while (code := process.poll()) is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -34,7 +36,7 @@ def start(tmp_path):
     def run(script: str, grace: float = 30.0) -> JobProcess:
         log = tmp_path / "runs" / "job.log"
         process = JobProcess(["bash", "-c", f"{script}"], log, os.environ, grace)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while "ready\n" not in tail(log) or "as process group" not in tail(log):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -58,6 +60,17 @@ def test_a_job_that_fails_says_why_in_its_log(start):
     assert last_mark(tail(start.log)).code == 0 and tail(start.log).count("ready\n") == 2
 
 
+def test_the_log_of_a_run_that_stopped_has_its_exit_code(start):
+    process = start(f"trap 'exit {STOPPED}' TERM; echo ready; sleep 60 & wait")
+    process.stop()
+    assert wait(process) == STOPPED
+    assert tail(start.log).endswith(f"ended with exit code {STOPPED}, as asked\n")
+    assert not last_mark(tail(start.log)).failed
+    assert wait(start(f"exit {STOPPED}")) == STOPPED  # by itself, for example for train.max_hours
+    assert tail(start.log).endswith(f"ended with exit code {STOPPED}\n")
+    assert not last_mark(tail(start.log)).failed
+
+
 def test_asked_to_stop_a_job_may_finish_what_it_does(start):
     process = start("trap 'sleep 0.3; echo checkpoint; exit 0' TERM; echo ready; sleep 60 & wait")
     process.stop()
@@ -72,7 +85,7 @@ def test_a_job_that_does_not_stop_is_killed_after_its_grace(start):
     process.stop()
     assert wait(process) == -9 and time.monotonic() - began >= 0.5
     assert group_members(group(start.log)) == []
-    assert last_mark(tail(start.log)).code == 0  # nothing failed: it was asked to end
+    assert last_mark(tail(start.log)).code == -9 and not last_mark(tail(start.log)).failed  # it was asked to end
 
 
 def test_a_job_can_be_killed_at_once(start):
@@ -133,6 +146,46 @@ def test_jobs_are_seen_to_their_end_when_nobody_reads_what_is_said(monkeypatch):
         monkeypatch.setattr(sys, "stderr", pipe)
         _tell("a job has ended")
         print("the summary", flush=True)
+
+
+def test_the_exit_code_of_a_sweep_says_how_its_runs_ended(make_run, tmp_path, monkeypatch, exit_codes):
+    monkeypatch.chdir(tmp_path)
+
+    def job(name: str, done: int, end: str = "") -> Job:
+        make_run(name, done)
+        log_of(tmp_path / name).write_text(started(1) + end)
+        return Job(compose([f"run.dir={name}", "model=nano", "train.steps=10"]), ())
+
+    finished = job("finished", 10, ended(0))
+    stopped, killed = job("stopped", 3, ended(STOPPED)), job("killed", 3, ended(-9, asked=True))
+    failed = job("failed", 10, ended(3))
+    assert summary([finished], [finished]) == 0
+    assert summary([finished, stopped, killed], [finished, stopped, killed]) == STOPPED
+    assert summary([stopped, failed, finished], [stopped, failed, finished]) == 1
+    assert summary([failed, finished], []) == 0  # the log tells of an earlier start: there was nothing left to train
+    assert all("sweep" in exit_codes[str(code)] or exit_codes[str(code)].strip() == "all" for code in (0, 1, STOPPED))
+
+
+def test_a_second_signal_ends_a_sweep_at_once(tmp_path, monkeypatch):
+    """Each run takes a minute to stop."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hpcm_scale.sweeps.at_once.ONCE_SECONDS", 0)
+    program = tmp_path / "program"
+    training = "trap 'echo stopping; sleep 60' TERM; echo ready; sleep 60 & wait"
+    program.write_text(f'#!/bin/bash\nbash -c "{training}" & wait\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    jobs = [Job(compose([f"run.dir={name}", "model=nano"]), ()) for name in "ab"]
+
+    def interrupt() -> None:
+        for word in ("ready\n", "stopping\n"):
+            while not all(word in tail(job.log) for job in jobs):
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert AtOnce(jobs, [Share(1, ())] * 2, cores=1, grace=600).train() == signal.SIGINT
+    assert all(tail(job.log).endswith("ended with exit code -9, as asked\n") for job in jobs)
 
 
 def test_how_far_a_run_is_does_not_hang_on_the_journals_interval(tmp_path, monkeypatch, capfd):

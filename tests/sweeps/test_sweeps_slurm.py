@@ -59,7 +59,7 @@ def test_what_is_not_in_the_queue_is_submitted_and_says_how_far_it_is(shards, tr
         program(srun, f"echo '{steps}' >'{journal}'; exit {code}")
         requeued.unlink(missing_ok=True)
         submission = [str(tmp_path / "bin" / "sbatch"), "--parsable", f"{nano}.sbatch"]
-        subprocess.run(submission, check=True, timeout=60, env=os.environ | variables, capture_output=True)
+        subprocess.run(submission, check=True, timeout=400, env=os.environ | variables, capture_output=True)
         return Follower(nano).look().state, requeued.exists()
 
     assert submit(3, first.strip()) == ("failed", False)  # a mistake is not tried again

@@ -191,6 +191,7 @@ def test_status_shows_what_waits_and_finds_runs_at_any_depth(make_run, tmp_path,
     rows = {line.split()[0]: line.split() for line in output.splitlines() if "/10" in line}
     assert rows["model=micro"] == ["model=micro", "micro", "1.09", "M", "0/10", "waiting"]
     assert rows["model=nano"][1:6] == ["nano", "0.21", "M", "10/10", "0.9000"] and rows["model=nano"][-1] == "finished"
+    assert " elapsed " in output and " to go " in output  # `time` beside `left` reads as one heading
     assert rows["deep"][-1] == "running" and rows["deep"][5] == "3.333*" and "* of training" in output
 
 

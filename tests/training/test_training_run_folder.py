@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 
 from hpcm_scale.config.compose import compose, to_dict
 from hpcm_scale.config.schema import Config
+from hpcm_scale.config.sweeps import quoted
 from hpcm_scale.errors import UserError
+from hpcm_scale.sweeps.log import log_of
 from hpcm_scale.training.divergence import Divergence
 from hpcm_scale.training.run_folder import RunFolder, run_directory
 
@@ -52,6 +54,23 @@ def test_a_new_run_takes_a_new_or_empty_folder(tmp_path):
 def test_where_an_unnamed_run_goes():
     assert str(run_directory(compose(["model=nano"]))) == "runs/nano"
     assert str(run_directory(compose(["model=nano", "run.dir=a/b"]))) == "a/b"
+
+
+@pytest.mark.parametrize("folder", ["x" * 249, "ä" * 125, "x" * 480, f"{'x' * 256}/run", "/".join(["x" * 200] * 18)])
+def test_a_name_that_file_systems_do_not_take_is_refused(folder):
+    with pytest.raises(UserError, match=r"^run\.dir=.{40}… is too long; choose one") as error:
+        run_directory(compose([f"run.dir={quoted(folder)}"]))
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("folder", ["x" * 248, "ä" * 124, f"{'x' * 255}/run", "/".join(["x" * 200] * 16)])
+def test_the_longest_names_are_taken(folder, tmp_path, monkeypatch):
+    """There is room for the files beside the folder and in it."""
+    monkeypatch.chdir(tmp_path)
+    run = run_directory(compose([f"run.dir={quoted(folder)}"]))
+    started(run)
+    for beside in (log_of(run), run.with_name(f"{run.name}.sbatch"), run / "checkpoints"):
+        beside.touch()
 
 
 def test_the_same_command_goes_on_from_the_newest_checkpoint(tmp_path):
