@@ -27,7 +27,8 @@ else
         processes=(--num_gpus 2) # two processes on the CPU
         overrides=()
     fi
-    deepspeed --log_level critical ${processes[@]+"${processes[@]}"} --module hpcm_scale.train experiment=quickstart \
+    . launch/under_deepspeed.sh
+    under_deepspeed ${processes[@]+"${processes[@]}"} --module hpcm_scale.train experiment=quickstart \
         data.shards="$data/shards" eval.images="$data/photos/held_out" run.dir="$run" \
         ${overrides[@]+"${overrides[@]}"} "$@"
     [ -f "$run/weights.safetensors" ] || fail "training stopped before its end; the same command goes on"

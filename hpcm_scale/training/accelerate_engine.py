@@ -24,6 +24,8 @@ class AccelerateEngine(Engine):
         self._config = config
         # The only buffers are constants, the same everywhere.
         how = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The number of threads that it chooses on CPUs where the user has not.
+        warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
         cpu = not torch.cuda.is_available()
         self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[how])
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes

@@ -370,7 +370,7 @@ def test_in_a_pipe_there_is_one_line(weights, folder, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for arguments in (("encode", folder, coded), ("decode", coded, tmp_path / "back")):
         command = [script, *arguments, "--weights", weights[0], "--device", "cpu"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.count("\n") == 1 and result.stdout.startswith("3 ")
     assert below(tmp_path / "back") == ["a.png", "b.v2.png", "more/a.png"]

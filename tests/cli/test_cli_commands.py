@@ -44,7 +44,7 @@ def answers(tmp_path_factory) -> dict[tuple[str, ...], subprocess.CompletedProce
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         Image.new("RGB", (8, 8)).save(folder / "a.png")
         command = [script, *arguments]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(TYPED, pool.map(answer, TYPED), strict=True))

@@ -26,5 +26,5 @@ def bash(*arguments: str | Path, cwd: Path, **environment: str | Path) -> subpro
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )

@@ -66,7 +66,7 @@ class Cluster:
         """What one of Slurm's programs prints; `variables` are added to its environment."""
         environment = self.environment | {name: str(value) for name, value in variables.items()}
         words = list(map(str, command))
-        answer = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
         assert answer.returncode == 0 or not check, answer.stdout + answer.stderr
         return answer.stdout.strip()
 
@@ -83,7 +83,7 @@ class Cluster:
         """Submit a job of greater weight that needs the whole machine, for a moment."""
         self.submit("--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=Path("/"))
 
-    def wait(self, number: str, state: str, told: Callable[[], object], seconds: float = 200) -> dict[str, str]:
+    def wait(self, number: str, state: str, told: Callable[[], object], seconds: float = 400) -> dict[str, str]:
         """The job, once it is in a state; `told` is told when it does not get there, or ends in another one."""
 
         def there() -> bool:
@@ -101,10 +101,10 @@ class Cluster:
     def clear(self) -> None:
         """Cancel all jobs, and wait until they have ended."""
         self.call("scancel", "--me")
-        await_that(lambda: not self.jobs(), self.jobs, KILL_WAIT + 30)
+        await_that(lambda: not self.jobs(), self.jobs, KILL_WAIT + 120)
 
 
-def await_that(condition: Callable[[], object], told: Callable[[], object], seconds: float = 200) -> None:
+def await_that(condition: Callable[[], object], told: Callable[[], object], seconds: float = 400) -> None:
     """Wait for a condition; `told` is told when it does not come about."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -160,7 +160,7 @@ def _daemon(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
         finally:
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

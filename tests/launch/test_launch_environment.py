@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,7 @@ def test_torch_is_installed_first_and_a_second_call_installs_nothing(checkout, a
     assert torch.endswith(f"-c {checkout}/launch/constraints.txt torch")
     assert rest.endswith(f"-c {checkout}/launch/constraints.txt -e {checkout}[test]")
 
-    before = time.monotonic()
     second = set_up(checkout, "test", VIRTUAL_ENV=active)
-    assert time.monotonic() - before < 1
     assert second.stdout == f"{active}/bin/python\n"
     assert calls() == []
 

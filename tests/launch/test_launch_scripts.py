@@ -62,7 +62,7 @@ def test_many_nodes_by_hostfile_with_and_without_ssh(checkout, active, launcher,
     assert calls()[2:11] == ["--hostfile", "hostfile", "--no_ssh", "--node_rank", "1", *where]
 
 
-def test_exit_codes_and_signals_pass_through(checkout, active, tmp_path) -> None:
+def test_exit_codes_and_signals_pass_through(checkout, active, tmp_path, exit_codes) -> None:
     """`deepspeed`, its launcher and a training process that takes its time to stop, as programs of the shell."""
     training = (
         f'trap "sleep 1; echo stopped; exit {STOPPED}" USR1; touch "{tmp_path}/trains"; while :; do sleep 0.1; done'
@@ -77,12 +77,13 @@ def test_exit_codes_and_signals_pass_through(checkout, active, tmp_path) -> None
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=400)
     assert (process.returncode, output.splitlines()[-1], errors) == (STOPPED, "stopped", "")
 
     program(active / "bin/deepspeed", "exit $((256 - 9))")  # as when a process was killed
     killed = bash(checkout / "launch/one_node.sh", cwd=checkout, VIRTUAL_ENV=active)
     assert (killed.returncode, killed.stderr) == (247, "one_node.sh: a training process was ended by signal 9\n")
+    assert "one_node.sh" in exit_codes["256 − signal"]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Nodes:
         return "\n".join(log.read_text() for log in self.logs)
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not condition():
             ended = [process.returncode for process in self.processes if process.poll() is not None]
             assert time.monotonic() < deadline and not ended, self.said()
@@ -116,7 +116,7 @@ def test_two_nodes_are_one_run_that_stops_dies_and_is_finished_together(start, s
     nodes = start(script)
     nodes.wait_for(lambda: len(journal(run)) > 3)
     nodes.processes[1].terminate()  # the script alone, as a supervisor does
-    assert nodes.codes(60) == [STOPPED, STOPPED], nodes.said()
+    assert nodes.codes(400) == [STOPPED, STOPPED], nodes.said()
     stopped_at = len(journal(run))
     assert max((run / "checkpoints").glob("step_*")).name == f"step_{stopped_at:08d}"
     last = [log.read_text().splitlines()[-1] for log in nodes.logs]
@@ -124,16 +124,16 @@ def test_two_nodes_are_one_run_that_stops_dies_and_is_finished_together(start, s
 
     words = overrides(shards, one_node, f"train.stop_after={stopped_at}")
     process = fork_server.start(MODULE, words, cwd=tmp_path, env=os.environ | CPU, processes=2)
-    assert process.wait(200) == 0, process.communicate()
+    assert process.wait(400) == 0, process.communicate()
     assert journal(one_node) == journal(run)
 
     nodes = start(script)
     nodes.wait_for(lambda: len(journal(run)) > stopped_at + 1)
     assert f"going on from step {stopped_at}" in nodes.said()
     nodes.kill(1)
-    code, killed = nodes.codes(60)
+    code, killed = nodes.codes(400)
     assert killed == -signal.SIGKILL and code not in (0, STOPPED), nodes.said()
 
     nodes = start(typed, f"train.stop_after={stopped_at + 3}")
-    assert nodes.codes(200) == [0, 0], nodes.said()
+    assert nodes.codes(400) == [0, 0], nodes.said()
     assert [line[0] for line in journal(run)] == list(range(1, stopped_at + 4))

@@ -164,6 +164,11 @@ class Watch:
                 self._tell_where()
             elif gone := self._gone():
                 self._post(gone)
+            elif silent := self._silent():
+                self._post(f"{silent} has not been heard of for {LOST_SECONDS:g} s: it hangs, or its machine is gone")
+                if silent in self._near:  # it hangs so that nothing else can end it; told first: others see its end
+                    with suppress(OSError):
+                        os.kill(silent.pid, signal.SIGKILL)
             elif time.monotonic() > self._alive + self._stall_seconds:
                 self._stalled()
 
@@ -180,12 +185,12 @@ class Watch:
         if self._line.broken:
             keeper = self._group.peers[0] if self._group.keeps_store(0) else "torchrun, which keeps the store,"
             return f"{keeper} is gone, or its machine is; the same command goes on"
-        if self._others and now > self._line.before_beat + LOST_SECONDS:
-            peer = self._group.peers[self._rank - 1]
-            if peer in self._near:
-                with suppress(OSError):
-                    os.kill(peer.pid, signal.SIGKILL)  # it hangs so that nothing else can end it
-            return f"{peer} has not been heard of for {LOST_SECONDS:g} s: it hangs, or its machine is gone"
+        return None
+
+    def _silent(self) -> Peer | None:
+        """The process before this one in the ring, if it has not been heard of for long."""
+        if self._others and time.monotonic() > self._line.before_beat + LOST_SECONDS:
+            return self._group.peers[self._rank - 1]
         return None
 
     def _post(self, text: str) -> None:
