@@ -120,6 +120,11 @@ class ForkServer:
             streams = {"stdin": subprocess.DEVNULL, "pass_fds": [theirs.fileno()]}
             self._process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
+    @property
+    def pid(self) -> int:
+        """The process that forks."""
+        return self._process.pid
+
     def __enter__(self) -> ForkServer:
         return self
 

@@ -16,7 +16,7 @@ LONGEST_FILE = 400
 
 def run(project: Path, *command: str) -> str:
     """The output of a command that must succeed."""
-    result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

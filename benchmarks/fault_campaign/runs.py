@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from hpcm_scale.sweeps.devices import free_port
 
-LONGEST_AFTERLIFE = 60.0
-"""Seconds within which all processes of a run have ended once one of them has failed."""
+LONGEST_AFTERLIFE = 300.0
+"""Seconds after which processes of a run that has ended are taken to hang; the report has the longest time it took."""
 POLL_SECONDS = 0.002
 _LAUNCH = "deepspeed.launcher.launch"
 _LONGEST_LINE = 8192
@@ -127,16 +127,15 @@ class Run:
         return []
 
     def wait_until_gone(self, limit: float = LONGEST_AFTERLIFE) -> float:
-        """Seconds until no process is left. Raises TimeoutError after `limit`, and ends what is left."""
+        """Seconds until no process is left, and the command's exit code is known: the one who started it may learn of
+        its end later. Raises TimeoutError after `limit`, and ends what is left."""
         began = time.monotonic()
-        while left := self.members():
-            self.poll()
+        while (left := self.members()) or self.poll() is None:
             if time.monotonic() > began + limit:
                 names = "; ".join(" ".join(process.cmdline())[:200] for process in left if process.is_running())
                 self.end()
                 raise TimeoutError(f"{len(left)} processes of {self.folder.name} outlive it by {limit:.0f} s: {names}")
             time.sleep(0.05)
-        self.poll()
         return time.monotonic() - began
 
     def end(self) -> None:

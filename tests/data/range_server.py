@@ -30,6 +30,8 @@ class RangeServer:
         """Files that come with a wrong byte."""
         self.whole: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
+        self.troubled = 0
+        """Requests that had to wait, or got an error, by `delay` and `status`."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}/photos"
 
@@ -51,6 +53,7 @@ class RangeServer:
             def do_GET(self) -> None:
                 name = self.path.removeprefix("/photos/")
                 server.requests[name] += 1
+                server.troubled += name in server.delay or name in server.status
                 time.sleep(server.delay.get(name, 0))
                 path = server.folder / name
                 if server.failures[name] > 0:

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 from zlib import crc32
 
@@ -203,13 +202,13 @@ def test_a_shard_that_was_given_up_is_not_asked_for_again_at_once(server):
     assert len(found.bad) == 4 and server.requests["shard-000007.tar"] == 3
 
 
-def test_a_silent_server_is_given_up_in_bounded_time(server):
+def test_a_silent_server_is_given_up_after_a_bounded_number_of_tries(server):
     """All tries are spent once; after that each photo is tried once."""
-    server.delay = {f"shard-{number:06d}.tar": 1.0 for number in range(23)}
-    began = time.perf_counter()
+    server.delay = {f"shard-{number:06d}.tar": 60.0 for number in range(23)}
     with pytest.raises(UserError, match=r"photos were tried .*after 1 try \(\w*Timeout"):
-        seen(server.url, timeout=0.1, retries=3)
-    assert time.perf_counter() - began < 4
+        seen(server.url, timeout=0.5, retries=3)
+    tries = [count for name, count in server.requests.items() if name in server.delay]
+    assert max(tries) <= 3 and sum(tries) <= len(tries) + 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,6 +13,7 @@ import tarfile
 import time
 from hashlib import sha256
 from pathlib import Path
+from timeit import repeat
 
 import psutil
 import pytest
@@ -200,14 +201,14 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(shared, tmp_path, worker
         workers_alive = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(blow)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=300)[1]
     if blow == signal.SIGINT:
         assert process.returncode == 130
         assert said == "hpcm: interrupted; the same command goes on from here\n"
     assert [path.name for path in out.iterdir()] == ["unfinished"]
     with pytest.raises(UserError, match="unfinished; go on"):
         load_index(str(out))
-    assert not psutil.wait_procs(workers_alive, timeout=10)[1]
+    assert not psutil.wait_procs(workers_alive, timeout=60)[1]
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "unfinished").glob("shard-*.tar")}
     assert 2 <= len(kept) < 10
     subprocess.run([*command, "--out", str(out)], check=True)
@@ -249,15 +250,16 @@ def test_an_unfinished_build_of_other_photos_is_begun_anew(photo_folder, small_s
     assert contents(out) == contents(small_set)
 
 
-def test_a_large_set_loads_quickly(tmp_path):
+def test_a_large_set_loads_about_as_quickly_as_its_json(tmp_path):
     count = 250_000
     samples = {name: range(10**6, 10**6 + count) for name in COLUMNS} | {"shard": [0] * count}
     samples |= {"offset": range(512, 10**7 * count, 10**7)}
     samples |= {"key": [f"folder/photo_{i:07d}" for i in range(count)], "extension": ["jpg"] * count}
     index = ShardIndex([Shard("shard-000000.tar", bytes=10**7 * count, sha256="0" * 64)], samples, {})
     (tmp_path / "index.json").write_text(index.to_json())
-    began = time.perf_counter()
+    how = {"timer": time.process_time, "number": 1, "repeat": 2}
+    parsing = min(repeat(lambda: json.loads((tmp_path / "index.json").read_text()), **how))
+    assert min(repeat(lambda: load_index(str(tmp_path)), **how)) < 10 * parsing
     loaded = load_index(str(tmp_path))
-    assert time.perf_counter() - began < 5
     assert len(loaded) == count and loaded.keys[-1] == index.keys[-1]
     assert (loaded.crc32 == index.crc32).all()

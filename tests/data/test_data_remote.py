@@ -128,14 +128,14 @@ def test_several_processes_share_one_cache(server, tmp_path):
     server.delay = {shard.name: 0.3 for shard in index.shards}
     command = [sys.executable, "-c", FETCH, server.url, str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    counts = [process.communicate(timeout=60)[0] for process in processes]
+    counts = [process.communicate(timeout=400)[0] for process in processes]
     assert counts == [f"{len(index.shards)}\n"] * 4
     assert all(server.whole[shard.name] == 1 for shard in index.shards)
 
 
 def test_what_a_killed_process_left_in_the_cache_is_swept(server, tmp_path):
     index = load_index(str(server.folder))
-    cached = CachedStorage(RemoteStorage(server.url, retries=1, timeout=9), tmp_path, index.shards)
+    cached = CachedStorage(RemoteStorage(server.url, retries=1, timeout=60), tmp_path, index.shards)
     left_behind = tmp_path / f"{unfinished_name(Path(f'{index.shards[0].sha256}.tar'))}12345.part"
     left_behind.write_bytes(b"half")
     assert cached.read("shard-000000.tar", 0, 512) == (server.folder / "shard-000000.tar").read_bytes()[:512]

@@ -79,7 +79,7 @@ def test_a_store_that_answers_503_is_tried_again_as_often_as_is_asked(server, sm
     with RangeServer(tmp_path / "photos" / "kept") as flaky:
         monkeypatch.setenv("AWS_ENDPOINT_URL", flaky.url.removesuffix("/photos"))
         flaky.failures["kept/shard-000000.tar"] = 10**6
-        storage = RemoteStorage("s3://photos/kept", retries=3, timeout=5)
+        storage = RemoteStorage("s3://photos/kept", retries=3, timeout=60)
         with pytest.raises(OSError, match=r"^after 3 tries \(.*503|^after 3 tries \(.*Service Unavailable"):
             storage.read("shard-000000.tar", 0, 10)
         assert flaky.requests["kept/shard-000000.tar"] == 3

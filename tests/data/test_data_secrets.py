@@ -69,7 +69,7 @@ def test_what_holds_no_secret_passes(location):
 def test_a_training_command_with_a_secret_writes_and_tells_nothing(tmp_path, override, several):
     """Even where a later override would take its place."""
     command = [sys.executable, "-m", "hpcm_scale.train", *several, "model=nano", override, "data.shards=shards"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "holds a password, token or signature" in done.stderr and SECRET not in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -43,7 +43,7 @@ def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images)
         assert image.bits == 8 * len(data) and image.bpp == 8 * len(data) / (image.width * image.height)
         assert torch.equal(decoded, codec.decompress(data))
         assert image.psnr == peak_signal_to_noise(pixels, decoded)
-        assert 0 < image.encode_seconds < 60 and 0 < image.decode_seconds < 60
+        assert image.encode_seconds > 0 and image.decode_seconds > 0
     assert [image.ms_ssim is None for image in measured] == [True, True, False]
 
 

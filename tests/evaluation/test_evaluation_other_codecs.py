@@ -132,7 +132,7 @@ def test_missing_libraries_are_named_with_their_mend():
         "    try: print(name, other_codec(name).description)\n"
         "    except UserError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     lines = dict(zip(OTHER_CODECS, done.stdout.splitlines(), strict=True))
     for name, line in lines.items():
@@ -165,7 +165,8 @@ def test_an_image_too_large_for_a_format(name, side):
 def test_a_bad_ffmpeg_gets_one_sentence(monkeypatch, tmp_path, script, reason):
     """A real program in ffmpeg's place, the way imageio-ffmpeg lets users choose their own."""
     pytest.importorskip("imageio_ffmpeg")
-    monkeypatch.setattr("hpcm_scale.evaluation.other_codecs.vvc.START_SECONDS", 1)
+    if "600" in script:
+        monkeypatch.setattr("hpcm_scale.evaluation.other_codecs.vvc.START_SECONDS", 1)
     program = tmp_path / "ffmpeg"
     program.write_text(f"#!{shutil.which('sh')}\n{script}\n", encoding="utf-8")
     program.chmod(0o755)

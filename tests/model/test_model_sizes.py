@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -45,14 +44,13 @@ def table(project) -> SimpleNamespace:
     """What `hpcm models` prints in a terminal of 80 columns, and what it takes."""
     # Its own peak: what wait4 tells of a child begins with the size of the parent.
     code = "from hpcm_scale import models; models.main(); print(open('/proc/self/status').read())"
-    variables, started = os.environ | {"COLUMNS": "80"}, time.monotonic()
+    variables = os.environ | {"COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", code], cwd=project, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text, _, status = done.stdout.partition("Name:")
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     rows = [line.split() for line in text.splitlines() if re.match(r" ?\w+ +[\d,]{6,} ", line)]
-    seconds = time.monotonic() - started
-    return SimpleNamespace(text=text, rows={row[0]: row[1:] for row in rows}, seconds=seconds, peak=peak)
+    return SimpleNamespace(text=text, rows={row[0]: row[1:] for row in rows}, peak=peak)
 
 
 def test_there_are_no_other_sizes():
@@ -115,9 +113,7 @@ def test_the_table_is_right(table):
 
 
 def test_the_table_is_cheap(table):
-    """2 GB; half a minute, or four times that where others use the machine."""
-    assert table.peak < 2e9
-    assert table.seconds < 120
+    assert table.peak < 2e9  # bytes
 
 
 def test_nothing_in_a_forward_pass_depends_on_data():

@@ -39,7 +39,7 @@ def records(folder: Path) -> list[dict]:
     """Everything in the one file that wandb keeps."""
     [file] = (folder / "wandb").glob("offline-run-*/*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    done = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=400)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

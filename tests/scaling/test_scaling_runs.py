@@ -63,7 +63,7 @@ def kept_by_wandb(tmp_path_factory: pytest.TempPathFactory) -> Path:
         order["dir"] = str(folder / order["dir"])
         Path(order["dir"]).mkdir(exist_ok=True)
     command = [sys.executable, "-c", WANDB]
-    subprocess.run(command, input=json.dumps(orders), text=True, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, input=json.dumps(orders), text=True, check=True, capture_output=True, timeout=400)
     return folder
 
 

@@ -37,9 +37,7 @@ journal = Journal(run_dir / "metrics.jsonl")
 journal.resume(start)
 log, run = LogConfig(wandb=WandbMode(mode), project="codecs"), RunConfig(sweep="ladder")
 facts = {"parameters": 251_904, "git_commit": "0123abcd"}
-opened = time.monotonic()
 view = WandbView.open(run_dir, log, run, config={"model": {"name": "nano"}}, facts=facts)
-print("opened in", time.monotonic() - opened)
 generator = np.random.default_rng(start)
 for step in range(start + 1, stop + 1):
     axes = {"step": step, "time": step / 2, "train/images": 8 * step, "compute/pflops": 0.003 * step}
@@ -70,7 +68,7 @@ def command(run_dir: Path, start: int, stop: int, end: str = "closes", mode: str
 
 def train(*arguments, expect: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, env=environment | variables)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=400, env=environment | variables)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -87,7 +85,7 @@ def rows(run_dir: Path) -> list[dict]:
     return [record["history"]["item"] for record in records(run_dir) if record["type"] == "history"]
 
 
-def wait_until(condition, seconds: float = 30) -> None:
+def wait_until(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

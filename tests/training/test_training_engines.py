@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from safetensors.torch import load_file
 
@@ -33,6 +35,15 @@ def test_engines_agree(engine, baseline, train, launch):
     ours, theirs = (load_file(launch.folder / run / "weights.safetensors") for run in (engine, "zero2"))
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 2e-4
+
+
+def test_two_processes_on_the_cpu_have_nothing_to_say_of_threads(fork_server, shards, tmp_path):
+    """Where the user has not set OMP_NUM_THREADS, which libraries set then, and warn of."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    overrides = ["model=nano", f"data.shards={shards}", "train.batch_size=4", "engine=accelerate", *COMMON]
+    process = fork_server.start("hpcm_scale.train", overrides, cwd=tmp_path, env=environment, processes=2)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0 and "OMP_NUM_THREADS" not in output + errors, output + errors
 
 
 @pytest.mark.parametrize("workers, micro_batch", [(0, 2), (1, 4)])

@@ -10,11 +10,12 @@ import os
 import random
 import shutil
 import signal
+import threading
 
 import pytest
 from fault_campaign.injections import flip_byte, full, small_disk
 from fault_campaign.kills import KillCampaign, Shape
-from fault_campaign.runs import Run, ended_with, key, numbers, same_weights, wait_for
+from fault_campaign.runs import Run, ended_with, key, kill, numbers, same_weights, wait_for
 
 from hpcm_scale.errors import STOPPED
 
@@ -48,6 +49,21 @@ def test_kill_9_at_random_moments_loses_and_repeats_nothing(campaign):
     assert all(ending.same_journal and ending.same_weights for ending in campaign.endings)
 
 
+def test_the_exit_code_of_a_launch_that_is_gone_is_known(keys, fork_server, tmp_path):
+    """Whoever started it learns of its end a second after its processes are gone."""
+    run = Run(tmp_path / "run", [*keys, *SHAPE.overrides(), "engine=zero2"])
+    with ended_with(run):
+        run.start(fork_server)
+        wait_for(lambda: len(run.ranks()) == 2, 400, "the ranks")
+        os.kill(fork_server.pid, signal.SIGSTOP)
+        goes_on = threading.Timer(1.0, os.kill, (fork_server.pid, signal.SIGCONT))
+        goes_on.start()
+        kill(run.members())
+        run.wait_until_gone()
+        assert run.poll() == -signal.SIGKILL
+        goes_on.join()
+
+
 def test_stopped_in_every_way_and_gone_on_with_other_engines(unbroken, keys, fork_server, tmp_path):
     """The same command but for the numbers; each way to stop ends it with the exit code that asks for another start."""
 
@@ -57,12 +73,12 @@ def test_stopped_in_every_way_and_gone_on_with_other_engines(unbroken, keys, for
         return run
 
     def code(run: Run) -> int:
-        wait_for(lambda: run.poll() is not None, 200, "the end")
+        wait_for(lambda: run.poll() is not None, 400, "the end")
         run.wait_until_gone()
         return run.poll()
 
     def stepped(run: Run, step: int) -> None:
-        wait_for(lambda: run.step() >= step or run.poll() is not None, 200, f"step {step}")
+        wait_for(lambda: run.step() >= step or run.poll() is not None, 400, f"step {step}")
 
     with ended_with(started("zero2", 2)) as run:
         stepped(run, 1)
@@ -114,16 +130,16 @@ def test_on_a_full_disk_training_goes_on(keys, fork_server, tmp_path):
         run = Run(disk / "run", [*keys, *changes, "train.batch_size=2", "engine=accelerate"], 1, tmp_path / "log")
         with ended_with(run):
             run.start(fork_server)
-            wait_for(lambda: run.newest() >= 6 or run.poll() is not None, 200, "a checkpoint")
+            wait_for(lambda: run.newest() >= 6 or run.poll() is not None, 400, "a checkpoint")
             with full(disk):
                 before, step = hashes(run), run.step()
-                wait_for(lambda: failures(run) >= 2 or run.poll() is not None, 100, "words")
+                wait_for(lambda: failures(run) >= 2 or run.poll() is not None, 400, "words")
                 assert hashes(run) == before
             failed = run.newest()
-            wait_for(lambda: run.newest() > failed or run.poll() is not None, 100, "a checkpoint")
+            wait_for(lambda: run.newest() > failed or run.poll() is not None, 400, "a checkpoint")
             assert run.poll() is None, run.output()
             (run.folder / "stop").touch()
-            wait_for(lambda: run.poll() is not None, 100, "the end")
+            wait_for(lambda: run.poll() is not None, 400, "the end")
             assert run.poll() == STOPPED
         assert [record["step"] for record in run.records()] == list(range(1, run.newest() + 1))
         assert run.newest() > step

@@ -63,7 +63,7 @@ def test_forked_processes_are_told_what_the_launcher_tells(probe):
 
 
 def wait_for(pid: int, children: int) -> list[psutil.Process]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while len(found := psutil.Process(pid).children()) < children:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -78,8 +78,8 @@ def test_one_of_several_that_fails_ends_the_others(number, probe):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.1)
     one.send_signal(number)
-    assert process.wait(timeout=20) == 256 - number
-    assert psutil.wait_procs([one, other], timeout=5)[1] == []
+    assert process.wait(timeout=300) == 256 - number
+    assert psutil.wait_procs([one, other], timeout=60)[1] == []
 
 
 @pytest.mark.parametrize("everyone", [False, True])
@@ -88,5 +88,5 @@ def test_signals_reach_all(everyone, probe):
     process = probe("asleep", wait=False)
     ranks = wait_for(process.pid, 2)
     (os.killpg if everyone else os.kill)(process.pid, signal.SIGTERM)
-    process.wait(timeout=20)
-    assert psutil.wait_procs(ranks, timeout=5)[1] == []
+    process.wait(timeout=300)
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []

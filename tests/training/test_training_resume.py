@@ -112,7 +112,7 @@ def test_fewer_steps_than_done_and_another_run_are_refused(unbroken, launch, sha
     assert fewer.returncode == 2 and "has 8 steps already, more than train.steps=7" in fewer.stderr
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch, shards):
+def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch, shards, exit_codes):
     overrides = ("engine=zero1", "train.steps=5000", "log.wandb=disabled")
     options = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3")
     process = launch(*options, *overrides, "run.dir=terminated", wait=False, launcher=True)
@@ -122,7 +122,8 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch,
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)  # as Slurm and a terminal do: to the launcher and its processes
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == -signal.SIGTERM and "`deepspeed` itself" in exit_codes[str(128 + signal.SIGTERM)]
     assert "asked to stop (SIGTERM): checkpoint at step" in stdout, stdout + stderr
     stopped_at = json.loads(journal.read_text().splitlines()[-1])["step"]
     records = train("terminated", *overrides, f"train.stop_after={stopped_at + 2}")

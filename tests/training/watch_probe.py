@@ -3,7 +3,8 @@
 Arguments: `join_minutes=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and
 what process `who` does in its third step, `does=…` (see `fail`), or `late=who` after its last; or, before it joins,
 `refused=text`. `fact=…` is what the processes compare, `finished=` all that they do; `lost_seconds=…` and
-`grace_seconds=…` take the place of the watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds.
+`grace_seconds=…` take the place of the watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds;
+`tell_seconds=…` pass before what a process has noticed is told to the others, as on a busy machine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hpcm_scale.errors import STOPPED, UserError, alone, one_line
 from hpcm_scale.training import processes
 from hpcm_scale.training.group import watch
 from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
+from hpcm_scale.training.group.store_line import StoreLine
 from hpcm_scale.training.run_lock import RunLock
 
 
@@ -30,8 +32,19 @@ def main() -> None:
     processes.complete_environment()
     watch.LOST_SECONDS = float(given.get("lost_seconds", watch.LOST_SECONDS))
     watch.GRACE_SECONDS = float(given.get("grace_seconds", "1"))
+    slow_to_tell(float(given.get("tell_seconds", "0")))
     for _ in range(int(given.get("times", "1"))):
         train(given)
+
+
+def slow_to_tell(seconds: float) -> None:
+    post = StoreLine.post
+
+    def late(line: StoreLine, *news, **more) -> None:
+        time.sleep(seconds)
+        post(line, *news, **more)
+
+    StoreLine.post = late
 
 
 def train(given: dict[str, str]) -> None:
