@@ -207,7 +207,7 @@ def test_evaluate_refuses_in_one_line(case, run, weights, photos, tmp_path):
         "foreign weights": ({"--weights": tmp_path / "foreign.safetensors"}, "was not written by hpcm_scale"),
         "same weights": ({"--weights": (weights, weights)}, "twice; name it once"),
         "no folder": ({"--images": tmp_path / "nowhere"}, "there is no folder"),
-        "no image": ({"--images": tmp_path / "nothing"}, "there is no JPEG, PNG or WebP in"),
+        "no image": ({"--images": tmp_path / "nothing"}, "there is no JPEG, PNG or WebP image in"),
         "broken image": ({"--images": tmp_path / "broken"}, "b.png"),
         "limit": ({"--limit": 0}, "--limit: 0 must be at least 1"),
         "visual": ({"--visual": -1}, "--visual: -1 must be at least 0"),
