@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hpcm_scale.errors import STOPPED
@@ -61,8 +63,11 @@ class Nodes:
         return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
 
     def kill(self, rank: int) -> None:
-        """All processes of a node at once, as when its power fails."""
-        os.killpg(self.processes[rank].pid, signal.SIGKILL)
+        """All processes of a node at once, as when its power fails: its session, of several process groups."""
+        for process in psutil.process_iter():
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == self.processes[rank].pid:
+                    process.kill()
 
 
 @pytest.fixture
