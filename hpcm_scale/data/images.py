@@ -95,6 +95,8 @@ class EncodedImage:
             image = self._stored()
             if self._jpeg and self._jpeg.scans and _open(jpeg.disturbed(self._jpeg.file)).tobytes() != image.tobytes():
                 raise ValueError("image file is truncated")
+            if self._png and png.lacks_pixels(self._png.file):
+                raise ValueError("image file is truncated")
             return to_rgb(image, background, self.orientation)
 
     def decode_box(self, box: Box) -> Image.Image:

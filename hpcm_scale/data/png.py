@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,8 +15,14 @@ from PIL import Image
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3
 """Colour types that may have a tRNS chunk."""
+SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
+"""Of a pixel, by colour type."""
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Of each pass of an interlaced image the first column and row, and the steps to the next."""
 RAW_EXIF = b"Raw profile type exif\0"
 """Keyword of text chunks in which programs stored EXIF, as hexadecimal digits, before PNG had a chunk for it."""
+COMPRESSED = 1 << 16
+"""Bytes that are unfolded at once, to at most 1,032 times as many."""
 LONGEST_RAW_EXIF = 1 << 18
 """Characters of such a text that are read."""
 
@@ -76,6 +83,26 @@ def read_png(data: bytes) -> Png:
         colour = tuple(int.from_bytes(transparency[2 * i : 2 * i + 2], "big") % (1 << depth) for i in range(samples))
     before = [_chunk(b"IHDR", header), *(_chunk(*item) for item in used.items())]
     return Png(b"".join((SIGNATURE, *before, *pixels)), exif or raw_exif or b"", depth, colour)
+
+
+def lacks_pixels(file: bytes) -> bool:
+    """Whether the coded data of a PNG that Pillow decodes ends before its last row; what is missing decodes to zeros.
+
+    `file` is one that `read_png` gave.
+    """
+    width, height, depth, kind, *_, interlaced = struct.unpack_from(">IIBBBBB", file, 16)
+    missing = 0
+    for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // across), -((top - height) // down)
+        if columns > 0:
+            missing += max(rows, 0) * (1 + -(-columns * SAMPLES[kind] * depth // 8))
+    inflate = zlib.decompressobj()
+    for chunk, at, end in _chunks(file):
+        for start in range(at, end if chunk == b"IDAT" else at, COMPRESSED):
+            missing -= len(inflate.decompress(file[start : min(start + COMPRESSED, end)]))
+            if missing <= 0:
+                return False
+    return True
 
 
 def with_alpha(image: Image.Image, png: Png) -> Image.Image:

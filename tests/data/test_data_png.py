@@ -184,6 +184,27 @@ def test_what_is_missing_is_said(color_type, before, reason):
     assert decode(png(random_samples(RGB, 8), 8, RGB)).size == (19, 13)
 
 
+@pytest.mark.parametrize("interlaced", [False, True], ids=["", "interlaced"])
+@pytest.mark.parametrize(("color_type", "depth"), KINDS)
+def test_coded_data_that_ends_early_refuses_an_image(color_type, depth, interlaced):
+    """Decoders leave the rest black. Of every size, and with data beyond the last row, it is whole."""
+    before = [chunk(b"PLTE", bytes(3))] if color_type == PALETTE else []
+    for height, width in ((1, 1), (2, 3), (5, 1), (1, 7), (9, 17)):
+        data = png(random_samples(color_type, depth, height, width), depth, color_type, before, interlaced=interlaced)
+        start, end = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
+        parts, at = [], start
+        while at < end:
+            length = int.from_bytes(data[at : at + 4], "big")
+            parts.append(data[at + 8 : at + 8 + length])
+            at += 12 + length
+        pixels = zlib.decompress(b"".join(parts))
+        for coded in (pixels, pixels + b"more"):
+            decode(data[:start] + chunk(b"IDAT", zlib.compress(coded)) + chunk(b"IEND", b""))
+        for coded in (pixels[:-1], b"" if interlaced else pixels[: -len(pixels) // height], b""):
+            with pytest.raises(ValueError, match=r"^broken image: image file is truncated"):
+                decode(data[:start] + chunk(b"IDAT", zlib.compress(coded)) + chunk(b"IEND", b""))
+
+
 def test_an_animation_shows_its_default_image():
     samples = random_samples(RGB, 8)
     frame = b"\0\0\0\0" + b"\0\0\0\5\0\0\0\5" + bytes(8) + b"\0\1\0\1\0\0"
