@@ -97,7 +97,7 @@ def utf_8_path(path: str | Path) -> Iterator[Path]:
 def check_length(path: str | Path) -> None:
     """Raise UserError if a name in `path`, or all of it, is longer than the file system takes."""
     absolute = Path(path).absolute()
-    there = next(parent for parent in (absolute, *absolute.parents) if os.path.lexists(parent))
+    there = next(parent for parent in (absolute, *absolute.parents) if os.path.exists(parent))  # noqa: PTH110
     for name, most in (
         (max(absolute.parts, key=len_in_bytes), os.pathconf(there, "PC_NAME_MAX")),
         (absolute, os.pathconf(there, "PC_PATH_MAX") - 1),

@@ -55,6 +55,12 @@ def test_a_name_may_be_as_long_as_the_file_system_takes(name, tmp_path):
         check_length(tmp_path / "/".join(["m" * 250] * 20))
 
 
+def test_a_link_to_nothing_has_a_length_too(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    check_length(tmp_path / "link")
+    check_length(tmp_path / "link" / "below")
+
+
 def test_names_in_text_are_shown_and_in_json_kept(tmp_path):
     write_text(tmp_path / "table.csv", f"{ODD},ü\n")
     assert (tmp_path / "table.csv").read_text(encoding="utf-8") == "caf\\xe9,ü\n"
