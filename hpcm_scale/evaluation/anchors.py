@@ -14,6 +14,7 @@ from typing import Any
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.points import csv_curve, json_curves, read_json, read_text
+from hpcm_scale.files import read_file
 
 FORMAT = "hpcm_scale evaluation 1"
 """Of evaluation.json."""
@@ -74,7 +75,7 @@ def read_curves(path: str | Path) -> list[RateCurve]:
 
 def _evaluated(file: Path) -> list[RateCurve]:
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(read_file(file))
         if result["format"] != FORMAT:
             raise ValueError
         return [_measured(entry, result["images"]["set"], str(file)) for entry in result["curves"]]

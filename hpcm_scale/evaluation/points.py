@@ -14,6 +14,7 @@ from typing import Any
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import RateCurve
+from hpcm_scale.files import read_file
 
 GIVEN = "given"
 """`RateCurve.rate` of such points."""
@@ -22,7 +23,11 @@ PSNRS = ("psnrrgb", "psnr", "psnrdb", "psnrrgbdb")
 SIMILARITIES = ("msssimrgb", "msssim", "msssimdb", "msssimrgbdb")
 """Names of columns in small letters and digits, in the order in which they are looked for. What was measured on luma
 alone (psnr-y) is another measure, and is not read."""
-_MEAN = re.compile(r"[^a-z0-9]|^(mean|average|avg)|(mean|average|avg)$")
+_MEAN = re.compile(r"[^a-z0-9]|^(mean|average|avg)|(mean|average|avg)[^a-z0-9]*$")
+_NUMBER = re.compile(r"(^|[\s,;\"])\.?\d")
+"""The first digit of a cell that begins with one."""
+_BEYOND = 1000.0
+"""More bpp, or dB, than anything has."""
 _MOST = 60.0
 """dB of MS-SSIM, more than any lossy codec reaches."""
 
@@ -30,7 +35,7 @@ _MOST = 60.0
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file, or of a UTF-16 one with a byte order mark. Raises UserError."""
     try:
-        data = file.read_bytes()
+        data = read_file(file)
         utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode("utf-16" if utf_16 else "utf-8-sig")
     except OSError as error:
@@ -53,10 +58,12 @@ def json_curves(value: Any, file: Path) -> list[RateCurve]:
     """A curve of each object that is like those of CompressAI; `value` is one, or a list of them.
 
     `{"name": …, "description": …, "results": {"bpp": […], "psnr-rgb": […], "ms-ssim-rgb": […]}}`; all but bpp and one
-    of the qualities may be missing. Raises UserError.
+    of the qualities may be missing. Points may also be listed one by one: `[{"bpp": …, "psnr": …}, …]`, alone or as
+    results. Raises UserError.
     """
+    value = _columns(value)
     entries = value if isinstance(value, list) else [value]
-    columns = [entry.get("results", entry) if isinstance(entry, dict) else None for entry in entries]
+    columns = [_columns(entry.get("results", entry)) if isinstance(entry, dict) else None for entry in entries]
     if not entries or not all(isinstance(each, dict) for each in columns):
         raise UserError(f'{file} holds no points; write {{"results": {{"bpp": […], "psnr": […]}}}}, or a list of such')
     curves, times = [], Counter[str]()
@@ -73,25 +80,41 @@ def csv_curve(text: str, file: Path) -> RateCurve:
     """The one curve of a CSV text, called as the file.
 
     Its first line names the columns: bpp or rate, psnr, ms-ssim, in capitals or not, with units or not; others are
-    passed over. Cells are separated by commas, semicolons, tabs or spaces; beside all but commas, decimal commas are
-    read, too. Raises UserError.
+    passed over, and so are lines that begin with #, unless that is the line of the names. Cells are separated by
+    commas, semicolons, tabs or spaces; beside all but commas, decimal commas are read, too. Raises UserError.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{file} is empty; name a file of rate-distortion points")
+    first = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
+    if first and _NUMBER.search(lines[first]):
+        first -= 1
+    lines = [lines[first].lstrip("# "), *(line for line in lines[first + 1 :] if not line.startswith("#"))]
     separator = max(";\t,", key=lines[0].count)
     if separator not in lines[0]:
         lines, separator = [re.sub(r"\s+", ";", line) for line in lines], ";"
     if separator != ",":
         lines = [line.replace(",", ".") for line in lines]
     try:
-        names, *rows = csv.reader([lines[0].lstrip("# "), *lines[1:]], delimiter=separator, skipinitialspace=True)
+        names, *rows = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     except csv.Error as error:
         raise UserError(f"{file} is no CSV ({error}); write it again, or name another file") from None
     columns: dict[str, list[str]] = {}
     for index, name in enumerate(names):
         columns.setdefault(name.strip(), [row[index].strip() if index < len(row) else "" for row in rows])
     return _curve(columns, file.stem, "", file)
+
+
+def _columns(value: Any) -> Any:
+    """Points that are listed one by one, objects without lists and names, as columns; anything else as it is."""
+
+    def is_point(item: Any) -> bool:
+        cells = item.items() if isinstance(item, dict) else [("name", "")]
+        return not any(key == "name" or isinstance(cell, dict | list) for key, cell in cells)
+
+    if not isinstance(value, list) or not value or not all(map(is_point, value)):
+        return value
+    return {key: [point.get(key) for point in value] for point in value for key in point}
 
 
 def _curve(columns: dict[str, list[Any]], name: str, description: str, file: Path) -> RateCurve:
@@ -133,7 +156,7 @@ def _numbers(values: list[Any], key: str, file: Path, *, positive: bool) -> list
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not (0 <= number < math.inf) or (positive and not number):
+        if not (0 <= number < _BEYOND) or (positive and not number):
             told = f"has {value!r}" if value not in (None, "") else "lacks a value"
             raise UserError(f"{key} in {file} {told}, which cannot be; mend it, or leave out the point")
         numbers.append(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_a_list_of_objects_is_a_curve_each_under_names_of_their_own(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("wrap", [lambda points: points, lambda points: {"name": "given", "results": points}])
+def test_points_that_are_listed_one_by_one_are_one_curve(tmp_path, wrap):
+    points = [{"bpp": a, "psnr": b, "quality": i} for i, (a, b) in enumerate(zip(BPP, PSNR, strict=True))]
+    curve = one(tmp_path, wrap(points), "given.json")
+    assert (curve.name, curve.bpp, curve.psnr, curve.ms_ssim) == ("given", BPP, PSNR, None)
+
+
 TABLE = "\n".join(["bpp,psnr,ms-ssim", *(f"{a},{b},{c}" for a, b, c in zip(BPP, PSNR, MS_SSIM, strict=True))])
 
 
@@ -86,6 +94,9 @@ TABLE = "\n".join(["bpp,psnr,ms-ssim", *(f"{a},{b},{c}" for a, b, c in zip(BPP, 
         "\n".join(f"{i},{line}" for i, line in enumerate(TABLE.splitlines())).replace("0,bpp", "lambda,bpp", 1),
         "\n".join(f"{line},," for line in TABLE.splitlines()),
         "\n".join([TABLE.splitlines()[0], *reversed(TABLE.splitlines()[1:]), TABLE.splitlines()[2]]),
+        TABLE.replace("bpp,psnr", "bpp (mean),Average PSNR (avg.)"),
+        "# Kodak, 24 images\n# bpp 0.2, 3 settings\n" + TABLE.replace("\n", "\n# next\n"),
+        "# Kodak\n# " + TABLE,
         "\n".join(f'"{line.replace(",", chr(34) + "," + chr(34))}"' for line in TABLE.splitlines()),
     ],
 )
@@ -112,6 +123,8 @@ def test_ms_ssim_in_decibels_is_told_by_its_size(tmp_path):
         ("bpp,psnr-y\n0.1,30\n", "no qualities .psnr or ms-ssim."),
         ("bpp,psnr\n0.1,nan\n", "has 'nan', which cannot be"),
         ("bpp,psnr\n0.1,inf\n", "has 'inf'"),
+        ("bpp,psnr\n0.1,1e300\n", "has '1e300'"),
+        ('[{"bpp": 0.1, "psnr": 30}, {"bpp": 0.2}]', "psnr in .* lacks a value"),
         ("bpp,psnr\n-0.1,30\n", "bpp in .* has '-0.1'"),
         ("bpp,psnr\n0,30\n", "bpp in .* has '0'"),
         ("bpp,psnr\n0.1,thirty\n", "psnr in .* has 'thirty'"),
@@ -142,6 +155,15 @@ def test_files_that_hold_no_points_are_refused_in_one_sentence(tmp_path, content
         find_curves(file)
     assert file in str(refusal.value) and "hpcm evaluate` again" not in str(refusal.value)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["points.csv", "result/evaluation.json"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    pipe = tmp_path / name
+    pipe.parent.mkdir(exist_ok=True)
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=r"cannot read .* \(it is a pipe\)"):
+        find_curves(str(pipe if pipe.parent == tmp_path else pipe.parent))
 
 
 def test_points_compare_like_any_curve_and_their_images_are_not_known(tmp_path):
