@@ -15,6 +15,7 @@ from typing import Any
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.files import read_file
+from hpcm_scale.streams import shown
 
 GIVEN = "given"
 """`RateCurve.rate` of such points."""
@@ -136,8 +137,8 @@ def _curve(columns: dict[str, list[Any]], name: str, description: str, file: Pat
     points = sorted({*zip(rates, psnr or rates, similarity or rates, strict=True)})
     bpp, psnrs, similarities = zip(*points, strict=True)
     return RateCurve(
-        name=name,
-        codec=description or "not described",
+        name=shown(name),
+        codec=shown(description) or "not described",
         source=str(file),
         rate=GIVEN,
         bpp=bpp,

@@ -83,8 +83,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"there is no folder {path}; name run folders, or a folder that holds some")
-        with_journal = [file.parent for file in _files(path, FILE_NAME)]
-        kept_by_wandb = [] if with_journal else list(_files(path, "*.wandb"))
+        with_journal = [file.parent for file in _files(path, FILE_NAME, set())]
+        kept_by_wandb = [] if with_journal else list(_files(path, "*.wandb", set()))
         if not with_journal and not kept_by_wandb:
             raise UserError(f"no run in {path}: a run folder holds {FILE_NAME}; has training started?")
         folders.update(dict.fromkeys(with_journal))
@@ -97,17 +97,21 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     return _distinct(runs)
 
 
-def _files(path: Path, pattern: str) -> Iterator[Path]:
-    """The file `path`, or files below it in order of their folders; nothing is looked for below one that is found."""
+def _files(path: Path, pattern: str, seen: set[Path]) -> Iterator[Path]:
+    """The file `path`, or files below it in order of their folders; nothing is looked for below one that is found.
+
+    Each folder is looked at once, whatever links lead to it.
+    """
     if path.match(pattern) and path.is_file():
         yield path.resolve()
-    elif path.is_dir():
+    elif path.is_dir() and path.resolve() not in seen:
+        seen.add(path.resolve())
         found = sorted(child.resolve() for child in path.glob(pattern) if child.is_file())
         yield from found
         if not found:
             for child in sorted(path.iterdir()):
                 if not child.name.startswith("."):
-                    yield from _files(child, pattern)
+                    yield from _files(child, pattern, seen)
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:

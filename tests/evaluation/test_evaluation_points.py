@@ -75,6 +75,14 @@ def test_points_that_are_listed_one_by_one_are_one_curve(tmp_path, wrap):
     assert (curve.name, curve.bpp, curve.psnr, curve.ms_ssim) == ("given", BPP, PSNR, None)
 
 
+def test_names_that_are_not_utf_8_are_shown(tmp_path):
+    file = os.fsdecode(b"caf\xe9.csv")
+    assert one(tmp_path, "bpp,psnr\n0.1,30\n", file).name == r"caf\xe9"
+    described = {"name": "caf\udce9", "description": "\udce9", "bpp": [0.1], "psnr": [30]}
+    curve = one(tmp_path, described)
+    assert (curve.name, curve.codec) == (r"caf\xe9", r"\xe9")
+
+
 TABLE = "\n".join(["bpp,psnr,ms-ssim", *(f"{a},{b},{c}" for a, b, c in zip(BPP, PSNR, MS_SSIM, strict=True))])
 
 

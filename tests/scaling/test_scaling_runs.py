@@ -109,6 +109,14 @@ def test_names_are_as_long_as_it_takes(tmp_path: Path) -> None:
     assert [run.name for run in find_runs([tmp_path / "b"])] == ["mini", "nano"]
 
 
+def test_links_to_folders_above_are_followed_once(tmp_path: Path) -> None:
+    run = write(tmp_path / "sweep" / "one")
+    for name in ("again", "latest", "this"):
+        (tmp_path / "sweep" / name).symlink_to(".")
+    (tmp_path / "sweep" / "up").symlink_to("..")
+    assert [found.folder for found in find_runs([tmp_path])] == [run]
+
+
 def test_a_damaged_run_is_told_in_one_sentence(tmp_path: Path) -> None:
     (write(tmp_path / "a") / "config.yaml").write_text("model: [")
     with pytest.raises(UserError, match=r"a/config\.yaml cannot be read"):
