@@ -58,7 +58,7 @@ def read_jpeg(data: bytes) -> Jpeg:
     """Split a JPEG file; application data and comments before the first scan are left out.
 
     What tells the colour space is kept: JFIF and Adobe segments that are long enough for libjpeg to read them. Raises
-    `ValueError` if there is no scan.
+    `ValueError` if there is no scan, or if samples have other than 8 bits.
 
     Where coded data is missing before an end marker, decoders show grey blocks. A sequential JPEG with one scan gets
     other bits in the place of the marker: enough to read ahead, too few for more than two blocks, so that a decoder
@@ -81,6 +81,8 @@ def read_jpeg(data: bytes) -> Jpeg:
     frame = frame_of(head)
     if frame is None:
         return Jpeg(head + data[start:], exif, scans=False)
+    if (bits := head[frame.start + 4]) != 8:
+        raise ValueError(f"JPEG files with {bits} bits a sample are not supported")
     components, of_scan = head[frame.start + 9], data[start + 4 : start + 5]
     if frame.kind == PROGRESSIVE or of_scan != bytes((components,)):
         return Jpeg(head + data[start:], exif, scans=True)

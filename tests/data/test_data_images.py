@@ -106,6 +106,14 @@ def test_other_formats_and_rubbish_are_refused(photo):
             decode(data)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_twelve_bits_is_called_so(photo, progressive):
+    data = encoded(photo, "JPEG", progressive=progressive)
+    at = data.index(b"\xff\xc2" if progressive else b"\xff\xc0") + 4
+    with pytest.raises(ValueError, match="JPEG files with 12 bits a sample are not supported"):
+        decode(data[:at] + b"\x0c" + data[at + 1 :])
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_truncated_files_are_broken(photo, kind):
     data = encoded(photo, kind)
