@@ -10,6 +10,8 @@ RATE = 0.1
 """Change of the learning rate, as a part of its peak, that counts as much as DECADES of compute. The loss falls
 within a few percent of a run as the rate decays, or at once where it drops: a window over both sides would lower the
 curve before, and raise it after."""
+ONE_OPERATION = 1e-15
+"""In PFLOPs: the least that compute counts as."""
 _PER_WINDOW = 4
 """Bins in a standard deviation of the window."""
 
@@ -23,6 +25,7 @@ def smooth(
     returns compute, ascending, at up to a few hundred places, and the fit there. The cost is linear in the
     number of points.
     """
+    compute = _ascending(compute)
     bins, position, fit = _local_lines(compute, values, learning_rate)
     number = np.bincount(bins)
     place = np.bincount(bins, position)[number > 0] / number[number > 0]
@@ -34,8 +37,13 @@ def smooth(
 
 def smoothed(compute: np.ndarray, values: np.ndarray, learning_rate: np.ndarray | None = None) -> np.ndarray:
     """The fit of `smooth` at every point: float64, of the shape of `values`."""
-    _, position, (mean_position, mean_value, slope) = _local_lines(compute, values, learning_rate)
+    _, position, (mean_position, mean_value, slope) = _local_lines(_ascending(compute), values, learning_rate)
     return mean_value + slope * (position - mean_position)
+
+
+def _ascending(compute: np.ndarray) -> np.ndarray:
+    """Compute that falls nowhere and is above zero, as it is unless two journals are in one file."""
+    return np.maximum.accumulate(np.maximum(compute, ONE_OPERATION))
 
 
 def _local_lines(

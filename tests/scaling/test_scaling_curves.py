@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -93,6 +94,19 @@ def test_smoothing_keeps_a_power_law_and_averages_noise() -> None:
     place, fit = smooth(compute, noisy)
     assert np.abs(fit - (3 - 0.7 * np.log10(place)))[place > 50].max() < 0.03
     assert smooth(np.array([0.5]), np.array([2.0])) == (pytest.approx([0.5]), pytest.approx([2.0]))
+
+
+@pytest.mark.parametrize("compute", [np.zeros(60), np.linspace(9, 1, 60), np.tile(np.arange(30.0), 2)])
+def test_compute_that_does_not_grow_ends_no_command(compute: np.ndarray, tmp_path: Path) -> None:
+    """Two journals in one file, for example; `hpcm scaling fit` says it."""
+    folder = make_run(tmp_path / "odd", steps=len(compute))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["compute/pflops"] = compute[line["step"] - 1]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = load_run(folder)
+    draw_loss_against_compute([run], tmp_path / "out.svg")
+    assert np.isfinite(end(run, TRAINING, run.step))
 
 
 def test_the_figure_names_model_axes_units_and_progress(tmp_path: Path) -> None:
