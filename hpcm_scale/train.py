@@ -49,7 +49,8 @@ def main() -> None:
             mistakes.append(mistake)
 
     with tempfile.TemporaryDirectory(prefix="hpcm_hydra_") as unused:  # Hydra writes a multirun.yaml before any check
-        sys.argv = [sys.argv[0], *arguments, f"hydra.sweep.dir={quoted(unused)}"]
+        place = arguments.index(overrides[0]) if overrides else len(arguments)  # Hydra takes overrides in one place
+        sys.argv = [sys.argv[0], *arguments[:place], f"hydra.sweep.dir={quoted(unused)}", *arguments[place:]]
         translated(job)
     if mistakes:
         raise mistakes[0]

@@ -63,10 +63,11 @@ class Nodes:
         return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
 
     def kill(self, rank: int) -> None:
-        """All processes of a node at once, as when its power fails: its session, of several process groups."""
+        """All processes of a node at once, as when its power fails: `deepspeed` has a process group of its own."""
+        session = self.processes[rank].pid
         for process in psutil.process_iter():
-            with suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) == self.processes[rank].pid:
+            with suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) == session:
                     process.kill()
 
 
@@ -89,9 +90,8 @@ def start(checkout, active, tmp_path, shards) -> Iterator[Callable[..., Nodes]]:
     yield both
     for nodes in started:
         for rank, process in enumerate(nodes.processes):
-            if process.poll() is None:
-                nodes.kill(rank)
-                process.wait()
+            nodes.kill(rank)
+            process.wait()
 
 
 def overrides(shards: Path, run: Path, *changes: str) -> list[str]:

@@ -199,6 +199,15 @@ def test_paths_that_differ_in_their_slashes_are_runs_of_their_own(train, shards,
     assert len(scripts(tmp_path / "runs" / "sweep_data.shards")) == 2
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("model=nano", "--cfg", "job"), ("--cfg", "job"), ("--info", "all")]
+)
+def test_hydras_own_options_work(train, tmp_path, arguments):
+    code, output, errors = train(*arguments)
+    assert code == 0 and "model" in output and errors == ""
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_launchers_are_for_several_runs_and_start_their_own_processes(train, shards, monkeypatch):
     code, _, errors = train("model=nano", f"data.shards={shards}", "hydra/launcher=deepspeed")
     assert code == 2 and "add -m" in errors

@@ -37,7 +37,9 @@ journal = Journal(run_dir / "metrics.jsonl")
 journal.resume(start)
 log, run = LogConfig(wandb=WandbMode(mode), project="codecs"), RunConfig(sweep="ladder")
 facts = {"parameters": 251_904, "git_commit": "0123abcd"}
+opened = time.monotonic()
 view = WandbView.open(run_dir, log, run, config={"model": {"name": "nano"}}, facts=facts)
+print("opened in", time.monotonic() - opened)
 generator = np.random.default_rng(start)
 for step in range(start + 1, stop + 1):
     axes = {"step": step, "time": step / 2, "train/images": 8 * step, "compute/pflops": 0.003 * step}
@@ -177,10 +179,10 @@ def test_a_server_that_never_answers_costs_no_training_time(tmp_path: Path) -> N
             *(tmp_path, 0, 20, "closes", "online"),
             WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
             WANDB_API_KEY="0" * 40,
-            WANDB_INIT_TIMEOUT="3",
+            WANDB_INIT_TIMEOUT="15",
             HPCM_TEST_TIMEOUT="0.5",
         )
-    assert float(done.stdout.split()[2]) < 1
+    assert float(done.stdout.split()[2]) < 15 / 2
     assert "closed" in done.stdout
     assert "goes on in the background" in done.stderr
     assert len(read_journal(tmp_path / "metrics.jsonl")) == 22
