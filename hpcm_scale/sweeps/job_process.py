@@ -30,7 +30,7 @@ class JobProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("ab", buffering=0)
         self._lock()
-        self._log.write(starting(command).encode())
+        self._log.write(starting(command).encode(errors="surrogateescape"))
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

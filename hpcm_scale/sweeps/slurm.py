@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -76,7 +77,7 @@ def _header(job: Job, options: SlurmOptions) -> list[str]:
 
 def _job_name(job: Job) -> str:
     """The same for every submission of a run, and for no other run."""
-    digest = hashlib.sha256(str(job.folder.absolute()).encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(job.folder.absolute())).hexdigest()
     return f"hpcm_{re.sub('[^a-zA-Z0-9.=_-]', '_', job.name)}_{digest[:8]}"
 
 

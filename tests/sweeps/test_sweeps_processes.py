@@ -60,6 +60,12 @@ def test_a_job_that_fails_says_why_in_its_log(start):
     assert last_mark(tail(start.log)).code == 0 and tail(start.log).count("ready\n") == 2
 
 
+def test_a_command_may_have_words_that_are_not_utf_8(tmp_path):
+    log = tmp_path / "caf\udce9.log"
+    assert wait(JobProcess(["test", "-d", str(tmp_path), "-a", "-n", "run.dir=caf\udce9"], log, os.environ, 30)) == 0
+    assert last_mark(tail(log)).code == 0
+
+
 def test_the_log_of_a_run_that_stopped_has_its_exit_code(start):
     process = start(f"trap 'exit {STOPPED}' TERM; echo ready; sleep 60 & wait")
     process.stop()
