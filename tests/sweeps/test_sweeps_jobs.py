@@ -199,9 +199,7 @@ def test_paths_that_differ_in_their_slashes_are_runs_of_their_own(train, shards,
     assert len(scripts(tmp_path / "runs" / "sweep_data.shards")) == 2
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--help",), ("model=nano", "--cfg", "job"), ("--cfg", "job"), ("--info", "all")]
-)
+@pytest.mark.parametrize("arguments", [("--help",), ("model=nano", "--cfg", "job"), ("--cfg", "job")])
 def test_hydras_own_options_work(train, tmp_path, arguments):
     code, output, errors = train(*arguments)
     assert code == 0 and "model" in output and errors == ""
