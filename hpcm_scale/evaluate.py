@@ -182,9 +182,10 @@ def _refuse(arguments: argparse.Namespace) -> None:
     if arguments.out:
         out = Path(arguments.out)
         check_length(out)
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
         if not there.is_dir():
-            raise UserError(f"--out {out} cannot be a folder because {there} is a file; name a folder")
+            kind = "a file" if there.exists() else "a link to nothing"
+            raise UserError(f"--out {out} cannot be a folder because {there} is {kind}; name a folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"--out {out} cannot be written because {there} is read-only; name another folder")
 

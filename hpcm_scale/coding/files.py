@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -114,8 +115,9 @@ def _jobs(source: Path, target: Path, files_of: Callable[[Path], list[Path]], su
             raise UserError(f"what is written is a {suffix} file; name it so instead of {target.name}")
         check_length(target)
         return [(source, target)]
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{source} is a folder and {target} a file; name a folder to write to")
+    if os.path.lexists(target) and not target.is_dir():
+        kind = "a file" if target.exists() else "a link to nothing"
+        raise UserError(f"{source} is a folder and {target} {kind}; name a folder to write to")
     jobs: dict[Path, Path] = {}
     for path in files_of(source):
         written = target / path.relative_to(source).with_suffix(suffix)

@@ -38,7 +38,7 @@ def files_below(folder: Path, without: Path | None = None) -> Iterator[Path]:
 
     Folders that cannot be read are among it; if `folder` itself is one, UserError.
     """
-    seen = set() if without is None else {without.resolve()}
+    seen = set() if without is None else {os.path.realpath(without)}
     unreadable: list[Path] = []
 
     def refuse(error: OSError) -> None:
@@ -47,7 +47,7 @@ def files_below(folder: Path, without: Path | None = None) -> Iterator[Path]:
         unreadable.append(Path(error.filename))
 
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        resolved = Path(parent).resolve()
+        resolved = os.path.realpath(parent)
         if resolved in seen:
             folders.clear()
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,7 @@ def origin_folder(config: Config) -> Path | None:
     """The run folder whose weights a run starts from."""
     if config.init_from is None:
         return None
-    path = Path(config.init_from).resolve()
+    path = Path(os.path.realpath(config.init_from))  # Path.resolve raises for a link to itself
     return path.parent if path.suffix == Path(WEIGHTS_NAME).suffix else path
 
 

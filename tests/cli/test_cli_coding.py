@@ -318,6 +318,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], tuple], str]] = {
     "picture's suffix": ("decode", lambda t: (t / "a.hpcm", t / "out.jpg"), "is a .png file; name it so instead of"),
     "folder": ("encode", lambda t: (t / "photos" / "a.png", t / "photos"), "is a folder; name the .hpcm file to write"),
     "no folder": ("encode", lambda t: (t / "photos", t / "a.hpcm"), "a file; name a folder to write to"),
+    "broken link": ("encode", lambda t: (t / "photos", t / "link"), "a link to nothing; name a folder to write to"),
     "photo": ("decode", lambda t: (t / "photos" / "a.png", t / "out.png"), "it is not an .hpcm file; name one that"),
     "not a photo": ("encode", lambda t: (t / "a.hpcm", t / "out.hpcm"), "not a JPEG, PNG or WebP image"),
     "no place": ("encode", lambda t: (t / "photos" / "a.png", t / "a.hpcm" / "out.hpcm"), "cannot write"),
@@ -335,6 +336,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], tuple], str]] = {
 def test_a_mistake_is_one_line(mistake, run, weights, codecs, photo, folder, tmp_path):
     command, arguments, message = MISTAKES[mistake]
     (tmp_path / "a.hpcm").write_bytes(b"nonsense")
+    (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "good.hpcm").write_bytes(codecs[0].compress(tensor(photo)))
     before = below(tmp_path)
     code, out, err = run(command, "--weights", weights[0], "--device", "cpu", *arguments(tmp_path))

@@ -190,12 +190,14 @@ def test_evaluate_fits_80_columns(run, weights, photos):
     "case",
     [
         *("no weights", "no safetensors", "foreign weights", "same weights", "no folder", "no image", "broken image"),
-        *("limit", "visual", "device", "out", "below a file", "codec", "set", "other set", "part of a set"),
+        *("limit", "visual", "device", "out", "below a file", "below a broken link", "codec", "set"),
+        *("other set", "part of a set"),
     ],
 )
 def test_evaluate_refuses_in_one_line(case, run, weights, photos, tmp_path):
     arguments = {"--weights": weights, "--images": photos, "--out": tmp_path / "out"}
     (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "broken").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "broken" / "a.png")
@@ -214,6 +216,7 @@ def test_evaluate_refuses_in_one_line(case, run, weights, photos, tmp_path):
         "device": ({"--device": "abacus"}, "--device abacus cannot be used here"),
         "out": ({"--out": tmp_path / "file"}, "is a file; name a folder"),
         "below a file": ({"--out": tmp_path / "file" / "below"}, "is a file; name a folder"),
+        "below a broken link": ({"--out": tmp_path / "link" / "below"}, "is a link to nothing; name a folder"),
         "codec": ({"--against": "jpeg,jpge"}, "there is no codec 'jpge'"),
         "set": ({"--set": "codak"}, "there is no image set codak"),
         "other set": ({"--set": "kodak"}, "kodak has 24 images"),

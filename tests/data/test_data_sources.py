@@ -150,6 +150,12 @@ def test_what_is_no_file_is_reported_and_passed_over(odd_folder, tmp_path):
     }
 
 
+def test_a_link_to_itself_is_no_place_for_a_set(odd_folder, tmp_path):
+    (tmp_path / "self").symlink_to("self")
+    with pytest.raises(UserError, match="cannot write to"):
+        build(odd_folder, out=tmp_path / "self")
+
+
 def test_a_folder_that_cannot_be_read_is_reported(monkeypatch, odd_folder, tmp_path, capsys):
     scandir = os.scandir
 
