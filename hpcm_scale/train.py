@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from functools import partial
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folder, translated, typed
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import quoted, refuse_hydra_folders, sweeper_grids, swept_keys
-from hpcm_scale.errors import STOPPED, UserError, one_line
+from hpcm_scale.errors import STOPPED, Parser, UserError, one_line
 from hpcm_scale.model.ladder import sized
 from hpcm_scale.streams import unread
 from hpcm_scale.sweeps import plugins  # noqa: F401 (makes itself known to Hydra)
@@ -31,7 +32,9 @@ from hpcm_scale.training.processes import without_launcher_arguments
 def main() -> None:
     """Entry point of `hpcm train` and `python -m hpcm_scale.train`."""
     arguments = without_launcher_arguments(sys.argv[1:])
-    overrides = get_args_parser().parse_args(arguments).overrides
+    parser = get_args_parser()
+    parser.error = partial(Parser.error, parser)
+    overrides = parser.parse_args(arguments).overrides
     check_overrides(overrides)
     refuse_hydra_folders(overrides)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
@@ -51,7 +54,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hpcm_hydra_") as unused:  # Hydra writes a multirun.yaml before any check
         place = arguments.index(overrides[0]) if overrides else len(arguments)  # Hydra takes overrides in one place
         sys.argv = [sys.argv[0], *arguments[:place], f"hydra.sweep.dir={quoted(unused)}", *arguments[place:]]
-        translated(job)
+        try:
+            translated(job)
+        except ValueError as error:  # Hydra's, of options of its own that exclude each other
+            if settings:
+                raise
+            parser.error(str(error))
     if mistakes:
         raise mistakes[0]
     if not composed:

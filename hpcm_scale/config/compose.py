@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from hpcm_scale.config.checks import check_model
@@ -74,7 +74,8 @@ def typed(config: DictConfig, sized: Sized | None = None) -> Config:
     """Hydra's composed configuration as dataclasses.
 
     With `sized`, model.size has become widths and depths before other keys that refer to them are worked out, such as
-    a learning rate that follows from a width. Raises UserError for a size of a preset that has widths of its own.
+    a learning rate that follows from a width. Raises UserError for a size of a preset that has widths of its own, and
+    for values of the wrong type.
     """
     name, family, size = (config.model[key] for key in ("name", "family", "size"))
     preset = config_folder() / "model" / f"{name}.yaml"
@@ -85,7 +86,7 @@ def typed(config: DictConfig, sized: Sized | None = None) -> Config:
         )
     if sized and size is not None:
         config.model = sized(OmegaConf.to_object(config.model))
-    return OmegaConf.to_object(config)
+    return translated(lambda: _objects(config))
 
 
 def from_yaml(path: str | Path) -> Config:
@@ -98,7 +99,7 @@ def from_yaml(path: str | Path) -> Config:
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: it is no YAML; choose another run.dir, or mend it") from error
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), loaded))
+        return _objects(OmegaConf.merge(OmegaConf.structured(Config), loaded))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(f"{path} is no configuration of this version ({_one_sentence(error)})") from error
 
@@ -116,7 +117,7 @@ def to_dict(config: object) -> dict:
 def from_dict(kind: type[T], values: dict) -> T:
     """The inverse of `to_dict` for a configuration of a `kind`. Raises UserError if the values describe none."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values)))
+        return _objects(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(f"it is not described as in this version ({_one_sentence(error)})") from error
 
@@ -204,6 +205,26 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
         if is_dataclass(hints[entry.name]):
             keys += _keys(hints[entry.name], f"{prefix}{entry.name}.")
     return keys
+
+
+def _objects(config: DictConfig) -> Any:
+    """A configuration as dataclasses. Raises ValidationError for a list in a list of numbers or names: OmegaConf does
+    not look at it."""
+    made = OmegaConf.to_object(config)
+    _check_entries(made)
+    return made
+
+
+def _check_entries(config: Any, prefix: str = "") -> None:
+    hints = get_type_hints(type(config))
+    for entry in fields(config):
+        key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        if is_dataclass(value):
+            _check_entries(value, f"{key}.")
+        elif isinstance(value, list | dict) and Any not in get_args(hints[entry.name]):
+            for member in value.values() if isinstance(value, dict) else value:
+                if isinstance(member, list | dict):
+                    raise ValidationError(f"{key}={shown(value)} must have no lists or dictionaries in it")
 
 
 def _one_sentence(error: Exception) -> str:

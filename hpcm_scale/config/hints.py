@@ -24,15 +24,21 @@ def hint(key: str, known: Collection[str]) -> str:
 
 
 def _proposed(key: str, known: Collection[str], members: Collection[str]) -> list[str]:
-    """The best explanation of a wrong key: an abbreviation, a wrong group, a typing mistake."""
+    """The best explanation of a wrong key: wrong dots or capitals, an abbreviation, a wrong group, a typing mistake.
+
+    A typing mistake in a word of another group is too far-fetched where the keys of the group are listed.
+    """
     group, word = _split(key)
+    if not word:
+        return []
     explained = (
+        [name for name in known if _flat(name) == _flat(key) or ("." in name and _flat(name) == _flat(word))],
         [name for name in members if _abbreviates(word, name)],
         _close(word, members),
         [name for name in known if word in (_split(name)[1], _initials(name))],
         difflib.get_close_matches(key, known, n=1) if group and not members else [],
         [name for name in known if _abbreviates(word, name)],
-        _close(word, known),
+        [] if members else _close(word, known),
     )
     found = next(filter(None, explained), [])
     return sorted(found, key=lambda name: -difflib.SequenceMatcher(None, key, name).ratio())[:_MOST]
@@ -45,13 +51,22 @@ def _close(word: str, names: Collection[str]) -> list[str]:
 
 
 def _abbreviates(word: str, name: str) -> bool:
-    return word == _initials(name) or (len(word) > 2 and _split(name)[1].startswith(word))
+    """Whether `word` stands for the last part of `name`: by its initials, its beginning, or one of its words; or says
+    more than it, as warmup_steps for warmup."""
+    whole = _split(name)[1]
+    part = len(word) > 2 and (whole.startswith(word) or word in whole.split("_"))
+    return part or word == _initials(name) or word.startswith(f"{whole}_")
 
 
 def _initials(name: str) -> str:
     """Those of the last part's words, where it has several: lr of schedule.learning_rate."""
     words = _split(name)[1].split("_")
     return "".join(word[:1] for word in words) if len(words) > 1 else ""
+
+
+def _flat(key: str) -> str:
+    """A key without what is easily mistaken: dots and capitals."""
+    return key.replace(".", "_").lower()
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -34,8 +34,16 @@ class ImageSet:
         return len(self.names)
 
     def load(self, i: int) -> torch.Tensor:
-        """Image `i` as RGB, uint8 (3, H, W). Raises `UserError` if it is broken."""
-        return read_image(self._paths[i])
+        """Image `i` as RGB, uint8 (3, H, W). Raises `UserError` if it is broken, or has not its size in `sizes`."""
+        pixels = read_image(self._paths[i])
+        known = self.__dict__.get("sizes")
+        if known and pixels.shape[1:] != known[i]:
+            (height, width), (before_height, before_width) = pixels.shape[1:], known[i]
+            raise UserError(
+                f"{self._paths[i]} was {before_width}×{before_height} pixels at the start and is {width}×{height} now; "
+                "put the image back that was there"
+            )
+        return pixels
 
     @cached_property
     def sizes(self) -> list[torch.Size]:
@@ -59,6 +67,6 @@ def read_image(path: Path, background: Colour | None = BACKGROUND) -> torch.Tens
         return torch.from_numpy(to_array(decode(read_file(path), background)))
     except TransparentImage:
         raise
-    except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (ValueError, OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
         raise UserError(f"cannot read {path} ({reason}); mend or remove it") from error

@@ -297,3 +297,19 @@ def test_estimate_refuses_in_one_line(arguments, message, run):
     code, out, err = run("estimate", *arguments)
     assert code == 2
     assert err.startswith("hpcm: ") and message in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("-m", "--cfg", "job"), "Only one of"),
+        (("--run", "--multirun"), "Only one of"),
+        (("--resolve",), "--resolve flag"),
+        (("--cfg", "nonsense"), "invalid choice"),
+        (("--nonsense",), "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_hydras_own_options_are_refused_in_one_line(run, options, told):
+    code, out, err = run("train", "model=nano", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("hpcm: ") and told in err and err.endswith("see hpcm train --help\n")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hpcm_scale.config.checks import ZERO_SIZES, check, check_pre_editor
-from hpcm_scale.config.compose import compose
+from hpcm_scale.config.compose import _keys, compose, from_yaml, model_from_dict, to_dict, to_yaml
 from hpcm_scale.config.schema import AVERAGE, Config, PreEditorConfig
 from hpcm_scale.data.order import random_words
 from hpcm_scale.errors import UserError
@@ -125,6 +125,29 @@ def test_what_is_typed_is_read_or_refused_in_one_sentence(key):
             check(compose([f"{plus}{key}={typed}"]), 1)
         told = str(refused.value)
         assert key in told and "\n" not in told and len(told) < 300, told
+
+
+LISTS = [key for key in _keys(Config) if isinstance(attrgetter(key)(Config()), list)]
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_a_list_holds_no_lists(key, tmp_path):
+    """OmegaConf lets them pass; on the command line, in a run's config.yaml and in weights."""
+    for text in ("[[1]]", "[{a: 1}]"):
+        with pytest.raises(UserError, match=rf"^{re.escape(key)}=\[.* must have no lists or dictionaries in it$"):
+            compose([f"{key}={text}"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(holding(key, [1])))
+    with pytest.raises(UserError, match=rf"config\.yaml is no configuration of this version \({re.escape(key)}="):
+        from_yaml(file)
+
+
+def test_a_dictionary_of_numbers_and_the_lists_of_weights_hold_no_lists():
+    with pytest.raises(UserError, match=r"^machine\.layers=.* must have no lists or dictionaries in it$"):
+        compose(["+machine.layers={a/b: [1]}"])
+    values = to_dict(Config().model) | {"channels": [96, [192], 384]}
+    with pytest.raises(UserError, match=r"channels=\[96, \[192\], 384\] must have no lists"):
+        model_from_dict(values)
 
 
 @pytest.mark.parametrize("options", ["a=nan", "a.b=1e400", "a.b.c=[1,-inf]", f"zero_optimization.some_size={'9' * 40}"])

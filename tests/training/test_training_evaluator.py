@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,17 @@ from hpcm_scale.tracking.journal import Journal
 from hpcm_scale.training.start import prepare
 
 WEIGHTS = "weights.safetensors"
+LITTLE_MEMORY = """
+import resource, sys
+import psutil
+from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.errors import one_line
+
+images = ImageSet(sys.argv[1])
+most = psutil.Process().memory_info().vms + 300 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+one_line(lambda: images.sizes)()
+"""
 
 
 @pytest.fixture
@@ -184,3 +197,27 @@ def test_the_line_of_an_evaluation_that_was_cut_off_is_dropped(tmp_path):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         Journal(path).resume(2, unevaluated=unevaluated)
         assert journal(tmp_path) == lines[:kept]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["before the start", "since the start"])
+def test_an_image_of_another_size_than_at_the_start_is_refused(images, known):
+    """Whatever the run is trained for: its numbers would not compare with those before."""
+    found = ImageSet(images)
+    if known:
+        assert [tuple(size) for size in found.sizes] == [(256, 256)] * 2
+    Image.new("RGB", (100, 90)).save(images / "kodim02.png")
+    assert found.load(0).shape == (3, 256, 256)
+    if known:
+        with pytest.raises(UserError, match=r"kodim02\.png was 256×256 pixels at the start and is 100×90 now; put"):
+            found.load(1)
+    else:
+        assert found.load(1).shape == (3, 90, 100)
+
+
+def test_an_image_that_memory_does_not_hold_is_named(images):
+    """In the first decoding, too: a limit on the process's memory stands for a small machine."""
+    Image.new("RGB", (9000, 9000)).save(images / "kodim02.png")
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(images)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"hpcm: cannot read {images / 'kodim02.png'} (")
