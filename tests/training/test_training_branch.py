@@ -143,4 +143,4 @@ def test_branches_train(engine, processes, train, launch, monkeypatch, capsys):
     if processes == 1:
         monkeypatch.chdir(launch.folder)
         main(command)
-        assert "skipped" in capsys.readouterr().out
+        assert "finished" in capsys.readouterr().out
