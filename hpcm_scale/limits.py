@@ -39,7 +39,7 @@ class Range:
         several = isinstance(value, Mapping | Sequence)
         for number in (value.values() if isinstance(value, Mapping) else value) if several else [value]:
             if number is not None and number not in self:
-                raise UserError(f"{key}={shown(value)} must be {self}{', each' if several else ''}")
+                raise UserError(f"{key}={abbreviated(value)} must be {self}{', each' if several else ''}")
 
     def whole(self, text: str) -> int:
         """The whole number of a command-line option: argparse's `type`."""
@@ -53,9 +53,9 @@ class Range:
         try:
             number = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not {name}; it must be {self}") from None
+            raise argparse.ArgumentTypeError(f"{abbreviated(text)} is not {name}; it must be {self}") from None
         if number not in self:
-            raise argparse.ArgumentTypeError(f"{shown(text)} must be {self}")
+            raise argparse.ArgumentTypeError(f"{abbreviated(text)} must be {self}")
         return number
 
 
@@ -99,7 +99,7 @@ def check_numbers(config: Any, prefix: str = "") -> None:
             entry.metadata["allowed"].check(key, value)
 
 
-def shown(value: object) -> str:
+def abbreviated(value: object) -> str:
     """A value as an error message repeats it: in one line, cut where it is long."""
     try:
         text = str(value)

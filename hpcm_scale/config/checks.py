@@ -18,7 +18,7 @@ from hpcm_scale.config.schema import (
 )
 from hpcm_scale.config.urls import PIPE, check_no_secret
 from hpcm_scale.errors import UserError
-from hpcm_scale.limits import Range, check_numbers, shown
+from hpcm_scale.limits import Range, abbreviated, check_numbers
 
 # What a key of DeepSpeed's own, given in engine.options, would set behind the back of a key of ours.
 _GENERATED = {
@@ -202,11 +202,11 @@ def _check_options(options: Any, key: str) -> None:
 
 def _check_zero_options(options: Any) -> None:
     if not isinstance(options, dict):
-        raise UserError(f"engine.options.zero_optimization={shown(options)} must be a dictionary of options")
+        raise UserError(f"engine.options.zero_optimization={abbreviated(options)} must be a dictionary of options")
     for key in ZERO_SIZES & options.keys():
         value = options[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"engine.options.zero_optimization.{key}={shown(value)} must be a number")
+            raise UserError(f"engine.options.zero_optimization.{key}={abbreviated(value)} must be a number")
         _SIZE.check(f"engine.options.zero_optimization.{key}", value)
     if "stage" in options:
         raise UserError("engine.options.zero_optimization.stage is generated from engine.zero_stage; set that instead")

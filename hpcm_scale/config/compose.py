@@ -24,7 +24,7 @@ from hpcm_scale.config.hints import hint
 from hpcm_scale.config.schema import Config, ModelConfig
 from hpcm_scale.config.urls import check_no_secret
 from hpcm_scale.errors import UserError
-from hpcm_scale.limits import COUNT, Range, shown
+from hpcm_scale.limits import COUNT, Range, abbreviated
 
 CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("stage", "experiment", "debug")
@@ -153,7 +153,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             _check_choice(key, override.input_line, override.value())
         if key in known or key.startswith(_OPEN):
             continue
-        raise UserError(f"unknown key {shown(key)} in {shown(override.input_line)}; {hint(key, known)}")
+        raise UserError(f"unknown key {abbreviated(key)} in {abbreviated(override.input_line)}; {hint(key, known)}")
     _check_runs(parsed)
 
 
@@ -167,7 +167,9 @@ def _check_runs(overrides: Sequence[Override]) -> None:
         elif isinstance(value, ChoiceSweep):
             runs *= len(value.list)
         if runs not in _RUNS:
-            raise UserError(f"with {shown(override.input_line)} the sweep has too many runs, or none; ask for {_RUNS}")
+            raise UserError(
+                f"with {abbreviated(override.input_line)} the sweep has too many runs, or none; ask for {_RUNS}"
+            )
         if override.key_or_group == "hydra.sweeper.max_batch_size" and isinstance(value, int):
             COUNT.check(override.key_or_group, value)
 
@@ -176,10 +178,10 @@ def _parsed(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
     except ValueError as error:  # Python's limit is 4,300
-        raise UserError(f"{shown(override)} has a number with too many digits; give a smaller one") from error
+        raise UserError(f"{abbreviated(override)} has a number with too many digits; give a smaller one") from error
     except HydraException as error:
         raise UserError(
-            f"{shown(override)} cannot be read ({_one_sentence(error)}); write key=value, and quote a value with "
+            f"{abbreviated(override)} cannot be read ({_one_sentence(error)}); write key=value, and quote a value with "
             "other characters than letters, digits and /:-._ inside the shell's quotes: 'key=\"value\"'"
         ) from error
 
@@ -224,7 +226,7 @@ def _check_entries(config: Any, prefix: str = "") -> None:
         elif isinstance(value, list | dict) and Any not in get_args(hints[entry.name]):
             for member in value.values() if isinstance(value, dict) else value:
                 if isinstance(member, list | dict):
-                    raise ValidationError(f"{key}={shown(value)} must have no lists or dictionaries in it")
+                    raise ValidationError(f"{key}={abbreviated(value)} must have no lists or dictionaries in it")
 
 
 def _one_sentence(error: Exception) -> str:
