@@ -15,9 +15,10 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from hpcm_scale.config.checks import ZERO_SIZES, check, check_pre_editor
-from hpcm_scale.config.compose import _keys, compose, from_yaml, model_from_dict, to_dict, to_yaml
+from hpcm_scale.config.compose import _keys, compose, from_yaml, model_from_dict, to_dict
 from hpcm_scale.config.schema import AVERAGE, Config, PreEditorConfig
 from hpcm_scale.data.order import random_words
 from hpcm_scale.errors import UserError
@@ -137,7 +138,7 @@ def test_a_list_holds_no_lists(key, tmp_path):
         with pytest.raises(UserError, match=rf"^{re.escape(key)}=\[.* must have no lists or dictionaries in it$"):
             compose([f"{key}={text}"])
     file = tmp_path / "config.yaml"
-    file.write_text(to_yaml(holding(key, [1])))
+    OmegaConf.save(OmegaConf.from_dotlist([f"{key}=[[1]]"]), file)
     with pytest.raises(UserError, match=rf"config\.yaml is no configuration of this version \({re.escape(key)}="):
         from_yaml(file)
 
