@@ -235,7 +235,7 @@ def test_receivers_go_to_the_task_they_can_do():
         (["--task", "text"], "cannot read PHOTOS/labels.csv"),
         (["--task", "agreement", "--estimate"], "--task looks at what real files decode to; leave out --estimate"),
         (["--receivers", "random-vit"], "--receivers is for --task"),
-        (["--task", "text", "--text-pictures", "-1"], "--text-pictures -1 must not be negative"),
+        (["--task", "text", "--text-pictures", "-1"], "--text-pictures: -1 must be at least 0"),
         (["--task", "text", "--set", "kodak"], "--set kodak is for photos"),
         (["--task", "agreement", "--images"], "name a folder of images with --images"),
         (["--task", "agreement", "--against", "jpeg", "--weights", "jpeg=WEIGHTS"], "has the name of a codec"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from hpcm_scale.errors import STOPPED, UserError, alone, one_line
+from hpcm_scale.errors import STOPPED, UserError, one_line
 from hpcm_scale.training import processes
 from hpcm_scale.training.group import watch
 from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
@@ -90,8 +90,9 @@ def fail(how: str) -> None:
     if how == "raise":
         raise ArithmeticError("one and one is three")
     if how == "mistake":
-        with alone():
-            raise UserError("the shards are gone")
+        error = UserError("the shards are gone")
+        error.local = True
+        raise error
     if how in ("all_mistake", "one_mistake"):
         raise UserError("the loss is not finite")
     if how == "kill":
