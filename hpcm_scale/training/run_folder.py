@@ -219,7 +219,8 @@ class RunFolder:
         before, now = _flat(to_dict(previous)), _flat(to_dict(config))
         for key in before | now:  # a setting in model.options may be in one of the two alone
             if before.get(key) != now.get(key) and not key.startswith(may_change):
-                new = f"; there, init_from={self.path} starts from its weights" if key.startswith(_WEIGHTS_STAY) else ""
+                stay = key.startswith(_WEIGHTS_STAY) and self.weights_file.is_file()
+                new = f"; there, init_from={self.path} starts from its weights" if stay else ""
                 raise UserError(
                     f"{self.path} holds a run with {key}={before.get(key)}, not {now.get(key)}; give the same value to "
                     f"go on, or choose another run.dir{new}"

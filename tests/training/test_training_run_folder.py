@@ -161,6 +161,7 @@ KEYS = flat(to_dict(NANO))
 def run_at_40(tmp_path_factory) -> RunFolder:
     folder = started(tmp_path_factory.mktemp("runs") / "run")
     checkpoint(folder, 40)
+    folder.weights_file.write_bytes(b"")
     return folder
 
 
@@ -178,6 +179,13 @@ def test_what_may_change_when_a_run_goes_on(key, run_at_40):
         assert key in text and "choose another run.dir" in text
         other_network = key.startswith(("model.", "machine.", "run.", "init_from"))
         assert (f"init_from={run_at_40.path} starts from its weights" in text) != other_network
+
+
+def test_a_run_without_weights_is_nothing_to_start_from(tmp_path):
+    folder = started(tmp_path / "run")
+    checkpoint(folder, 40)
+    text = refused(folder, compose(["model=nano", "schedule.learning_rate=1"]))
+    assert "schedule.learning_rate" in text and "init_from" not in text
 
 
 def test_a_setting_of_the_family_that_is_left_out_is_missed(tmp_path):
