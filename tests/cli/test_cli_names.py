@@ -26,6 +26,11 @@ def hpcm(*arguments: object, **variables: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a command wrote to stderr but for the progress of an evaluation, one line per setting."""
+    return [line for line in done.stderr.splitlines() if " images in " not in line]
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """Untrained weights in a folder whose name is not UTF-8."""
@@ -56,15 +61,15 @@ def test_names_that_are_not_utf_8_pass_through_every_command(locale, weights, im
         ("shards", "info", shards),
     ):
         done = hpcm(*arguments, **CHOICES[locale])
-        assert (done.returncode, done.stderr) == (0, ""), done
+        assert (done.returncode, told(done)) == (0, []), done
         assert r"caf\xe9" in done.stdout or arguments[0] == "shards"
     assert [path.name for path in (*coded.iterdir(), *back.iterdir())] == [f"{ODD}.hpcm", f"{ODD}.png"]
     evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     [ours, _] = evaluation["curves"]
     assert ours["name"] == r"caf\xe9" and ours["points"][0]["images"][0]["name"] == r"caf\xe9.png"
     assert Path(ours["points"][0]["weights"]) == weights and Path(evaluation["images"]["folder"]) == images
-    for name in ("images.csv", "evaluation.md"):
-        assert r"caf\xe9.png" in (out / name).read_text(encoding="utf-8")
+    assert r"caf\xe9.png" in (out / "images.csv").read_text(encoding="utf-8")
+    assert r"caf\\xe9.png" in (out / "evaluation.md").read_text(encoding="utf-8")  # Markdown has escapes of its own
     assert (out / "visual.png").is_file() and (out / "rate_distortion.png").is_file()
 
 
@@ -75,7 +80,8 @@ def test_pipes_and_links_to_nothing_hang_no_command(weights, images, tmp_path):
     left_out = "left out what is no JPEG, PNG or WebP image, 3 in all: pipe.hpcm (a pipe), pipe.png (a pipe), self (Too"
     for arguments in (("encode", images, tmp_path / "coded"), ("evaluate", "--images", images)):
         done = hpcm(*arguments, "--weights", weights)
-        assert done.returncode == 0 and left_out in done.stderr and done.stderr.count("\n") == 1
+        [line] = told(done)
+        assert done.returncode == 0 and left_out in line
     (tmp_path / "coded" / "more").mkdir()
     (images / "pipe.hpcm").rename(tmp_path / "coded" / "more" / "pipe.hpcm")
     done = hpcm("decode", tmp_path / "coded", tmp_path / "back", "--weights", weights)
