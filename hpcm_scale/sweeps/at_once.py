@@ -65,8 +65,7 @@ class AtOnce:
                 self._obey()
                 self._collect()
                 if on_terminal and time.monotonic() > drawn + DRAW_SECONDS:
-                    with _heard():
-                        screen.update(table(self._states(), self._stopping()), refresh=True)
+                    screen.update(table(self._states(), self._stopping()), refresh=True)
                     drawn = time.monotonic()
                 time.sleep(POLL_SECONDS)
         return self._signals[1][0] if self._obeyed > 1 else None
@@ -155,16 +154,4 @@ class AtOnce:
 def _tell(text: str) -> None:
     """A line where no terminal shows the table."""
     if not sys.stderr.isatty():
-        with _heard():
-            print(text, flush=True)
-
-
-@contextmanager
-def _heard() -> Iterator[None]:
-    """Once the terminal, or the program behind a pipe, is gone, what is said goes nowhere: the jobs still need us."""
-    try:
-        yield
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+        print(text, flush=True)
