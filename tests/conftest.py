@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,10 +24,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files whose tests launch trainings come first: each takes long, and in the end would leave a core idle."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, also from the processes that tests start, unless the tests marked `gpu` are asked for."""
+    if not _wants_gpus(config):
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of GPUs are left out, unless they are asked for (`-m gpu`).
+
+    The files whose tests launch trainings come first: each takes long, and in the end would leave a core idle.
+    """
+    if not _wants_gpus(config):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: run with -m gpu"))
     launching = {item.path for item in items if item.get_closest_marker("launch")}
     items.sort(key=lambda item: item.path not in launching)
+
+
+def _wants_gpus(config: pytest.Config) -> bool:
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
 
 
 @pytest.fixture(scope="session")

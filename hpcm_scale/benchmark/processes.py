@@ -29,7 +29,7 @@ from hpcm_scale.model.ladder import sized
 from hpcm_scale.objective.rate_distortion import rate_distortion_loss
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.noise import image_noise
-from hpcm_scale.training.processes import complete_environment
+from hpcm_scale.training.processes import choose_device
 
 ONE, APART, TOGETHER = "one process", "two apart", "two together"
 _UNTIL_THE_ORDER_IS_KNOWN = 2
@@ -142,7 +142,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, overri
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    complete_environment()
+    choose_device()
     torch.set_num_threads(1)
     config = compose(overrides, sized)
     engine = create_engine(config)

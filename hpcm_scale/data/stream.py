@@ -24,6 +24,7 @@ from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.mixture import Mixture, load_mixture
 from hpcm_scale.data.photos import BadPhoto, Crop, MixedPhotos
 from hpcm_scale.data.processes import follow, sheltered
+from hpcm_scale.devices import CUDA, device_kind
 from hpcm_scale.errors import UserError, in_a_line
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -116,7 +117,7 @@ def open_stream(
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device_kind() == CUDA,
         worker_init_fn=partial(start_worker, stop_here),
         generator=torch.Generator(),  # its own: the global one belongs to the training loop
     )

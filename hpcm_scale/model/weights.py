@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hpcm_scale.config.checks import check_pre_editor
 from hpcm_scale.config.compose import from_dict, model_from_dict, to_dict
 from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig
+from hpcm_scale.devices import device_kind
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import utf_8_path, whole_file
 from hpcm_scale.model.hpcm import HPCM
@@ -167,11 +168,11 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name, by default a GPU where there is one, once it has been seen to work.
+    """The device of that name, by default that of `device_kind`, once it has been seen to work.
 
     Raises UserError for one that cannot be used here.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or device_kind()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()

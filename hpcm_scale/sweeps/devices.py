@@ -8,6 +8,7 @@ import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from hpcm_scale.devices import cpu_is_asked_for, device_count
 from hpcm_scale.errors import UserError
 
 PORTS = range(20000, 30000)
@@ -35,12 +36,13 @@ class Share:
 
 
 def visible_gpus() -> list[int]:
-    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, by their numbers on the machine."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        import torch
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, by their numbers on the machine.
 
-        return list(range(torch.cuda.device_count()))
+    None if DS_ACCELERATOR=cpu. Raises UserError for names in place of numbers, and as `device_kind` does.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or cpu_is_asked_for():
+        return list(range(device_count()))
     try:
         return [number for number in map(int, filter(None, visible.split(","))) if number >= 0]
     except ValueError:

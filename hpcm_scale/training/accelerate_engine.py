@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from hpcm_scale.config.checks import accumulation
 from hpcm_scale.config.schema import Config
+from hpcm_scale.devices import CPU, device_kind
 from hpcm_scale.training.engine import Engine, Stepped, poisoned
 from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, whole_pieces
 from hpcm_scale.training.pieces import Piece
@@ -26,8 +26,7 @@ class AccelerateEngine(Engine):
         how = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # The number of threads that it chooses on CPUs where the user has not.
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
-        cpu = not torch.cuda.is_available()
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[how])
+        self._accelerator = Accelerator(cpu=device_kind() == CPU, mixed_precision="no", kwargs_handlers=[how])
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
         self._rounds = accumulation(config, self.world_size)

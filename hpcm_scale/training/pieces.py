@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpcm_scale.devices import CUDA, device_kind
 from hpcm_scale.files import utf_8_path
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -66,7 +67,7 @@ class HostCopy:
                 on_device = piece.values.device.type == "cuda"
                 self._tensors[piece.key] = torch.empty(piece.values.shape, pin_memory=on_device)
             self._tensors[piece.key].copy_(piece.values, non_blocking=True)
-        if torch.cuda.is_available():
+        if device_kind() == CUDA:
             torch.cuda.synchronize()
         return self._tensors
 

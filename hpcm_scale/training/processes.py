@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from hpcm_scale.data.processes import available_cores
+from hpcm_scale.devices import device_count, local_device
 
 
 def world_size() -> int:
@@ -31,7 +32,21 @@ def complete_environment() -> None:
     if "RANK" not in os.environ:
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(defaults, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    if torch.cuda.is_available():
+
+
+def gpu_index() -> int | None:
+    """The index of this process's GPU, None on the CPU. Raises UserError if it cannot have one."""
+    count = device_count()
+    if count == 0:
+        return None
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_this_machine = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return local_device(local_rank, on_this_machine, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def choose_device() -> None:
+    """Settle what this process trains on. Raises UserError for a GPU that it cannot have."""
+    if gpu_index() is not None:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:

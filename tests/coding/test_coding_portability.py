@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from portable_decoding import VARIANTS, decodes, gpu, noise, other_threads, variant
 from torch import Tensor
 
@@ -58,7 +57,7 @@ def test_another_number_of_threads_decodes_all_of_kodak(codec, files, pictures):
             assert_alike(codec.decompress(data), picture)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.gpu
 def test_one_device_encodes_and_the_other_decodes(codec, files, pictures, kodak):
     other = variant(codec, gpu)
     for data, picture, pixels in zip(files, pictures, kodak, strict=True):

@@ -85,7 +85,7 @@ def test_a_cpu_has_no_peak():
     assert peak_flops(torch.device("cpu"), bf16=False) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_gpu_at_hand_is_found_by_its_name():
     device = torch.device("cuda", 0)
     assert peak_flops(device, bf16=True) == peak_of(torch.cuda.get_device_name(device), bf16=True)

@@ -180,11 +180,14 @@ def test_stages_can_be_sent_to_other_processes(small_set):
     assert [batch.keys for batch in remote] == [batch.keys for batch in stream_of(small_set, last=8)]
 
 
-def test_batches_are_pinned_where_there_is_cuda(small_set, monkeypatch):
+@pytest.mark.gpu
+def test_batches_are_pinned_where_there_is_cuda(small_set):
     batch = next(stream_of(small_set))
-    if torch.cuda.is_available():
-        assert batch.images.is_pinned() and batch.image_index.is_pinned()
-        return
+    assert batch.images.is_pinned() and batch.image_index.is_pinned()
+
+
+def test_batches_can_be_pinned(small_set, monkeypatch):
+    batch = next(stream_of(small_set))
     assert not batch.images.is_pinned()
     with pytest.raises(RuntimeError, match="accelerator"):
         batch.pin_memory()

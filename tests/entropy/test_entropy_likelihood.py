@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hpcm_scale.entropy.generalized_gaussian import LIKELIHOOD_BOUND, SCALE_BOUND, bits, likelihood
 
 TOLERANCE = 3e-5
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 

@@ -53,6 +53,9 @@ def test_more_than_there_is_is_refused(arguments, reason):
 
 
 def test_gpus_are_those_that_cuda_visible_devices_leaves(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert visible_gpus() == []  # DS_ACCELERATOR=cpu, as in all tests
+    monkeypatch.delenv("DS_ACCELERATOR")
     for value, gpus in {"2,5": [2, 5], "": [], "-1": []}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         assert visible_gpus() == gpus

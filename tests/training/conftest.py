@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from watch_processes import Probes, free_port
 
 _KEPT = "zero_optimization.stage3_param_persistence_threshold"
@@ -19,7 +18,7 @@ _KEPT = "zero_optimization.stage3_param_persistence_threshold"
 @pytest.fixture
 def probes(fork_server, tmp_path):
     """`probes(processes, *arguments, …)`: Probes in an empty working folder."""
-    return partial(Probes, None if torch.cuda.is_available() else fork_server, tmp_path)
+    return partial(Probes, fork_server, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +26,7 @@ def launch(shards, fork_server, tmp_path_factory):
     """`launch(*overrides, processes=2, launcher=False, ...)`: a real training, in an empty working folder.
 
     Its processes are forked, which spares them the imports; with `launcher=True` they are started as a user starts
-    them. Where there are GPUs they always are.
+    them.
     """
     folder = tmp_path_factory.mktemp("runs")
 
@@ -42,7 +41,7 @@ def launch(shards, fork_server, tmp_path_factory):
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
         if "engine=zero3" in overrides:  # nano's tensors are so small that all would be kept whole
             overrides = (*overrides, f"+engine.options.{_KEPT}=0")
-        if launcher or torch.cuda.is_available():
+        if launcher:
             process = started(module, overrides, processes, folder, environment)
         else:
             process = fork_server.start(module, overrides, cwd=folder, env=environment, processes=processes)

@@ -33,3 +33,10 @@ def test_the_launcher_passes_the_line_and_the_code_on(launch, shards):
     lines = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
     assert len(lines) == 1 and "data.crop=200" in lines[0]
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_training_with_an_accelerator_that_cannot_be_had_is_refused_in_one_line(launch, shards):
+    result = launch("model=nano", f"data.shards={shards}", "run.dir=xpu", DS_ACCELERATOR="xpu")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "hpcm: DS_ACCELERATOR=xpu is not supported; set it to cuda or cpu, or leave it unset\n"
+    assert not (launch.folder / "xpu").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore, distributed_c10d
 
+from hpcm_scale.devices import CUDA
 from hpcm_scale.errors import Fault, UserError
 from hpcm_scale.training.group.differences import Facts, difference
 from hpcm_scale.training.group.peers import Launcher, Peer, numbers
+from hpcm_scale.training.processes import gpu_index
 
 POLL_SECONDS = 0.05
 REFUSED_SECONDS = 10.0
@@ -43,6 +46,8 @@ class Group:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.launcher = Launcher()
         self.peers: list[Peer] = []
+        self.failed = False
+        """Whether a training ended in which the processes did not end together."""
         self.address = _address()
         self._exchanges = 0
         # torchrun keeps the store of the processes that it starts again.
@@ -86,6 +91,15 @@ class Group:
         name = self._next()
         self.store.add(f"{name}/came", 1)
         self._verdict(name, judge, seconds)
+
+    def await_readers(self, name: str, readers: int) -> None:
+        """The first process, which keeps the store, may end after this, and speaks last."""
+        with suppress(DistNetworkError, DistStoreError):
+            read = self.store.add(f"{name}/read", 1)
+            deadline = time.monotonic() + READ_SECONDS
+            while self.rank == 0 and read < readers and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                read = self.store.add(f"{name}/read", 0)
 
     def line(self) -> Store:
         """Another connection to the store, for another thread."""
@@ -187,7 +201,7 @@ class Group:
             raise Fault(f"process 0 at {self.address[0]} has gone while the others joined it") from None
         if verdict.get("refusal"):
             ignore_termination()
-        self._await_readers(name, verdict.get("came", self.world_size))
+        self.await_readers(name, verdict.get("came", self.world_size))
         if verdict.get("refusal"):
             raise UserError(verdict["refusal"])
         return verdict
@@ -199,15 +213,6 @@ class Group:
                 raise Fault(f"process 0 at {self.address[0]} does not answer; see what it says, and start again")
             self._refuse_orphan()
             time.sleep(POLL_SECONDS)
-
-    def _await_readers(self, name: str, readers: int) -> None:
-        """The first process, which keeps the store, may end after this, and speaks last."""
-        with suppress(DistNetworkError, DistStoreError):
-            read = self.store.add(f"{name}/read", 1)
-            deadline = time.monotonic() + READ_SECONDS
-            while self.rank == 0 and read < readers and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-                read = self.store.add(f"{name}/read", 0)
 
     def _refuse_orphan(self) -> None:
         if self.launcher.is_gone():
@@ -231,18 +236,34 @@ def initialise(group: Group, stall_minutes: float) -> None:
     take: guarded by a `Watch`."""
     if torch.distributed.is_initialized():
         return
-    device = None
-    if torch.cuda.is_available() and group.world_size > 1:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    gpu = gpu_index()
+    if gpu is not None:
+        os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed and accelerate take it for the index of the GPU
+    # Longer than a stall may last, which is to be explained first; never shorter than DeepSpeed's half an hour.
+    timeout = timedelta(minutes=max(30.0, stall_minutes + 5))
+    # Of the groups that DeepSpeed makes, too: it gives them none, and NCCL's own is ten minutes.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    store = group.line()
+    store.set_timeout(timeout)  # NCCL's processes wait for its id there
     torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=group.store,
+        "gloo" if gpu is None else "nccl",
+        store=store,
         rank=group.rank,
         world_size=group.world_size,
-        device_id=device,
-        # Longer than a stall may last, which is to be explained first; never shorter than DeepSpeed's half an hour.
-        timeout=timedelta(minutes=max(30.0, stall_minutes + 5)),
+        device_id=None if gpu is None or group.world_size == 1 else torch.device(CUDA, gpu),
+        timeout=timeout,
     )
+    atexit.register(_leave, group)
+
+
+def _leave(group: Group) -> None:
+    """Close the connections before the process ends; the one that keeps the store ends last.
+
+    Not after a failure: then others may be gone, and the connections would wait for them.
+    """
+    if torch.distributed.is_initialized() and not group.failed:
+        torch.distributed.destroy_process_group()
+        group.await_readers("end", group.world_size)
 
 
 @contextmanager
