@@ -17,6 +17,7 @@ from hpcm_scale.config.checks import micro_batch_size
 from hpcm_scale.config.phases import described, images_at
 from hpcm_scale.config.schema import Config, EngineName, OnDivergence, Precision
 from hpcm_scale.data.stream import check_shared_memory
+from hpcm_scale.devices import CUDA, device_kind
 from hpcm_scale.errors import UserError, is_first_process, refusals
 from hpcm_scale.files import writing
 from hpcm_scale.model.compiled import compile_regions
@@ -33,7 +34,7 @@ from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.evaluator import Evaluator
 from hpcm_scale.training.group.differences import facts
 from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
-from hpcm_scale.training.group.watch import Watch
+from hpcm_scale.training.group.watch import LONG_LOST_SECONDS, LOST_SECONDS, Watch
 from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.pieces import fill
 from hpcm_scale.training.recorder import Recorder
@@ -70,6 +71,7 @@ def run(config: Config) -> Outcome:
 
 def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     with telling_refusals(), refusals():
+        processes.choose_device()
         start = prepare(config, processes.world_size())
         if not start.finished:
             check_room(config)
@@ -83,8 +85,10 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     stop.listen()
     try:
         stalled = 60 * config.train.stall_minutes
+        slow = config.engine.compile or device_kind() == CUDA
+        lost = LONG_LOST_SECONDS if slow else LOST_SECONDS
         with (
-            Watch(group, stalled, start.folder.path / "stacks", on_orphaned=stop.request) as watch,
+            Watch(group, stalled, start.folder.path / "stacks", lost, on_orphaned=stop.request) as watch,
             refusals(local=True),
         ):
             initialise(group, config.train.stall_minutes)

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from timeit import repeat
 
 import psutil
 import pytest
 from watch_processes import PROBE, await_line, free_port
+
+from hpcm_scale.training.group.stacks import place, summary
 
 
 def test_an_exception_of_one_ends_all_and_is_said_last_and_once(probes):
@@ -50,10 +53,47 @@ def test_a_mistake_that_one_process_takes_for_common_ends_all(probes):
 
 
 def test_a_process_that_does_nothing_any_more_is_noticed_by_its_silence(probes):
-    """Process 2 hears nothing of it, and kills it, which process 0 sees: what process 2 says must come first."""
-    ended = probes(3, "does=freeze", "who=1", "lost_seconds=5", own={2: ["tell_seconds=2"]}).end()
-    assert ended.codes == [1, -9, 1]
-    assert re.search(r"process 1 \(pid \d+ on .*\) has not been heard of for 5 s", ended.lines[-1])
+    """It is left alone: once it goes on, it ends as the others did."""
+    all_three = probes(3, "does=freeze", "who=1", "lost_seconds=5")
+    _, frozen, _ = all_three.processes
+    assert [all_three.processes[rank].wait(300) for rank in (0, 2)] == [1, 1]
+    assert re.search(r"process 1 \(pid \d+ on .*\) has not been heard of for 5 s", all_three.said()[-1])
+    assert frozen.poll() is None
+    frozen.send_signal(signal.SIGCONT)
+    assert all_three.end().codes == [1, 1, 1]
+
+
+def test_a_process_whose_interpreter_is_held_ends_by_itself(probes):
+    """Nobody kills it; what ends it is a timer of its own, and stack traces say where it was."""
+    ended = probes(2, "does=hold", "who=1", "lost_seconds=5", "stall_seconds=25", "stuck_seconds=15").end()
+    assert ended.codes == [1, 1]
+    assert any(re.search(r"process 1 \(pid \d+ on .*\) has not been heard of for 5 s", line) for line in ended.lines)
+    timed_out = ended.lines.index("Timeout (0:00:40)!")
+    assert any("watch_probe.py" in line and line.endswith("in fail") for line in ended.lines[timed_out:])
+
+
+def test_a_process_that_was_held_for_a_while_does_not_take_the_others_for_lost(probes):
+    ended = probes(2, "does=hold_for_8", "who=1", own={1: ["lost_seconds=3"]}).end()
+    assert ended.codes == [0, 0]
+    assert sum("is done: 2 added up" in line for line in ended.lines) == 2
+
+
+class Held:
+    """A tensor whose device is not done; its methods are C, and have no frames."""
+
+    def tolist(self) -> str:
+        return place(traceback.extract_stack()[:-1])
+
+
+def test_who_reads_a_value_off_the_device_waits_for_the_others():
+    """As under NCCL, where the collective itself returns at once."""
+    waits = Held().tolist()
+    assert re.match(r"test_\w+ \(test_training_watch\.py:\d+\) at \.tolist\(\) < ", waits)
+    assert " at " not in place(traceback.extract_stack())
+    reads = "read (storage.py:3) < deliver (stream.py:200)"
+    gloo = "all_reduce (distributed_c10d.py:3000) < reduce (deepspeed_engine.py:137)"
+    assert summary({0: waits, 1: reads, 2: gloo}) == "process 1 is in read (storage.py:3)"
+    assert summary({0: waits, 1: waits}) == f"processes 0-1 are in {waits.partition(' < ')[0]}"
 
 
 def test_a_stall_leaves_stack_traces_of_all_and_says_where_it_hangs(probes, tmp_path):

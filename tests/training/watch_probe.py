@@ -1,14 +1,15 @@
 """A training without a model: processes that meet, watch each other, and add numbers up, until one of them …
 
 Arguments: `join_minutes=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and
-what process `who` does in its third step, `does=…` (see `fail`), or `late=who` after its last; or, before it joins,
-`refused=text`. `fact=…` is what the processes compare, `finished=` all that they do; `lost_seconds=…` and
-`grace_seconds=…` take the place of the watch's own; `lock=…` takes the lock on `folder`, waiting so many seconds;
-`tell_seconds=…` pass before what a process has noticed is told to the others, as on a busy machine.
+what process `who` does in its third step, `does=…` (see `fail`; `does=hold_for_8` with seconds), or `late=who` after
+its last; or, before it joins, `refused=text`. `fact=…` is what the processes compare, `finished=` all that they do;
+`lost_seconds=…`, `stuck_seconds=…` and `grace_seconds=…` take the place of the watch's own; `lock=…` takes the lock on
+`folder`, waiting so many seconds.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -22,7 +23,6 @@ from hpcm_scale.errors import STOPPED, UserError, one_line
 from hpcm_scale.training import processes
 from hpcm_scale.training.group import watch
 from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
-from hpcm_scale.training.group.store_line import StoreLine
 from hpcm_scale.training.run_lock import RunLock
 
 
@@ -30,21 +30,10 @@ from hpcm_scale.training.run_lock import RunLock
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in processes.without_launcher_arguments(sys.argv[1:]))
     processes.complete_environment()
-    watch.LOST_SECONDS = float(given.get("lost_seconds", watch.LOST_SECONDS))
+    watch.STUCK_SECONDS = float(given.get("stuck_seconds", watch.STUCK_SECONDS))
     watch.GRACE_SECONDS = float(given.get("grace_seconds", "1"))
-    slow_to_tell(float(given.get("tell_seconds", "0")))
     for _ in range(int(given.get("times", "1"))):
         train(given)
-
-
-def slow_to_tell(seconds: float) -> None:
-    post = StoreLine.post
-
-    def late(line: StoreLine, *news, **more) -> None:
-        time.sleep(seconds)
-        post(line, *news, **more)
-
-    StoreLine.post = late
 
 
 def train(given: dict[str, str]) -> None:
@@ -62,13 +51,12 @@ def train(given: dict[str, str]) -> None:
     if "lock" in given:
         group.first(lambda: locks.append(RunLock(folder, float(given["lock"]))))
     asked: list[str] = []
-    with watch.Watch(
-        group, float(given.get("stall_seconds", "60")), folder / "stacks", on_orphaned=asked.append
-    ) as guard:
+    stall, lost = (float(given.get(name, default)) for name, default in (("stall_seconds", 60), ("lost_seconds", 25)))
+    with watch.Watch(group, stall, folder / "stacks", lost, on_orphaned=asked.append) as guard:
         initialise(group, 30)
         for step in range(1, int(given.get("steps", "5")) + 1):
             if step == 3 and (who or given.get("does") == "all_mistake"):
-                fail(given["does"])
+                fail(*given["does"].split("_for_"))
             total = torch.tensor([1.0, float(bool(asked))])
             torch.distributed.all_reduce(total)
             if total[1]:
@@ -86,7 +74,7 @@ def train(given: dict[str, str]) -> None:
 locks: list[RunLock] = []
 
 
-def fail(how: str) -> None:
+def fail(how: str, seconds: str = "300") -> None:
     if how == "raise":
         raise ArithmeticError("one and one is three")
     if how == "mistake":
@@ -101,6 +89,8 @@ def fail(how: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "sleep":
         time.sleep(100)
+    if how == "hold":
+        ctypes.PyDLL(None).sleep(int(seconds))  # unlike CDLL, it keeps the interpreter
     if how == "interrupt":
         raise KeyboardInterrupt
 

@@ -35,8 +35,7 @@ class StoreLine:
     def __init__(self, store: Store, name: str, rank: int, world_size: int) -> None:
         self.news: dict[str, Any] | None = None
         """What has happened to the run; None: nothing."""
-        self.answered = self.before_beat = time.monotonic()
-        """When the store answered last, and when the process before this one was last seen to live."""
+        self.restart_clocks()
         self.broken = False
         """Whether the connection is."""
         self._store, self._name, self._rank = store, name, rank
@@ -45,6 +44,10 @@ class StoreLine:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store line", daemon=True)
         self._thread.start()
+
+    def restart_clocks(self) -> None:
+        """Take the store and the process before this one to have been heard of just now."""
+        self.answered = self.before_beat = time.monotonic()
 
     def is_over(self) -> bool:
         """Whether the news are an end, whose exit code they have."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import hashlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -27,6 +26,10 @@ from hpcm_scale.training.group.store_line import StoreLine
 LOOK_SECONDS = 0.5
 LOST_SECONDS = 25.0
 """A process that has not been heard of for so long is gone, or as good as gone."""
+LONG_LOST_SECONDS = 120.0
+"""The same on GPUs and with torch.compile: calls of the driver and of compilers may hold the interpreter for long."""
+STUCK_SECONDS = 50.0
+"""A process whose interpreter is held ends so long after a stall would have been noticed."""
 GRACE_SECONDS = 4.0
 """What the main thread has to come out of what it waits for, once the run is over."""
 SETTLE_SECONDS = 12.0
@@ -45,7 +48,9 @@ class Watch:
     so far. A UserError that is not `local` passes if all processes raise it. Anything else, a process that is gone,
     and `stall_seconds` without a call of `alive` end all processes: the one where it happened leaves after the
     others, with its exception or a `Fault` that tells what is the matter; they leave by SystemExit with the same code,
-    or, where the main thread hangs, without more ado.
+    or, where the main thread hangs, without more ado. A process is lost if it has not been heard of for `lost_seconds`.
+    It is not killed, for it may be alive and wait for the driver: if its interpreter is held for `stall_seconds` +
+    STUCK_SECONDS, it writes its stack traces to stderr and ends, with code 1.
 
     Stack traces of a stall go to `folder`. `on_orphaned` is called, once, with a reason, from another thread, when the
     launcher has been ended and this process has not.
@@ -58,6 +63,7 @@ class Watch:
         group: Group,
         stall_seconds: float,
         folder: str | Path,
+        lost_seconds: float = LOST_SECONDS,
         on_orphaned: Callable[[str], None] = lambda reason: None,
     ) -> None:
         Watch._count += 1
@@ -65,7 +71,8 @@ class Watch:
         self._me = group.peers[group.rank]
         self._others = [peer for peer in group.peers if peer.rank != group.rank]
         self._near = [peer for peer in self._others if peer.is_visible()]
-        self._stall_seconds, self._folder, self._on_orphaned = stall_seconds, Path(folder), on_orphaned
+        self._stall_seconds, self._lost_seconds = stall_seconds, lost_seconds
+        self._folder, self._on_orphaned = Path(folder), on_orphaned
         self._step: int | None = None
         self._alive = time.monotonic()
         self._line = StoreLine(group.line(), f"watch{Watch._count}", group.rank, group.world_size)
@@ -96,6 +103,7 @@ class Watch:
         if together:
             self._close()
             return False
+        self._group.failed = True
         ignore_termination()
         if stopped or _is_disconnection(error):
             self._await_news()
@@ -118,7 +126,7 @@ class Watch:
 
     def _await_news(self) -> None:
         """A connection that was cut has a cause: that the other end is gone, which is found out soon."""
-        deadline = time.monotonic() + LOST_SECONDS + GRACE_SECONDS
+        deadline = time.monotonic() + self._lost_seconds + GRACE_SECONDS
         while self._cause() is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
@@ -151,9 +159,13 @@ class Watch:
     def _look(self) -> None:
         """The guard's thread: never talks to the store itself, so it never hangs."""
         orphaned = False
+        looked = time.monotonic()
         while not self._safe.wait(LOOK_SECONDS):
             # Against a library that hangs and keeps all threads of the interpreter from running.
-            faulthandler.dump_traceback_later(self._stall_seconds + 2 * LOST_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(self._stall_seconds + STUCK_SECONDS, exit=True)
+            before, looked = looked, time.monotonic()
+            if looked > before + self._lost_seconds / 2:  # this process was held, and has heard nothing meanwhile
+                self._line.restart_clocks()
             if self._cause():
                 self._end()
                 return
@@ -165,10 +177,9 @@ class Watch:
             elif gone := self._gone():
                 self._post(gone)
             elif silent := self._silent():
-                self._post(f"{silent} has not been heard of for {LOST_SECONDS:g} s: it hangs, or its machine is gone")
-                if silent in self._near:  # it hangs so that nothing else can end it; told first: others see its end
-                    with suppress(OSError):
-                        os.kill(silent.pid, signal.SIGKILL)
+                self._post(
+                    f"{silent} has not been heard of for {self._lost_seconds:g} s: it hangs, or its machine is gone"
+                )
             elif time.monotonic() > self._alive + self._stall_seconds:
                 self._stalled()
 
@@ -180,7 +191,7 @@ class Watch:
                     self._line.cut()
                 return f"{peer} is gone: killed, or out of memory; the same command goes on"
         now = time.monotonic()
-        if now > self._line.answered + LOST_SECONDS:
+        if now > self._line.answered + self._lost_seconds:
             self._line.cut()
         if self._line.broken:
             keeper = self._group.peers[0] if self._group.keeps_store(0) else "torchrun, which keeps the store,"
@@ -189,7 +200,7 @@ class Watch:
 
     def _silent(self) -> Peer | None:
         """The process before this one in the ring, if it has not been heard of for long."""
-        if self._others and time.monotonic() > self._line.before_beat + LOST_SECONDS:
+        if self._others and time.monotonic() > self._line.before_beat + self._lost_seconds:
             return self._group.peers[self._rank - 1]
         return None
 
