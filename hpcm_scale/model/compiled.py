@@ -6,6 +6,7 @@ a shape, where the whole network would be one graph of thousands of nodes for ev
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,11 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import Rate
 from hpcm_scale.model.layers import Block
+
+# Inductor's own launcher of CUDA kernels holds the interpreter while it waits for room in the queue: behind a slow
+# process all threads stop, the watch's too. (In torch 2.13.0 it can crash as well: pytorch#188607.) It is left out by
+# the environment, before torch._inductor reads that: its settings hold for one thread, and autograd compiles in others.
+os.environ.setdefault("TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER", "0")
 
 _MOST_SHAPES = 256
 """Of one region: widths × resolutions × with and without gradients."""

@@ -27,8 +27,10 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: Config) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        # Its shared-memory all-reduce for CPUs takes minutes to compile, and a build cut short hangs the next run.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Which of its compiled operators could be built here; asked for them, it would look for compilers and warn of
+        # each that it misses. It wants to know of a shared-memory all-reduce for CPUs alone, which takes minutes to
+        # compile, and a build cut short hangs the next run. An operator that is used is built in any case, or fails.
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(verbose=False)
         self._config = config
         self._stage = config.engine.zero_stage

@@ -121,7 +121,7 @@ class Engine(ABC):
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.reduce(torch.zeros(1))
+        self.reduce(torch.zeros(1)).tolist()  # NCCL makes the device wait; reading the sum makes the host wait, too
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor] | None:
