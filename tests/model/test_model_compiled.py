@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from small_models import images, loss_and_gradients
@@ -101,3 +104,15 @@ def test_compiled_rates_are_the_rates():
     torch.testing.assert_close(*(value[0] for value in values), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(*(value[1] for value in values), rtol=1e-4, atol=1e-4)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("module", ["hpcm_scale.training.run", "hpcm_scale.benchmark.step"])
+def test_no_thread_launches_kernels_in_a_way_that_holds_the_interpreter(module):
+    """Settings made in Python would hold for one thread, and backward passes on GPUs are compiled in others."""
+    program = f"""
+import threading, {module}, torch._inductor.config as config
+thread = threading.Thread(target=lambda: print(config.use_static_cuda_launcher, config.use_static_triton_launcher))
+thread.start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=400)
+    assert done.stdout == "False False\n"

@@ -1,10 +1,14 @@
-"""Run under a launcher: do the engines use the process group that was initialised for them?"""
+"""Run under a launcher: do the engines use the process group that was initialised for them, and what is it like?"""
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 
+import deepspeed.ops
 import torch.distributed
+from deepspeed.utils import groups
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.training.engine import create_engine
@@ -13,15 +17,31 @@ from hpcm_scale.training.group.rendezvous import initialise, join
 
 
 def main() -> None:
+    rank = int(os.environ["RANK"])
+    end = lambda: say(f"group {rank} at the end: {torch.distributed.is_initialized()}")  # noqa: E731
+    atexit.register(end)  # registered first, it is called last
+    deepspeed.ops._probe_compatible_ops = refuse
     for name in ("accelerate", "deepspeed"):
         config = compose([f"engine.name={name}", "engine.zero_stage=0", "train.batch_size=4"])
         group = join(facts(config, "digest"), minutes=1)
-        initialise(group, stall_minutes=1)
+        initialise(group, stall_minutes=90)
         before = torch.distributed.group.WORLD
         engine = create_engine(config)
         same = "same" if torch.distributed.group.WORLD is before else "another"
-        os.write(1, f"group {name} {engine.rank} of {engine.world_size}: {same}\n".encode())
-    torch.distributed.destroy_process_group()
+        say(f"group {name} {engine.rank} of {engine.world_size}: {same}")
+    made = [torch.distributed.group.WORLD, torch.distributed.new_group(), groups._get_data_parallel_group()]
+    limits = [each._get_backend(torch.device("cpu")).options._timeout for each in made]
+    limits.append(torch.distributed.distributed_c10d._get_default_store().timeout)
+    say(f"group {rank} waits: {[limit.total_seconds() / 60 for limit in limits]}")
+    time.sleep(rank)  # process 0, which keeps the store, would be the first to end
+
+
+def refuse() -> None:
+    raise AssertionError("DeepSpeed looks for what it could compile")
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
 
 
 if __name__ == "__main__":

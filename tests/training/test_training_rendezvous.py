@@ -84,22 +84,30 @@ def test_what_all_are_refused_for_is_said_once_and_at_once(probes):
     assert (ended.codes, ended.lines) == ([2, 2], ["hpcm: no shards"])
 
 
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "critical", "--num_gpus", "2"],
+}
+
+
 @pytest.mark.launch
-def test_both_engines_train_in_the_group_that_was_joined(tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_both_engines_train_in_the_group_that_was_joined(launcher, tmp_path):
+    """Whose limits of time are longer than those of the watch, in DeepSpeed's groups too; it is left in silence."""
     probe = Path(__file__).with_name("group_probe.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     done = subprocess.run(
-        [*command, str(free_port()), str(probe)],
+        [*LAUNCHERS[launcher], "--master_port", str(free_port()), str(probe)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=400,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     said = [line for line in done.stdout.splitlines() if line.startswith("group")]
     assert sorted(said) == [
-        f"group {engine} {rank} of 2: same" for engine in ("accelerate", "deepspeed") for rank in (0, 1)
+        *(f"group {rank} {what}" for rank in (0, 1) for what in ("at the end: False", f"waits: {[95.0] * 4}")),
+        *(f"group {engine} {rank} of 2: same" for engine in ("accelerate", "deepspeed") for rank in (0, 1)),
     ]
 
 
