@@ -74,7 +74,7 @@ class Watch:
         self._stall_seconds, self._lost_seconds = stall_seconds, lost_seconds
         self._folder, self._on_orphaned = Path(folder), on_orphaned
         self._step: int | None = None
-        self._alive = time.monotonic()
+        self._alive = self._ran = time.monotonic()
         self._line = StoreLine(group.line(), f"watch{Watch._count}", group.rank, group.world_size)
         self._safe = threading.Event()
         """There is nothing to guard any more."""
@@ -83,6 +83,7 @@ class Watch:
         self._guard = threading.Thread(target=self._look, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
+        self._runs()
         self._guard.start()
         return self
 
@@ -159,13 +160,8 @@ class Watch:
     def _look(self) -> None:
         """The guard's thread: never talks to the store itself, so it never hangs."""
         orphaned = False
-        looked = time.monotonic()
         while not self._safe.wait(LOOK_SECONDS):
-            # Against a library that hangs and keeps all threads of the interpreter from running.
-            faulthandler.dump_traceback_later(self._stall_seconds + STUCK_SECONDS, exit=True)
-            before, looked = looked, time.monotonic()
-            if looked > before + self._lost_seconds / 2:  # this process was held, and has heard nothing meanwhile
-                self._line.restart_clocks()
+            self._runs()
             if self._cause():
                 self._end()
                 return
@@ -182,6 +178,13 @@ class Watch:
                 )
             elif time.monotonic() > self._alive + self._stall_seconds:
                 self._stalled()
+
+    def _runs(self) -> None:
+        """Threads of this process run: it is not to end by its timer, which needs no interpreter, for now."""
+        faulthandler.dump_traceback_later(self._stall_seconds + STUCK_SECONDS, exit=True)
+        before, self._ran = self._ran, time.monotonic()
+        if self._ran > before + self._lost_seconds / 2:  # they were held, and have heard nothing meanwhile
+            self._line.restart_clocks()
 
     def _gone(self) -> str | None:
         """A process that does not live any more, in a sentence."""
