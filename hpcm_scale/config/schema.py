@@ -274,6 +274,8 @@ class EngineConfig:
     precision: Precision = Precision.fp32
     compile: bool = False
     """Compile the parts of the network with torch.compile; minutes at the start of a run, faster steps."""
+    deterministic: bool = False
+    """Use deterministic algorithms only, so that a GPU, too, gives the same digits every time; slower steps."""
     checkpoint: Checkpointing = Checkpointing.none
     """Activations to compute again in the backward pass; lets larger models or batches into a device's memory."""
     world_size: int | None = number(None, IMAGES)

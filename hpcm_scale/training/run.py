@@ -29,6 +29,7 @@ from hpcm_scale.training.averages import Averages
 from hpcm_scale.training.batches import batches
 from hpcm_scale.training.checkpoints import Checkpoint, Retention
 from hpcm_scale.training.costs import costs_by_phase
+from hpcm_scale.training.deterministic import deterministic
 from hpcm_scale.training.divergence import Diverged, Divergence, culprits
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.evaluator import Evaluator
@@ -64,7 +65,8 @@ def run(config: Config) -> Outcome:
     processes.complete_environment()
     stop = StopRequest(RunFolder(run_directory(config)).stop_file, config.train.max_hours, first=is_first_process())
     try:
-        return _join_and_train(config, stop)
+        with deterministic(config.engine.deterministic):
+            return _join_and_train(config, stop)
     finally:
         stop.close()
 

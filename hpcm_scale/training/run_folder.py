@@ -46,6 +46,7 @@ _MAY_CHANGE = (
     "engine.zero_stage",
     "engine.offload",
     "engine.compile",
+    "engine.deterministic",
     "engine.checkpoint",
     "engine.world_size",
     "engine.join_minutes",

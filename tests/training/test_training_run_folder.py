@@ -102,7 +102,17 @@ FREE += [
 ]
 FREE += [
     f"engine.{key}"
-    for key in ("name", "zero_stage", "offload", "compile", "checkpoint", "world_size", "join_minutes", "options")
+    for key in (
+        "name",
+        "zero_stage",
+        "offload",
+        "compile",
+        "deterministic",
+        "checkpoint",
+        "world_size",
+        "join_minutes",
+        "options",
+    )
 ]
 FREE += ["schedule.crop_boundaries"]
 FREE += ["eval.images", "eval.every", "eval.limit", "eval.max_failed"]
