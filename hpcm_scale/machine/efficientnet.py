@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hpcm_scale.machine.extractor import TokenExtractor, as_tokens
+from hpcm_scale.machine.extractor import TokenExtractor, as_tokens, resized
 from hpcm_scale.machine.packages import packaged_file, required
 
 WEIGHTS = {
@@ -42,7 +41,7 @@ class EfficientNetLite(TokenExtractor):
         side, shortest = TRAINING_SIDES[self.name], min(x.shape[2:])
         if shortest > side:
             size = [round(length * side / shortest) for length in x.shape[2:]]
-            x = F.interpolate(x, size, mode="bicubic", antialias=True)
+            x = resized(x, size, "bicubic")
         pooled = self._features(x)["head"].mean(dim=(2, 3))
         return self.network._fc(pooled).log_softmax(dim=1)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
@@ -79,3 +81,21 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column of (B, C, H, W) until its sides are multiples of `multiple`."""
     height, width = x.shape[2:]
     return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Resize images (B, C, H, W) to `size`, (height, width), antialiased; `mode` is that of `F.interpolate`.
+
+    Its backward pass has no deterministic algorithm on CUDA. Where these are asked for, the same is computed as two
+    matrix products, in fp64, which TF32 does not round.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.interpolate(x, size, mode=mode, antialias=True)
+    rows, columns = (_interpolation(*sides, mode, x) for sides in zip(x.shape[2:], size, strict=True))
+    return (rows @ x.double() @ columns.T).to(x.dtype)
+
+
+def _interpolation(side: int, new: int, mode: str, like: Tensor) -> Tensor:
+    """The matrix (new, side) fp64 by which a column of `side` pixels is multiplied to be resized."""
+    impulses = torch.eye(side, dtype=torch.float64, device=like.device)
+    return F.interpolate(impulses[None, None], (new, side), mode=mode, antialias=True)[0, 0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.extractor import TokenExtractor, resized
 from hpcm_scale.machine.onnx_graph import OnnxGraph
 from hpcm_scale.machine.packages import MEND, packaged_file
 
@@ -95,7 +95,7 @@ def _lines(x: Tensor) -> Tensor:
     if height <= HIGHEST_LINE:
         # Antialiased, so that every pixel counts.
         size = (LINE, math.ceil(LINE * width / height))
-        return F.interpolate(x, size, mode="bilinear", antialias=True)
+        return resized(x, size, "bilinear")
     x = F.pad(x, (0, 0, 0, -height % LINE), mode="replicate")
     return x.unflatten(2, (-1, LINE)).transpose(1, 2).flatten(0, 1)
 

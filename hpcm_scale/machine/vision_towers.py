@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.extractor import TokenExtractor, resized
 from hpcm_scale.machine.packages import first_sentence, required
 
 
@@ -35,7 +34,7 @@ class VisionTower(TokenExtractor):
 
     def tokens(self, x: Tensor) -> dict[str, Tensor]:
         """See `TokenExtractor.forward`."""
-        x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
+        x = resized(x, self.size, "bicubic")
         states = self.states((x - self.mean) / self.std)
         return {"middle": states[len(states) // 2 - 1], "penultimate": states[-2], "last": states[-1]}
 

@@ -6,11 +6,17 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from pytorch_msssim import ms_ssim
+import torch.nn.functional as F
+from pytorch_msssim.ssim import _fspecial_gauss_1d, _ssim
 from torch import Tensor
 
 from hpcm_scale.config.distortions import MS_SSIM_SMALLEST_SIDE
 from hpcm_scale.objective.rate_distortion import RateDistortionObjective, rate_distortion_loss
+
+_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Exponents of the scales, fine to coarse."""
+_WINDOW, _SIGMA = 11, 1.5
+"""Of the Gaussian, in pixels."""
 
 
 class SimilarityRateDistortion(NamedTuple):
@@ -69,4 +75,20 @@ def multi_scale_similarity(x: Tensor, y: Tensor) -> Tensor:
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         # Not channels-last, for which a GPU would multiply TF32 numbers where the rest of the process does.
-        return ms_ssim(x.contiguous(), y.contiguous(), data_range=1.0, size_average=False)
+        return _multi_scale_similarity(x.contiguous(), y.contiguous())
+
+
+def _multi_scale_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """`pytorch_msssim.ms_ssim`, whose six constants from host memory would each make the host wait for the GPU."""
+    with torch.device(x.device):
+        window = _fspecial_gauss_1d(_WINDOW, _SIGMA).repeat(x.shape[1], 1, 1, 1)
+    factors = []
+    for scale in range(len(_WEIGHTS)):
+        if scale:
+            padding = [side % 2 for side in x.shape[2:]]
+            x, y = (F.avg_pool2d(image, 2, padding=padding) for image in (x, y))
+        similarity, contrast = _ssim(x, y, data_range=1.0, win=window)
+        factors.append(contrast)
+    factors[-1] = similarity
+    weighted = [factor.relu() ** weight for factor, weight in zip(factors, _WEIGHTS, strict=True)]
+    return torch.stack(weighted).prod(dim=0).mean(dim=1)

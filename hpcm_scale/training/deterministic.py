@@ -24,7 +24,8 @@ def deterministic(enabled: bool) -> Iterator[None]:
         yield
         return
     cudnn, filling = torch.backends.cudnn, torch.utils.deterministic
-    mode, workspace = torch.get_deterministic_debug_mode(), os.environ.get(WORKSPACE)
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(WORKSPACE)
     before = cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory
     os.environ[WORKSPACE] = ":4096:8"
     torch.use_deterministic_algorithms(True)
@@ -34,7 +35,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory = before
-        torch.set_deterministic_debug_mode(mode)
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
         if workspace is None:
             del os.environ[WORKSPACE]
         else:

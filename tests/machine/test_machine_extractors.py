@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hpcm_scale.compute.flops import forward_flops
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.extractor import TokenExtractor, resized
 from hpcm_scale.machine.packages import packaged_file
 from hpcm_scale.machine.receivers import receiver
+from hpcm_scale.training.deterministic import deterministic
 
 CLASSIFIERS = ["efficientnet-lite0", "efficientnet-lite2"]
 RECEIVERS = [
@@ -196,3 +197,19 @@ def test_a_package_without_its_weights_is_named(monkeypatch, tmp_path):
         UserError, match=r"the package rapidocr that is installed has no models/PP-OCRv6_rec_small\.onnx"
     ):
         receiver("pp-ocrv6")
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(48, 70), (24, 140), (61, 33)])
+def test_deterministic_resizing_is_the_same(mode, size):
+    """Picture and gradient, for a side that stays, ones that grow and ones that shrink."""
+    weights = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for enabled in (False, True):
+        x = crops(48, 61).double().requires_grad_()
+        with deterministic(enabled):
+            picture = resized(x, size, mode)
+            (picture * weights).sum().backward()
+        results.append((picture, x.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

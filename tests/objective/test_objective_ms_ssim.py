@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from pytorch_msssim import ms_ssim
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hpcm_scale.config.schema import Distortion
 from hpcm_scale.data.image_set import ImageSet
@@ -115,3 +117,24 @@ def test_images_that_are_too_small_are_refused():
     x, bits = torch.rand(1, 3, 160, 300), torch.ones(1)
     with pytest.raises(ValueError, match="sides from 161"):
         similarity_loss(x, x, bits, bits, LAMBDA)
+
+
+class HostTensors(TorchDispatchMode):
+    """Counts operations that read or make a tensor in host memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        self.count += any(tensor.is_cpu for tensor in tensors)
+        return result
+
+
+def test_nothing_is_copied_from_the_host():
+    """A copy from pageable memory waits until the GPU has done all it was given to do."""
+    x, x_hat = (torch.empty(2, 3, 256, 256, device="meta", requires_grad=True) for _ in range(2))
+    bits = torch.empty(2, device="meta")
+    with HostTensors() as host:
+        similarity_loss(x, x_hat, bits, bits, LAMBDA).loss.sum().backward()
+    assert host.count == 0
