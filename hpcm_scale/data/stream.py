@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.mixture import Mixture, load_mixture
@@ -190,11 +191,13 @@ def start_worker(stop: Connection, _worker: int) -> None:
 
 def deliver(loader: DataLoader, stop: Connection) -> Iterator[Batch]:
     """Hand out the batches of all workers in order; closing it, or leaving the program, ends the workers."""
-    end_workers = partial(stop.send, None)
+    items: Iterator[Batch | UserError] = iter(())
     workers: list[BaseProcess] = []
+    end = partial(end_loading, stop)
     try:
         items, workers = start_loading(loader)
-        atexit.register(end_workers)  # the workers ignore SIGTERM, so Python cannot end them
+        end = partial(end_loading, stop, items)
+        atexit.register(end)  # the workers ignore SIGTERM, so Python cannot end them
         for item in items:
             if isinstance(item, UserError):
                 raise item
@@ -209,8 +212,8 @@ def deliver(loader: DataLoader, stop: Connection) -> Iterator[Batch]:
             "the same command goes on"
         ) from error
     finally:
-        atexit.unregister(end_workers)
-        end_workers()
+        atexit.unregister(end)
+        end()
 
 
 def start_loading(loader: DataLoader) -> tuple[Iterator[Batch | UserError], list[BaseProcess]]:
@@ -223,3 +226,14 @@ def start_loading(loader: DataLoader) -> tuple[Iterator[Batch | UserError], list
         # torch's handler raises wherever the program is when a worker dies; the iterator notices by itself.
         signal.signal(signal.SIGCHLD, on_child)
     return items, [child for child in multiprocessing.active_children() if child not in others]
+
+
+def end_loading(stop: Connection, items: Iterator[Batch | UserError]) -> None:
+    """End the workers of a loader, and before them the thread that pins their batches, which reads what they share."""
+    thread = getattr(items, "_pin_memory_thread", None)
+    if thread is not None:  # as torch itself ends it, which then ends workers that ignore SIGTERM only after seconds
+        items._pin_memory_thread_done_event.set()
+        items._worker_result_queue.put((None, None))  # wakes it
+        items._worker_result_queue.cancel_join_thread()
+        thread.join(MP_STATUS_CHECK_INTERVAL)
+    stop.send(None)

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import psutil
@@ -26,7 +27,7 @@ from hpcm_scale.data.index import load_index
 from hpcm_scale.data.mixture import load_mixture
 from hpcm_scale.data.order import sample_at
 from hpcm_scale.data.storage import LocalStorage
-from hpcm_scale.data.stream import Source, collate, hand_over_errors, open_stream
+from hpcm_scale.data.stream import Batch, Source, collate, hand_over_errors, open_stream
 from hpcm_scale.errors import UserError
 from hpcm_scale.tracking.progress import progress
 
@@ -232,3 +233,20 @@ def test_kodak(shared):
     images = ImageSet(shared / "data" / "kodak")
     assert images.names == [f"kodim{number:02d}.png" for number in range(1, 25)]
     assert images.load(0).shape == (3, 512, 768)
+
+
+def test_the_thread_that_pins_batches_ends_before_the_workers_it_reads_from(small_set, monkeypatch):
+    """With a device that pins nothing: what is left is torch's thread, amid whose reading the workers went away."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_, **__: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    for _ in range(30):
+        stream = stream_of(small_set, workers=2)
+        next(stream)
+        assert any(thread.name.endswith("(_pin_memory_loop)") for thread in threading.enumerate())
+        stream.close()
+        assert not errors, errors[0].exc_value
