@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpcm_scale.devices import CUDA, device_kind
 from hpcm_scale.files import utf_8_path
 
+ALIGNMENT = 64
+"""Elements, of fp32: where a copy of a piece may begin in host memory."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """A parameter, and Adam's running means of its gradient and of the gradient's square."""
 
@@ -55,21 +56,39 @@ def share(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
 
 
 class HostCopy:
-    """A copy of pieces in host memory, whose room is used again for the next one."""
+    """A copy of pieces in one buffer in host memory, which is used again for the next copy of the same pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, pin: bool) -> None:
+        """`pin`: whether the buffer is pinned, for pieces on a CUDA device; `close` gives it back."""
+        self._pin = pin
+        self._buffer: Tensor | None = None
         self._tensors: dict[str, Tensor] = {}
 
     def take(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
-        """Copy the pieces; valid until the next call."""
+        """Copy the pieces; the copies, by `Piece.key`, are valid until the next call."""
+        if self._buffer is None:
+            self._reserve(pieces)
         for piece in pieces:
-            if piece.key not in self._tensors:
-                on_device = piece.values.device.type == "cuda"
-                self._tensors[piece.key] = torch.empty(piece.values.shape, pin_memory=on_device)
             self._tensors[piece.key].copy_(piece.values, non_blocking=True)
-        if device_kind() == CUDA:
+        if self._pin:
             torch.cuda.synchronize()
         return self._tensors
+
+    def _reserve(self, pieces: Sequence[Piece]) -> None:
+        sizes = [piece.values.numel() for piece in pieces]
+        rooms = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        self._buffer = torch.empty(sum(rooms), dtype=torch.float32)
+        if self._pin:  # torch's own pinned memory comes in powers of two
+            register = torch.cuda.cudart().cudaHostRegister
+            torch.cuda.check_error(register(self._buffer.data_ptr(), self._buffer.nbytes, 0))
+        parts = self._buffer.split(rooms)
+        self._tensors = {piece.key: part[:size] for piece, part, size in zip(pieces, parts, sizes, strict=True)}
+
+    def close(self) -> None:
+        """Free the buffer."""
+        if self._pin and self._buffer is not None:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr()))
+        self._buffer, self._tensors = None, {}
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

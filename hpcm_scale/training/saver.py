@@ -51,7 +51,7 @@ class Saver:
         self._retention = retention
         self._before = before
         self._beside = beside
-        self._host = HostCopy()
+        self._host = HostCopy(pin=engine.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[Checkpoint, dict[str, Any]] | None = None
         self._written: Future | None = None
@@ -127,8 +127,9 @@ class Saver:
             self._checkpoints.retain(self._retention, step)
 
     def close(self) -> None:
-        """End the thread, without waiting for the other processes."""
+        """End the thread, without waiting for the other processes, and free the copy that it wrote."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._host.close()
 
     def _completion(self, wait: bool) -> list[Saved]:
         """What became of a manifest, on the first process."""

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
 from hpcm_scale.training.accelerate_engine import AccelerateEngine
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Retention
-from hpcm_scale.training.pieces import Piece, fill, share, write
+from hpcm_scale.training.pieces import ALIGNMENT, HostCopy, Piece, fill, share, write
 from hpcm_scale.training.saver import Saved, Saver
 
 
@@ -233,3 +234,41 @@ def test_pieces_that_are_not_all_there_are_told(tmp_path):
         fill([tmp_path / "a"], [Piece("weight", "x", 0, torch.zeros(4))])
     with pytest.raises(ValueError, match="weight/y@0 is not all there"):
         fill([tmp_path / "a"], [Piece("weight", "y", 0, torch.zeros(2))])
+
+
+def test_a_copy_takes_the_room_of_its_pieces_and_no_more():
+    """torch's pinned memory would come in powers of two: here 5 times of 1 MiB, for little more than 2.5."""
+    pieces = [Piece("weight", f"w{size}", 0, torch.arange(float(size))) for size in (1, 131_073, 3, 131_100, 393_000)]
+    host = HostCopy(pin=False)
+    copies = host.take(pieces)
+    storage = copies["weight/w1@0"].untyped_storage()
+    needed = sum(piece.values.nbytes for piece in pieces)
+    assert needed <= storage.nbytes() <= needed + len(pieces) * ALIGNMENT * 4
+    for piece in pieces:
+        assert torch.equal(copies[piece.key], piece.values)
+        assert copies[piece.key].untyped_storage().data_ptr() == storage.data_ptr()
+        assert copies[piece.key].storage_offset() % ALIGNMENT == 0
+    again = host.take([piece._replace(values=piece.values + 1) for piece in pieces])
+    assert all(torch.equal(again[piece.key], piece.values + 1) for piece in pieces)
+    assert again["weight/w1@0"].untyped_storage().data_ptr() == storage.data_ptr()
+    host.close()
+
+
+def test_the_whole_buffer_is_pinned_once_and_given_back(monkeypatch):
+    """By a CUDA runtime that notes what it is asked for."""
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *arguments: calls.append(("register", *arguments)) or 0,
+        cudaHostUnregister=lambda *arguments: calls.append(("unregister", *arguments)) or 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(("synchronize",)))
+    host = HostCopy(pin=True)
+    pieces = [Piece("weight", name, 0, torch.ones(100)) for name in "ab"]
+    address = host.take(pieces)["weight/a@0"].data_ptr()
+    host.take(pieces)
+    host.close()
+    host.close()
+    registered = ("register", address, 2 * 2 * ALIGNMENT * 4, 0)
+    assert calls == [registered, ("synchronize",), ("synchronize",), ("unregister", address)]
