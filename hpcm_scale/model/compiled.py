@@ -7,6 +7,10 @@ a shape, where the whole network would be one graph of thousands of nodes for ev
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 
 import torch
@@ -33,7 +37,7 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
     image sizes. `backend` is torch's; others than inductor are for tests.
     """
     if backend == "inductor":
-        check_compiler()
+        check_compiler(cuda=any(parameter.is_cuda for parameter in model.parameters()))
     torch._dynamo.config.optimize_ddp = False  # it would cut regions where gradients are sent
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
     for module in model.modules():
@@ -41,8 +45,11 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> None:
             module.compute = _region(module.compute, backend)
 
 
-def check_compiler() -> None:
-    """Raises UserError where there is no C++ compiler, without which nothing can be compiled."""
+def check_compiler(cuda: bool) -> None:
+    """Raises UserError where there is no C++ compiler, and for `cuda` where there is not what Triton needs, too.
+
+    Triton compiles its launchers with a C compiler and Python's header.
+    """
     # Here, for importing torch's compiler takes a second, and most runs do without.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -53,6 +60,22 @@ def check_compiler() -> None:
         raise UserError(
             "engine.compile needs a C++ compiler, and there is none; install g++, or leave engine.compile out"
         ) from error
+    if not cuda:
+        return
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or shutil.which(compiler) is None:
+        raise UserError(
+            f"engine.compile needs a C compiler on GPUs, and {compiler or 'gcc'} is not there; install gcc, set CC, or "
+            "leave engine.compile out"
+        )
+    include = sysconfig.get_paths()["include"]
+    command = [compiler, "-E", "-I", include, "-x", "c", "-", "-o", os.devnull]
+    if subprocess.run(command, input="#include <Python.h>", text=True, capture_output=True).returncode:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise UserError(
+            f"engine.compile needs Python.h on GPUs, and it is not in {include}; install python{version}-dev, or leave "
+            "engine.compile out"
+        )
 
 
 def _region(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch._dynamo.utils import counters
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Checkpointing, Precision
-from hpcm_scale.model.compiled import compile_regions
+from hpcm_scale.errors import UserError
+from hpcm_scale.model.compiled import check_compiler, compile_regions
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import HPCM, Rate
 from hpcm_scale.model.layers import depthwise_block, partial_block
@@ -116,3 +119,37 @@ thread.start()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=400)
     assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("nothing", None),
+        ("compiler", "a C compiler on GPUs, and gcc is not there; install gcc, set CC,"),
+        ("named", "a C compiler on GPUs, and /no/such/cc is not there; install gcc, set CC,"),
+        ("header", "Python.h on GPUs, and it is not in {folder}; install python3."),
+    ],
+)
+def test_gpus_need_a_c_compiler_and_pythons_header(missing, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.delenv("CC", raising=False)
+    if missing == "compiler":
+        compiler = shutil.which("g++")
+        (tmp_path / "g++").symlink_to(compiler)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif missing == "named":
+        monkeypatch.setenv("CC", "/no/such/cc")
+    else:
+        headers = tmp_path / "include"
+        headers.mkdir()
+        if missing == "nothing":
+            (headers / "Python.h").touch()
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(headers)})
+        tmp_path = headers
+    check_compiler(cuda=False)
+    if said is None:
+        check_compiler(cuda=True)
+        return
+    with pytest.raises(UserError) as error:
+        check_compiler(cuda=True)
+    assert said.format(folder=tmp_path) in str(error.value) and "\n" not in str(error.value)
