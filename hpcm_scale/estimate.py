@@ -121,6 +121,7 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
         f"a checkpoint: {needs.checkpoint / 1e9:,.2f} GB, of which each process keeps its "
         f"{needs.checkpoint / world_size / 1e9:,.2f} GB in host memory"
     )
+    print(f"while the model is made, each process holds up to {needs.building / 1e9:,.2f} GB of weights in host memory")
     hours = needs.seconds(peak * world_size, arguments.mfu) / 3600
     print(
         f"{config.train.steps:,} steps of {described(config)}: {needs.images:,} images, "

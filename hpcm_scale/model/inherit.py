@@ -10,6 +10,7 @@ from hpcm_scale.config.compose import to_dict
 from hpcm_scale.config.schema import ModelConfig, RateConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.sharding import shape_of
 from hpcm_scale.model.weights import WeightsFile, load_state
 
 
@@ -36,11 +37,12 @@ def inherit(model: HPCM, file: WeightsFile) -> None:
     gains, which are 1 at `rate.reference`.
     """
     state = dict(file.state)
-    for name, own in model.state_dict().items():
+    for name, own in model.named_parameters():
+        shape = shape_of(own)
         if name not in state:
             state[name] = own  # gains
-        elif state[name].shape != own.shape and state[name].shape[1:] == own.shape[1:]:
-            state[name] = torch.cat([state[name]] * len(own))
+        elif state[name].shape != shape and state[name].shape[1:] == shape[1:]:
+            state[name] = torch.cat([state[name]] * shape[0])
     load_state(model, state, file.path)
 
 

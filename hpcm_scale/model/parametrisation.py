@@ -14,6 +14,7 @@ from torch import nn
 
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import on_meta
+from hpcm_scale.model.sharding import whole
 
 BASE = {"channels": [8, 16, 32], "latent_channels": 24, "hyper_latent_channels": 24, "hyper_channels": 24}
 """Widths at which all learning rates are `schedule.learning_rate`: those of the preset 450k."""
@@ -31,9 +32,8 @@ def widening(codec: HPCM) -> dict[str, float]:
     """By name of a layer with weights: its inputs over those that it has in a network of the base's widths."""
     ratio = min(codec.config.partial_ratio, *BASE["channels"])  # a part of the narrowest width is a channel at least
     base = dict(on_meta(replace(codec.config, **BASE, partial_ratio=ratio)).named_modules())
-    return {
-        name: fan_in(layer) / fan_in(base[name]) for name, layer in codec.named_modules() if isinstance(layer, LAYERS)
-    }
+    ours = on_meta(codec.config).named_modules()  # the codec's own weights may be sharded
+    return {name: fan_in(layer) / fan_in(base[name]) for name, layer in ours if isinstance(layer, LAYERS)}
 
 
 @torch.no_grad()
@@ -49,7 +49,8 @@ def parametrise(codec: HPCM) -> None:
     for name, ratio in ratios.items():
         layers[name].weight.learning_rate_factor = 1 / ratio
     last = f"g_s.{len(codec.g_s) - 1}"
-    layers[last].weight.mul_(ratios[last] ** -0.5)
+    with whole(layers[last].weight):
+        layers[last].weight.mul_(ratios[last] ** -0.5)
 
 
 def learning_rate_factor(parameter: nn.Parameter) -> float:

@@ -1,4 +1,7 @@
-"""Analysis and synthesis: image to latent y, y to hyper-latent z, and back."""
+"""Analysis and synthesis: image to latent y, y to hyper-latent z, and back.
+
+A layer gets all of its first values before the next one is made: then it may be sharded (`training.deepspeed_engine`).
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,9 @@ def analysis(config: ModelConfig) -> nn.Sequential:
         inputs, outputs = widths[level], widths[level + 1]
         kernel = config.stem_kernel if level == 0 else 2
         layers.append(down(inputs, outputs, kernel=kernel, fp32=level == 3))
-        layers += blocks(config, outputs, level + 1, count)
         if level == 3:
-            _scale(layers[-1 - count], INITIAL_SPREAD)
+            _scale(layers[-1], INITIAL_SPREAD)
+        layers += blocks(config, outputs, level + 1, count)
     return nn.Sequential(*layers)
 
 

@@ -21,6 +21,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.files import utf_8_path, whole_file
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.shapes import on_meta
+from hpcm_scale.model.sharding import shape_of, whole
 
 WEIGHTS_NAME = "weights.safetensors"
 """In a run folder."""
@@ -159,12 +160,19 @@ def _shapes_of(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
+@torch.no_grad()
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Have a module take over the state dict of a file. Raises UserError if it does not fit."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the tensors in {path} do not fit the model it describes; export it again") from error
+    """Have a module, sharded or not, take over the state dict of a file, one parameter at a time.
+
+    Raises UserError if it does not fit.
+    """
+    parameters = dict(module.named_parameters())  # no module has persistent buffers
+    shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
+    if shapes != {name: shape_of(tensor) for name, tensor in state.items()}:
+        raise UserError(f"the tensors in {path} do not fit the model it describes; export it again")
+    for name, parameter in parameters.items():
+        with whole(parameter):
+            parameter.copy_(state[name])
 
 
 def device_of(name: str | None) -> torch.device:

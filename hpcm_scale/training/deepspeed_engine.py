@@ -6,12 +6,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.schema import Config
@@ -42,7 +44,38 @@ class DeepSpeedEngine(Engine):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """With stage 3 every layer is sharded when the next one is made, so that no process holds the whole model."""
+        if self._stage < 3:
+            yield
+            return
+        dictionary = deepspeed_dictionary(self._config, self.world_size)
+        zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=dictionary)
+        layer, parameters = None, []
+
+        def shard() -> None:
+            zero._convert_to_zero_parameters(parameters)
+            parameters.clear()
+
+        def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            nonlocal layer
+            if parameter is None or parameter.is_meta:
+                return
+            if module is not layer:
+                shard()
+            layer = module
+            parameters.append(parameter)
+
+        hook = register_module_parameter_registration_hook(register)
+        try:
+            yield
+            shard()
+        finally:
+            hook.remove()
+
     def prepare(self, model: nn.Module) -> None:
+        model.to(self.device)  # where it is sharded already, DeepSpeed leaves buffers where they are
         self._optimizer = create_optimizer(model.parameters(), self._config.train)
         groups = enumerate(self._optimizer.param_groups)
         self._group_of = {parameter: number for number, group in groups for parameter in group["params"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -44,6 +45,10 @@ class Engine(ABC):
     sharded: bool = False
     """Whether a forward pass gathers weights from all processes: one that fails in a single process blocks the others.
     """
+
+    def building(self) -> AbstractContextManager[None]:
+        """Where a model is made that may be sharded while it is made; every process makes the same, layer by layer."""
+        return nullcontext()
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:

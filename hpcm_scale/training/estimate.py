@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from hpcm_scale.compute.tracker import PETA, flops_of
 from hpcm_scale.config.checks import micro_batch_size
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
@@ -54,6 +56,9 @@ class Estimate:
     traffic: Traffic
     averages: int
     """Moving averages of the weights."""
+    building: int
+    """Most bytes of weights that a process holds in host memory while the model is made: those of the largest layer
+    with ZeRO-3, of the whole model without."""
     flops: int
     """Model FLOPs of the whole run."""
     images: int
@@ -110,10 +115,16 @@ def estimate(config: Config, world_size: int) -> Estimate:
         _memory(config, world_size, parameters, activations, gathered, zero["reduce_bucket_size"]),
         traffic(config, world_size, parameters, gathered),
         len(config.train.ema),
+        FP32 * (_largest_layer(model) if engine.zero_stage == 3 and not config.machine.freeze_codec else parameters),
         flops_of(costs, images),
         images,
         max(costs[phase.first_image] * phase.batch_size // world_size for phase in planned),
     )
+
+
+def _largest_layer(model: nn.Module) -> int:
+    """Most parameters of a module, those of modules within it left out."""
+    return max(sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in model.modules())
 
 
 def limits(zero: dict[str, Any]) -> Limits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +121,8 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
     engine = create_engine(config)
     set_arithmetic(config.engine.precision)
     torch.manual_seed(config.train.seed)
-    task = task_of(config, start.origin, start.receivers)
+    with nullcontext() if config.machine.freeze_codec else engine.building():  # a frozen codec stays whole
+        task = task_of(config, start.origin, start.receivers)
     engine.prepare(task.module)
     task.place(engine.device)
     if config.engine.compile:

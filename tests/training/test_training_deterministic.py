@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpcm_scale.config.compose import compose
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.hpcm import Noise
+from hpcm_scale.model.ladder import sized
 from hpcm_scale.training.deterministic import WORKSPACE, deterministic
 from hpcm_scale.training.task import task_of
 
@@ -92,7 +93,7 @@ def test_settings_hold_within_and_are_restored_even_after_an_error(workspace, be
 
 def names_of_a_step(*overrides: str) -> set[str]:
     """The operations of a forward and backward pass over one crop, in the deterministic mode; on `meta`."""
-    config = compose(["model.size=100k", *overrides])
+    config = compose([*overrides, "model.size=100k"], sized)
     receivers = {name: receiver(name) for name in config.machine.receivers}
     task = task_of(config, None, {name: copy.deepcopy(of).to("meta") for name, of in receivers.items()})
     task.module.to("meta")

@@ -96,6 +96,12 @@ def test_offload_keeps_the_state_in_host_memory():
     assert memory.host == pytest.approx((4 + 4 + 12) * needs().parameters / 2, rel=1e-5)
 
 
+def test_sharded_weights_are_made_layer_by_layer():
+    whole, sharded, hosted = (needs(f"engine={name}", world_size=8) for name in ("zero2", "zero3", "zero3_offload"))
+    assert whole.building == 4 * whole.parameters
+    assert sharded.building == hosted.building < whole.building / 4
+
+
 def test_accumulation_costs_no_memory():
     whole, parts = needs(), needs("train.micro_batch_size=1")
     assert parts.memory.activations < whole.memory.activations / 7
