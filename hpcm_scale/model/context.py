@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
 from hpcm_scale.model.coding_order import CodingOrder, Positions, Scale, misplaced
-from hpcm_scale.model.layers import ChannelScale, Pointwise, attend, depthwise_block, recomputed
+from hpcm_scale.model.layers import ChannelScale, Pointwise, attend, depthwise_block, recomputed, reduced
 from hpcm_scale.model.memory_format import memory_format_of
 from hpcm_scale.model.transforms import start_scales
 from hpcm_scale.model.variable_rate import Gains
@@ -51,6 +51,7 @@ class WindowFusion(nn.Module):
 
     def compute(self, parameters: Tensor, context: Tensor) -> Tensor:
         """`forward`, without the hooks that modules may have around it: what can be compiled."""
+        parameters, context = reduced(parameters), reduced(context)  # each is cast once for both of its products
         query, key, value = self.query(parameters), self.key(context), self.value(context)
         attended = attend(*(self._to_windows(x) for x in (query, key, value)))
         return self._from_windows(attended, query) + self.skip(parameters)
@@ -59,8 +60,9 @@ class WindowFusion(nn.Module):
         """(B, heads·d, H, W) to (B·windows, heads, window², d)."""
         batch, channels, height, width = x.shape
         w = self.window
-        x = x.reshape(batch, self.heads, channels // self.heads, height // w, w, width // w, w)
-        return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(0, 2)
+        # Channels last, so that gradients are, too.
+        x = x.permute(0, 2, 3, 1).reshape(batch, height // w, w, width // w, w, self.heads, channels // self.heads)
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
 
     def _from_windows(self, x: Tensor, like: Tensor) -> Tensor:
         """The inverse of it, in shape and memory format of `like`."""

@@ -11,7 +11,7 @@ from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
 from hpcm_scale.entropy.generalized_gaussian import bits
 from hpcm_scale.model.context import ContextModel, Place
-from hpcm_scale.model.layers import full_precision, reduced_precision, set_ways
+from hpcm_scale.model.layers import cast_once, full_precision, pointwise_layers, reduced_precision, set_ways
 from hpcm_scale.model.transforms import analysis, hyper_analysis, hyper_synthesis, synthesis
 from hpcm_scale.model.variable_rate import level_of, mix_of
 
@@ -141,6 +141,7 @@ class HPCM(nn.Module):
         # A step that is computed again takes its blocks along.
         set_ways(self, precision, lambda name: again and not (steps and name.startswith("context.")))
         self.context.recompute = steps
+        self._pointwise = pointwise_layers(self)
 
     @property
     def multiple(self) -> int:
@@ -174,7 +175,7 @@ class HPCM(nn.Module):
         With `noise` the likelihoods are those of training (additive uniform noise); without, those of
         the rounded symbols. The values that go on are rounded in both. `level`: see `mix`.
         """
-        with reduced_precision(x, self.precision):
+        with reduced_precision(x, self.precision), cast_once(self._pointwise, x):
             return self._code(x, noise, self.mix(level, len(x)))
 
     def _code(self, x: Tensor, noise: Noise | None, mix: Tensor | None) -> Coded:

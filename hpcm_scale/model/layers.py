@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,12 +34,24 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def set_arithmetic(precision: Precision) -> None:
-    """Say, for the whole process, how products of fp32 numbers are computed.
+def reduced(x: Tensor) -> Tensor:
+    """`x` in the dtype in which autocast, where it is on, has matrix products computed."""
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
-    In fp32 they are exact. Where convolutions are bf16, the few with fp32 results multiply TF32 numbers on a GPU, and
-    on a CPU bf16 numbers where they are matrix products; sums and results are fp32 always.
+
+def set_arithmetic(precision: Precision) -> None:
+    """Say, for the whole process, how products are computed.
+
+    Products of fp32 numbers are exact in fp32. Where convolutions are bf16, the few with fp32 results multiply TF32
+    numbers on a GPU, and on a CPU bf16 numbers where they are matrix products; sums and results are fp32 always.
+    Products of bf16 or fp16 numbers are summed in fp32 throughout: by default cuBLAS may split a long sum, such as
+    that of a weight's gradient over all positions of a batch, and round the parts.
     """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     reduced = precision == Precision.bf16
     # torch's compiler still reads these two, which can no longer be read where the newer settings differ by place.
     torch.set_float32_matmul_precision("medium" if reduced else "highest")
@@ -70,6 +82,8 @@ class Pointwise(nn.Conv2d):
         self.fp32 = fp32
         self.reduced = False
         """Whether products may be of bf16 or TF32 numbers; `set_ways` says."""
+        self.cast: tuple[Tensor, Tensor] | None = None
+        """Weight and bias in the dtype of autocast, within `cast_once`."""
 
     def forward(self, x: Tensor, *, leaky: bool = False, onto: Tensor | None = None) -> Tensor:
         """(B, C, H, W) to (B, D, H, W): the convolution, of that LeakyReLU if `leaky`, and that added to `onto`."""
@@ -86,9 +100,63 @@ class Pointwise(nn.Conv2d):
     def _mix(self, x: Tensor) -> Tensor:
         if not product_is_faster(x, self):
             return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return product(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+        x = reduced(x)
+        cast = self.cast if x.dtype != self.weight.dtype else None
+        return product(x.permute(0, 2, 3, 1), self.weight, self.bias, cast).permute(0, 3, 1, 2)
+
+
+def pointwise_layers(network: nn.Module) -> list[Pointwise]:
+    """Those of a network whose products autocast reduces: what `cast_once` takes."""
+    return [layer for layer in network.modules() if isinstance(layer, Pointwise) and not layer.fp32]
+
+
+@contextmanager
+def cast_once(layers: Sequence[Pointwise], x: Tensor) -> Iterator[None]:
+    """Within it, and where the backward pass computes again what is within, layers share one cast of their weights.
+
+    `x`: the network's input (B, C, H, W). All weights and biases whose layers are matrix products are cast together,
+    in one operation, and none of the casts outlives the backward pass: the next forward pass sees the weights as they
+    are then. Convolutions are cast once by autocast itself. Nothing is cast outside autocast, nor under ZeRO-3, which
+    gathers weights layer by layer.
+    """
+    kind = x.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        layers = ()
+    chosen = [layer for layer in layers if product_is_faster(x, layer) and not hasattr(layer.weight, "ds_id")]
+    with _given(_cast(chosen, torch.get_autocast_dtype(kind)) if chosen else []):
+        yield
+
+
+Casts = Sequence[tuple[Pointwise, Tensor, Tensor]]
+"""Layers, and their weights and biases in another dtype."""
+
+
+@torch.no_grad()
+def _cast(layers: Sequence[Pointwise], dtype: torch.dtype) -> Casts:
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    sizes = [parameter.numel() for parameter in (*weights, *biases)]
+    parts = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device).split(sizes)
+    casts = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=False)] + list(parts[len(layers) :])
+    torch._foreach_copy_(casts, [*weights, *biases])
+    return list(zip(layers, casts, casts[len(layers) :], strict=False))
+
+
+_casts: Casts = ()
+"""Those in use."""
+
+
+@contextmanager
+def _given(casts: Casts) -> Iterator[None]:
+    global _casts
+    before, _casts = _casts, casts
+    for layer, weight, bias in casts:
+        vars(layer)["cast"] = weight, bias  # nn.Module's own way takes 20 times as long, and this is done often
+    try:
+        yield
+    finally:
+        for layer, *_ in casts:
+            vars(layer)["cast"] = None
+        _casts = before
 
 
 def product_is_faster(x: Tensor, layer: Pointwise) -> bool:
@@ -249,7 +317,14 @@ def recomputed(function, *inputs: Tensor):
     """The function's result, with what is within computed again in the backward pass instead of being kept."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    casts = _casts
+    return checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), _given(casts)),
+    )
 
 
 def partial_block(channels: int, ratio: int, expansion: int) -> ResidualBlock:
