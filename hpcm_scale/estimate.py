@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.compose import compose
@@ -15,6 +16,13 @@ from hpcm_scale.config.schema import Config, Precision, Viewer
 from hpcm_scale.errors import Parser, UserError, one_line
 from hpcm_scale.limits import PROCESSES, UTILISATION, Range
 from hpcm_scale.model.ladder import sized
+
+if TYPE_CHECKING:
+    from hpcm_scale.training.estimate import Estimate
+
+
+LAUNCH_US = 7
+"""Between the 5 and 10 µs that eager PyTorch takes for an operation on common hosts, autograd included."""
 
 
 @one_line
@@ -51,6 +59,14 @@ def _parser() -> Parser:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu", default="H100", help="whose peak rate to take (default: %(default)s)")
     parser.add_argument("--mfu", type=UTILISATION.real, default=0.4, help="share of it in use (default: %(default)s)")
+    parser.add_argument(
+        "--launch-us",
+        type=Range(least=0, most=10_000).real,
+        metavar="US",
+        default=LAUNCH_US,
+        help="time that the host takes to launch one operation, in microseconds: an assumption, not measured; a step "
+        "without engine.compile takes no less than that of all its operations (default: %(default)s)",
+    )
     bandwidth = Range(least=0.001, most=1_000_000).real
     parser.add_argument(
         "--bandwidth-node",
@@ -122,15 +138,18 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
         f"{needs.checkpoint / world_size / 1e9:,.2f} GB in host memory"
     )
     print(f"while the model is made, each process holds up to {needs.building / 1e9:,.2f} GB of weights in host memory")
-    hours = needs.seconds(peak * world_size, arguments.mfu) / 3600
+    # How much a compiled step launches is not known.
+    launch = 0.0 if engine.compile else arguments.launch_us * 1e-6
+    hours = needs.seconds(peak * world_size, arguments.mfu, launch) / 3600
     print(
         f"{config.train.steps:,} steps of {described(config)}: {needs.images:,} images, "
         f"{needs.pflops:,.4g} PFLOPs (1e15 floating-point operations)"
     )
     print(
-        f"at {arguments.mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({arguments.gpu}, {engine.precision.value}): "
-        f"{_duration(hours, world_size, arguments.price)}"
+        f"at {arguments.mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({arguments.gpu}, {engine.precision.value}) a step takes "
+        f"{1e3 * needs.flops_per_step / (peak * arguments.mfu):,.4g} ms to compute; {_host_floor(needs, config, launch)}"
     )
+    print(f"the run: {_duration(hours, world_size, arguments.price)}")
     if world_size == 1:
         return
     traffic = needs.traffic
@@ -141,13 +160,26 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
     if bandwidth is None:
         print("for its time, give --bandwidth-node and, for several machines, --bandwidth-network")
         return
-    times = needs.times(peak, arguments.mfu, bandwidth)
+    times = needs.times(peak, arguments.mfu, bandwidth, launch)
     print(
         f"a step: {times.compute * 1e3:,.4g} ms computing, {times.communication * 1e3:,.4g} ms communication at "
         f"{bandwidth / 1e9:,.4g} GB/s (latencies left out); {times.in_turn * 1e3:,.4g} ms in turn, "
         f"{times.overlapped * 1e3:,.4g} ms overlapped: scaling efficiency {times.efficiency:.1%}"
     )
     print(f"with overlapped communication: {_duration(hours / times.efficiency, world_size, arguments.price)}")
+
+
+def _host_floor(needs: Estimate, config: Config, launch: float) -> str:
+    """What the host takes to launch a step's operations."""
+    if config.engine.compile:
+        return (
+            f"its host launches fewer than the {needs.launches_per_step:,} operations of an eager step, how many is not "
+            "known, and their time is left out"
+        )
+    return (
+        f"its host takes {1e3 * needs.launches_per_step * launch:,.4g} ms to launch {needs.launches_per_step:,} "
+        f"operations at {1e6 * launch:,.4g} µs (--launch-us, not measured); the larger counts"
+    )
 
 
 def _duration(hours: float, world_size: int, price: float | None) -> str:

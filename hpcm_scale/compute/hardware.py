@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 
 # What torch.cuda.get_device_name says, fp32 with TF32 off, bf16 with fp32 sums; the rates in FLOP/s.
+# NVIDIA's data sheets give bf16 with sparsity, twice the rate here. B200, GB200: "Blackwell" data sheet, individual GPU
+# of HGX B200 and GB200 NVL72. GH200, H20, H800: data sheets of the superchip and of the SXM boards. MI300X: AMD's data
+# sheet, matrices.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 75e12, 2250e12),
+    ("GB200", 80e12, 2500e12),
+    ("GH200( 480GB| 144G HBM3e)?", 67e12, 989e12),
+    ("H20", 44e12, 148e12),
+    ("H800", 67e12, 989e12),
+    ("(AMD Instinct )?MI300X", 163.4e12, 1307.4e12),
     ("H200", 67e12, 989e12),
     ("H200 NVL", 60e12, 835e12),
     ("H100( SXM5)?( 80GB HBM3)?", 67e12, 989e12),

@@ -165,12 +165,17 @@ def product_is_faster(x: Tensor, layer: Pointwise) -> bool:
     On CPUs oneDNN's convolutions win where rows are short, and in fp32 where MKL, which multiplies fp32 matrices, does
     not use all that the processor has (benchmarks/results/kernels.md).
     """
-    if not x.is_contiguous(memory_format=torch.channels_last) or x.device.type not in ("cpu", "cuda"):
+    if not channels_last(x) or x.device.type not in ("cpu", "cuda"):
         return False
     if x.is_cuda:
         return True
     long = min(layer.in_channels, layer.out_channels) >= _LONG_ROWS
     return long and (layer.reduced or _MKL_AT_HOME)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether `x` (B, C, H, W) lies so in memory."""
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 _LONG_ROWS = 192

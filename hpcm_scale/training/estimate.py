@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from hpcm_scale.compute.tracker import PETA, flops_of
-from hpcm_scale.config.checks import micro_batch_size
+from hpcm_scale.config.checks import accumulation, micro_batch_size
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
-from hpcm_scale.config.phases import images_at, phases
+from hpcm_scale.config.phases import Phase, images_at, phases
 from hpcm_scale.config.schema import Config, EngineName
 from hpcm_scale.model.shapes import on_meta, parameter_count
 from hpcm_scale.training.costs import training_flops_per_image
@@ -34,8 +34,8 @@ class Memory:
     averages: int
     """Moving averages of the weights (train.ema) of this process's share."""
     activations: int
-    """Of one micro-batch: what is kept for the backward pass, and what is being computed at the peak; of the phases of
-    crops, the one that takes most."""
+    """Of one micro-batch: what is kept for the backward pass, the bf16 copy of the weights included, and what is being
+    computed at the peak; of the phases of crops, the one that takes most."""
     buffers: int
     """Where gradients are laid out to be added up over the processes."""
     host: int
@@ -45,6 +45,16 @@ class Memory:
     def device(self) -> int:
         """All together on the device."""
         return self.weights + self.gradients + self.optimizer + self.averages + self.activations + self.buffers
+
+
+class Stretch(NamedTuple):
+    """Optimizer steps with crops of one size: what they cost together."""
+
+    steps: int
+    flops: int
+    """Model FLOPs of all processes."""
+    launches: int
+    """Operations that the host of each process launches."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,10 @@ class Estimate:
     images: int
     flops_per_step: int
     """Of one process; of the phases of crops, in the one that takes most."""
+    launches_per_step: int
+    """The same, of operations launched eagerly in forward and backward passes."""
+    stretches: list[Stretch]
+    """By phase of crops."""
 
     @property
     def pflops(self) -> float:
@@ -75,13 +89,20 @@ class Estimate:
         """Bytes of one checkpoint; each process keeps its share in host memory from the first one on."""
         return FP32 * (len(KINDS) + self.averages) * self.parameters
 
-    def seconds(self, peak: float, mfu: float) -> float:
-        """Time of the run on processes with `peak` FLOP/s together, of which `mfu` (0 to 1) are used."""
-        return self.flops / (peak * mfu)
+    def seconds(self, peak: float, mfu: float, launch: float = 0.0) -> float:
+        """Time of the run on processes with `peak` FLOP/s together, of which `mfu` (0 to 1) are used.
 
-    def times(self, peak: float, mfu: float, bandwidth: float) -> Times:
-        """Of a step whose processes compute at `mfu` × `peak` FLOP/s each and send at `bandwidth` bytes/s each."""
-        return self.traffic.times(self.flops_per_step / (peak * mfu), bandwidth)
+        A step takes as long as its computing, or as its host takes to launch all operations at `launch` seconds each.
+        """
+        return sum(max(part.flops / (peak * mfu), part.launches * launch) for part in self.stretches)
+
+    def times(self, peak: float, mfu: float, bandwidth: float, launch: float = 0.0) -> Times:
+        """Of a step whose processes compute at `mfu` × `peak` FLOP/s each and send at `bandwidth` bytes/s each.
+
+        `launch`: see `seconds`; what the host adds counts as computing, behind which communication can hide.
+        """
+        computing = max(self.flops_per_step / (peak * mfu), self.launches_per_step * launch)
+        return self.traffic.times(computing, bandwidth)
 
 
 def estimate(config: Config, world_size: int) -> Estimate:
@@ -102,12 +123,14 @@ def estimate(config: Config, world_size: int) -> Estimate:
             engine.checkpoint,
             phase.crop,
             micro_batch_size(config, world_size, phase),
+            True,
         )
         for phase in planned
     ]
     activations, uses = max(rehearsal.activations for rehearsal in rehearsals), rehearsals[0].uses
     costs = {phase.first_image: training_flops_per_image(model, phase.crop) for phase in planned}
     images = images_at(config, config.train.steps)
+    launches = [accumulation(config, world_size) * rehearsal.launches for rehearsal in rehearsals]
     zero = deepspeed_dictionary(config, world_size)["zero_optimization"]
     gathered = gather(uses, limits(zero)) if engine.zero_stage == 3 else None
     return Estimate(
@@ -119,12 +142,22 @@ def estimate(config: Config, world_size: int) -> Estimate:
         flops_of(costs, images),
         images,
         max(costs[phase.first_image] * phase.batch_size // world_size for phase in planned),
+        max(launches),
+        [
+            _stretch(phase, costs[phase.first_image], launched)
+            for phase, launched in zip(planned, launches, strict=True)
+        ],
     )
 
 
 def _largest_layer(model: nn.Module) -> int:
     """Most parameters of a module, those of modules within it left out."""
     return max(sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in model.modules())
+
+
+def _stretch(phase: Phase, flops_per_image: int, launches_per_step: int) -> Stretch:
+    steps = phase.last_step - phase.first_step
+    return Stretch(steps, steps * phase.batch_size * flops_per_image, steps * launches_per_step)
 
 
 def limits(zero: dict[str, Any]) -> Limits:

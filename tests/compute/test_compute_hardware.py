@@ -9,6 +9,12 @@ from hpcm_scale.compute.hardware import Links, links_of, peak_flops, peak_of
 
 # TFLOP/s, fp32 (TF32 off) and bf16, dense: half of what data sheets print "with sparsity".
 KNOWN = {
+    "NVIDIA B200": (75, 2250),
+    "NVIDIA GB200": (80, 2500),
+    "NVIDIA GH200 480GB": (67, 989),
+    "NVIDIA H20": (44, 148),
+    "NVIDIA H800": (67, 989),
+    "AMD Instinct MI300X": (163.4, 1307.4),
     "NVIDIA H100 80GB HBM3": (67, 989),
     "NVIDIA H100 PCIe": (51, 756),
     "NVIDIA H100 NVL": (60, 835),
@@ -32,14 +38,15 @@ UNKNOWN = [
     "NVIDIA A100X",
     "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
     "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
-    "NVIDIA GH200 480GB",
-    "NVIDIA H800",
+    "NVIDIA H800 PCIe",
+    "NVIDIA H200 MIG 1g.18gb",
+    "NVIDIA B200 MIG 1g.23gb",
     "NVIDIA L40",
     "NVIDIA GeForce RTX 4090 Laptop GPU",
     "NVIDIA GeForce RTX 4090 D",
     "NVIDIA GeForce RTX 3090 Ti",
     "Tesla V100-SXM2-16GB",
-    "AMD Instinct MI300X",
+    "AMD Instinct MI300A",
     "",
 ]
 
