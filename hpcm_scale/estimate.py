@@ -145,9 +145,10 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
         f"{config.train.steps:,} steps of {described(config)}: {needs.images:,} images, "
         f"{needs.pflops:,.4g} PFLOPs (1e15 floating-point operations)"
     )
+    computing = needs.flops_per_step / (peak * arguments.mfu)
     print(
-        f"at {arguments.mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({arguments.gpu}, {engine.precision.value}) a step takes "
-        f"{1e3 * needs.flops_per_step / (peak * arguments.mfu):,.4g} ms to compute; {_host_floor(needs, config, launch)}"
+        f"at {arguments.mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({arguments.gpu}, {engine.precision.value}) a step "
+        f"computes for {1e3 * computing:,.4g} ms; {_host_floor(needs, config, launch)}"
     )
     print(f"the run: {_duration(hours, world_size, arguments.price)}")
     if world_size == 1:
@@ -173,12 +174,12 @@ def _host_floor(needs: Estimate, config: Config, launch: float) -> str:
     """What the host takes to launch a step's operations."""
     if config.engine.compile:
         return (
-            f"its host launches fewer than the {needs.launches_per_step:,} operations of an eager step, how many is not "
-            "known, and their time is left out"
+            f"compiled, it launches fewer than the {needs.launches_per_step:,} operations of an eager step; how many "
+            "is not known, and the host's time for them is left out"
         )
     return (
-        f"its host takes {1e3 * needs.launches_per_step * launch:,.4g} ms to launch {needs.launches_per_step:,} "
-        f"operations at {1e6 * launch:,.4g} µs (--launch-us, not measured); the larger counts"
+        f"the host launches {needs.launches_per_step:,} operations in {1e3 * needs.launches_per_step * launch:,.4g} ms "
+        f"at {1e6 * launch:,.4g} µs each (--launch-us, not measured); the longer of the two counts"
     )
 
 

@@ -45,6 +45,12 @@ def has_cuda_build() -> bool:
     return (torch_folder() / "lib" / "libtorch_cuda.so").exists()
 
 
+def sees_a_gpu() -> bool:
+    """Whether a process like those that `report` starts finds one."""
+    ask = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return subprocess.run(ask, env=_environment(), timeout=600).returncode == 0
+
+
 def build_guard(folder: Path) -> Path:
     """Compile fake_cuda.cpp against the installed torch."""
     torch, guard = torch_folder(), folder / "guard.so"

@@ -16,16 +16,16 @@ from torch.utils._pytree import tree_leaves
 from hpcm_scale.compute.launches import Launches
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config
-from hpcm_scale.machine.machine_codec import MachineCodec
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.gpu_ways import attention
-from hpcm_scale.model.hpcm import HPCM, Noise
+from hpcm_scale.model.hpcm import Noise
 from hpcm_scale.model.layers import Block, Pointwise
 from hpcm_scale.training.task import Task, task_of
 
 CROPS = 4
 CUDA = torch.device("cuda", 0)
+_NETWORKS = ("g_a", "h_a", "h_s", "g_s")
 
 
 def step(overrides: list[str]) -> dict[str, Any]:
@@ -125,8 +125,8 @@ class _Seen:
                 hooks.append(module.register_forward_hook(self._layout_of(name)))
             if isinstance(module, Pointwise) and not module.fp32 and not name.endswith(".reduce"):
                 hooks.append(module.register_forward_hook(self._reduced))
-        for name in ("g_a", "h_a", "h_s", "g_s", "rate", "hyper_prior", *(["context.gains"] if codec.context.gains else [])):
-            hooks.append(codec.get_submodule(name).register_forward_hook(self._fp32(name)))
+        places = [*_NETWORKS, "rate", "hyper_prior", *(["context.gains"] if codec.context.gains else [])]
+        hooks += [codec.get_submodule(name).register_forward_hook(self._fp32(name)) for name in places]
         traverse = codec.context.traverse
 
         def watched(hyper: Tensor, code: Any, mix: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ class _Seen:
 
     def _fp32(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            given = [] if name in ("g_a", "h_a", "h_s", "g_s") else inputs
+            given = () if name in _NETWORKS else inputs
             self.record(name, *(leaf for leaf in tree_leaves((given, output)) if isinstance(leaf, Tensor)))
 
         return hook

@@ -59,9 +59,9 @@ def test_memory_on_one_process(engine_name):
     measured = memory.weights, memory.gradients, memory.optimizer
     assert [value / result.parameters for value in measured] == pytest.approx(expected)
     assert memory.host == 0
-    assert (
-        memory.activations == rehearse(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8).activations
-    )
+    rehearsed = rehearse(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8, True)
+    assert memory.activations == rehearsed.activations
+    assert result.launches_per_step == rehearsed.launches
     assert memory.device >= sum(measured) + memory.activations
 
 
@@ -124,6 +124,27 @@ def test_time_of_a_step_with_communication():
     assert needs().times(peak=1e12, mfu=0.5, bandwidth=1e9).efficiency == 1
 
 
+def test_a_step_takes_no_less_than_its_launches():
+    result = needs("train.steps=1000")
+    assert 2000 < result.launches_per_step < 2600
+    slow, fast = {"peak": 1e9, "mfu": 0.5}, {"peak": 1e18, "mfu": 0.5}
+    assert result.seconds(**fast, launch=1e-5) == pytest.approx(1000 * result.launches_per_step * 1e-5)
+    assert result.seconds(**slow, launch=1e-5) == result.seconds(**slow)
+    assert result.times(**fast, bandwidth=1e9, launch=1e-5).compute == result.launches_per_step * 1e-5
+    assert result.times(**slow, bandwidth=1e9, launch=1e-5).compute == result.flops_per_step / 0.5e9
+    rounds = needs("train.steps=1000", "train.micro_batch_size=2")
+    assert rounds.launches_per_step == pytest.approx(4 * result.launches_per_step, rel=0.01)
+
+
+def test_the_copy_of_the_weights_is_counted():
+    """Of all weights of 1×1 convolutions, whatever this processor would do with them; bf16 is half of fp32 at least."""
+    plain, again = (
+        needs("model=nano", "engine.precision=bf16", f"engine.checkpoint={checkpoint}").memory.activations
+        for checkpoint in ("none", "steps")
+    )
+    assert again < plain
+
+
 def test_flops_and_time_of_a_run():
     result = needs("train.steps=1000")
     flops = training_flops_per_image(on_meta(compose_model("micro")), 256)
@@ -139,7 +160,7 @@ def test_a_run_whose_crops_grow():
     assert result.flops_per_step == max(8 * small, 2 * large)
     steps = ((256, 8), (512, 2))
     model = compose_model("micro"), Precision.fp32, Checkpointing.none
-    assert result.memory.activations == max(estimates.rehearse(*model, *step).activations for step in steps)
+    assert result.memory.activations == max(estimates.rehearse(*model, *step, True).activations for step in steps)
 
 
 def test_bytes_of_a_checkpoint():

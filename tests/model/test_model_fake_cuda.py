@@ -1,0 +1,94 @@
+"""A step on fake CUDA tensors, for every family and objective: devices, dtypes, layouts, and how much is launched.
+
+Nothing here runs on a GPU. The fake tensors know what torch would do on one: which device and dtype results have, what
+autocast casts, and that tensors of two devices cannot meet. Each file of results comes from a process of its own.
+"""
+
+from __future__ import annotations
+
+import fake_cuda
+import pytest
+
+from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.schema import Checkpointing, Precision
+from hpcm_scale.training.rehearsal import rehearse
+
+SIZES = {"68m": 2_600, "544m": 7_100, "1b": 6_050, "swin": 3_150, "convnext": 2_650}
+"""Presets, and the most operations that a step of 4 crops may launch, forward and backward: as `compute.launches`
+counts them, views and allocations left out. docs/performance.md has the table by kind."""
+STEPS = sorted(set(fake_cuda.CASES) - set(SIZES))
+ALWAYS_FP32 = {"g_a", "g_s", "h_a", "h_s", "hyper_prior", "loss", "rate", "scales, means and coded"}
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory):
+    if not fake_cuda.has_cuda_build():
+        return fake_cuda.build_guard(tmp_path_factory.mktemp("guard"))
+    if not fake_cuda.sees_a_gpu():
+        pytest.skip("a CUDA build of torch wants a GPU for this, and there is none")
+    return "-"
+
+
+@pytest.fixture(scope="module")
+def steps(guard, tmp_path_factory):
+    return fake_cuda.report(tmp_path_factory.mktemp("steps"), guard, *STEPS)
+
+
+@pytest.fixture(scope="module")
+def sizes(guard, tmp_path_factory):
+    return fake_cuda.report(tmp_path_factory.mktemp("sizes"), guard, *SIZES)
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_nothing_of_a_step_waits_for_the_host(steps, case):
+    """No tensor is copied from one device to the other, and that none of both meet, fake tensors see to."""
+    assert steps[case]["copies"] == {}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_what_must_be_fp32_is(steps, case):
+    found = steps[case]
+    assert set(found["places"]) >= ALWAYS_FP32
+    assert found["not_fp32"] == []
+    assert found["reduced"] == (["torch.float32"] if case == "fp32" else ["torch.bfloat16"])
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_channels_stay_last(steps, case):
+    """At the inputs and outputs of every block, every fusion and every 1×1 convolution."""
+    assert steps[case]["plain"] == []
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_every_parameter_gets_a_gradient_of_its_own_kind(steps, case):
+    assert steps[case]["gradients"] == ["cuda:0 torch.float32"]
+    assert steps[case]["without"] == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_launches_no_more_than_it_did(sizes, size):
+    assert sum(sizes[size]["launches"]["all"].values()) <= SIZES[size]
+
+
+def test_each_weight_of_a_product_is_cast_once(sizes):
+    """All of them in one operation; what else is cast are activations, and weights of convolutions by autocast. Cast
+    at each use, as autocast does it, there would be 640 more."""
+    launches = sizes["68m"]["launches"]["all"]
+    assert launches["_foreach_copy_"] == 1
+    assert launches["_to_copy"] <= 310
+
+
+def test_recomputation_takes_the_casts_that_are_there(steps):
+    """It adds operations of the forward pass, but not the casts of weights."""
+    once, again = steps["hpcm"]["launches"], steps["steps computed again"]["launches"]
+    assert again["all"]["_foreach_copy_"] == 1
+    recomputed = again["all"]["addmm"] - once["all"]["addmm"]
+    assert recomputed > 100
+    assert again["all"]["_to_copy"] - once["all"]["_to_copy"] < recomputed
+
+
+@pytest.mark.parametrize("size", ["68m", "swin"])
+def test_an_estimate_counts_the_same_launches(sizes, size):
+    """`hpcm estimate` counts them on fake tensors of the CPU, which any machine has: to 3 %."""
+    counted = rehearse(compose_model(size), Precision.bf16, Checkpointing.none, 256, 4, True).launches
+    assert counted == pytest.approx(sum(sizes[size]["launches"]["all"].values()), rel=0.03)
