@@ -136,15 +136,6 @@ def test_a_step_takes_no_less_than_its_launches():
     assert rounds.launches_per_step == pytest.approx(4 * result.launches_per_step, rel=0.01)
 
 
-def test_the_copy_of_the_weights_is_counted():
-    """Of all weights of 1×1 convolutions, whatever this processor would do with them; bf16 is half of fp32 at least."""
-    plain, again = (
-        needs("model=nano", "engine.precision=bf16", f"engine.checkpoint={checkpoint}").memory.activations
-        for checkpoint in ("none", "steps")
-    )
-    assert again < plain
-
-
 def test_flops_and_time_of_a_run():
     result = needs("train.steps=1000")
     flops = training_flops_per_image(on_meta(compose_model("micro")), 256)
