@@ -148,8 +148,9 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
     computing = needs.flops_per_step / (peak * arguments.mfu)
     print(
         f"at {arguments.mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s ({arguments.gpu}, {engine.precision.value}) a step "
-        f"computes for {1e3 * computing:,.4g} ms; {_host_floor(needs, config, launch)}"
+        f"computes for {1e3 * computing:,.4g} ms"
     )
+    print(_host_floor(needs, config, launch))
     print(f"the run: {_duration(hours, world_size, arguments.price)}")
     if world_size == 1:
         return
@@ -174,8 +175,8 @@ def _host_floor(needs: Estimate, config: Config, launch: float) -> str:
     """What the host takes to launch a step's operations."""
     if config.engine.compile:
         return (
-            f"compiled, it launches fewer than the {needs.launches_per_step:,} operations of an eager step; how many "
-            "is not known, and the host's time for them is left out"
+            f"compiled, a step launches fewer operations than the {needs.launches_per_step:,} of an eager one; how "
+            "many is not known, and the host's time for them is left out"
         )
     return (
         f"the host launches {needs.launches_per_step:,} operations in {1e3 * needs.launches_per_step * launch:,.4g} ms "

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from hpcm_scale.config.schema import Checkpointing, Precision, PreEditorConfig
 from hpcm_scale.machine.extractor import pad_to_multiple
 from hpcm_scale.model.layers import (
+    cast_once,
     down,
     full_precision,
     leaky_relu,
     partial_block,
+    pointwise_layers,
     reduced_precision,
     set_ways,
     up,
@@ -63,6 +65,7 @@ class PreEditor(nn.Module):
         self.to_image = up(widths[0], 3, kernel=STEM_KERNEL, fp32=True)
         nn.init.zeros_(self.to_image.weight)
         set_ways(self, precision, lambda name: checkpoint != Checkpointing.none)
+        self._pointwise = pointwise_layers(self)
 
     @property
     def multiple(self) -> int:
@@ -84,7 +87,7 @@ class PreEditor(nn.Module):
         """
         height, width = x.shape[2:]
         whole = height % self.multiple == width % self.multiple == 0
-        with reduced_precision(x, self.precision):
+        with reduced_precision(x, self.precision), cast_once(self._pointwise, x):
             condition = self._condition(x, tokens, mix)
             edit = self._edit(x if whole else pad_to_multiple(x, self.multiple), condition)
         return x + edit[:, :, :height, :width]
