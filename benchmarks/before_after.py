@@ -106,7 +106,8 @@ def compared(chosen: argparse.Namespace, turns: dict[str, list[tuple[float, floa
                 rows=rows,
                 notes=[
                     f"Before: commit {commit}. Forward, loss, backward, gradient clipping and Adam; {chosen.rounds} "
-                    "rounds in turns after one to warm up; medians, and in brackets the quartiles of the rounds' ratios."
+                    "rounds in turns after one to warm up; medians, and in brackets the quartiles of the rounds' "
+                    "ratios."
                 ],
             )
         ],

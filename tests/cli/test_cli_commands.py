@@ -275,10 +275,26 @@ def test_estimate_at_another_rate(run):
     assert "100 steps of 32 images: 3,200 images" in out
 
 
+def test_estimate_says_how_long_the_host_takes(run):
+    """A step takes no less than that, but for a compiled one, of which it is not known."""
+    arguments = ("model=nano", "train.steps=3600000", "train.batch_size=4", "engine.precision=bf16")
+    code, out, err = run("estimate", *arguments, "--launch-us", "10")
+    assert code == 0, err
+    [(operations, milliseconds)] = re.findall(
+        r"the host launches ([\d,]+) operations in ([\d.]+) ms at 10 µs each", out
+    )
+    assert float(milliseconds) == pytest.approx(int(operations.replace(",", "")) / 100, rel=1e-3)
+    assert f"the run: {float(milliseconds):.1f} hours" in out  # 3,600,000 steps
+    code, out, err = run("estimate", *arguments, "engine.compile=true", "--launch-us", "10")
+    assert code == 0, err
+    assert "how many is not known" in out and "the run: 0.0 hours" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["model=nanno"], "did you mean nano?"),
+        (["model=nano", "--launch-us", "-1"], "--launch-us: -1 must be at least 0 and at most 10,000"),
         (["model=nano", "engine.world_size=3"], "does not divide over 3 processes; use train.batch_size=33"),
         (["model=nano", "engine.world_size=-8"], "engine.world_size=-8 must be at least 1"),
         (["model=nano", "data.crop=200"], "use data.crop=256"),
