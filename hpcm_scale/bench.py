@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -136,7 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm bench` and `python -m hpcm_scale.bench`."""
     chosen = parser().parse_args(arguments)
     check(chosen)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler talks; read when torch is imported
     commands = {"train": train, "processes": processes, "data": data, "codec": codec, "entropy": entropy}
     commands[chosen.command](chosen)
 

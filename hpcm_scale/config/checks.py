@@ -87,6 +87,12 @@ def check(config: Config, world_size: int) -> None:
         raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
     if not all(step <= train.steps for step in train.keep_at):
         raise UserError(f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}")
+    profiled = train.profile_steps
+    if profiled and not (len(profiled) == 2 and profiled[0] < profiled[1] <= train.steps):
+        raise UserError(
+            f"train.profile_steps={abbreviated(profiled)} must be two ascending steps between 1 and "
+            f"train.steps={train.steps}, the first and the last one to profile, such as [100,103]"
+        )
     if len(train.betas) != 2:
         raise UserError(f"train.betas={train.betas} must be two numbers")
     if len(set(train.ema)) < len(train.ema):

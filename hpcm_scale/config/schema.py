@@ -246,6 +246,8 @@ class TrainConfig:
     """Hours from its start after which this command stops, with a checkpoint, as if it had been asked to."""
     stall_minutes: float = number(30.0, Range(above=0, most=YEAR_MINUTES))
     """Minutes without a step after which the run ends, with the stack traces of all its processes."""
+    profile_steps: list[int] = number([], COUNT)
+    """First and last step whose profile process 0 writes to the run folder (profile/), both included; unset: none."""
 
 
 @dataclass

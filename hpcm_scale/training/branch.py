@@ -52,7 +52,7 @@ def branch(trunk: str | Path, at: int, decay: float, changes: Sequence[str] = ()
     config.schedule.decay = float(steps - at)
     config.train.steps = steps
     config.train.stop_after = None
-    config.train.keep_at = []
+    config.train.keep_at, config.train.profile_steps = [], []
     config.run.branch_of, config.run.branch_at = str(trunk), at
     config.run.dir = str(trunk.parent / f"{trunk.name},branch_at={at},decay={decay:g}")
     check_overrides(changes)

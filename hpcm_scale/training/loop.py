@@ -28,6 +28,7 @@ from hpcm_scale.training.run_folder import RunFolder
 from hpcm_scale.training.saver import Saved, Saver
 from hpcm_scale.training.schedule import learning_rate
 from hpcm_scale.training.signals import StopRequest
+from hpcm_scale.training.step_profile import StepContext, profiling
 from hpcm_scale.training.task import Task
 
 
@@ -112,17 +113,29 @@ class Trainer:
             self.fetch(stream)
             self.count_bad()
             self.raise_trouble()
-        with collecting_between_steps() as collect:
-            self.train_to(last_step, stream, collect)
+        profiled = self.config.train.profile_steps if self.engine.rank == 0 else []
+        with (
+            collecting_between_steps() as collect,
+            profiling(profiled, self.engine.device, self.folder.path / "profile", self.say_of_profile) as in_profile,
+        ):
+            self.train_to(last_step, stream, collect, in_profile)
 
-    def train_to(self, last_step: int, stream: Iterator[Batch], collect: Callable[[int], None]) -> None:
+    def say_of_profile(self, text: str) -> None:
+        """One line on the terminal; the time to write the profile is not rated as that of a step."""
+        self.recorder.say(text)
+        self.tracker.restart_clock()
+
+    def train_to(
+        self, last_step: int, stream: Iterator[Batch], collect: Callable[[int], None], in_profile: StepContext
+    ) -> None:
         """Step after step, and what is due between them."""
         config = self.config
         while self.step < last_step:
             phase = phase_at(config, self.step)
             if self.step == phase.first_step > 0:
                 self.recorder.say(f"step {self.step}: from here on {phase.batch_size} crops of {phase.crop}²")
-            agreed = self.train_step(stream, last=self.step + 1 == last_step)
+            with in_profile(self.step + 1):
+                agreed = self.train_step(stream, last=self.step + 1 == last_step)
             self.step += 1
             self.recorder.advance(agreed.means["loss"], self.status)
             self._evaluation = None

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "train.spike",
     "train.max_",
     "train.stall_minutes",
+    "train.profile_steps",
     "data.shards",
     "data.more_shards",
     "data.workers",

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from hpcm_scale.branch import main
+from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose, from_yaml
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
@@ -46,6 +47,13 @@ def test_a_branch_is_its_trunk_up_to_its_decay(name, tmp_path):
     assert rates(config)[:41] == pytest.approx(rates(original)[:41], rel=1e-12)
     assert rates(config)[40:] == sorted(rates(config)[40:], reverse=True) and rates(config)[-1] < rates(config)[40] / 15
     assert rates(branch(folder.path, 80, 0.2))[:81] == pytest.approx(rates(original)[:81], rel=1e-12)
+
+
+def test_steps_that_its_trunk_keeps_or_profiles_are_not_those_of_a_branch(tmp_path):
+    folder = trunk(tmp_path / "trunk", "train.keep_at=[80]", "train.profile_steps=[70,72]")
+    config = branch(folder.path, 40, 0.2)
+    check(config, 1)
+    assert config.train.keep_at == [] and config.train.profile_steps == []
 
 
 def test_what_a_branch_starts_from(tmp_path):

@@ -95,6 +95,7 @@ def flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 FREE = ["steps", "stop_after", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "keep_at", "keep_every"]
 FREE += ["keep_best", "on_divergence", "spike", "max_skipped", "max_rollbacks", "max_hours", "stall_minutes"]
+FREE += ["profile_steps"]
 FREE = [f"train.{key}" for key in FREE]
 FREE += [
     f"data.{key}"
@@ -134,6 +135,7 @@ OTHERS = {
     "run.sweep": "other",
     "run.branch_of": "elsewhere",
     "train.keep_at": [40],
+    "train.profile_steps": [40, 41],
     "train.on_divergence": "stop",
     "schedule.decay": 0.2,
     "schedule.crops": [512],

@@ -1,0 +1,66 @@
+"""train.profile_steps: a trace of the steps asked for, and of no others, from real trainings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.launch
+
+
+def steps_in(file: Path) -> list[str]:
+    """The ranges of whole steps in a trace, in the order of time."""
+    with gzip.open(file, "rt", encoding="utf-8") as handle:
+        events = json.load(handle)["traceEvents"]
+    assert any(event["name"] == "aten::convolution_backward" for event in events)
+    found = [event for event in events if event["name"].startswith("step ") and event.get("cat") == "user_annotation"]
+    return [event["name"] for event in sorted(found, key=lambda event: event["ts"])]
+
+
+@pytest.mark.parametrize("engine", ["zero2", "accelerate"])
+def test_the_steps_asked_for_are_in_the_trace(train, launch, engine):
+    lines = train(f"profile_{engine}", f"engine={engine}", "train.steps=5", "train.profile_steps=[3,4]")
+    folder = launch.folder / f"profile_{engine}/profile"
+    assert sorted(file.name for file in folder.iterdir()) == ["steps_3-4.json.gz", "steps_3-4.txt"]
+    assert steps_in(folder / "steps_3-4.json.gz") == ["step 3", "step 4"]
+    assert "aten::convolution_backward" in (folder / "steps_3-4.txt").read_text(encoding="utf-8")
+    assert train.output.count(f"profile of steps 3-4 of process 0: profile_{engine}/profile/steps_3-4.json.gz") == 1
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_stops_in_between_goes_on_with_the_rest(train, launch):
+    """Steps are counted as the run's, and what was written before stays."""
+    keys = ("profile_resumed", "engine=accelerate", "train.steps=6", "train.profile_steps=[2,4]")
+    train(*keys, "train.stop_after=2", processes=1)
+    train(*keys, "train.stop_after=3", processes=1)
+    train(*keys, processes=1)
+    folder = launch.folder / "profile_resumed/profile"
+    traces = sorted(folder.glob("*.json.gz"))
+    assert [trace.name for trace in traces] == ["steps_2-2.json.gz", "steps_3-3.json.gz", "steps_4-4.json.gz"]
+    assert [steps_in(trace) for trace in traces] == [["step 2"], ["step 3"], ["step 4"]]
+
+
+def test_a_rollback_profiles_the_steps_once_more(launch, shards, project):
+    """The profiler of an attempt that diverged while it was on does not keep the next one from starting."""
+    result = launch(
+        "model=nano",
+        f"data.shards={shards}",
+        "train.batch_size=4",
+        "schedule.learning_rate=1e-3",
+        "run.dir=profile_rollback",
+        "engine=accelerate",
+        "train.steps=6",
+        "train.on_divergence=rollback",
+        "train.profile_steps=[3,5]",
+        processes=1,
+        module="diverging_train",
+        DIVERGE=json.dumps({"kind": "loss", "image": 12}),
+        PYTHONPATH=str(project / "tests" / "training"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "back to step 0" in result.stdout + result.stderr
+    folder = launch.folder / "profile_rollback/profile"
+    assert steps_in(folder / "steps_3-5.json.gz") == ["step 3", "step 4", "step 5"]
