@@ -25,7 +25,7 @@ from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.model.public_checkpoints import needs_placement
 from hpcm_scale.tracking.environment import environment
-from hpcm_scale.training import processes
+from hpcm_scale.training import out_of_memory, processes
 from hpcm_scale.training.averages import Averages
 from hpcm_scale.training.batches import batches
 from hpcm_scale.training.checkpoints import Checkpoint, Retention
@@ -121,10 +121,12 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
     engine = create_engine(config)
     set_arithmetic(config.engine.precision)
     torch.manual_seed(config.train.seed)
-    with nullcontext() if config.machine.freeze_codec else engine.building():  # a frozen codec stays whole
-        task = task_of(config, start.origin, start.receivers)
-    engine.prepare(task.module)
-    task.place(engine.device)
+    explained = partial(out_of_memory.explaining, config, engine.world_size, engine.rank)
+    with explained(folder=None):  # there may be no run folder yet
+        with nullcontext() if config.machine.freeze_codec else engine.building():  # a frozen codec stays whole
+            task = task_of(config, start.origin, start.receivers)
+        engine.prepare(task.module)
+        task.place(engine.device)
     if config.engine.compile:
         compile_regions(nn.ModuleList([task.module, task.codec]))  # a frozen codec is no part of the module
     training = _Training(config, start, engine, task, stop, watch)
@@ -134,8 +136,9 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
         engine.barrier()  # all have seen what the folder was like
         if engine.rank == 0:
             start.folder.write_facts(config, origin_of(start.origin) or start.folder.origin(config))
-        while isinstance(ended := training.attempt(resume), Diverged):
-            resume = training.go_back(ended)
+        with explained(folder=start.folder.path / out_of_memory.FOLDER):
+            while isinstance(ended := training.attempt(resume), Diverged):
+                resume = training.go_back(ended)
         return ended
     finally:
         engine.close()
