@@ -13,6 +13,7 @@ COMMANDS = {
     "shards": "build, verify and describe webdataset shards from folders of photos",
     "models": "the table of sizes: parameters, kMAC per pixel, TFLOP per training step",
     "estimate": "memory per GPU, FLOPs and time of a run, without a GPU",
+    "check": "whether the nodes of a job can train a configuration: versions, links, data, one step",
     "train": "train one configuration, or several with -m (launch with `deepspeed` on many GPUs)",
     "sweep": "a live table of the runs of a sweep, trained by `hpcm train -m`",
     "average": "weights averaged over a length chosen after training (see train.ema)",

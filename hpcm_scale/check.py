@@ -1,0 +1,198 @@
+"""Command: whether the nodes of a job can train a configuration, in about a minute, before it is trained.
+
+deepspeed --hostfile hostfile --module hpcm_scale.check model=1b engine=zero3 data.shards=shards run.dir=runs/1b
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hpcm_scale.benchmark import cluster, cluster_tables, findings
+from hpcm_scale.benchmark.findings import Checkpoints, Device, Figures, Step
+from hpcm_scale.compute.hardware import peak_flops
+from hpcm_scale.config.compose import compose
+from hpcm_scale.config.phases import phases
+from hpcm_scale.config.schema import Config, Precision, Viewer
+from hpcm_scale.errors import Parser, is_first_process, one_line, refusals
+from hpcm_scale.files import write_json, writing
+from hpcm_scale.model.compiled import compile_regions
+from hpcm_scale.model.ladder import sized
+from hpcm_scale.model.layers import set_arithmetic
+from hpcm_scale.training import out_of_memory, processes
+from hpcm_scale.training.engine import Engine, create_engine
+from hpcm_scale.training.estimate import Estimate, estimate
+from hpcm_scale.training.group.differences import facts
+from hpcm_scale.training.group.rendezvous import Group, initialise, join, telling_refusals
+from hpcm_scale.training.group.watch import Watch
+from hpcm_scale.training.pieces import KINDS
+from hpcm_scale.training.run import check_room
+from hpcm_scale.training.run_folder import run_directory
+from hpcm_scale.training.start import Start, prepare
+from hpcm_scale.training.task import task_of
+from hpcm_scale.training.traffic import FP32
+
+WRONG = 1
+"""Exit code if something is wrong or suspicious."""
+STALL_SECONDS = 600.0
+"""Without progress: engine.compile takes longest."""
+UTILISATION = 0.4
+"""Of a device's peak, as `hpcm estimate` takes it."""
+
+
+@one_line
+def main() -> None:
+    """Entry point of `hpcm check` and `python -m hpcm_scale.check`."""
+    arguments = _parser().parse_intermixed_args(processes.without_launcher_arguments(sys.argv[1:]))
+    config = compose(arguments.overrides, sized)
+    processes.complete_environment()
+    if check_cluster(config, arguments.json):
+        raise SystemExit(WRONG)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="hpcm check",
+        description="Measures, on the nodes that a job was given and with the overrides of its training: versions and "
+        "drivers, all-reduce within and between nodes, reading of the shards, and one step, its time and memory "
+        "against `hpcm estimate`. Prints tables, and a sentence for each thing that is wrong. Start it as training is "
+        "started, for example by `deepspeed --module hpcm_scale.check model=1b …`. It takes about a minute, and writes "
+        "nothing to the run folder. Exit code 0: nothing is wrong; 1: something is; 2: refused, as training would be.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and sentences to this file")
+    return parser
+
+
+def check_cluster(config: Config, json_file: Path | None) -> bool:
+    """Measure, print, and write all of it to `json_file` if one is named. Whether something is wrong.
+
+    Every process of the launch calls it, and gets the same answer. Raises UserError for what training would refuse.
+    """
+    _stage("the configuration")
+    with telling_refusals(), refusals():
+        start = prepare(config, processes.world_size())
+        check_room(config)
+        needs = _needs(config) if is_first_process() else None
+    compared = facts(config, start.index.digest)
+    del compared["version"]  # reported, not refused
+    group = join(compared, config.engine.join_minutes)
+    stacks = Path(tempfile.gettempdir(), "hpcm_check_stacks")
+    with Watch(group, STALL_SECONDS, stacks) as watch, refusals(local=True):
+        return _Check(config, start, group, needs, watch.alive).run(json_file)
+
+
+def _needs(config: Config) -> Estimate | None:
+    """What `hpcm estimate` says of the first phase of crops, which is what is measured; None where it says nothing."""
+    if config.objective.viewer != Viewer.people:
+        return None
+    first = replace(config, schedule=replace(config.schedule, crops=[], crop_boundaries=[]))
+    return estimate(first, processes.world_size())
+
+
+def _stage(name: str) -> None:
+    """Progress, on process 0."""
+    if is_first_process():
+        print(f"checking {name} …", file=sys.stderr, flush=True)
+
+
+def _show(text: Callable[[], str]) -> None:
+    """A part of the report, on process 0."""
+    if is_first_process():
+        print(f"{text()}\n", flush=True)
+
+
+class _Check:
+    """One check in one process."""
+
+    def __init__(
+        self, config: Config, start: Start, group: Group, needs: Estimate | None, alive: Callable[[], None]
+    ) -> None:
+        self.config, self.start, self.group, self.needs, self.alive = config, start, group, needs, alive
+
+    def run(self, json_file: Path | None) -> bool:
+        """Each measurement, and what follows from them all."""
+        config, group = self.config, self.group
+        _stage("versions and drivers")
+        nodes = cluster.nodes_of(group, config)
+        _show(lambda: cluster_tables.nodes_table(nodes))
+        initialise(group, config.train.stall_minutes)
+        engine = create_engine(config)
+        devices = [Device(**values) for values in cluster.gathered(engine, asdict(cluster.device_of(engine)))]
+        nodes = [replace(node, devices=[devices[rank] for rank in node.ranks]) for node in nodes]
+        _show(lambda: cluster_tables.devices_table(nodes))
+        self.alive()
+        _stage("all-reduce")
+        all_reduces = cluster.all_reduces(cluster.hosts_of(group), engine, self.alive)
+        if all_reduces:
+            _show(lambda: cluster_tables.all_reduces_table(all_reduces))
+        _stage("reading of the shards")
+        data, kept = cluster.read_data(config, self.start.index, engine)
+        _show(lambda: cluster_tables.data_table(data))
+        self.alive()
+        _stage("a training step")
+        timings, checkpoint = self._steps(engine, kept)
+        found: list[str] = []
+        if engine.rank == 0:
+            step = self._step(engine, timings, all_reduces)
+            figures = Figures(str(run_directory(config)), nodes, all_reduces, data, step, checkpoint)
+            _show(lambda: cluster_tables.step_table(figures))
+            found = findings.sentences(figures)
+            for sentence in found or ["nothing wrong was found"]:
+                print(f"- {sentence}" if found else sentence, flush=True)
+            if json_file:
+                with writing(json_file):
+                    write_json(json_file, findings.plain(figures, found))
+        return any(engine.gather("wrong" if found else ""))
+
+    def _steps(self, engine: Engine, kept: list) -> tuple[list[dict], Checkpoints]:
+        """What every process measured of its steps, and the checkpoints to come."""
+        config = self.config
+        set_arithmetic(config.engine.precision)
+        torch.manual_seed(config.train.seed)
+        task = task_of(config, self.start.origin, self.start.receivers)
+        parameters = sum(weight.numel() for weight in task.module.parameters() if weight.requires_grad)
+        train = config.train
+        checkpoints = Checkpoints(
+            bytes=FP32 * (len(KINDS) + len(train.ema)) * parameters,
+            most=train.keep_checkpoints + len(train.keep_at) + train.keep_best + 1,  # the one that is being written
+        )
+        with out_of_memory.explaining(config, engine.world_size, engine.rank, folder=None):
+            engine.prepare(task.module)
+            try:
+                task.place(engine.device)
+                if config.engine.compile:
+                    compile_regions(nn.ModuleList([task.module, task.codec]))
+                timing = cluster.time_steps(config, engine, task, kept, self.alive)
+                return cluster.gathered(engine, timing), checkpoints
+            finally:
+                engine.close()
+
+    def _step(self, engine: Engine, timings: list[dict], all_reduces: list[findings.AllReduce]) -> Step:
+        """The step of all processes, beside what was estimated."""
+        config, needs = self.config, self.needs
+        seconds = max(timing["seconds"] for timing in timings)
+        peak = peak_flops(engine.device, config.engine.precision == Precision.bf16) if needs else None
+        widest = list(findings.fastest(all_reduces).values())[-1:]
+        bandwidth = widest[0].bandwidth if widest else math.inf
+        return Step(
+            seconds=seconds,
+            images=phases(config)[0].batch_size,
+            loss=timings[0]["loss"],
+            peak=max(timing["peak"] for timing in timings) if engine.device.type == "cuda" else None,
+            reserved=max(timing["reserved"] for timing in timings) if engine.device.type == "cuda" else None,
+            estimated_peak=needs.memory.device if needs else None,
+            utilisation=needs.flops_per_step / (peak * seconds) if peak else None,
+            estimated_seconds=needs.times(peak, UTILISATION, bandwidth).overlapped if peak else None,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`hpcm check` on real processes: it measures, says what it found, leaves the run folder alone, and ends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpcm_scale.check import WRONG
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture
+def keys(shards) -> list[str]:
+    return ["model=nano", f"data.shards={shards}", "train.batch_size=4", "run.dir=checked", "data.workers=1"]
+
+
+def test_two_processes_under_deepspeed(launch, keys, tmp_path):
+    """As a user starts it. What is slow here may be found, and then decides the exit code."""
+    file = tmp_path / "check.json"
+    result = launch(*keys, "engine=zero2", "--json", str(file), module="hpcm_scale.check", launcher=True)
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    assert result.returncode == (WRONG if figures["wrong"] else 0), result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    said = [f"- {sentence}" for sentence in figures["wrong"]] or ["nothing wrong was found"]
+    assert [lines.count(line) for line in said] == [1] * len(said)
+    assert sum("processes 0-1 | cpu | not known" in line for line in lines) == 1
+    (node,) = figures["nodes"]
+    assert node["ranks"] == [0, 1] and node["versions"]["deepspeed"] == "0.19.8" and node["disk_writable"]
+    among = f"within {node['host']}"
+    assert [(one["among"], one["processes"], one["bytes"]) for one in figures["all_reduces"]] == [
+        (among, 2, 2**20),
+        (among, 2, 2**24),
+    ]
+    assert all(one["bandwidth"] == pytest.approx(one["bytes"] / one["seconds"]) for one in figures["all_reduces"])
+    assert figures["data"]["crops"] > 0 and figures["data"]["photos"] > 0 and figures["data"]["bad"] == []
+    assert figures["step"]["images"] == 4 and figures["step"]["loss"] > 0 and figures["step"]["peak"] is None
+    assert figures["step"]["estimated_peak"] > 0 and figures["checkpoints"]["bytes"] == 4 * 3 * 210_719
+    stages = [line for line in result.stderr.splitlines() if line.startswith("checking ")]
+    assert stages == [f"checking {stage} …" for stage in STAGES]
+    assert not (launch.folder / "checked").exists()
+
+
+STAGES = ("the configuration", "versions and drivers", "all-reduce", "reading of the shards", "a training step")
+
+
+def test_nodes(launch, keys, project, tmp_path):
+    """Three processes taken for two nodes, of which one has an older deepspeed."""
+    file = tmp_path / "check.json"
+    options = {"processes": 3, "module": "two_nodes_check", "PYTHONPATH": str(project / "tests" / "training")}
+    result = launch(*keys, "engine=zero2", "train.batch_size=3", "--json", str(file), **options)
+    assert result.returncode == WRONG, result.stdout + result.stderr
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    assert [(node["host"], node["ranks"]) for node in figures["nodes"]] == [("a", [0, 1]), ("b", [2])]
+    assert [[device["rank"] for device in node["devices"]] for node in figures["nodes"]] == [[0, 1], [2]]
+    among = [("within a", 2), ("between nodes", 2), ("all processes", 3)]
+    assert [(one["among"], one["processes"]) for one in figures["all_reduces"]] == [
+        each for each in among for _ in range(2)
+    ]
+    assert "b has deepspeed 0.0.1, and a has 0.19.8; install the same on all nodes" in figures["wrong"]
+
+
+def test_one_process(launch, keys):
+    result = launch(*keys, "engine=accelerate", processes=1, module="hpcm_scale.check")
+    assert result.returncode in (0, WRONG), result.stdout + result.stderr
+    assert "| a step of 4 images | measured | estimated |" in result.stdout and "all-reduce |" not in result.stdout
+    assert not (launch.folder / "checked").exists()
+
+
+def test_one_process_that_fails_ends_all(launch, keys, project):
+    """The sentence comes once, and what was found before it stays on the terminal."""
+    result = launch(*keys, "engine=zero2", module="failing_check", PYTHONPATH=str(project / "tests" / "training"))
+    said = result.stdout + result.stderr
+    assert result.returncode == 1 and "Traceback" not in said, said
+    assert [line for line in said.splitlines() if "out of memory" in line] == [
+        "hpcm: process 1 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); set "
+        "train.micro_batch_size=1 or engine.checkpoint=blocks or engine=zero3, and the same command goes on"
+    ]
+    assert "| crops, data.workers=1 in each process |" in result.stdout
+    assert not (launch.folder / "checked").exists()
+
+
+def test_what_training_would_refuse_is_refused(launch, keys):
+    result = launch(*keys, "train.batch_size=3", module="hpcm_scale.check")
+    assert result.returncode == 2 and "does not divide over 2 processes" in result.stderr, result.stderr

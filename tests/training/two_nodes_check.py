@@ -1,0 +1,24 @@
+"""`hpcm check` on three processes, the last of which is taken for another node with an older deepspeed."""
+
+from __future__ import annotations
+
+import os
+
+from hpcm_scale.benchmark import cluster
+from hpcm_scale.check import main
+from hpcm_scale.tracking.environment import environment
+
+
+def found() -> dict:
+    """What is installed, but for one version."""
+    there = environment()
+    if os.environ["RANK"] == "2":
+        there["packages"]["deepspeed"] = "0.0.1"
+    return there
+
+
+cluster.hosts_of = lambda group: {"a": [0, 1], "b": [2]}
+cluster.environment = found
+
+if __name__ == "__main__":
+    main()
