@@ -65,12 +65,14 @@ class Steps:
             compile_regions(model)
         return Step(self, way, model.train())
 
-    def optimize(self) -> None:
-        """Clip the gradients and take the optimizer's step, as training does; drop the gradients."""
+    def optimize(self, drop: bool = True) -> None:
+        """Clip the gradients and take the optimizer's step, as training does; then drop the gradients, unless a CUDA
+        graph writes the next ones to the same tensors."""
         with torch.profiler.record_function(OPTIMIZER):
             clip(self._optimizer, self.config.train.clip_norm)
             self._optimizer.step()
-            self._optimizer.zero_grad()
+            if drop:
+                self._optimizer.zero_grad()
 
     def make_gradients(self) -> None:
         """Zeros as gradients of all weights, so that a step adds to what is there."""

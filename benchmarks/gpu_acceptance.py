@@ -1,0 +1,326 @@
+"""Is this machine with GPUs, and the code on it, what it should be? Fifteen checks, in eight minutes.
+
+    python benchmarks/gpu_acceptance.py [--only a] [--out FOLDER]
+    python benchmarks/gpu_acceptance.py --wheels FOLDER          # everything but torch comes from there
+    python benchmarks/gpu_acceptance.py --device cpu --tiny      # the rehearsal, without a GPU
+
+It needs no network and no data: the shards are made of pictures that it draws. Each check is a process of its own, with
+a time limit, and gives one JSON line; a table follows at the end. On a GPU each part takes 150 s at most, so that a part
+can be repeated:
+
+    a   1 start and what is printed      2 fp32 against the CPU       3 bf16
+        4 engines, overlap on and off    9 a thread behind a full launch queue
+    b   5 stopped and resumed            6 evaluation, ZeRO 2 to 3    7 checkpoint, SIGTERM, kill -9
+        8 out of memory, NaN, stall     13 files across devices      14 a step as one CUDA graph
+    c  10 compilation   11 utilisation, launches, memory   12 kernels by shape   15 against plain NCHW fp32
+    d   4 to 7 once more, with two processes, where there are two GPUs
+
+Exit code: 0 if all checks that ran have passed, 1 if not, 2 if it could not begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from gpu_checks import Check
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDS_A_GPU = "needs a GPU"
+
+
+class Row(NamedTuple):
+    """A check to run, with so many processes."""
+
+    check: Check
+    processes: int
+
+    @property
+    def part(self) -> str:
+        """By which its time is limited."""
+        return "d" if self.processes > 1 else self.check.part
+
+    @property
+    def name(self) -> str:
+        """For people, and for its folder."""
+        return f"{self.check.number}" + (f" ({self.processes} processes)" if self.processes > 1 else "")
+
+
+def main() -> None:
+    """Run the checks that are asked for, or, as one of the processes that that starts, a check."""
+    arguments = parser().parse_args([text for text in sys.argv[1:] if not text.startswith("--local_rank")])
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if arguments.wheels:
+        raise SystemExit(with_wheels(arguments.wheels))
+    if arguments.run:
+        perform(arguments)
+    else:
+        raise SystemExit(accept(arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    described = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    described.add_argument("--only", default="a,b,c,d", help="numbers of checks and names of parts (default: all)")
+    described.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    described.add_argument("--tiny", action="store_true", help="small models and few steps")
+    described.add_argument("--out", type=Path, metavar="FOLDER", help="write results.json and results.md there")
+    described.add_argument(
+        "--wheels",
+        type=Path,
+        metavar="FOLDER",
+        help="install what is missing from this folder into a temporary virtual environment, and run there",
+    )
+    described.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    described.add_argument("--run", type=int, help=argparse.SUPPRESS)
+    described.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
+    return described
+
+
+def with_wheels(wheels: Path) -> int:
+    """Run this command in a virtual environment that sees the packages of this one; its exit code."""
+    import tomllib  # Python 3.11 or newer
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    with tempfile.TemporaryDirectory(prefix="gpu_acceptance_") as folder:
+        venv.create(folder, system_site_packages=True, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        place = subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        # Of an environment within an environment, "system" means the Python below both.
+        here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        (Path(place) / "beside.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+        code = subprocess.run([*install, "--find-links", wheels.resolve(), *project["dependencies"]]).returncode
+        if code:
+            sys.stderr.write(f"gpu_acceptance: pip could not install from {wheels} what is missing (see above)\n")
+            return 2
+        given = sys.argv[1:]
+        place = next(index for index, text in enumerate(given) if text.startswith("--wheels"))
+        left = given[:place] + given[place + (1 if "=" in given[place] else 2) :]
+        return subprocess.run([python, Path(__file__).resolve(), *left]).returncode
+
+
+def accept(arguments: argparse.Namespace) -> int:
+    """Run the checks, print their lines and the table; the exit code."""
+    import torch
+    from gpu_checks import CHECKS
+
+    cuda = arguments.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        sys.stderr.write("gpu_acceptance: torch finds no GPU here; --device cpu --tiny is the rehearsal without one\n")
+        return 2
+    try:
+        rows = chosen(arguments.only, CHECKS, torch.cuda.device_count() if cuda else 2)
+    except ValueError as error:
+        sys.stderr.write(f"gpu_acceptance: --only {arguments.only}: {error}\n")
+        return 2
+    from hpcm_scale.tracking.progress import progress
+
+    with tempfile.TemporaryDirectory(prefix="gpu_acceptance_") as name:
+        folder = Path(name)
+        make_material(folder)
+        outcomes, spent = [], dict.fromkeys("abcd", 0.0)
+        with progress(total=len(rows), description="checks", unit="check", seconds=5.0) as bar:
+            for index, row in enumerate(rows):
+                later = sum(other.check.seconds for other in rows[index + 1 :] if other.part == row.part)
+                outcome = outcome_of(row, arguments, folder, later + spent[row.part])
+                spent[row.part] += outcome["seconds"]
+                outcomes.append(outcome)
+                bar.write(json.dumps(outcome, ensure_ascii=False))
+                bar.update()
+    tell(outcomes, arguments)
+    return int(any(outcome["result"] == "failed" for outcome in outcomes))
+
+
+def chosen(only: str, checks: tuple[Check, ...], devices: int) -> list[Row]:
+    """The rows that `--only` names, in the order of the table. Raises ValueError, saying what is wrong."""
+    names = set(filter(None, only.split(",")))
+    numbers = {str(check.number) for check in checks}
+    if unknown := sorted(names - numbers - set("abcd")):
+        raise ValueError(f"there is no check or part {', '.join(unknown)}")
+    rows = [Row(check, 1) for check in checks if names & {check.part, str(check.number)}]
+    if devices > 1:
+        rows += [Row(check, 2) for check in checks if check.together and names & {"d", str(check.number)}]
+    if not rows:
+        raise ValueError("part d needs two GPUs")
+    return rows
+
+
+def make_material(folder: Path) -> None:
+    """Draw pictures; shards of twelve JPEG files, and three PNG files of different sizes to evaluate on."""
+    from gpu_checks import picture
+    from PIL import Image
+
+    photos, images = folder / "photos", folder / "images"
+    photos.mkdir()
+    images.mkdir()
+    for seed in range(12):
+        Image.fromarray(picture(seed, 320, 384)).save(photos / f"{seed:02}.jpg", quality=92, subsampling=0)
+    for seed, (height, width) in enumerate(((256, 256), (300, 200), (128, 411)), start=12):
+        Image.fromarray(picture(seed, height, width)).save(images / f"{seed}.png")
+    build = [sys.executable, "-m", "hpcm_scale.cli", "shards", "build", photos, "--out", folder / "shards"]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+
+
+def outcome_of(row: Row, arguments: argparse.Namespace, folder: Path, reserved: float) -> dict[str, Any]:
+    """Run a check in a process of its own. `reserved`: seconds of its part that are gone, or others' that follow."""
+    from gpu_checks import PART_SECONDS
+
+    check, outcome = row.check, {"check": row.name, "title": row.check.title, "part": row.part}
+    cuda = arguments.device == "cuda"
+    if check.needs_gpu and not cuda:
+        return outcome | {"result": NEEDS_A_GPU, "seconds": 0.0, "figures": {}, "failures": []}
+    limit = max(check.seconds, PART_SECONDS - reserved) if cuda else 60.0 * check.seconds
+    place = folder / row.name.replace(" ", "_")
+    place.mkdir()
+    began = time.monotonic()
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command_of(row, arguments, folder),
+            cwd=place,
+            env=environment_of(arguments, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+            end(process.pid)
+            process.wait()
+    took = time.monotonic() - began
+    found = {"figures": {}, "failures": [], "done": False}
+    with suppress(FileNotFoundError):
+        found = json.loads((place / "found.json").read_text(encoding="utf-8"))
+    failures = found["failures"]
+    if code is None:
+        failures.append(f"it was ended after {limit:.0f} s")
+    elif code or not found["done"]:
+        failures.append(f"its process ended with {code}")
+    outcome |= {"result": "failed" if failures else "passed", "seconds": round(took, 1), "limit": round(limit)}
+    if failures:
+        outcome["log"] = (place / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+    shutil.rmtree(place, ignore_errors=True)
+    return outcome | {"figures": found["figures"], "failures": failures}
+
+
+def command_of(row: Row, arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """What runs a check."""
+    options = ["--run", str(row.check.number), "--processes", str(row.processes), "--folder", str(folder)]
+    options += ["--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
+    program = [str(Path(__file__).resolve()), *options]
+    if row.processes == 1:
+        return [sys.executable, "-u", *program]
+    from hpcm_scale.sweeps.devices import free_port
+
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull]
+    return [*launcher, "--num_gpus", str(row.processes), "--master_port", str(free_port([])), *program]
+
+
+def environment_of(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """Variables of a check: compiled code is kept for the checks that follow, and for none after them."""
+    kept = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    if arguments.device == "cpu":  # networks are too small for several threads
+        kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return os.environ | kept
+
+
+def end(pid: int) -> None:
+    """Kill a process and all below it."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        for process in [*first.children(recursive=True), first]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def perform(arguments: argparse.Namespace) -> None:
+    """Run one check in this process."""
+    import torch
+    from gpu_checks import CHECKS, Setting, perform
+
+    check = next(check for check in CHECKS if check.number == arguments.run)
+    row, folder = Row(check, arguments.processes), arguments.folder
+    device = torch.device("cpu")
+    if arguments.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    setting = Setting(
+        device=device,
+        tiny=arguments.tiny,
+        folder=folder / row.name.replace(" ", "_"),
+        shards=folder / "shards",
+        images=folder / "images",
+        processes=arguments.processes,
+    )
+    perform(check, setting)
+
+
+def tell(outcomes: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print the table; write it and all figures if there is a folder for them."""
+    import torch
+
+    from hpcm_scale.benchmark.machine import machine
+    from hpcm_scale.benchmark.report import Report, Table
+    from hpcm_scale.benchmark.report import tell as tell_report
+
+    cuda = arguments.device == "cuda"
+    rows = [
+        [
+            f"{outcome['check']} {outcome['title']}",
+            outcome["part"],
+            outcome["result"],
+            f"{outcome['seconds']:.0f}" if outcome["seconds"] else "–",
+            "; ".join(outcome["failures"]) or in_words(outcome["figures"]) or "–",
+        ]
+        for outcome in outcomes
+    ]
+    counts = {result: sum(outcome["result"] == result for outcome in outcomes) for result in ("passed", "failed")}
+    waiting = sum(outcome["result"] == NEEDS_A_GPU for outcome in outcomes)
+    notes = [f"{counts['passed']} passed, {counts['failed']} failed, {waiting} need a GPU."]
+    if not cuda:
+        notes.insert(0, "**Nothing here ran on a GPU**: this is the rehearsal of the script, in small, on a CPU.")
+    report = Report(
+        name="results",
+        title="GPU acceptance" if cuda else "GPU acceptance, rehearsed without a GPU",
+        machine=machine(torch.device(arguments.device), ("python", "benchmarks/gpu_acceptance.py")),
+        tables=[Table("", ["check", "part", "result", "seconds", "found"], rows, notes)],
+        results={"checks": outcomes},
+    )
+    tell_report(report, arguments.out)
+
+
+def in_words(figures: Any) -> str:
+    """Figures for a cell of a table."""
+    if isinstance(figures, dict):
+        ends = {True: ";", False: ","}
+        parts = [f"{name} {in_words(value)}{ends[isinstance(value, dict)]}" for name, value in figures.items()]
+        return " ".join(parts).rstrip(",;")
+    if isinstance(figures, list):
+        return " ".join(map(in_words, figures))
+    return f"{figures:g}" if isinstance(figures, float) else str(figures)
+
+
+if __name__ == "__main__":
+    main()
