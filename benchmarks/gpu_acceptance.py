@@ -4,9 +4,9 @@
     python benchmarks/gpu_acceptance.py --wheels FOLDER          # everything but torch comes from there
     python benchmarks/gpu_acceptance.py --device cpu --tiny      # the rehearsal, without a GPU
 
-It needs no network and no data: the shards are made of pictures that it draws. Each check is a process of its own, with
-a time limit, and gives one JSON line; a table follows at the end. On a GPU each part takes 150 s at most, so that a part
-can be repeated:
+It needs no network and no data: it draws pictures and makes shards of them. Each check is a process of its own with a time
+limit and gives one JSON line; a table follows at the end. On a GPU each part takes 150 s at most, so that it can be
+repeated:
 
     a   1 start and what is printed      2 fp32 against the CPU       3 bf16
         4 engines, overlap on and off    9 a thread behind a full launch queue
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from gpu_checks import Check
+    from gpu_findings import Check
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_A_GPU = "needs a GPU"
@@ -258,7 +258,8 @@ def end(pid: int) -> None:
 def perform(arguments: argparse.Namespace) -> None:
     """Run one check in this process."""
     import torch
-    from gpu_checks import CHECKS, Setting, perform
+    from gpu_checks import CHECKS
+    from gpu_findings import Setting, perform
 
     check = next(check for check in CHECKS if check.number == arguments.run)
     row, folder = Row(check, arguments.processes), arguments.folder

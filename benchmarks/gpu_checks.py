@@ -1,7 +1,6 @@
-"""The checks of gpu_acceptance.py. Each notes figures, and what it expected and did not find, in a `Findings`.
+"""The checks of gpu_acceptance.py: the table, and those checks that a CPU can pass, too.
 
-Every function runs on a CPU, too, where a CUDA graph is the work itself, a stream does not sleep, and the other device is
-the plain way to compute. A tiny setting takes small models and few steps.
+On a CPU the other device is the plain way to compute. A tiny setting takes small models and few steps.
 """
 
 from __future__ import annotations
@@ -13,132 +12,47 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fault_campaign.runs import Run, ended_with, kill, numbers, same_weights, wait_for
+from gpu_findings import Check, Findings, Setting, distance
+from gpu_speed import against_plain, compiling, heartbeat, kernels, speed, whole_graph
 from PIL import Image
 from portable_decoding import other_threads, variant
 from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
-from hpcm_scale.benchmark.machine import matmul_rate, products
-from hpcm_scale.benchmark.paired import alternate, ratio, seconds, synchronize, timed
-from hpcm_scale.benchmark.step import PLAIN, Step, Steps, Way
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.coding.container import unpack
 from hpcm_scale.compute.hardware import peak_flops
 from hpcm_scale.config.compose import compose, compose_model
 from hpcm_scale.config.schema import Config, ModelConfig, Precision, RateConfig
-from hpcm_scale.errors import STOPPED, UserError, in_a_line, is_first_process
+from hpcm_scale.errors import STOPPED, UserError, is_first_process
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.model.ladder import sized
-from hpcm_scale.model.layers import Block, Pointwise, attend, depthwise_block, set_arithmetic
+from hpcm_scale.model.layers import Block, Pointwise, set_arithmetic
 from hpcm_scale.model.memory_format import memory_format_of
 from hpcm_scale.model.plain import plain
-from hpcm_scale.model.product import product
 from hpcm_scale.model.shapes import on_meta, parameter_count
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints
-from hpcm_scale.training.costs import training_flops_per_image
 from hpcm_scale.training.engine import create_engine
-from hpcm_scale.training.estimate import estimate
 from hpcm_scale.training.noise import image_levels, image_noise
 from hpcm_scale.training.pieces import Piece, fill, opened
 from hpcm_scale.training.run import run
 from hpcm_scale.training.task import Task, task_of
 
-BF16 = Way(Precision.bf16)
-COMPILED = Way(Precision.bf16, compiled=True)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets, and what a training without one fills in."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a check runs on."""
-
-    device: torch.device
-    tiny: bool
-    folder: Path
-    """Of this check alone."""
-    shards: Path
-    images: Path
-    """Folder of three pictures of different sizes."""
-    processes: int = 1
-
-    @property
-    def cuda(self) -> bool:
-        """Whether there is a GPU."""
-        return self.device.type == "cuda"
-
-    def pick(self, full: Any, tiny: Any) -> Any:
-        """The one or the other."""
-        return tiny if self.tiny else full
-
-
-class Findings:
-    """Figures and failures of a check, written to a file at once: a check that is cut short has told them."""
-
-    def __init__(self, path: Path) -> None:
-        self.figures: dict[str, Any] = {}
-        self.failures: list[str] = []
-        self.done = False
-        self._path = path
-
-    def note(self, name: str, value: Any) -> None:
-        """A figure: a number, a text, or a list or dictionary of them."""
-        self.figures[name] = rounded(value)
-        self.write()
-
-    def expect(self, condition: bool, otherwise: str) -> None:
-        """`otherwise` says what is wrong unless the condition holds."""
-        if not condition:
-            self.failures.append(otherwise)
-            self.write()
-
-    def write(self) -> None:
-        """By the first process."""
-        if is_first_process():
-            content = {"figures": self.figures, "failures": self.failures, "done": self.done}
-            unfinished = self._path.with_suffix(".part")
-            unfinished.write_text(json.dumps(content), encoding="utf-8")
-            unfinished.replace(self._path)
-
-
-def rounded(value: Any) -> Any:
-    """Numbers of four digits, in whatever they lie."""
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(entry) for entry in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def perform(check: Check, setting: Setting) -> None:
-    """Run a check in this process; its findings go to `found.json` in the setting's folder."""
-    found = Findings(setting.folder / "found.json")
-    try:
-        check.run(setting, found)
-    except Exception as error:
-        traceback.print_exc()
-        found.expect(False, f"{type(error).__name__}: {in_a_line(error)}")
-    found.done = True
-    found.write()
 
 
 # Pictures, models and trainings
@@ -205,8 +119,6 @@ def one_step(
 def trained(setting: Setting, name: str, *overrides: str) -> list[dict[str, Any]]:
     """The journal of a training of `nano` in the processes of this check; every process calls it."""
     folder = setting.folder / name
-    if os.environ.get("NO_DET"):
-        overrides = [o for o in overrides if "determ" not in o]
     run(compose([*keys(setting), *overrides, f"run.dir={folder}"], sized))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -222,49 +134,10 @@ def losses(journal: Sequence[dict[str, Any]], name: str = "train/loss") -> list[
     return [line[name] for line in journal if name in line]
 
 
-def distance(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest relative difference; infinite if the numbers are not as many or not finite."""
-    if len(ours) != len(theirs) or not np.isfinite([*ours, *theirs]).all():
-        return float("inf")
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-
-
 def engine_keys(engine: str) -> list[str]:
     """Overrides that choose an engine; stage 3 shards every tensor, small as they are in `nano`."""
     kept = "+engine.options.zero_optimization.stage3_param_persistence_threshold=0"
     return [f"engine={engine}", *([kept] if engine.startswith("zero3") else [])]
-
-
-def graphed(work: Callable[[], Any], device: torch.device, clear: Callable[[], None] = lambda: None) -> Callable:
-    """`work` as one CUDA graph to replay, which returns what the captured run did; on a CPU `work` itself.
-
-    `clear` is called before the capture: gradients that are there then are added to, others are overwritten.
-    """
-    if device.type != "cuda":
-        return work
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(beside)
-    clear()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
-
-
-def steps_of(setting: Setting, model: str, batch: int) -> Steps:
-    """Steps on random images without data or engine; `nano` and two images in a tiny setting."""
-    batch = setting.pick(batch, 2)
-    config = compose([f"model={setting.pick(model, 'nano')}", f"train.batch_size={batch}"])
-    return Steps(config, batch, setting.device)
 
 
 # 1 to 3: one step
@@ -384,7 +257,7 @@ def resumed(setting: Setting, found: Findings) -> None:
             trained(setting, f"{name}_halves", *common, f"train.stop_after={steps // 2}")
             halves = trained(setting, f"{name}_halves", *common)
             files = [setting.folder / folder / "weights.safetensors" for folder in (name, f"{name}_halves")]
-            same = is_first_process() and numbers(halves) == numbers(whole) and same_weights(*files)
+            same = numbers(halves) == numbers(whole) and same_weights(*files)
             found.note(name, "same digits" if same else distance(losses(halves), losses(whole)))
             found.expect(same or deterministic == "false", f"{name}: the digits of 20 steps and of 10 + 10 differ")
 
@@ -433,8 +306,9 @@ def exact_under(config: Config, checkpoint: Checkpoint) -> bool:
 def checkpoints(setting: Setting, found: Findings) -> None:
     """What a checkpoint costs training; SIGTERM, kill -9, and going on."""
     model = setting.pick("68m", "nano")
-    common = [f"model={model}", "engine.precision=bf16", "train.steps=12", "train.checkpoint_every=4"]
-    journal = trained(setting, "pauses", *common, "train.keep_checkpoints=1", *engine_keys("zero2"))
+    common = [f"model={model}", "engine.precision=bf16", "schedule.learning_rate=1e-4", "train.steps=12"]
+    frequent = ["train.checkpoint_every=4", "train.keep_checkpoints=1"]
+    journal = trained(setting, "pauses", *common, *frequent, *engine_keys("zero2"))
     if not is_first_process():
         return
     times, steps = losses(journal, "time"), losses(journal, "perf/step_seconds")
@@ -549,280 +423,6 @@ def exhaust(device: torch.device) -> None:
     raise torch.OutOfMemoryError("out of memory")
 
 
-# 9 to 15: what only a GPU can show, and codecs
-
-
-def heartbeat(setting: Setting, found: Findings) -> None:
-    """A thread goes on while the main one waits for room in the launch queue."""
-    length = setting.pick(6.0, 0.5)
-    steps = steps_of(setting, "nano", 2)
-    for name, way in {"eager": BF16, "compiled": COMPILED}.items():
-        step = steps.of(way)
-        step()  # compiles
-        steps.drop_gradients()
-        gap, took = longest_gap(lambda step=step: behind_a_sleeping_stream(step.gradients, setting.device, length))
-        found.note(name, {"longest_gap": gap, "seconds": took})
-        found.expect(took >= length, f"{name}: the launches took {took:.1f} s, and the stream slept for {length:g} s")
-        found.expect(gap < 2, f"{name}: another thread stood still for {gap:.1f} s")
-
-
-def longest_gap(work: Callable[[], None], tick: float = 0.1) -> tuple[float, float]:
-    """The longest time between two ticks of another thread while `work` runs, and how long it ran, in seconds."""
-    ticks, done = [time.monotonic()], threading.Event()
-
-    def beat() -> None:
-        while not done.wait(tick):
-            ticks.append(time.monotonic())
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    began = time.monotonic()
-    work()
-    took = time.monotonic() - began
-    ticks.append(time.monotonic())
-    done.set()
-    thread.join()
-    return max(after - before for before, after in pairwise(ticks)), took
-
-
-def behind_a_sleeping_stream(work: Callable[[], Any], device: torch.device, length: float) -> None:
-    """Launch work for `length` seconds on a stream that sleeps as long; then wait for all of it."""
-    if device.type == "cuda":
-        cycles = 100_000_000
-        per_second = cycles / timed(partial(torch.cuda._sleep, cycles), device).seconds
-        torch.cuda._sleep(int(length * per_second))
-    began = time.monotonic()
-    while time.monotonic() < began + length:
-        work()
-    synchronize(device)
-
-
-def compiling(setting: Setting, found: Findings) -> None:
-    """engine.compile: how long it takes, that it happens once, and what becomes of the loss."""
-    from torch._dynamo.utils import counters
-
-    steps = steps_of(setting, "68m", 32)
-    expected = steps.of(BF16)().item()
-    step = steps.of(COMPILED)
-    turn = timed(step, setting.device)
-    graphs = counters["stats"]["unique_graphs"]
-    again = [timed(step, setting.device) for _ in range(3)]
-    recompiled = counters["stats"]["unique_graphs"] - graphs
-    off = distance([turn.result.item()], [expected])
-    found.note("first_step_seconds", turn.seconds)
-    found.note("step_seconds", statistics.median(seconds(again)))
-    found.note("graphs", graphs)
-    found.note("recompiled", recompiled)
-    found.note("loss", off)
-    found.expect(turn.seconds < 60 or not setting.cuda, f"compiling took {turn.seconds:.0f} s")
-    found.expect(recompiled == 0, f"{recompiled} regions were compiled again")
-    found.expect(off <= 0.005, f"the loss is {off:.2%} off the eager one")
-
-
-def speed(setting: Setting, found: Findings) -> None:
-    """Training steps against the device's own matrix products; launches, idle time, and memory against `estimate`."""
-    rate = device_rate(setting.device)
-    found.note("bf16_tflops", rate / 1e12)
-    aims = {("68m", 32): 0.30, ("1b", 32): 0.45}
-    for model, batch in (("68m", 4), ("68m", 32), ("1b", 32)):
-        steps = steps_of(setting, model, batch)
-        name = f"{model}, {batch}"
-        try:
-            figures = speed_of(setting, steps, rate, graph=model == "68m", compiled=(model, batch) == ("68m", 32))
-        except torch.OutOfMemoryError:
-            found.note(name, "does not fit")
-            continue
-        found.note(name, figures)
-        best = max(way["utilisation"] for way in figures["ways"].values())
-        found.note(f"{name}, best", {"utilisation": best, "aim": aims.get((model, batch))})
-        off = figures["peak_gb"] / figures["estimated_gb"] - 1
-        found.expect(abs(off) <= 0.15 or not setting.cuda, f"{name}: peak memory is {off:+.0%} off the estimate")
-        del steps
-        if setting.cuda:
-            torch.cuda.empty_cache()
-
-
-def device_rate(device: torch.device) -> float:
-    """FLOP/s of large bf16 matrix products."""
-    pair = products(Precision.bf16, device)
-    turns = alternate({product.name: product.run for product in pair}, 3, device)
-    return statistics.median(matmul_rate([(product, turns[product.name]) for product in pair]).rates)
-
-
-def speed_of(setting: Setting, steps: Steps, rate: float, *, graph: bool, compiled: bool) -> dict[str, Any]:
-    """Figures of one size of model and batch."""
-    config, device = steps.config, setting.device
-    batch = config.train.batch_size
-    flops = batch * training_flops_per_image(on_meta(config.model), config.data.crop)
-    bf16 = replace(config, engine=compose(["engine=accelerate", "engine.precision=bf16"]).engine)
-    eager = steps.of(BF16)
-    figures: dict[str, Any] = {
-        "peak_gb": peak_of_step(eager, device) / 1e9,
-        "estimated_gb": estimate(bf16, 1).memory.device / 1e9,
-        "ways": {},
-    }
-
-    def measure(name: str, work: Callable[[], Any]) -> None:
-        second = statistics.median(seconds(alternate({name: work}, 3, device)[name]))
-        utilisation = flops / second / rate
-        figures["ways"][name] = {"seconds": second, "utilisation": utilisation} | launches(work, device, second)
-
-    measure("eager", eager)
-    if compiled:
-        measure("compiled", steps.of(COMPILED))
-    if graph:
-        captured = graphed(eager.gradients, device, steps.drop_gradients)
-
-        def replayed() -> None:
-            captured()
-            steps.optimize(drop=False)  # the graph writes the gradients where they are
-
-        measure("graph", replayed)
-        steps.drop_gradients()
-    return figures
-
-
-def peak_of_step(step: Step, device: torch.device) -> int:
-    """Bytes on the device at the peak of a step, weights, gradients and moments included; 0 on a CPU."""
-    step()
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
-
-
-def launches(work: Callable[[], Any], device: torch.device, second: float) -> dict[str, float]:
-    """Launches of kernels and graphs in a step that takes `second` seconds, and the part of it without a kernel."""
-    with profile(
-        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    ) as trace:
-        timed(work, device)
-    events = list(trace.events())
-    launched = sum(re.match(r"cu(da)?(LaunchKernel|GraphLaunch)", event.name) is not None for event in events)
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    return {"launches": launched, "kernels": len(kernels), "idle": max(0.0, 1 - busy / second)}
-
-
-POINTWISE = ((96, 384, 128), (384, 96, 128), (192, 768, 64), (384, 1536, 32), (960, 1920, 16), (960, 1920, 4))
-"""Inputs, outputs, side: of 68m at crops of 256²."""
-DEPTHWISE = ((960, 16), (960, 8), (960, 4), (640, 16))
-"""Channels, side."""
-WINDOWS = ((4, 32, 64, 20), (1, 32, 16, 20))
-"""Windows of an image, heads, positions, channels of a head."""
-REPEATED = 20
-"""Runs of a layer in one timing."""
-
-
-def kernels(setting: Setting, found: Findings) -> None:
-    """Ways to compute a layer, forward and backward in bf16, on the device alone: is ours the fastest?"""
-    device, chosen = setting.device, setting.pick(slice(None), slice(-1, None))
-    for batch in setting.pick((4, 32), (1,)):
-        for inputs, outputs, side in POINTWISE[chosen]:
-            ways = pointwise_ways(inputs, outputs, batch, side, device)
-            contest(setting, found, f"1×1, {inputs} → {outputs}, {batch} × {side}²", ways)
-        for channels, side in DEPTHWISE[chosen]:
-            ways = depthwise_ways(channels, batch, side, device)
-            contest(setting, found, f"depthwise, {channels}, {batch} × {side}²", ways)
-        for windows, heads, positions, width in WINDOWS[chosen]:
-            shape = (batch * windows, heads, positions, width)
-            contest(setting, found, f"attention, {' × '.join(map(str, shape))}", attention_ways(shape, device))
-
-
-Ways = dict[str, Callable[[], Any]]
-
-
-def contest(setting: Setting, found: Findings, layer: str, ways: Ways) -> None:
-    """Time the ways in turns; the first is ours, and those in brackets are for comparison alone."""
-    ready = {}
-    for name, work in ways.items():
-        try:
-            work()
-        except RuntimeError:  # there is no such kernel for this shape
-            continue
-        ready[name] = graphed(partial(repeat, work, REPEATED), setting.device)
-    turns = alternate(ready, setting.pick(5, 1), setting.device)
-    took = {name: 1e6 * statistics.median(seconds(turns[name])) / REPEATED for name in ready}
-    found.note(layer, took)
-    ours, *others = (name for name in took if not name.startswith("("))
-    fastest = min(others, key=took.get, default=ours)
-    slower = took[ours] / took[fastest]
-    found.expect(slower <= 1.15 or not setting.cuda, f"{layer}: {fastest} is {slower:.2f}× as fast as {ours}")
-
-
-def repeat(work: Callable[[], Any], times: int) -> None:
-    """Do it so often."""
-    for _ in range(times):
-        work()
-
-
-def both_ways(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor]) -> Callable[[], Any]:
-    """Forward under autocast, and backward, of a layer at an input that wants a gradient, too."""
-    x = x.detach().requires_grad_()
-
-    def run_both() -> Any:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            result = layer(x)
-        return torch.autograd.grad(result, [x, *weights], result.detach())
-
-    return run_both
-
-
-def pointwise_ways(inputs: int, outputs: int, batch: int, side: int, device: torch.device) -> Ways:
-    """A 1×1 convolution."""
-    x = torch.randn(batch, inputs, side, side, device=device).bfloat16().to(memory_format=torch.channels_last)
-    layer = Pointwise(inputs, outputs).to(device)
-    layer.reduced = True
-    weight, bias = layer.weight, layer.bias
-
-    def as_product(x: Tensor) -> Tensor:
-        return product(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-
-    ways = {"ours": layer, "convolution": lambda x: F.conv2d(x, weight, bias), "product": as_product}
-    return {name: both_ways(way, x, [weight, bias]) for name, way in ways.items()}
-
-
-def depthwise_ways(channels: int, batch: int, side: int, device: torch.device) -> Ways:
-    """A depthwise 3×3 convolution: as the context model has it, and in the other memory format."""
-    x = torch.randn(batch, channels, side, side, device=device).bfloat16()
-    layer = depthwise_block(channels).spatial.to(device)
-    last = x.to(memory_format=torch.channels_last)
-
-    def converting(x: Tensor) -> Tensor:
-        return layer(x.contiguous()).contiguous(memory_format=torch.channels_last)
-
-    weights = [layer.weight, layer.bias]
-    return {
-        "ours": both_ways(layer, last, weights),
-        "NCHW between conversions": both_ways(converting, last, weights),
-        "(NCHW)": both_ways(layer, x, weights),
-    }
-
-
-def attention_ways(shape: tuple[int, ...], device: torch.device) -> Ways:
-    """Attention in windows, with every backend that torch has for it."""
-    query, key, value = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(3))
-    chosen = SDPBackend(torch._fused_sdp_choice(query, key, value)).name
-
-    def within(backend: SDPBackend) -> Callable[[Tensor], Tensor]:
-        def attention(query: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value)
-
-        return attention
-
-    def as_products(query: Tensor) -> Tensor:
-        return ((query * shape[-1] ** -0.5) @ key.transpose(-1, -2)).softmax(dim=-1) @ value
-
-    ways: dict[str, Callable[[Tensor], Tensor]] = {f"ours ({chosen})": lambda query: attend(query, key, value)}
-    names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
-    ways |= {name: within(getattr(SDPBackend, name)) for name in names}
-    return {name: both_ways(way, query, [key, value]) for name, way in (ways | {"products": as_products}).items()}
-
-
 def decoding(setting: Setting, found: Findings) -> None:
     """Files decode on the other device than they were made on; on a CPU, with other threads and memory format."""
     codec = Codec(spread(compose_model("nano")))
@@ -864,57 +464,6 @@ def spread(config: ModelConfig) -> HPCM:
             last.weight[:half] += torch.randn_like(last.weight[:half]) * 0.5 / last.in_channels**0.5
         model.g_a[-1].weight *= 20
     return model
-
-
-def whole_graph(setting: Setting, found: Findings) -> None:
-    """Forward and backward of nano as one CUDA graph."""
-    steps = steps_of(setting, "nano", 2)
-    step = steps.of(BF16)
-    expected = step.gradients().item()
-    steps.drop_gradients()
-    captured = graphed(step.gradients, setting.device, steps.drop_gradients)
-    replayed = captured().item()
-
-    def eager() -> None:
-        steps.drop_gradients()
-        step.gradients()
-
-    turns = alternate({"eager": eager, "graph": captured}, setting.pick(10, 2), setting.device)
-    found.note("loss", distance([replayed], [expected]))
-    found.note("speed_up", ratio(seconds(turns["eager"]), seconds(turns["graph"])).median)
-    found.note("eager_seconds", statistics.median(seconds(turns["eager"])))
-    found.expect(
-        distance([replayed], [expected]) <= 1e-6, f"the loss is {replayed:.6g}, without a graph {expected:.6g}"
-    )
-
-
-def against_plain(setting: Setting, found: Findings) -> None:
-    """bf16 as it is trained against the plain NCHW fp32 step of the same network, in turns."""
-    steps = steps_of(setting, "68m", 32)
-    ways = {"plain": PLAIN, "eager": BF16, **({"compiled": COMPILED} if setting.cuda else {})}
-    turns = alternate({name: steps.of(way) for name, way in ways.items()}, setting.pick(5, 3), setting.device)
-    took = {name: statistics.median(seconds(each)) for name, each in turns.items()}
-    fastest = min((name for name in took if name != "plain"), key=took.get)
-    faster = ratio(seconds(turns["plain"]), seconds(turns[fastest]))
-    found.note("seconds", took)
-    found.note("fastest", fastest)
-    found.note("times_as_fast", faster.median)
-    found.expect(faster.median >= 8 or not setting.cuda, f"{fastest} is {faster.median:.1f}× as fast as plain fp32")
-
-
-@dataclass(frozen=True)
-class Check:
-    """A line of the table."""
-
-    number: int
-    title: str
-    seconds: int
-    """It may take on a GPU, imports included, and longer if others of its part have left time."""
-    part: str
-    run: Callable[[Setting, Findings], None]
-    needs_gpu: bool = False
-    together: bool = False
-    """Whether it is run once more with two processes, where there are two devices: part d."""
 
 
 CHECKS = (
