@@ -4,8 +4,8 @@
     python benchmarks/gpu_acceptance.py --wheels FOLDER          # everything but torch comes from there
     python benchmarks/gpu_acceptance.py --device cpu --tiny      # the rehearsal, without a GPU
 
-It needs no network and no data: it draws pictures and makes shards of them. Each check is a process of its own with a time
-limit and gives one JSON line; a table follows at the end. On a GPU each part takes 150 s at most, so that it can be
+It needs no network and no data: it draws pictures and makes shards of them. Each check is a process of its own with a
+time limit and gives one JSON line; a table follows at the end. On a GPU each part takes 150 s at most, and can be
 repeated:
 
     a   1 start and what is printed      2 fp32 against the CPU       3 bf16
@@ -205,8 +205,9 @@ def outcome_of(row: Row, arguments: argparse.Namespace, folder: Path, reserved: 
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
-            end(process.pid)
-            process.wait()
+        finally:  # after Ctrl-C, too
+            if process.poll() is None:
+                end(process)
     took = time.monotonic() - began
     found = {"figures": {}, "failures": [], "done": False}
     with suppress(FileNotFoundError):
@@ -244,15 +245,16 @@ def environment_of(arguments: argparse.Namespace, folder: Path) -> dict[str, str
     return os.environ | kept
 
 
-def end(pid: int) -> None:
+def end(process: subprocess.Popen) -> None:
     """Kill a process and all below it."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
-        first = psutil.Process(pid)
-        for process in [*first.children(recursive=True), first]:
+        for below in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                process.kill()
+                below.kill()
+    process.kill()
+    process.wait()
 
 
 def perform(arguments: argparse.Namespace) -> None:

@@ -126,7 +126,7 @@ def trained(setting: Setting, name: str, *overrides: str) -> list[dict[str, Any]
 def keys(setting: Setting) -> list[str]:
     """Overrides of every training."""
     common = ["model=nano", "schedule.learning_rate=1e-3", "log.wandb=disabled", "data.workers=0"]
-    return [*common, f"data.shards={setting.shards}", "train.batch_size=4"]
+    return [*common, f"data.shards={setting.shards}", f"train.batch_size={setting.pick(4, 2)}"]
 
 
 def losses(journal: Sequence[dict[str, Any]], name: str = "train/loss") -> list[float]:

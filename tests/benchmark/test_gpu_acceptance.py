@@ -1,0 +1,124 @@
+"""The script for a new machine with GPUs, without one: its rehearsal, and on a CPU what only a GPU can pass."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import gpu_acceptance
+import pytest
+import torch
+from gpu_checks import CHECKS, PART_SECONDS
+from gpu_findings import Check, Findings, Setting, perform
+
+from hpcm_scale.benchmark import step
+from hpcm_scale.model.compiled import compile_regions
+
+ONLY_ON_A_GPU = {"1", "9", "10", "11", "12", "14"}
+
+
+def script(project: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """What the script says and ends with."""
+    command = [sys.executable, project / "benchmarks" / "gpu_acceptance.py", "--device", "cpu", "--tiny", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def setting(folder: Path, shards: Path) -> Setting:
+    return Setting(torch.device("cpu"), tiny=True, folder=folder, shards=shards, images=folder)
+
+
+def performed(check: Check, folder: Path, shards: Path) -> dict:
+    """The findings of a check in this process."""
+    perform(check, setting(folder, shards))
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.launch
+def test_the_rehearsal_passes(project, tmp_path):
+    done = script(project, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    results = {outcome["check"]: outcome["result"] for outcome in told}
+    assert {name for name, result in results.items() if result == "needs a GPU"} == ONLY_ON_A_GPU
+    assert {result for name, result in results.items() if name not in ONLY_ON_A_GPU} == {"passed"}
+    assert {check.number for check in CHECKS} == set(range(1, 16)) == {int(name.split()[0]) for name in results}
+    assert json.loads((tmp_path / "results.json").read_text())["checks"] == told
+    assert "Nothing here ran on a GPU" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.launch
+def test_with_wheels_it_installs_what_is_missing_and_runs_there(project, tmp_path):
+    """Nothing is missing here, so an empty folder does; the check itself needs a GPU."""
+    done = script(project, "--wheels", tmp_path, "--only", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[0])["result"] == "needs a GPU"
+
+
+@pytest.mark.launch
+def test_a_check_that_takes_too_long_is_ended_and_fails(project, tmp_path):
+    arguments = argparse.Namespace(device="cpu", tiny=True)
+    slow = replace(CHECKS[1], seconds=0.01)
+    outcome = gpu_acceptance.outcome_of(gpu_acceptance.Row(slow, 1), arguments, tmp_path, reserved=0.0)
+    assert outcome["result"] == "failed" and outcome["failures"] == ["it was ended after 1 s"]
+
+
+@pytest.mark.parametrize("number", [9, 10, 11, 12, 14])
+def test_what_only_a_gpu_passes_runs_on_a_cpu(number, tmp_path, monkeypatch):
+    """Every line but those of CUDA itself; without the code generator, which takes minutes for a CPU."""
+    monkeypatch.setattr(step, "compile_regions", partial(compile_regions, backend="eager"))
+    torch._dynamo.reset()
+    check = next(check for check in CHECKS if check.number == number)
+    found = performed(check, tmp_path, tmp_path)
+    assert found["done"] and found["failures"] == []
+    assert found["figures"]
+
+
+@pytest.mark.launch
+def test_a_training_prints_nothing_but_ours(tmp_path, shards):
+    """All that the first check can miss without a GPU is the peak rate of one."""
+    found = performed(CHECKS[0], tmp_path, shards)
+    assert [failure for failure in found["failures"] if "peak rate of cpu" not in failure] == []
+    assert len(found["failures"]) == 1
+
+
+def test_what_a_check_has_found_outlives_its_failure(tmp_path):
+    def failing(setting: Setting, found: Findings) -> None:
+        found.note("figure", {"of": [1 / 3]})
+        found.expect(False, "it is wrong")
+        raise ArithmeticError("one and one is three")
+
+    found = performed(replace(CHECKS[0], run=failing), tmp_path, tmp_path)
+    assert found["figures"] == {"figure": {"of": [0.3333]}}
+    assert found["failures"] == ["it is wrong", "ArithmeticError: one and one is three"]
+
+
+def test_parts_take_no_longer_than_they_may_and_come_in_order():
+    rows = gpu_acceptance.chosen("a,b,c,d", CHECKS, devices=2)
+    for part in "abcd":
+        assert 0 < sum(row.check.seconds for row in rows if row.part == part) <= PART_SECONDS
+    assert "".join(row.part for row in rows) == "".join(sorted(row.part for row in rows))
+    assert [row.name for row in rows if row.part == "d"] == [f"{number} (2 processes)" for number in range(4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("only", "devices", "names"),
+    [
+        ("a", 2, ["1", "2", "3", "4", "9"]),
+        ("14,2", 1, ["2", "14"]),
+        ("4,c", 2, ["4", "10", "11", "12", "15", "4 (2 processes)"]),
+        ("d", 2, ["4 (2 processes)", "5 (2 processes)", "6 (2 processes)", "7 (2 processes)"]),
+    ],
+)
+def test_checks_are_chosen_by_number_and_part(only, devices, names):
+    assert [row.name for row in gpu_acceptance.chosen(only, CHECKS, devices)] == names
+
+
+@pytest.mark.parametrize(("only", "reason"), [("16,e", "there is no check or part 16, e"), ("d", "two GPUs")])
+def test_what_cannot_be_chosen_is_refused(only, reason):
+    with pytest.raises(ValueError, match=reason):
+        gpu_acceptance.chosen(only, CHECKS, devices=1)
