@@ -9,8 +9,10 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import gpu_acceptance
+import gpu_speed
 import pytest
 import torch
 from gpu_checks import CHECKS, PART_SECONDS
@@ -84,6 +86,21 @@ def test_a_training_prints_nothing_but_ours(tmp_path, shards):
     found = performed(CHECKS[0], tmp_path, shards)
     assert [failure for failure in found["failures"] if "peak rate of cpu" not in failure] == []
     assert len(found["failures"]) == 1
+
+
+def test_cuda_is_called_as_torch_has_it(monkeypatch):
+    """Names and arguments, not what the calls do: a graph captured and replayed, a stream that sleeps, a peak."""
+    names = ["Stream", "current_stream", "stream", "CUDAGraph", "graph", "_sleep", "synchronize", "empty_cache"]
+    for name in [*names, "reset_peak_memory_stats", "max_memory_allocated"]:
+        monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
+    torch.cuda.max_memory_allocated.return_value = 5
+    done, device = [], torch.device("cuda", 0)
+    replay = gpu_speed.graphed(lambda: done.append("run") or 7, device, clear=lambda: done.append("clear"))
+    assert done == ["run"] * 3 + ["clear", "run"] and replay() == 7
+    torch.cuda.CUDAGraph.return_value.replay.assert_called_once_with()
+    gpu_speed.behind_a_sleeping_stream(lambda: done.append("launch"), device, 0.01)
+    assert done[-1] == "launch" and torch.cuda._sleep.call_count == 3
+    assert gpu_speed.peak_of_step(lambda: done.append("step"), device) == 5 and done[-2:] == ["step", "step"]
 
 
 def test_what_a_check_has_found_outlives_its_failure(tmp_path):
