@@ -53,8 +53,13 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people, and for its folder."""
+        """For people."""
         return f"{self.check.number}" + (f" ({self.processes} processes)" if self.processes > 1 else "")
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder; it is part of overrides, in which brackets mean something."""
+        return f"check_{self.check.number}_{self.processes}"
 
 
 def main() -> None:
@@ -95,7 +100,7 @@ def with_wheels(wheels: Path) -> int:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     with tempfile.TemporaryDirectory(prefix="gpu_acceptance_") as folder:
-        venv.create(folder, system_site_packages=True, with_pip=True)
+        venv.create(folder, system_site_packages=True, with_pip=False)
         python = Path(folder) / "bin" / "python"
         place = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -106,7 +111,7 @@ def with_wheels(wheels: Path) -> int:
         # Of an environment within an environment, "system" means the Python below both.
         here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (Path(place) / "beside.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+        install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
         code = subprocess.run([*install, "--find-links", wheels.resolve(), *project["dependencies"]]).returncode
         if code:
             sys.stderr.write(f"gpu_acceptance: pip could not install from {wheels} what is missing (see above)\n")
@@ -188,7 +193,7 @@ def outcome_of(row: Row, arguments: argparse.Namespace, folder: Path, reserved: 
     if check.needs_gpu and not cuda:
         return outcome | {"result": NEEDS_A_GPU, "seconds": 0.0, "figures": {}, "failures": []}
     limit = max(check.seconds, PART_SECONDS - reserved) if cuda else 60.0 * check.seconds
-    place = folder / row.name.replace(" ", "_")
+    place = folder / row.folder
     place.mkdir()
     began = time.monotonic()
     with (place / "log").open("wb") as log:
@@ -272,7 +277,7 @@ def perform(arguments: argparse.Namespace) -> None:
     setting = Setting(
         device=device,
         tiny=arguments.tiny,
-        folder=folder / row.name.replace(" ", "_"),
+        folder=folder / row.folder,
         shards=folder / "shards",
         images=folder / "images",
         processes=arguments.processes,
