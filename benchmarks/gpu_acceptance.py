@@ -24,11 +24,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import venv
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -138,6 +140,7 @@ def accept(arguments: argparse.Namespace) -> int:
         return 2
     from hpcm_scale.tracking.progress import progress
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the check under way is ended, too
     with tempfile.TemporaryDirectory(prefix="gpu_acceptance_") as name:
         folder = Path(name)
         make_material(folder)
@@ -290,33 +293,40 @@ def tell(outcomes: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     import torch
 
     from hpcm_scale.benchmark.machine import machine
-    from hpcm_scale.benchmark.report import Report, Table
-    from hpcm_scale.benchmark.report import tell as tell_report
+    from hpcm_scale.benchmark.report import Report, Table, show, write
 
     cuda = arguments.device == "cuda"
+    names = [f"{outcome['check']} {outcome['title']}" for outcome in outcomes]
     rows = [
         [
-            f"{outcome['check']} {outcome['title']}",
+            name,
             outcome["part"],
             outcome["result"],
             f"{outcome['seconds']:.0f}" if outcome["seconds"] else "–",
-            "; ".join(outcome["failures"]) or in_words(outcome["figures"]) or "–",
+            "; ".join(outcome["failures"]) or "–",
         ]
-        for outcome in outcomes
+        for name, outcome in zip(names, outcomes, strict=True)
     ]
-    counts = {result: sum(outcome["result"] == result for outcome in outcomes) for result in ("passed", "failed")}
-    waiting = sum(outcome["result"] == NEEDS_A_GPU for outcome in outcomes)
-    notes = [f"{counts['passed']} passed, {counts['failed']} failed, {waiting} need a GPU."]
+    counted = Counter(outcome["result"] for outcome in outcomes)
+    notes = [f"{counted['passed']} passed, {counted['failed']} failed, {counted[NEEDS_A_GPU]} need a GPU."]
     if not cuda:
         notes.insert(0, "**Nothing here ran on a GPU**: this is the rehearsal of the script, in small, on a CPU.")
+    figures = [
+        Table(name, ["figure", "value"], [[key, in_words(value)] for key, value in outcome["figures"].items()], [])
+        for name, outcome in zip(names, outcomes, strict=True)
+        if outcome["figures"]
+    ]
     report = Report(
         name="results",
         title="GPU acceptance" if cuda else "GPU acceptance, rehearsed without a GPU",
         machine=machine(torch.device(arguments.device), ("python", "benchmarks/gpu_acceptance.py")),
-        tables=[Table("", ["check", "part", "result", "seconds", "found"], rows, notes)],
+        tables=[Table("", ["check", "part", "result", "seconds", "what is wrong"], rows, notes)],
         results={"checks": outcomes},
     )
-    tell_report(report, arguments.out)
+    show(report)
+    if arguments.out:
+        report.tables.extend(figures)
+        write(report, arguments.out)
 
 
 def in_words(figures: Any) -> str:

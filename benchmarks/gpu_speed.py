@@ -5,6 +5,7 @@ Every function runs on a CPU, too, where a CUDA graph is the work itself and a s
 
 from __future__ import annotations
 
+import gc
 import re
 import statistics
 import threading
@@ -165,6 +166,7 @@ def speed(setting: Setting, found: Findings) -> None:
         off = figures["peak_gb"] / figures["estimated_gb"] - 1
         found.expect(abs(off) <= 0.15 or not setting.cuda, f"{name}: peak memory is {off:+.0%} off the estimate")
         del steps
+        gc.collect()  # compiled regions refer to themselves
         if setting.cuda:
             torch.cuda.empty_cache()
 
@@ -267,18 +269,19 @@ Ways = dict[str, Callable[[], Any]]
 
 def contest(setting: Setting, found: Findings, layer: str, ways: Ways) -> None:
     """Time the ways in turns; the first is ours, and those in brackets are for comparison alone."""
-    ready = {}
+    ours, ready = next(iter(ways)), {}
     for name, work in ways.items():
         try:
             work()
-        except RuntimeError:  # there is no such kernel for this shape
-            continue
+        except RuntimeError:
+            if name == ours:
+                raise
+            continue  # there is no such kernel for this shape
         ready[name] = graphed(partial(repeat, work, REPEATED), setting.device)
     turns = alternate(ready, setting.pick(5, 1), setting.device)
     took = {name: 1e6 * statistics.median(seconds(turns[name])) / REPEATED for name in ready}
     found.note(layer, took)
-    ours, *others = (name for name in took if not name.startswith("("))
-    fastest = min(others, key=took.get, default=ours)
+    fastest = min((name for name in took if not name.startswith("(")), key=took.get)
     slower = took[ours] / took[fastest]
     found.expect(slower <= 1.15 or not setting.cuda, f"{layer}: {fastest} is {slower:.2f}× as fast as {ours}")
 
@@ -371,7 +374,7 @@ def whole_graph(setting: Setting, found: Findings) -> None:
     found.note("speed_up", ratio(seconds(turns["eager"]), seconds(turns["graph"])).median)
     found.note("eager_seconds", statistics.median(seconds(turns["eager"])))
     found.expect(
-        distance([replayed], [expected]) <= 1e-6, f"the loss is {replayed:.6g}, without a graph {expected:.6g}"
+        distance([replayed], [expected]) <= 1e-4, f"the loss is {replayed:.6g}, without a graph {expected:.6g}"
     )
 
 
