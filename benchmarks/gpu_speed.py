@@ -74,7 +74,7 @@ def steps_of(setting: Setting, model: str, batch: int) -> Steps:
 
 def heartbeat(setting: Setting, found: Findings) -> None:
     """A thread goes on while the main one waits for room in the launch queue."""
-    length = setting.pick(6.0, 0.5)
+    length = setting.pick(5.0, 0.5)
     steps = steps_of(setting, "nano", 2)
     for name, way in {"eager": BF16, "compiled": COMPILED}.items():
         step = steps.of(way)

@@ -115,9 +115,10 @@ def test_what_a_check_has_found_outlives_its_failure(tmp_path):
 
 
 def test_parts_take_no_longer_than_they_may_and_come_in_order():
+    """Of which seven seconds are for imports and shards before the first check."""
     rows = gpu_acceptance.chosen("a,b,c,d", CHECKS, devices=2)
     for part in "abcd":
-        assert 0 < sum(row.check.seconds for row in rows if row.part == part) <= PART_SECONDS
+        assert 0 < sum(row.check.seconds for row in rows if row.part == part) <= PART_SECONDS - 7
     assert "".join(row.part for row in rows) == "".join(sorted(row.part for row in rows))
     assert [row.name for row in rows if row.part == "d"] == [f"{number} (2 processes)" for number in range(4, 8)]
 
