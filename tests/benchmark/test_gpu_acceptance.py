@@ -48,9 +48,18 @@ def test_the_rehearsal_passes(project, tmp_path):
     results = {outcome["check"]: outcome["result"] for outcome in told}
     assert {name for name, result in results.items() if result == "needs a GPU"} == ONLY_ON_A_GPU
     assert {result for name, result in results.items() if name not in ONLY_ON_A_GPU} == {"passed"}
-    assert {check.number for check in CHECKS} == set(range(1, 16)) == {int(name.split()[0]) for name in results}
+    assert {check.number for check in CHECKS} == set(range(1, 16)) == {int(name) for name in results}
     assert json.loads((tmp_path / "results.json").read_text())["checks"] == told
     assert "Nothing here ran on a GPU" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.launch
+def test_two_processes_take_part_in_a_check(tmp_path):
+    arguments = argparse.Namespace(device="cpu", tiny=True)
+    check = next(check for check in CHECKS if check.number == 6)
+    gpu_acceptance.make_material(tmp_path)
+    outcome = gpu_acceptance.outcome_of(gpu_acceptance.Row(check, 2), arguments, tmp_path, reserved=0.0)
+    assert outcome["result"] == "passed", outcome
 
 
 @pytest.mark.launch
@@ -62,7 +71,7 @@ def test_with_wheels_it_installs_what_is_missing_and_runs_there(project, tmp_pat
 
 
 @pytest.mark.launch
-def test_a_check_that_takes_too_long_is_ended_and_fails(project, tmp_path):
+def test_a_check_that_takes_too_long_is_ended_and_fails(tmp_path):
     arguments = argparse.Namespace(device="cpu", tiny=True)
     slow = replace(CHECKS[1], seconds=0.01)
     outcome = gpu_acceptance.outcome_of(gpu_acceptance.Row(slow, 1), arguments, tmp_path, reserved=0.0)
