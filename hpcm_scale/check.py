@@ -12,9 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from hpcm_scale.benchmark import cluster, cluster_tables, findings
 from hpcm_scale.benchmark.findings import Checkpoints, Device, Figures, Step
 from hpcm_scale.compute.hardware import peak_flops
@@ -23,20 +20,18 @@ from hpcm_scale.config.phases import phases
 from hpcm_scale.config.schema import Config, Precision, Viewer
 from hpcm_scale.errors import Parser, is_first_process, one_line, refusals
 from hpcm_scale.files import write_json, writing
-from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.ladder import sized
-from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.training import out_of_memory, processes
+from hpcm_scale.training.deterministic import deterministic
 from hpcm_scale.training.engine import Engine, create_engine
 from hpcm_scale.training.estimate import Estimate, estimate
 from hpcm_scale.training.group.differences import facts
 from hpcm_scale.training.group.rendezvous import Group, initialise, join, telling_refusals
 from hpcm_scale.training.group.watch import Watch
 from hpcm_scale.training.pieces import KINDS
-from hpcm_scale.training.run import check_room
+from hpcm_scale.training.run import check_room, lost_seconds, prepared_task
 from hpcm_scale.training.run_folder import run_directory
 from hpcm_scale.training.start import Start, prepare
-from hpcm_scale.training.task import task_of
 from hpcm_scale.training.traffic import FP32
 
 WRONG = 1
@@ -78,6 +73,7 @@ def check_cluster(config: Config, json_file: Path | None) -> bool:
     """
     _stage("the configuration")
     with telling_refusals(), refusals():
+        processes.choose_device()
         start = prepare(config, processes.world_size())
         check_room(config)
         needs = _needs(config) if is_first_process() else None
@@ -85,7 +81,11 @@ def check_cluster(config: Config, json_file: Path | None) -> bool:
     del compared["version"]  # reported, not refused
     group = join(compared, config.engine.join_minutes)
     stacks = Path(tempfile.gettempdir(), "hpcm_check_stacks")
-    with Watch(group, STALL_SECONDS, stacks) as watch, refusals(local=True):
+    with (
+        deterministic(config.engine.deterministic),
+        Watch(group, STALL_SECONDS, stacks, lost_seconds(config)) as watch,
+        refusals(local=True),
+    ):
         return _Check(config, start, group, needs, watch.alive).run(json_file)
 
 
@@ -154,26 +154,20 @@ class _Check:
 
     def _steps(self, engine: Engine, kept: list) -> tuple[list[dict], Checkpoints]:
         """What every process measured of its steps, and the checkpoints to come."""
-        config = self.config
-        set_arithmetic(config.engine.precision)
-        torch.manual_seed(config.train.seed)
-        task = task_of(config, self.start.origin, self.start.receivers)
-        parameters = sum(weight.numel() for weight in task.module.parameters() if weight.requires_grad)
-        train = config.train
+        config, train = self.config, self.config.train
+        task = prepared_task(config, self.start, engine)
+        trained = [weight for weight in task.module.parameters() if weight.requires_grad]
+        parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)  # ZeRO-3 keeps shards alone
         checkpoints = Checkpoints(
             bytes=FP32 * (len(KINDS) + len(train.ema)) * parameters,
             most=train.keep_checkpoints + len(train.keep_at) + train.keep_best + 1,  # the one that is being written
         )
-        with out_of_memory.explaining(config, engine.world_size, engine.rank, folder=None):
-            engine.prepare(task.module)
-            try:
-                task.place(engine.device)
-                if config.engine.compile:
-                    compile_regions(nn.ModuleList([task.module, task.codec]))
+        try:
+            with out_of_memory.explaining(config, engine.world_size, engine.rank, folder=None):
                 timing = cluster.time_steps(config, engine, task, kept, self.alive)
-                return cluster.gathered(engine, timing), checkpoints
-            finally:
-                engine.close()
+            return cluster.gathered(engine, timing), checkpoints
+        finally:
+            engine.close()
 
     def _step(self, engine: Engine, timings: list[dict], all_reduces: list[findings.AllReduce]) -> Step:
         """The step of all processes, beside what was estimated."""

@@ -87,11 +87,9 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     group.first(lambda: locks.append(RunLock(start.folder.path)))
     stop.listen()
     try:
-        stalled = 60 * config.train.stall_minutes
-        slow = config.engine.compile or device_kind() == CUDA
-        lost = LONG_LOST_SECONDS if slow else LOST_SECONDS
+        stalled, stacks = 60 * config.train.stall_minutes, start.folder.path / "stacks"
         with (
-            Watch(group, stalled, start.folder.path / "stacks", lost, on_orphaned=stop.request) as watch,
+            Watch(group, stalled, stacks, lost_seconds(config), on_orphaned=stop.request) as watch,
             refusals(local=True),
         ):
             initialise(group, config.train.stall_minutes)
@@ -99,6 +97,11 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     finally:
         for lock in locks:
             lock.release()
+
+
+def lost_seconds(config: Config) -> float:
+    """For how long a process may be silent before a `Watch` takes it for lost."""
+    return LONG_LOST_SECONDS if config.engine.compile or device_kind() == CUDA else LOST_SECONDS
 
 
 def check_room(config: Config) -> None:
@@ -119,16 +122,7 @@ def tell(text: str) -> None:
 
 def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Outcome:
     engine = create_engine(config)
-    set_arithmetic(config.engine.precision)
-    torch.manual_seed(config.train.seed)
-    explained = partial(out_of_memory.explaining, config, engine.world_size, engine.rank)
-    with explained(folder=None):  # there may be no run folder yet
-        with nullcontext() if config.machine.freeze_codec else engine.building():  # a frozen codec stays whole
-            task = task_of(config, start.origin, start.receivers)
-        engine.prepare(task.module)
-        task.place(engine.device)
-    if config.engine.compile:
-        compile_regions(nn.ModuleList([task.module, task.codec]))  # a frozen codec is no part of the module
+    task = prepared_task(config, start, engine)
     training = _Training(config, start, engine, task, stop, watch)
     try:
         resume = training.choose()
@@ -136,12 +130,28 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
         engine.barrier()  # all have seen what the folder was like
         if engine.rank == 0:
             start.folder.write_facts(config, origin_of(start.origin) or start.folder.origin(config))
-        with explained(folder=start.folder.path / out_of_memory.FOLDER):
+        report = start.folder.path / out_of_memory.FOLDER
+        with out_of_memory.explaining(config, engine.world_size, engine.rank, report):
             while isinstance(ended := training.attempt(resume), Diverged):
                 resume = training.go_back(ended)
         return ended
     finally:
         engine.close()
+
+
+def prepared_task(config: Config, start: Start, engine: Engine) -> Task:
+    """The task of a run, with its model made, handed to the engine and compiled; every process calls it."""
+    set_arithmetic(config.engine.precision)
+    torch.manual_seed(config.train.seed)
+    # There may be no run folder yet.
+    with out_of_memory.explaining(config, engine.world_size, engine.rank, folder=None):
+        with nullcontext() if config.machine.freeze_codec else engine.building():  # a frozen codec stays whole
+            task = task_of(config, start.origin, start.receivers)
+        engine.prepare(task.module)
+        task.place(engine.device)
+    if config.engine.compile:
+        compile_regions(nn.ModuleList([task.module, task.codec]))  # a frozen codec is no part of the module
+    return task
 
 
 @dataclass
