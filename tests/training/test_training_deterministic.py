@@ -138,7 +138,8 @@ def test_so_has_every_operation_of_a_machine_receiver(name, height):
 @pytest.mark.launch
 def test_a_resumed_deterministic_run_equals_an_unbroken_one(train, launch):
     """Twice 10 steps against 20, on two processes."""
-    common = ("engine=zero2", "engine.deterministic=true", "train.steps=20", "log.wandb=disabled")
+    small = ("model.fusion=none", "data.crop=128", "log.wandb=disabled")
+    common = ("engine=zero2", "engine.deterministic=true", "train.steps=20", *small)
     unbroken = train("deterministic", *common)
     train("deterministic_twice", *common, "train.stop_after=10")
     resumed = train("deterministic_twice", *common)
