@@ -53,7 +53,7 @@ class Steps:
         self.config, self.device = config, device
         torch.manual_seed(config.train.seed)
         with device:  # random numbers of a large model take long to draw on a CPU
-            self._weights = HPCM(config.model).state_dict(keep_vars=True)
+            self._weights = HPCM(config.model).to(device).state_dict(keep_vars=True)
         self._optimizer = create_optimizer(self._weights.values(), config.train)
         side = config.data.crop
         self.images = torch.rand(batch, 3, side, side, device=device)
@@ -61,7 +61,7 @@ class Steps:
     def of(self, way: Way) -> Step:
         """A step computed in that way."""
         with self.device:
-            model = HPCM(self.config.model, precision=way.precision, checkpoint=way.checkpoint)
+            model = HPCM(self.config.model, precision=way.precision, checkpoint=way.checkpoint).to(self.device)
         model.load_state_dict(self._weights, assign=True)  # the same tensors, not copies of them
         if way.compiled:
             compile_regions(model)
