@@ -98,7 +98,10 @@ def parser() -> argparse.ArgumentParser:
 
 def with_wheels(wheels: Path) -> int:
     """Run this command in a virtual environment that sees the packages of this one; its exit code."""
-    import tomllib  # Python 3.11 or newer
+    if sys.version_info < (3, 11):
+        sys.stderr.write("gpu_acceptance: --wheels needs Python 3.11 or newer\n")
+        return 2
+    import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     with tempfile.TemporaryDirectory(prefix="gpu_acceptance_") as folder:
