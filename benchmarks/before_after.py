@@ -3,8 +3,9 @@
     git worktree add ../before COMMIT
     python benchmarks/before_after.py --before ../before [--preset 68m] [--batch 2] [--precision bf16] [--rounds 15]
 
-Each checkout has a process of its own, which takes steps in turn: both see what other jobs do to the machine. Printed:
-seconds of a step, and the ratio of the two, round by round.
+Each checkout has a process of its own with one thread; they take steps in turn, so that both see what other jobs do to
+the machine. Printed: processor time of a step, which other jobs change less than its duration, and the ratio of the
+two, round by round.
 """
 
 from __future__ import annotations
@@ -47,24 +48,25 @@ def main() -> None:
 
 
 def take_steps(chosen: argparse.Namespace) -> None:
-    """Take a step for every line of standard input; print its seconds and its loss."""
+    """Take a step for every line of standard input; print its processor time and its loss."""
+    torch.set_num_threads(1)
     step = Steps(compose([f"model={chosen.preset}"]), chosen.batch, torch.device("cpu")).of(
         Way(Precision(chosen.precision))
     )
     step()
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began = time.process_time()
         loss = step()
-        print(time.perf_counter() - began, loss.item(), flush=True)
+        print(time.process_time() - began, loss.item(), flush=True)
 
 
 def alternated(chosen: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and loss of the steps of either checkout; of every other round, the later one comes first."""
+    """Processor time and loss of the steps of either checkout; of every other round, the later one comes first."""
     options = ["--preset", chosen.preset, "--batch", str(chosen.batch), "--precision", chosen.precision]
     workers = {
         name: subprocess.Popen(
             [sys.executable, __file__, "--step", *options],
-            env=os.environ | {"PYTHONPATH": str(folder)},
+            env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -102,7 +104,7 @@ def compared(chosen: argparse.Namespace, turns: dict[str, list[tuple[float, floa
         tables=[
             Table(
                 title="",
-                headings=["checkout", "seconds", "times as fast", "loss"],
+                headings=["checkout", "processor seconds", "times as fast", "loss"],
                 rows=rows,
                 notes=[
                     f"Before: commit {commit}. Forward, loss, backward, gradient clipping and Adam; {chosen.rounds} "
