@@ -107,8 +107,8 @@ def compared(chosen: argparse.Namespace, turns: dict[str, list[tuple[float, floa
                 headings=["checkout", "processor seconds", "times as fast", "loss"],
                 rows=rows,
                 notes=[
-                    f"Before: commit {commit}. Forward, loss, backward, gradient clipping and Adam; {chosen.rounds} "
-                    "rounds in turns after one to warm up; medians, and in brackets the quartiles of the rounds' "
+                    f"Before: commit {commit}. One thread each. Forward, loss, backward, gradient clipping and Adam; "
+                    f"{chosen.rounds} rounds in turns after one to warm up; medians, and in brackets the quartiles of the rounds' "
                     "ratios."
                 ],
             )

@@ -89,6 +89,6 @@ def test_recomputation_takes_the_casts_that_are_there(steps):
 
 @pytest.mark.parametrize("size", ["68m", "swin"])
 def test_an_estimate_counts_the_same_launches(sizes, size):
-    """`hpcm estimate` counts them on fake tensors of the CPU, which any machine has: to 3 %."""
+    """`hpcm estimate` counts them on fake tensors of the CPU, which any machine has: to 5 %."""
     counted = rehearse(compose_model(size), Precision.bf16, Checkpointing.none, 256, 4, True).launches
-    assert counted == pytest.approx(sum(sizes[size]["launches"]["all"].values()), rel=0.03)
+    assert counted == pytest.approx(sum(sizes[size]["launches"]["all"].values()), rel=0.05)
