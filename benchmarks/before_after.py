@@ -108,8 +108,8 @@ def compared(chosen: argparse.Namespace, turns: dict[str, list[tuple[float, floa
                 rows=rows,
                 notes=[
                     f"Before: commit {commit}. One thread each. Forward, loss, backward, gradient clipping and Adam; "
-                    f"{chosen.rounds} rounds in turns after one to warm up; medians, and in brackets the quartiles of the rounds' "
-                    "ratios."
+                    f"{chosen.rounds} rounds in turns after one to warm up; medians, and in brackets the quartiles of "
+                    "the rounds' ratios."
                 ],
             )
         ],
