@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hpcm_scale.benchmark import cluster, cluster_tables, findings
 from hpcm_scale.benchmark.findings import Checkpoints, Device, Figures, Step
-from hpcm_scale.compute.hardware import peak_flops
+from hpcm_scale.compute.hardware import LAUNCH_US, MFU, peak_flops
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.phases import phases
 from hpcm_scale.config.schema import Config, Precision, Viewer
@@ -38,8 +38,6 @@ WRONG = 1
 """Exit code if something is wrong or suspicious."""
 STALL_SECONDS = 600.0
 """Without progress: engine.compile takes longest."""
-UTILISATION = 0.4
-"""Of a device's peak, as `hpcm estimate` takes it."""
 
 
 @one_line
@@ -176,6 +174,7 @@ class _Check:
         peak = peak_flops(engine.device, config.engine.precision == Precision.bf16) if needs else None
         widest = list(findings.fastest(all_reduces).values())[-1:]
         bandwidth = widest[0].bandwidth if widest else math.inf
+        launch = 0.0 if config.engine.compile else 1e-6 * LAUNCH_US  # how much a compiled step launches is not known
         return Step(
             seconds=seconds,
             images=phases(config)[0].batch_size,
@@ -184,7 +183,7 @@ class _Check:
             reserved=max(timing["reserved"] for timing in timings) if engine.device.type == "cuda" else None,
             estimated_peak=needs.memory.device if needs else None,
             utilisation=needs.flops_per_step / (peak * seconds) if peak else None,
-            estimated_seconds=needs.times(peak, UTILISATION, bandwidth).overlapped if peak else None,
+            estimated_seconds=needs.times(peak, MFU, bandwidth, launch).overlapped if peak else None,
         )
 
 

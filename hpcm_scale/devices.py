@@ -37,8 +37,9 @@ def device_kind(root: Path = Path("/")) -> str:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         where = f" with CUDA_VISIBLE_DEVICES={visible}" if visible else ""
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        driver = driver_version(root) or "of unknown version"
         raise UserError(
-            f"this machine has NVIDIA GPUs with driver {_driver(root)}, and torch {torch.__version__}, {build}, cannot "
+            f"this machine has NVIDIA GPUs with driver {driver}, and torch {torch.__version__}, {build}, cannot "
             f"use them{where}; install a driver and a torch that fit each other, or set DS_ACCELERATOR=cpu for the CPU"
         )
     if "DS_ACCELERATOR" in os.environ:
@@ -86,10 +87,11 @@ def _is_given(device: Path) -> bool:
     return True
 
 
-def _driver(root: Path) -> str:
+def driver_version(root: Path = Path("/")) -> str | None:
+    """The version of NVIDIA's driver, None if there is none."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
-        text = ""
+        return None
     found = re.search(r"\s(\d+(\.\d+)+)\s", text)
-    return found[1] if found else "of unknown version"
+    return found and found[1]

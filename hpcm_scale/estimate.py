@@ -9,6 +9,7 @@ import math
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from hpcm_scale.compute.hardware import LAUNCH_US, MFU, Links, links_of, peak_of
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.phases import described, phases
@@ -19,10 +20,6 @@ from hpcm_scale.model.ladder import sized
 
 if TYPE_CHECKING:
     from hpcm_scale.training.estimate import Estimate
-
-
-LAUNCH_US = 7
-"""Between the 5 and 10 µs that eager PyTorch takes for an operation on common hosts, autograd included."""
 
 
 @one_line
@@ -36,7 +33,6 @@ def main() -> None:
         raise UserError(
             "hpcm estimate counts codecs alone, without pre-editor and receivers; leave out stage and objective.viewer"
         )
-    from hpcm_scale.compute.hardware import peak_of  # after the arguments: torch takes seconds to import
     from hpcm_scale.model import families
 
     families.check(config.model)
@@ -58,7 +54,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu", default="H100", help="whose peak rate to take (default: %(default)s)")
-    parser.add_argument("--mfu", type=UTILISATION.real, default=0.4, help="share of it in use (default: %(default)s)")
+    parser.add_argument("--mfu", type=UTILISATION.real, default=MFU, help="share of it in use (default: %(default)s)")
     parser.add_argument(
         "--launch-us",
         type=Range(least=0, most=10_000).real,
@@ -95,8 +91,6 @@ def _parser() -> Parser:
 
 def _bandwidth(arguments: Namespace, world_size: int) -> float | None:
     """Bytes/s of a GPU in a ring through all; None where neither an option nor a data sheet tells."""
-    from hpcm_scale.compute.hardware import Links, links_of
-
     known = links_of(arguments.gpu) or Links(math.nan, math.nan)
     node = known.node if arguments.bandwidth_node is None else 1e9 * arguments.bandwidth_node
     network = known.network if arguments.bandwidth_network is None else 1e9 * arguments.bandwidth_network

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import time
@@ -27,6 +26,7 @@ from hpcm_scale.config.schema import Config
 from hpcm_scale.data.mixture import Mixture
 from hpcm_scale.data.photos import MixedPhotos
 from hpcm_scale.data.stream import Batch
+from hpcm_scale.devices import driver_version
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training.averages import Averages
 from hpcm_scale.training.batches import batches
@@ -85,7 +85,7 @@ def _node_facts(run_dir: Path) -> dict[str, Any]:
             "CUDA": cuda,
             "cuDNN": str(cudnn) if cudnn else None,
             "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
-            "driver": _driver(),
+            "driver": driver_version(),
         },
         "driver_cuda": _driver_cuda() if cuda else None,
         "memory": psutil.virtual_memory().total,
@@ -93,16 +93,6 @@ def _node_facts(run_dir: Path) -> dict[str, Any]:
         "disk_free": disk.free,
         "disk_writable": os.access(there, os.W_OK),
     }
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's driver."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    return found and found[1]
 
 
 def _driver_cuda() -> str | None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:  # commands read the rates before they need torch, which takes seconds to import
+    import torch
+
+MFU = 0.4
+"""Assumed share of a device's peak rate that training uses."""
+LAUNCH_US = 7
+"""Between the 5 and 10 µs that eager PyTorch takes for an operation on common hosts, autograd included."""
 
 # What torch.cuda.get_device_name says, fp32 with TF32 off, bf16 with fp32 sums; the rates in FLOP/s.
 # NVIDIA's data sheets give bf16 with sparsity, twice the rate here. B200, GB200: "Blackwell" data sheet, individual GPU
@@ -58,6 +64,8 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
     """FLOP/s the device could do at this precision; None if it is not known: then there is no MFU."""
     if device.type != "cuda":
         return None
+    import torch
+
     return peak_of(torch.cuda.get_device_name(device), bf16)
 
 

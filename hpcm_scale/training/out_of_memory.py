@@ -12,6 +12,7 @@ import torch
 
 from hpcm_scale.config.checks import check, micro_batch_size
 from hpcm_scale.config.schema import Checkpointing, Config, EngineName
+from hpcm_scale.devices import CUDA, device_kind
 from hpcm_scale.errors import Fault, UserError, in_a_line
 from hpcm_scale.files import write_text
 
@@ -86,9 +87,10 @@ def write_report(folder: Path, rank: int, error: torch.OutOfMemoryError) -> Path
     file = folder / f"rank_{rank:05d}.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        summary = torch.cuda.memory_summary() if torch.cuda.is_available() else "the memory of the CPU is not recorded"
+        on_cuda = device_kind() == CUDA
+        summary = torch.cuda.memory_summary() if on_cuda else "the memory of the CPU is not recorded"
         write_text(file, f"{error}\n\n{summary}\n")
-        if torch.cuda.is_available():
+        if on_cuda:
             torch.cuda.memory._dump_snapshot(os.fspath(file.with_suffix(".pickle")))
     except (OSError, RuntimeError):
         return None

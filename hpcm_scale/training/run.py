@@ -87,9 +87,9 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     group.first(lambda: locks.append(RunLock(start.folder.path)))
     stop.listen()
     try:
-        stalled, stacks = 60 * config.train.stall_minutes, start.folder.path / "stacks"
+        stalled = 60 * config.train.stall_minutes
         with (
-            Watch(group, stalled, stacks, lost_seconds(config), on_orphaned=stop.request) as watch,
+            Watch(group, stalled, start.folder.stacks, lost_seconds(config), on_orphaned=stop.request) as watch,
             refusals(local=True),
         ):
             initialise(group, config.train.stall_minutes)

@@ -66,6 +66,9 @@ _BRANCH_MAY_CHANGE = (*_MAY_CHANGE, "schedule.", "run.")
 _NAME_BYTES = 255
 _PATH_BYTES = 4096 - 512
 """The longest name that file systems take, and the longest path, less the names of the files in a run folder."""
+_STACKS = "stacks"
+_EARLY = {LOCK, _STACKS}
+"""What may lie in a run folder before the run's configuration does."""
 _BESIDE = ".sbatch"
 """The longest ending of the files beside a run folder, which have its name."""
 
@@ -108,6 +111,7 @@ class RunFolder:
         self.environment_file = self.path / "environment.json"
         self.divergences_file = self.path / "divergences.json"
         self.stop_file = self.path / "stop"
+        self.stacks = self.path / _STACKS
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
     def averaged_file(self, length: float) -> Path:
@@ -124,7 +128,7 @@ class RunFolder:
         if self.config_file.is_file():
             previous = from_yaml(self.config_file)
             self._refuse_other_run(previous, config, _MAY_CHANGE)
-        elif self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
+        elif self.path.exists() and not (self.path.is_dir() and {path.name for path in self.path.iterdir()} <= _EARLY):
             raise UserError(f"run.dir={self.path} exists and is not a run; choose another run.dir")
         newest = self.checkpoints.newest(examine)
         if newest is not None:

@@ -40,7 +40,9 @@ def refused(folder: RunFolder, config: Config, digest: str = "digest") -> str:
 def test_a_new_run_takes_a_new_or_empty_folder(tmp_path):
     config = compose(["model=nano"])
     (tmp_path / "empty").mkdir()
-    for name in ("new", "empty"):
+    (tmp_path / "stalled" / "stacks").mkdir(parents=True)  # before the first run had begun
+    (tmp_path / "stalled" / ".lock").touch()
+    for name in ("new", "empty", "stalled"):
         resume = RunFolder(tmp_path / name).resume(config, "digest")
         assert resume.choice is None and resume.previous is None and resume.step == 0
     assert not (tmp_path / "new").exists()
