@@ -49,7 +49,7 @@ def main() -> None:
         coded = engine.module(images, image_noise(model, images, torch.arange(2), seed=0))
         loss = rate_distortion_loss(images, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).mean().loss
         engine.backward(loss)
-        engine.step(1e-5)
+        engine.step(1e-5, float(engine.clip()))
         loss.item()
         return time.perf_counter() - began
 
