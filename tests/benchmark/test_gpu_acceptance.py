@@ -39,13 +39,13 @@ def performed(check: Check, folder: Path, shards: Path) -> dict:
 
 
 @pytest.mark.launch
-def test_checks_of_the_rehearsal_pass(project, tmp_path):
-    """Those without trainings: all of them take minutes (benchmarks/results/gpu_acceptance_rehearsal.md)."""
-    done = script(project, "--out", tmp_path, "--only", "c,3,13")
+def test_a_check_of_the_rehearsal_passes(project, tmp_path):
+    """One of them: all take minutes (benchmarks/results/gpu_acceptance_rehearsal.md)."""
+    done = script(project, "--out", tmp_path, "--only", "9,13")
     assert done.returncode == 0, done.stdout + done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     results = {outcome["check"]: outcome["result"] for outcome in told}
-    assert results == dict.fromkeys(["10", "11", "12"], "needs a GPU") | dict.fromkeys(["3", "13", "15"], "passed")
+    assert results == {"9": "needs a GPU", "13": "passed"}
     assert json.loads((tmp_path / "results.json").read_text())["checks"] == told
     assert "Nothing here ran on a GPU" in (tmp_path / "results.md").read_text()
 
