@@ -19,7 +19,7 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.config.phases import phases
 from hpcm_scale.config.schema import Config, Precision, Viewer
 from hpcm_scale.errors import Parser, is_first_process, one_line, refusals
-from hpcm_scale.files import write_json, writing
+from hpcm_scale.files import check_writable, write_json, writing
 from hpcm_scale.model.ladder import sized
 from hpcm_scale.training import out_of_memory, processes
 from hpcm_scale.training.deterministic import deterministic
@@ -71,6 +71,8 @@ def check_cluster(config: Config, json_file: Path | None) -> bool:
     """
     _stage("the configuration")
     with telling_refusals(), refusals():
+        if json_file and is_first_process():
+            check_writable(json_file)
         processes.choose_device()
         start = prepare(config, processes.world_size())
         check_room(config)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from hpcm_scale.errors import UserError
@@ -28,9 +28,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; flush it to disk and rename it on success.
 
     Its permissions are those of any new file, as the umask and the folder have them, whatever wrote it. On an exception
-    the unfinished file is removed and `path` is left as it was.
+    the unfinished file is removed and `path` is left as it was. Raises OSError if something else than a file is there.
     """
     path = Path(path)
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{unfinished_name(path)}{os.getpid()}.part")
     try:
@@ -79,6 +80,14 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise OSError if a rename would put a file in the place of a device, a pipe or a socket, or fail at a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and (kind := kind_of(path)):
+        raise OSError(errno.EINVAL, f"it is {kind}", str(path))
 
 
 @contextmanager
@@ -138,6 +147,22 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}); mend that, or name another place") from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise UserError if `path` cannot be written, where that comes much later; leaves nothing there."""
+    path = Path(path)
+    check_length(path)
+    with writing(path):
+        _check_replaceable(path)
+        with TemporaryFile(dir=nearest(path.absolute().parent)):
+            pass
+
+
+def nearest(folder: str | Path) -> Path:
+    """The folder itself, or what exists of those above it."""
+    folder = Path(folder).absolute()
+    return next(there for there in (folder, *folder.parents) if there.exists())
 
 
 def sync_folder(folder: str | Path) -> None:

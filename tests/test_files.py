@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from hpcm_scale.errors import UserError, refusals
-from hpcm_scale.files import check_length, read_file, whole_file, write_text
+from hpcm_scale.files import check_length, check_writable, read_file, whole_file, write_text, writing
 from hpcm_scale.tracking.journal import Journal, read_journal
 
 ODD = os.fsdecode(b"caf\xe9")
@@ -83,6 +83,33 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     ):
         with pytest.raises(OSError, match=f"it is {kind}"):
             read_file(path)
+
+
+def test_what_is_no_file_stays_what_it_is(tmp_path):
+    """A rename would put a file in the place of a device, a pipe or a socket."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (("pipe", "it is a pipe"), ("link", "it is a pipe"), ("folder", "Is a directory")):
+        path = tmp_path / name
+        with pytest.raises(UserError, match=f"cannot write .*{name} \\({reason}\\); mend that"), writing(path):
+            write_text(path, "text")
+        with pytest.raises(UserError, match=f"cannot write .*{name} \\({reason}\\); mend that"):
+            check_writable(path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
+
+
+def test_a_place_for_a_file_is_tried_and_left_as_it_was(tmp_path):
+    (tmp_path / "file").write_text("old", encoding="utf-8")
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "folder" / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "old"
+    with pytest.raises(UserError, match=r"cannot write .*file/below \(Not a directory\)"):
+        check_writable(tmp_path / "file" / "below")
+    with pytest.raises(UserError, match=r"cannot write /proc/new/file \("):
+        check_writable("/proc/new/file")  # root, too, can make no file there
 
 
 def test_what_the_file_system_refuses_is_told_and_other_errors_stay():

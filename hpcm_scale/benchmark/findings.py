@@ -297,7 +297,7 @@ def _disks(figures: Figures) -> Iterator[str]:
         )
     for node in nodes:
         if not node.disk_writable:
-            yield f"run.dir={figures.run_dir} cannot be written on {node.host}; change its permissions"
+            yield f"run.dir={figures.run_dir} cannot be written on {node.host}; mend that, or name another place"
         share = checkpoints.bytes * len(node.ranks) / sum(len(each.ranks) for each in nodes)
         if share > node.memory:
             yield (

@@ -198,7 +198,7 @@ CASES = {
     ),
     "no permission": (
         nodes(disk_writable=False),
-        ["run.dir=runs/1b cannot be written on b; change its permissions"],
+        ["run.dir=runs/1b cannot be written on b; mend that, or name another place"],
     ),
     "little host memory": (
         nodes(memory=5e9),

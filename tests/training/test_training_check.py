@@ -84,3 +84,10 @@ def test_one_process_that_fails_ends_all(launch, keys, project):
 def test_what_training_would_refuse_is_refused(launch, keys):
     result = launch(*keys, "train.batch_size=3", module="hpcm_scale.check")
     assert result.returncode == 2 and "does not divide over 2 processes" in result.stderr, result.stderr
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(launch, keys, tmp_path):
+    result = launch(*keys, "--json", str(tmp_path), module="hpcm_scale.check")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.count(f"cannot write {tmp_path} (Is a directory); mend that, or name another place") == 1
+    assert "versions" not in result.stderr and result.stdout == "" and list(tmp_path.iterdir()) == []
