@@ -74,7 +74,11 @@ def main() -> None:
     if arguments.run:
         perform(arguments)
     else:
-        raise SystemExit(accept(arguments))
+        try:
+            code = accept(arguments)
+        except KeyboardInterrupt:
+            code = 130
+        raise SystemExit(code)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,6 +141,15 @@ def accept(arguments: argparse.Namespace) -> int:
     if cuda and not torch.cuda.is_available():
         sys.stderr.write("gpu_acceptance: torch finds no GPU here; --device cpu --tiny is the rehearsal without one\n")
         return 2
+    from hpcm_scale.errors import UserError
+    from hpcm_scale.files import check_folder
+
+    try:
+        if arguments.out:
+            check_folder(arguments.out)
+    except UserError as error:
+        sys.stderr.write(f"gpu_acceptance: {error}\n")
+        return 2
     only = arguments.only or ("a,b,c,d" if cuda else "a,b,c")
     try:
         rows = chosen(only, CHECKS, torch.cuda.device_count() if cuda else 2)
@@ -172,7 +185,7 @@ def chosen(only: str, checks: tuple[Check, ...], devices: int) -> list[Row]:
     if devices > 1:
         rows += [Row(check, 2) for check in checks if check.together and names & {"d", str(check.number)}]
     if not rows:
-        raise ValueError("part d needs two GPUs")
+        raise ValueError("part d needs two GPUs" if names else "name a check or a part")
     return rows
 
 

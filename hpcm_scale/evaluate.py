@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from hpcm_scale.errors import Parser, UserError, one_line
-from hpcm_scale.files import check_length
+from hpcm_scale.files import check_folder
 from hpcm_scale.limits import COUNT, QUALITY, Range
 
 OUTPUTS = ("evaluation.json", "images.csv", "evaluation.md", "rate_distortion.png")
@@ -180,14 +179,7 @@ def _refuse(arguments: argparse.Namespace) -> None:
     if arguments.limit and arguments.set:
         raise UserError(f"--limit {arguments.limit} leaves no whole {arguments.set}; leave out --limit or --set")
     if arguments.out:
-        out = Path(arguments.out)
-        check_length(out)
-        there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-        if not there.is_dir():
-            kind = "a file" if there.exists() else "a link to nothing"
-            raise UserError(f"--out {out} cannot be a folder because {there} is {kind}; name a folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"--out {out} cannot be written because {there} is read-only; name another folder")
+        check_folder(arguments.out)
 
 
 def _sections(arguments: argparse.Namespace, device):

@@ -159,6 +159,26 @@ def check_writable(path: str | Path) -> None:
             pass
 
 
+def check_folder(out: str | Path) -> None:
+    """Raise UserError if `--out` cannot be a folder to write to, where that comes much later; leaves nothing there."""
+    check_length(out)
+    there = next(path for path in (Path(out), *Path(out).absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        kind = "a file" if there.exists() else "a link to nothing"
+        raise UserError(f"--out {out} cannot be a folder because {there} is {kind}; name a folder")
+    if not takes_files(there):
+        raise UserError(f"--out {out} cannot be written because {there} is read-only; name another folder")
+
+
+def takes_files(folder: str | Path) -> bool:
+    """Whether a file can be made there: permissions do not tell, on network file systems and for root."""
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
 def nearest(folder: str | Path) -> Path:
     """The folder itself, or what exists of those above it."""
     folder = Path(folder).absolute()

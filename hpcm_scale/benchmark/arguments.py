@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.compose import compose, preset_names
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
 from hpcm_scale.errors import Parser, UserError
+from hpcm_scale.files import check_folder
 from hpcm_scale.limits import COUNT, CROP, PROCESSES, Range
 from hpcm_scale.model.ladder import sized
 
@@ -35,20 +35,11 @@ def parser() -> Parser:
 def check(chosen) -> None:
     """Raise UserError for a place that --out cannot be, and a picture without a place."""
     if chosen.out is not None:
-        _check_folder(chosen.out)
+        check_folder(chosen.out)
     if getattr(chosen, "limit", None) and not chosen.images:
         raise UserError(f"--limit {chosen.limit} is of the images in a folder; add --images FOLDER")
     if getattr(chosen, "profile", False) and chosen.out is None:
         raise UserError("--profile draws a picture into the folder that --out names; add --out FOLDER")
-
-
-def _check_folder(out: Path) -> None:
-    """Minutes later it would be too late."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--out {out} cannot be a folder because {there} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out} cannot be written because {there} is read-only; name another folder")
 
 
 def configuration(preset: str, crop: int = 256) -> Config:

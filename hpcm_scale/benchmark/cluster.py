@@ -13,7 +13,6 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
@@ -28,7 +27,7 @@ from hpcm_scale.data.mixture import Mixture
 from hpcm_scale.data.photos import MixedPhotos
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.devices import driver_version
-from hpcm_scale.files import nearest
+from hpcm_scale.files import nearest, takes_files
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training.averages import Averages
 from hpcm_scale.training.batches import batches
@@ -93,17 +92,8 @@ def _node_facts(run_dir: Path) -> dict[str, Any]:
         "memory": psutil.virtual_memory().total,
         "disk": [disk.total, there.stat().st_ino],
         "disk_free": disk.free,
-        "disk_writable": _is_writable(there),
+        "disk_writable": takes_files(there),
     }
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether a file can be made there: permissions do not tell, on network file systems and for root."""
-    try:
-        TemporaryFile(dir=folder).close()
-    except OSError:
-        return False
-    return True
 
 
 def _driver_cuda() -> str | None:

@@ -147,7 +147,29 @@ def test_checks_are_chosen_by_number_and_part(only, devices, names):
     assert [row.name for row in gpu_acceptance.chosen(only, CHECKS, devices)] == names
 
 
-@pytest.mark.parametrize(("only", "reason"), [("16,e", "there is no check or part 16, e"), ("d", "two GPUs")])
+@pytest.mark.parametrize(
+    ("only", "reason"),
+    [("16,e", "there is no check or part 16, e"), ("d", "two GPUs"), (",", "name a check or a part")],
+)
 def test_what_cannot_be_chosen_is_refused(only, reason):
     with pytest.raises(ValueError, match=reason):
         gpu_acceptance.chosen(only, CHECKS, devices=1)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_checks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_acceptance, "make_material", lambda folder: pytest.fail("checks have begun"))
+    (tmp_path / "file").touch()
+    for out, reason in ((tmp_path / "file", "is a file; name a folder"), (Path("/proc/new"), "is read-only")):
+        assert gpu_acceptance.accept(argparse.Namespace(device="cpu", tiny=True, only="1", out=out)) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"gpu_acceptance: --out {out} cannot be") and reason in told and told.count("\n") == 1
+
+
+def test_ctrl_c_ends_the_script_without_a_traceback(monkeypatch):
+    monkeypatch.setattr(gpu_acceptance, "accept", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", "--device", "cpu"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(SystemExit) as ended:
+        gpu_acceptance.main()
+    assert ended.value.code == 130
