@@ -128,8 +128,8 @@ def json_text(value: Any, indent: int = 1) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file (`json_text`) atomically."""
-    write_text(path, json_text(value) + "\n")
+    """Write a JSON file (`json_text`) atomically, whatever its name ends with."""
+    write_text(path, json_text(value).encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from hpcm_scale.errors import UserError, refusals
-from hpcm_scale.files import check_length, check_writable, read_file, whole_file, write_text, writing
+from hpcm_scale.files import check_length, check_writable, read_file, whole_file, write_json, write_text, writing
 from hpcm_scale.tracking.journal import Journal, read_journal
 
 ODD = os.fsdecode(b"caf\xe9")
@@ -66,6 +66,8 @@ def test_names_in_text_are_shown_and_in_json_kept(tmp_path):
     assert (tmp_path / "table.csv").read_text(encoding="utf-8") == "caf\\xe9,ü\n"
     write_text(tmp_path / "facts.json", json.dumps({"path": ODD, "ü": 1}, ensure_ascii=False))
     assert json.loads((tmp_path / "facts.json").read_text(encoding="utf-8")) == {"path": ODD, "ü": 1}
+    write_json(tmp_path / "figures.txt", {"path": ODD, "ü": 1})
+    assert json.loads((tmp_path / "figures.txt").read_text(encoding="utf-8")) == {"path": ODD, "ü": 1}
     journal = Journal(tmp_path / "metrics.jsonl")
     journal.append({"step": 1, "time": 1, "train/images": 1, "compute/pflops": 1, "name": ODD})
     journal.close()
