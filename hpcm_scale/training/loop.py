@@ -28,7 +28,7 @@ from hpcm_scale.training.run_folder import RunFolder
 from hpcm_scale.training.saver import Saved, Saver
 from hpcm_scale.training.schedule import learning_rate
 from hpcm_scale.training.signals import StopRequest
-from hpcm_scale.training.step_profile import StepContext, profiling
+from hpcm_scale.training.step_profile import StepContext, out_of_reach, profiling
 from hpcm_scale.training.task import Task
 
 
@@ -114,6 +114,8 @@ class Trainer:
             self.count_bad()
             self.raise_trouble()
         profiled = self.config.train.profile_steps if self.engine.rank == 0 else []
+        if missed := out_of_reach(profiled, self.step, last_step):
+            self.recorder.say(missed)
         with (
             collecting_between_steps() as collect,
             profiling(profiled, self.engine.device, self.folder.path / "profile", self.say_of_profile) as in_profile,

@@ -72,6 +72,14 @@ def profiling(
             trace.stop_trace()
 
 
+def out_of_reach(steps: Sequence[int], done: int, last: int) -> str:
+    """What to tell the user if a command that goes from step `done` to `last` profiles none of `steps`; or ""."""
+    if not steps or (done < steps[1] and steps[0] <= last):
+        return ""
+    where = f"goes on after step {done}" if done >= steps[1] else f"ends at step {last}"
+    return f"nothing is profiled: train.profile_steps={list(steps)}, and this command {where}"
+
+
 def _write(trace: profile, stem: Path, say: Callable[[str], None]) -> None:
     """Write what was traced; training goes on if that fails."""
     file = stem.with_suffix(".json.gz")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcm_scale.training.step_profile import out_of_reach
+
 pytestmark = pytest.mark.launch
 
 
@@ -34,6 +36,8 @@ def test_the_steps_asked_for_are_in_the_trace(train, launch, engine):
 def test_a_run_that_stops_in_between_goes_on_with_the_rest(train, launch):
     """Steps are counted as the run's, and what was written before stays."""
     keys = ("profile_resumed", "engine=accelerate", "train.steps=6", "train.profile_steps=[2,4]")
+    train(*keys, "train.stop_after=1", processes=1)
+    assert train.output.count("nothing is profiled: train.profile_steps=[2, 4], and this command ends at step 1") == 1
     train(*keys, "train.stop_after=2", processes=1)
     train(*keys, "train.stop_after=3", processes=1)
     train(*keys, processes=1)
@@ -41,6 +45,13 @@ def test_a_run_that_stops_in_between_goes_on_with_the_rest(train, launch):
     traces = sorted(folder.glob("*.json.gz"))
     assert [trace.name for trace in traces] == ["steps_2-2.json.gz", "steps_3-3.json.gz", "steps_4-4.json.gz"]
     assert [steps_in(trace) for trace in traces] == [["step 2"], ["step 3"], ["step 4"]]
+
+
+def test_steps_that_a_command_does_not_come_by_are_told():
+    assert [out_of_reach([3, 5], done, last) for done, last in ((0, 3), (2, 9), (4, 9))] == ["", "", ""]
+    assert out_of_reach([], 0, 9) == ""
+    assert out_of_reach([3, 5], 5, 9).endswith("train.profile_steps=[3, 5], and this command goes on after step 5")
+    assert out_of_reach([3, 5], 0, 2).endswith("train.profile_steps=[3, 5], and this command ends at step 2")
 
 
 def test_a_rollback_profiles_the_steps_once_more(launch, shards, project):
