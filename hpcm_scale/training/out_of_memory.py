@@ -25,14 +25,15 @@ NOTHING_LEFT = "take more devices, smaller crops (data.crop) or a smaller model"
 def explaining(config: Config, world_size: int, rank: int, folder: Path | None) -> Iterator[None]:
     """A torch.OutOfMemoryError in here becomes a Fault that names the keys to change.
 
-    What the memory of the device holds is written to `folder`, if one is given. Use it where the tensors of the
-    training are still alive.
+    What the memory of the device holds is written to `folder`, if one is given: that of a run that has begun. Use it
+    where the tensors of the training are still alive.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         keys = remedies(config, world_size)
-        change = f"set {' or '.join(keys)}, and the same command goes on" if keys else NOTHING_LEFT
+        again = "the same command goes on" if folder else "type the command again"
+        change = f"set {' or '.join(keys)}, and {again}" if keys else NOTHING_LEFT
         report = write_report(folder, rank, error) if folder else None
         where = f"; what the memory held is in {report}" if report else ""
         raise Fault(f"process {rank} ran out of memory ({_shortened(error)}); {change}{where}") from error
