@@ -6,6 +6,7 @@ deepspeed --hostfile hostfile --module hpcm_scale.check model=1b engine=zero3 da
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from hpcm_scale.compute.hardware import LAUNCH_US, MFU, peak_flops
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.phases import phases
 from hpcm_scale.config.schema import Config, Precision, Viewer
-from hpcm_scale.errors import Parser, is_first_process, one_line, refusals
+from hpcm_scale.errors import Fault, Parser, is_first_process, one_line, refusals
 from hpcm_scale.files import check_writable, write_json, writing
 from hpcm_scale.model.ladder import sized
 from hpcm_scale.training import out_of_memory, processes
@@ -80,13 +81,20 @@ def check_cluster(config: Config, json_file: Path | None) -> bool:
     compared = facts(config, start.index.digest)
     del compared["version"]  # reported, not refused
     group = join(compared, config.engine.join_minutes)
-    stacks = Path(tempfile.gettempdir(), "hpcm_check_stacks")
+    stacks = Path(tempfile.gettempdir(), f"hpcm_check_stacks_{os.getuid()}")  # others may have theirs there
+    orphaned: list[str] = []
     with (
         deterministic(config.engine.deterministic),
-        Watch(group, STALL_SECONDS, stacks, lost_seconds(config)) as watch,
+        Watch(group, STALL_SECONDS, stacks, lost_seconds(config), on_orphaned=orphaned.append) as watch,
         refusals(local=True),
     ):
-        return _Check(config, start, group, needs, watch.alive).run(json_file)
+
+        def alive() -> None:
+            watch.alive()
+            if orphaned:  # nobody waits for the answer
+                raise Fault("the launcher of these processes is gone; type the command again")
+
+        return _Check(config, start, group, needs, alive).run(json_file)
 
 
 def _needs(config: Config) -> Estimate | None:
@@ -129,7 +137,8 @@ class _Check:
         nodes = [replace(node, devices=[devices[rank] for rank in node.ranks]) for node in nodes]
         _show(lambda: cluster_tables.devices_table(nodes))
         self.alive()
-        _stage("all-reduce")
+        if engine.world_size > 1:
+            _stage("all-reduce")
         all_reduces = cluster.all_reduces(cluster.hosts_of(group), engine, self.alive)
         if all_reduces:
             _show(lambda: cluster_tables.all_reduces_table(all_reduces))

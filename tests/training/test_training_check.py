@@ -64,7 +64,10 @@ def test_nodes(launch, keys, project, tmp_path):
 def test_one_process(launch, keys):
     result = launch(*keys, "engine=accelerate", processes=1, module="hpcm_scale.check")
     assert result.returncode in (0, WRONG), result.stdout + result.stderr
-    assert "| a step of 4 images | measured | estimated |" in result.stdout and "all-reduce |" not in result.stdout
+    assert (
+        "| a step of 4 images | measured | estimated |" in result.stdout
+        and "all-reduce" not in result.stdout + result.stderr
+    )
     assert not (launch.folder / "checked").exists()
 
 
@@ -75,7 +78,7 @@ def test_one_process_that_fails_ends_all(launch, keys, project):
     assert result.returncode == 1 and "Traceback" not in said, said
     assert [line for line in said.splitlines() if "out of memory" in line] == [
         "hpcm: process 1 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); set "
-        "train.micro_batch_size=1 or engine.checkpoint=blocks or engine=zero3, and the same command goes on"
+        "train.micro_batch_size=1 or engine.checkpoint=blocks or engine=zero3, and type the command again"
     ]
     assert "| crops, data.workers=1 in each process |" in result.stdout
     assert not (launch.folder / "checked").exists()
@@ -91,3 +94,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(l
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.count(f"cannot write {tmp_path} (Is a directory); mend that, or name another place") == 1
     assert "versions" not in result.stderr and result.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_processes_whose_launcher_is_killed_end(launch, keys, project):
+    """They do not measure on, unseen, on the devices of the next job."""
+    result = launch(*keys, "engine=zero2", module="orphaned_check", PYTHONPATH=str(project / "tests" / "training"))
+    said = result.stdout + result.stderr
+    assert result.returncode == 1 and "Traceback" not in said, said
+    assert said.count("hpcm: the launcher of these processes is gone; type the command again") == 1
+    assert "a training step" not in said and not (launch.folder / "checked").exists()
