@@ -27,7 +27,7 @@ from hpcm_scale.data.index import load_index
 from hpcm_scale.data.mixture import load_mixture
 from hpcm_scale.data.order import sample_at
 from hpcm_scale.data.storage import LocalStorage
-from hpcm_scale.data.stream import Batch, Source, collate, hand_over_errors, open_stream
+from hpcm_scale.data.stream import Batch, Source, collate, deliver, hand_over_errors, open_stream
 from hpcm_scale.errors import UserError
 from hpcm_scale.tracking.progress import progress
 
@@ -250,3 +250,16 @@ def test_the_thread_that_pins_batches_ends_before_the_workers_it_reads_from(smal
         assert any(thread.name.endswith("(_pin_memory_loop)") for thread in threading.enumerate())
         stream.close()
         assert not errors, errors[0].exc_value
+
+
+def test_workers_that_cannot_be_started_are_told_to_end():
+    """What kept them from it, a Ctrl-C for example, is not buried under another error."""
+
+    class Loader:
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+    here, there = multiprocessing.Pipe(duplex=False)
+    with pytest.raises(KeyboardInterrupt):
+        next(deliver(Loader(), there))
+    assert here.poll()
