@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpcm_scale.devices import CUDA
 from hpcm_scale.files import utf_8_path
 
 ALIGNMENT = 64
@@ -59,8 +60,11 @@ class HostCopy:
     """A copy of pieces in one buffer in host memory, which is used again for the next copy of the same pieces."""
 
     def __init__(self, pin: bool) -> None:
-        """`pin`: whether the buffer is pinned, for pieces on a CUDA device; `close` gives it back."""
-        self._pin = pin
+        """`pin`: whether the buffer is pinned, for pieces on a CUDA device; `close` gives it back.
+
+        Where the system does not let it be pinned, copies take longer.
+        """
+        self._pin, self._pinned = pin, False
         self._buffer: Tensor | None = None
         self._tensors: dict[str, Tensor] = {}
 
@@ -78,17 +82,26 @@ class HostCopy:
         sizes = [piece.values.numel() for piece in pieces]
         rooms = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         self._buffer = torch.empty(sum(rooms), dtype=torch.float32)
-        if self._pin:  # torch's own pinned memory comes in powers of two
-            register = torch.cuda.cudart().cudaHostRegister
-            torch.cuda.check_error(register(self._buffer.data_ptr(), self._buffer.nbytes, 0))
+        self._pinned = self._pin and _pinned(self._buffer)
         parts = self._buffer.split(rooms)
         self._tensors = {piece.key: part[:size] for piece, part, size in zip(pieces, parts, sizes, strict=True)}
 
     def close(self) -> None:
         """Free the buffer."""
-        if self._pin and self._buffer is not None:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr()))
-        self._buffer, self._tensors = None, {}
+        if self._pinned:  # where that fails, the device has failed before, which is what is to be told
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer, self._tensors, self._pinned = None, {}, False
+
+
+def _pinned(buffer: Tensor) -> bool:
+    """Pin a buffer in place, for torch's own pinned memory comes in powers of two; whether that could be done."""
+    if not buffer.nbytes:
+        return False
+    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)) == 0:
+        return True
+    with suppress(RuntimeError):  # CUDA reports it once more, to whatever launches a kernel next
+        torch.zeros(1, device=CUDA)
+    return False
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -262,7 +262,6 @@ def test_the_whole_buffer_is_pinned_once_and_given_back(monkeypatch):
         cudaHostUnregister=lambda *arguments: calls.append(("unregister", *arguments)) or 0,
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(("synchronize",)))
     host = HostCopy(pin=True)
     pieces = [Piece("weight", name, 0, torch.ones(100)) for name in "ab"]
@@ -272,3 +271,26 @@ def test_the_whole_buffer_is_pinned_once_and_given_back(monkeypatch):
     host.close()
     registered = ("register", address, 2 * 2 * ALIGNMENT * 4, 0)
     assert calls == [registered, ("synchronize",), ("synchronize",), ("unregister", address)]
+
+
+@pytest.mark.parametrize(("size", "asked"), [(100, 1), (0, 0)])
+def test_a_buffer_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, size, asked):
+    """As in a container that does not allow it, and by a process that holds no piece. CUDA's error is asked for, too,
+    or an innocent operation would meet it."""
+    calls, real = [], torch.zeros
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: calls.append("register") or 801)
+
+    def zeros(*shape, device=None):
+        if device != "cuda":
+            return real(*shape, device=device)
+        calls.append("launch")
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    host = HostCopy(pin=True)
+    copies = host.take([Piece("weight", "a", 0, torch.arange(float(size)))])
+    assert torch.equal(copies["weight/a@0"], torch.arange(float(size)))
+    assert calls == ["register", "launch"] * asked
+    host.close()
