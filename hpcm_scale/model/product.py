@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# torch's own, by name: ZeRO-3 puts one of two operations in the place of F.linear, for the rest of the process.
+from torch.nn.functional import linear
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor, cast: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -33,7 +35,7 @@ class _Product(torch.autograd.Function):
         ctx.dtype = weight.dtype
         if cast_weight is None:
             cast_weight, cast_bias = weight.to(x.dtype), bias.to(x.dtype)
-        return F.linear(x, cast_weight.flatten(1), cast_bias)
+        return linear(x, cast_weight.flatten(1), cast_bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -124,6 +124,18 @@ def test_a_compiled_region_takes_the_cast():
     torch._dynamo.reset()
 
 
+def test_a_product_is_one_operation_after_zero_3_too(monkeypatch):
+    """DeepSpeed's linear multiplies, then adds: other digits than before, and one more launch."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    x, weight, bias = torch.randn(2, 4, 4, 8), torch.randn(6, 8, 1, 1), torch.randn(6)
+    expected = product(x, weight, bias)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    with Launches() as launched:
+        result = product(x, weight, bias)
+    assert launched.total == 1 and torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("precision", Precision)
 def test_long_sums_are_not_split_and_rounded(precision):
     """By default torch lets cuBLAS add up parts of a sum in bf16 or fp16."""
