@@ -22,6 +22,9 @@ from hpcm_scale.training.engine import Engine, Stepped, poisoned
 from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, whole_pieces
 from hpcm_scale.training.pieces import Piece
 
+OF_BARRIERS = r"barrier\(\): using the device under current context"
+"""How a warning of torch begins."""
+
 
 class DeepSpeedEngine(Engine):
     """See `Engine`."""
@@ -29,6 +32,8 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: Config) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        # Said of stage 3's barriers where one process on a GPU is a group without a device of its own.
+        warnings.filterwarnings("ignore", OF_BARRIERS, UserWarning)
         # Which of its compiled operators could be built here; asked for them, it would look for compilers and warn of
         # each that it misses. It wants to know of a shared-memory all-reduce for CPUs alone, which takes minutes to
         # compile, and a build cut short hangs the next run. An operator that is used is built in any case, or fails.

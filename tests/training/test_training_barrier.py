@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from hpcm_scale.training.engine import Engine
 
@@ -18,3 +21,19 @@ def test_a_barrier_reads_the_sum():
 
     with pytest.raises(NotImplementedError, match="meta tensor"):
         Engine.barrier(SimpleNamespace(reduce=reduce))
+
+
+def test_what_torch_says_of_a_barrier_on_a_gpu_is_not_printed(monkeypatch):
+    """Only there, and only of a process alone: here of a group that says it computes on a GPU."""
+    from hpcm_scale.training.deepspeed_engine import OF_BARRIERS
+
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(distributed_c10d, "_get_object_coll_device", lambda group: "cuda")
+    monkeypatch.setattr(distributed_c10d, "_rank_not_in_group", lambda group: False)
+    group = SimpleNamespace(rank=lambda: 0, barrier=lambda opts: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            torch.distributed.barrier(group)
+        warnings.filterwarnings("ignore", OF_BARRIERS, UserWarning)
+        torch.distributed.barrier(group)
