@@ -273,11 +273,11 @@ def contest(setting: Setting, found: Findings, layer: str, ways: Ways) -> None:
     for name, work in ways.items():
         try:
             work()
-        except RuntimeError:
+            ready[name] = graphed(partial(repeat, work, REPEATED), setting.device)
+        except RuntimeError:  # noqa: PERF203 (some milliseconds each)
             if name == ours:
                 raise
-            continue  # there is no such kernel for this shape
-        ready[name] = graphed(partial(repeat, work, REPEATED), setting.device)
+            # There is no such kernel for this shape, or it cannot be captured.
     turns = alternate(ready, setting.pick(5, 1), setting.device)
     took = {name: 1e6 * statistics.median(seconds(turns[name])) / REPEATED for name in ready}
     found.note(layer, took)
