@@ -83,7 +83,7 @@ class Check:
     number: int
     title: str
     seconds: int
-    """It may take on a GPU, imports included, and longer if others of its part have left time."""
+    """It may take on a GPU, imports included, and longer if others of its part leave time."""
     part: str
     run: Callable[[Setting, Findings], None]
     needs_gpu: bool = False
