@@ -46,6 +46,7 @@ from hpcm_scale.model.plain import plain
 from hpcm_scale.model.shapes import on_meta, parameter_count
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints
 from hpcm_scale.training.engine import create_engine
+from hpcm_scale.training.group.watch import Watch
 from hpcm_scale.training.noise import image_levels, image_noise
 from hpcm_scale.training.pieces import Piece, fill, opened
 from hpcm_scale.training.run import run
@@ -363,7 +364,7 @@ def survive(setting: Setting, found: Findings) -> None:
 FAULTS = {
     "memory": (1, "hpcm: .*memory.*"),
     "nan": (2, "hpcm: step 3 is left out and the run ends: .*"),
-    "stall": (1, "hpcm: no step for .* minutes.*; stack traces: .*"),
+    "stall": (1, "hpcm: no step for .* minutes after step 2 .*; stack traces: .*"),
 }
 """Exit code and last line of trainings whose third step fails."""
 
@@ -371,12 +372,11 @@ FAULTS = {
 def faults(setting: Setting, found: Findings) -> None:
     """Out of memory, a loss that is no number, a main thread that stands still: three trainings at once."""
     program = "import sys; from gpu_checks import train_with_fault; train_with_fault(sys.argv.pop(1))"
-    options = ["train.steps=100", "train.on_divergence=stop", "engine=zero2"]
+    options = ["train.steps=100", "train.on_divergence=stop", "train.stall_minutes=30", "engine=zero2"]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = {}
     for kind in FAULTS:
-        patience = f"train.stall_minutes={0.1 if kind == 'stall' else 30}"
-        overrides = [*keys(setting), *options, patience, f"run.dir={setting.folder / kind}"]
+        overrides = [*keys(setting), *options, f"run.dir={setting.folder / kind}"]
         with (setting.folder / f"{kind}.log").open("w", encoding="utf-8") as log:
             started[kind] = subprocess.Popen(
                 [sys.executable, "-c", program, kind, *overrides],
@@ -401,6 +401,11 @@ def train_with_fault(kind: str) -> None:
     from hpcm_scale.train import main
 
     real, steps = Task.loss, count(1)
+    enter, watches = Watch.__enter__, []
+
+    def entered(watch: Watch) -> Watch:
+        watches.append(watch)
+        return enter(watch)
 
     def failing(task: Task, module: nn.Module, batch: Any, device: torch.device) -> Any:
         result = real(task, module, batch, device)
@@ -409,10 +414,11 @@ def train_with_fault(kind: str) -> None:
         if kind == "memory":
             exhaust(device)
         if kind == "stall":
+            watches[0]._stall_seconds = 6.0  # from here on: the start takes longer
             time.sleep(86_400)
         return result._replace(loss=result.loss * torch.nan)
 
-    Task.loss = failing
+    Task.loss, Watch.__enter__ = failing, entered
     main()
 
 
