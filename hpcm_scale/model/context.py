@@ -60,9 +60,8 @@ class WindowFusion(nn.Module):
         """(B, heads·d, H, W) to (B·windows, heads, window², d)."""
         batch, channels, height, width = x.shape
         w = self.window
-        # Channels last, so that gradients are, too.
-        x = x.permute(0, 2, 3, 1).reshape(batch, height // w, w, width // w, w, self.heads, channels // self.heads)
-        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+        x = x.reshape(batch, self.heads, channels // self.heads, height // w, w, width // w, w)
+        return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(0, 2)
 
     def _from_windows(self, x: Tensor, like: Tensor) -> Tensor:
         """The inverse of it, in shape and memory format of `like`."""
