@@ -237,7 +237,7 @@ def test_kodak(shared):
 
 def test_the_thread_that_pins_batches_ends_before_the_workers_it_reads_from(small_set, monkeypatch):
     """With a device that pins nothing: what is left is torch's thread, amid whose reading the workers went away."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("hpcm_scale.data.stream.device_kind", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *_, **__: True)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
