@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import STOPPED
-from hpcm_scale.sweeps.at_once import AtOnce, _tell
+from hpcm_scale.sweeps.at_once import AtOnce
 from hpcm_scale.sweeps.devices import Share
 from hpcm_scale.sweeps.job_process import JobProcess
 from hpcm_scale.sweeps.jobs import Job, make_job
@@ -143,15 +144,20 @@ def test_runs_of_one_name_in_several_folders_are_kept_apart(tmp_path, monkeypatc
     assert rows == ["a/trial", "b/trial"]
 
 
-def test_jobs_are_seen_to_their_end_when_nobody_reads_what_is_said(monkeypatch):
-    """As of `… | tee log` after Ctrl-C: tee is gone first."""
+def test_jobs_are_seen_to_their_end_when_nobody_reads_what_is_said():
+    """As of `… | tee log` after Ctrl-C: tee is gone first. A command opens its streams so that they outlive it."""
+    program = """
+from hpcm_scale.streams import open_streams
+open_streams()
+from hpcm_scale.sweeps.at_once import _tell
+_tell("a job has ended")
+print("the summary", flush=True)
+"""
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        monkeypatch.setattr(sys, "stderr", pipe)
-        _tell("a job has ended")
-        print("the summary", flush=True)
+    done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=writer, timeout=400)
+    os.close(writer)
+    assert done.returncode == 0
 
 
 def test_the_exit_code_of_a_sweep_says_how_its_runs_ended(make_run, tmp_path, monkeypatch, exit_codes):
