@@ -106,7 +106,7 @@ def utf_8_path(path: str | Path) -> Iterator[Path]:
 def check_length(path: str | Path) -> None:
     """Raise UserError if a name in `path`, or all of it, is longer than the file system takes."""
     absolute = Path(path).absolute()
-    there = next(parent for parent in (absolute, *absolute.parents) if os.path.exists(parent))  # noqa: PTH110
+    there = nearest(absolute)
     for name, most in (
         (max(absolute.parts, key=len_in_bytes), os.pathconf(there, "PC_NAME_MAX")),
         (absolute, os.pathconf(there, "PC_PATH_MAX") - 1),
@@ -182,7 +182,7 @@ def takes_files(folder: str | Path) -> bool:
 def nearest(folder: str | Path) -> Path:
     """The folder itself, or what exists of those above it."""
     folder = Path(folder).absolute()
-    return next(there for there in (folder, *folder.parents) if there.exists())
+    return next(there for there in (folder, *folder.parents) if os.path.exists(there))  # noqa: PTH110 (long names)
 
 
 def sync_folder(folder: str | Path) -> None:

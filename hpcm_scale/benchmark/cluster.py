@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import time
@@ -25,6 +24,7 @@ from hpcm_scale.config.checks import accumulation
 from hpcm_scale.config.schema import Config
 from hpcm_scale.data.mixture import Mixture
 from hpcm_scale.data.photos import MixedPhotos
+from hpcm_scale.data.processes import cores
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.devices import driver_version
 from hpcm_scale.files import nearest, takes_files
@@ -160,16 +160,11 @@ def read_data(config: Config, index: Mixture, engine: Engine) -> tuple[Data, lis
     photos, size = _read_photos(config, index, engine)
     engine.barrier()
     crops, kept, bad = _read_crops(config, index, engine)
-    values = gathered(engine, [photos, size, crops, bad, socket.gethostname(), sorted(_cores())])
+    values = gathered(engine, [photos, size, crops, bad, socket.gethostname(), sorted(cores())])
     per_second = [sum(column) for column in zip(*(value[:3] for value in values), strict=True)]
     reasons = list(dict.fromkeys(reason for value in values for reason in value[3]))
-    here = [set(cores) for *_, host, cores in values if host == values[0][4]]
+    here = [set(numbers) for *_, host, numbers in values if host == values[0][4]]
     return Data(*per_second, config.data.workers, len(set.union(*here)) // len(here), reasons), kept
-
-
-def _cores() -> set[int]:
-    """The cores that this process may use; those of its node's other processes may be the same or others."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _read_photos(config: Config, index: Mixture, engine: Engine) -> tuple[float, float]:
@@ -228,11 +223,11 @@ def time_steps(
             loss = task.loss(engine.module, batch, engine.device).loss.mean()
             engine.backward(loss)
             losses += loss.detach() / len(kept)
-        told = engine.reduce(torch.stack([losses, engine.clip()]) / engine.world_size).tolist()
-        engine.step(rate, told[1])
+        loss, norm = engine.reduce(torch.stack([losses, engine.clip()]) / engine.world_size).tolist()
+        engine.step(rate, norm)
         averages.update()
         alive()
-        return told[0]
+        return loss
 
     for _ in range(WARM_UP_STEPS):
         step()

@@ -65,7 +65,7 @@ def data_table(data: Data) -> str:
 
 
 def step_table(figures: Figures) -> str:
-    """The step, against what was estimated and what there is."""
+    """The step against its estimate, and the disk against the checkpoints."""
     step, checkpoints = figures.step, figures.checkpoints
     utilisation = NOT_KNOWN if step.utilisation is None else f"{step.utilisation:.1%}"
     estimated = NOT_KNOWN if step.estimated_seconds is None else f"{step.estimated_seconds:,.4g}"

@@ -164,10 +164,9 @@ def _versions(nodes: Sequence[Node]) -> Iterator[str]:
         others = [node for node in nodes if node.versions.get(name) != here]
         if others:
             theirs = others[0].versions.get(name)
-            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
             yield (
-                f"{others[0].host}{more} has {name} {theirs or 'missing'}, and {first.host} has {here or 'none'}; "
-                "install the same on all nodes"
+                f"{others[0].host}{_more(others)} has {name} {theirs or 'missing'}, and {first.host} has "
+                f"{here or 'none'}; install the same on all nodes"
             )
     for node in nodes:
         build, driver = node.versions.get("CUDA"), node.driver_cuda
@@ -216,7 +215,7 @@ def _all(nodes: Sequence[Node]) -> list[tuple[Node, Device]]:
     return [(node, device) for node in nodes for device in node.devices]
 
 
-def _more(listed: Sequence[str]) -> str:
+def _more(listed: Sequence[Any]) -> str:
     return f" (and {len(listed) - 1} more)" if len(listed) > 1 else ""
 
 
@@ -253,12 +252,12 @@ def _data(figures: Figures) -> Iterator[str]:
     if data.crops >= needed:
         return
     if data.photos * max(data.workers, 1) < needed:
-        mend = "the shards are read too slowly for that; bring them nearer (data.cache keeps a copy of a URL)"
+        remedy = "the shards are read too slowly for that; bring them nearer (data.cache keeps a copy of a URL)"
     elif data.workers < data.cores:
-        mend = f"raise data.workers={data.workers} (there are {data.cores} cores for each process)"
+        remedy = f"raise data.workers={data.workers} (there are {data.cores} cores for each process)"
     else:
-        mend = f"there are no more cores than data.workers={data.workers}; store smaller photos"
-    yield f"the data gives {data.crops:,.4g} crops/s, and the step takes {needed:,.4g}; {mend}"
+        remedy = f"there are no more cores than data.workers={data.workers}; store smaller photos"
+    yield f"the data gives {data.crops:,.4g} crops/s, and the step takes {needed:,.4g}; {remedy}"
 
 
 def _step(figures: Figures) -> Iterator[str]:
