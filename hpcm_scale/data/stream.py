@@ -193,10 +193,12 @@ def deliver(loader: DataLoader, stop: Connection) -> Iterator[Batch]:
     """Hand out the batches of all workers in order; closing it, or leaving the program, ends the workers."""
     items: Iterator[Batch | UserError] = iter(())
     workers: list[BaseProcess] = []
-    end = partial(end_loading, stop, items)
+
+    def end() -> None:
+        end_loading(stop, items)
+
     try:
         items, workers = start_loading(loader)
-        end = partial(end_loading, stop, items)
         atexit.register(end)  # the workers ignore SIGTERM, so Python cannot end them
         for item in items:
             if isinstance(item, UserError):

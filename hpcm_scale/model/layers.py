@@ -36,10 +36,14 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
 
 def reduced(x: Tensor) -> Tensor:
     """`x` in the dtype in which autocast, where it is on, has matrix products computed."""
+    dtype = _autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of `x`; None where it is off."""
     kind = x.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
 
 
 def set_arithmetic(precision: Precision) -> None:
@@ -119,11 +123,11 @@ def cast_once(layers: Sequence[Pointwise], x: Tensor) -> Iterator[None]:
     are then. Convolutions are cast once by autocast itself. Nothing is cast outside autocast, nor under ZeRO-3, which
     gathers weights layer by layer.
     """
-    kind = x.device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+    dtype = _autocast_dtype(x)
+    if dtype is None:
         layers = ()
     chosen = [layer for layer in layers if product_is_faster(x, layer) and not hasattr(layer.weight, "ds_id")]
-    with _given(_cast(chosen, torch.get_autocast_dtype(kind)) if chosen else []):
+    with _given(_cast(chosen, dtype) if chosen else []):
         yield
 
 
@@ -133,12 +137,12 @@ Casts = Sequence[tuple[Pointwise, Tensor, Tensor]]
 
 @torch.no_grad()
 def _cast(layers: Sequence[Pointwise], dtype: torch.dtype) -> Casts:
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    sizes = [parameter.numel() for parameter in (*weights, *biases)]
-    parts = torch.empty(sum(sizes), dtype=dtype, device=weights[0].device).split(sizes)
-    casts = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=False)] + list(parts[len(layers) :])
-    torch._foreach_copy_(casts, [*weights, *biases])
-    return list(zip(layers, casts, casts[len(layers) :], strict=False))
+    parameters = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+    sizes = [parameter.numel() for parameter in parameters]
+    parts = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device).split(sizes)
+    casts = [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
+    torch._foreach_copy_(casts, parameters)
+    return list(zip(layers, casts[: len(layers)], casts[len(layers) :], strict=True))
 
 
 _casts: Casts = ()
