@@ -25,15 +25,13 @@ from hpcm_scale.model.ladder import sized
 from hpcm_scale.training import out_of_memory, processes
 from hpcm_scale.training.deterministic import deterministic
 from hpcm_scale.training.engine import Engine, create_engine
-from hpcm_scale.training.estimate import Estimate, estimate
+from hpcm_scale.training.estimate import Estimate, checkpoint_bytes, estimate, launch_seconds
 from hpcm_scale.training.group.differences import facts
 from hpcm_scale.training.group.rendezvous import Group, initialise, join, telling_refusals
 from hpcm_scale.training.group.watch import Watch
-from hpcm_scale.training.pieces import KINDS
 from hpcm_scale.training.run import check_room, lost_seconds, prepared_task
 from hpcm_scale.training.run_folder import run_directory
 from hpcm_scale.training.start import Start, prepare
-from hpcm_scale.training.traffic import FP32
 
 WRONG = 1
 """Exit code if something is wrong or suspicious."""
@@ -168,7 +166,7 @@ class _Check:
         trained = [weight for weight in task.module.parameters() if weight.requires_grad]
         parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)  # ZeRO-3 keeps shards alone
         checkpoints = Checkpoints(
-            bytes=FP32 * (len(KINDS) + len(train.ema)) * parameters,
+            bytes=checkpoint_bytes(parameters, len(train.ema)),
             most=train.keep_checkpoints + len(train.keep_at) + train.keep_best + 1,  # the one that is being written
         )
         try:
@@ -185,7 +183,7 @@ class _Check:
         peak = peak_flops(engine.device, config.engine.precision == Precision.bf16) if needs else None
         widest = list(findings.fastest(all_reduces).values())[-1:]
         bandwidth = widest[0].bandwidth if widest else math.inf
-        launch = 0.0 if config.engine.compile else 1e-6 * LAUNCH_US  # how much a compiled step launches is not known
+        launch = launch_seconds(config, LAUNCH_US)
         return Step(
             seconds=seconds,
             images=phases(config)[0].batch_size,

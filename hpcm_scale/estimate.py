@@ -102,7 +102,7 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
     from rich.console import Console
     from rich.table import Table
 
-    from hpcm_scale.training.estimate import estimate
+    from hpcm_scale.training.estimate import estimate, launch_seconds
 
     needs = estimate(config, world_size)
     memory, engine = needs.memory, config.engine
@@ -132,8 +132,7 @@ def _print(config: Config, world_size: int, peak: float, bandwidth: float | None
         f"{needs.checkpoint / world_size / 1e9:,.2f} GB in host memory"
     )
     print(f"while the model is made, each process holds up to {needs.building / 1e9:,.2f} GB of weights in host memory")
-    # How much a compiled step launches is not known.
-    launch = 0.0 if engine.compile else arguments.launch_us * 1e-6
+    launch = launch_seconds(config, arguments.launch_us)
     hours = needs.seconds(peak * world_size, arguments.mfu, launch) / 3600
     print(
         f"{config.train.steps:,} steps of {described(config)}: {needs.images:,} images, "

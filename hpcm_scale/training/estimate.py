@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hpcm_scale.compute.tracker import PETA, flops_of
+from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import accumulation, micro_batch_size
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.phases import Phase, images_at, phases
@@ -69,8 +69,6 @@ class Estimate:
     building: int
     """Most bytes of weights that a process holds in host memory while the model is made: those of the largest layer
     with ZeRO-3, of the whole model without."""
-    flops: int
-    """Model FLOPs of the whole run."""
     images: int
     flops_per_step: int
     """Of one process; of the phases of crops, in the one that takes most."""
@@ -80,6 +78,11 @@ class Estimate:
     """By phase of crops."""
 
     @property
+    def flops(self) -> int:
+        """Model FLOPs of the whole run."""
+        return sum(part.flops for part in self.stretches)
+
+    @property
     def pflops(self) -> float:
         """Model PFLOPs of the whole run."""
         return self.flops / PETA
@@ -87,7 +90,7 @@ class Estimate:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint; each process keeps its share in host memory from the first one on."""
-        return FP32 * (len(KINDS) + self.averages) * self.parameters
+        return checkpoint_bytes(self.parameters, self.averages)
 
     def seconds(self, peak: float, mfu: float, launch: float = 0.0) -> float:
         """Time of the run on processes with `peak` FLOP/s together, of which `mfu` (0 to 1) are used.
@@ -129,25 +132,37 @@ def estimate(config: Config, world_size: int) -> Estimate:
     ]
     activations, uses = max(rehearsal.activations for rehearsal in rehearsals), rehearsals[0].uses
     costs = {phase.first_image: training_flops_per_image(model, phase.crop) for phase in planned}
-    images = images_at(config, config.train.steps)
     launches = [accumulation(config, world_size) * rehearsal.launches for rehearsal in rehearsals]
     zero = deepspeed_dictionary(config, world_size)["zero_optimization"]
     gathered = gather(uses, limits(zero)) if engine.zero_stage == 3 else None
+    sharded = engine.zero_stage == 3 and not config.machine.freeze_codec  # layer by layer, while it is made
     return Estimate(
-        parameters,
-        _memory(config, world_size, parameters, activations, gathered, zero["reduce_bucket_size"]),
-        traffic(config, world_size, parameters, gathered),
-        len(config.train.ema),
-        FP32 * (_largest_layer(model) if engine.zero_stage == 3 and not config.machine.freeze_codec else parameters),
-        flops_of(costs, images),
-        images,
-        max(costs[phase.first_image] * phase.batch_size // world_size for phase in planned),
-        max(launches),
-        [
+        parameters=parameters,
+        memory=_memory(config, world_size, parameters, activations, gathered, zero["reduce_bucket_size"]),
+        traffic=traffic(config, world_size, parameters, gathered),
+        averages=len(config.train.ema),
+        building=FP32 * (_largest_layer(model) if sharded else parameters),
+        images=images_at(config, config.train.steps),
+        flops_per_step=max(costs[phase.first_image] * phase.batch_size // world_size for phase in planned),
+        launches_per_step=max(launches),
+        stretches=[
             _stretch(phase, costs[phase.first_image], launched)
             for phase, launched in zip(planned, launches, strict=True)
         ],
     )
+
+
+def checkpoint_bytes(parameters: int, averages: int) -> int:
+    """Bytes of a checkpoint of a model with so many parameters and moving averages of its weights."""
+    return FP32 * (len(KINDS) + averages) * parameters
+
+
+def launch_seconds(config: Config, launch_us: float) -> float:
+    """Seconds to launch an operation, for `Estimate.seconds` and `times`, from microseconds.
+
+    0 with engine.compile: how many operations a compiled step launches is not known.
+    """
+    return 0.0 if config.engine.compile else 1e-6 * launch_us
 
 
 def _largest_layer(model: nn.Module) -> int:
