@@ -127,7 +127,7 @@ def trained(setting: Setting, name: str, *overrides: str) -> list[dict[str, Any]
 def keys(setting: Setting) -> list[str]:
     """Overrides of every training."""
     common = ["model=nano", "schedule.learning_rate=1e-3", "log.wandb=disabled", "data.workers=0"]
-    return [*common, f"data.shards={setting.shards}", f"train.batch_size={setting.pick(4, 2)}"]
+    return [*common, f"data.shards={setting.shards}", f"train.batch_size={setting.pick(4, setting.processes)}"]
 
 
 def losses(journal: Sequence[dict[str, Any]], name: str = "train/loss") -> list[float]:
@@ -232,7 +232,7 @@ def look(model: HPCM, wrong: list[str], tensors: Any, kinds: set, module: nn.Mod
 
 def engines(setting: Setting, found: Findings) -> None:
     """The same losses with every engine, with communication overlapped and not."""
-    common = [f"train.steps={setting.pick(20, 4)}", "engine.deterministic=true"]
+    common = [f"train.steps={setting.pick(20, 3)}", "engine.deterministic=true"]
     told = {}
     for engine in ("accelerate", "zero0", "zero1", "zero2", "zero3", "zero3_offload"):
         told[engine] = losses(trained(setting, engine, *common, *engine_keys(engine)))
