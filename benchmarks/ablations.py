@@ -21,7 +21,7 @@ from scipy import stats
 
 from hpcm_scale.config.compose import from_yaml
 from hpcm_scale.errors import UserError, one_line
-from hpcm_scale.model.shapes import on_meta, parameter_count
+from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.tracking.journal import read_journal
 
 LOSS = "eval/loss"

@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 
 import torch
+from bench.machine import machine
+from bench.report import Report, Table, tell, with_quartiles
+from bench.step import Steps, Way
 
-from hpcm_scale.benchmark.machine import machine
-from hpcm_scale.benchmark.paired import ratio, spread
-from hpcm_scale.benchmark.report import Report, Table, tell, with_quartiles
-from hpcm_scale.benchmark.step import Steps, Way
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.tracking.progress import progress
+from hpcm_scale.tracking.timing import ratio, spread
 
 HERE = Path(__file__).resolve().parents[1]
 

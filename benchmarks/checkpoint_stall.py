@@ -22,12 +22,11 @@ import torch
 from hpcm_scale.compute.tracker import peak_memory
 from hpcm_scale.config.compose import compose
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import rate_distortion_loss
 from hpcm_scale.tracking.progress import progress
-from hpcm_scale.training.checkpoints import Checkpoints, Retention
-from hpcm_scale.training.engine import create_engine
-from hpcm_scale.training.noise import image_noise
-from hpcm_scale.training.saver import Saver
+from hpcm_scale.training.checkpoints import Checkpoints, Retention, Saver
+from hpcm_scale.training.engines import create_engine
+from hpcm_scale.training.task import image_noise
 
 STEPS_PER_ROUND = 3
 

@@ -49,7 +49,17 @@ def data(options: argparse.Namespace, folder: Path, copies: int = 1) -> list[str
     if not options.photos:
         named += [shutil.copytree(photos, folder / "photos" / f"copy_{number}") for number in range(1, copies)]
     shards = folder / "shards"
-    command = [sys.executable, "-m", "hpcm_scale.shards", "build", *named, "--out", shards, "--shard-size", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "hpcm_scale.commands.shards",
+        "build",
+        *named,
+        "--out",
+        shards,
+        "--shard-size",
+        "1",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return ["model=nano", "schedule.learning_rate=1e-3", f"data.shards={shards}", f"eval.images={images}"]
 

@@ -30,10 +30,10 @@ from typing import IO, Any
 
 TRAINING = (
     "hpcm_scale.train",
-    "hpcm_scale.branch",
+    "hpcm_scale.commands.cooldown",
     "hpcm_scale.training.run",
-    "hpcm_scale.training.deepspeed_engine",
-    "hpcm_scale.training.accelerate_engine",
+    "hpcm_scale.training.engines.deepspeed",
+    "hpcm_scale.training.engines.accelerate",
     # Imported by torch and DeepSpeed only when first called, and slow.
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch._inductor.compile_fx",

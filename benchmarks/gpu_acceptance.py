@@ -265,7 +265,7 @@ def command_of(row: Row, arguments: argparse.Namespace, folder: Path) -> list[st
     program = [str(Path(__file__).resolve()), *options]
     if row.processes == 1:
         return [sys.executable, "-u", *program]
-    from hpcm_scale.sweeps.devices import free_port
+    from hpcm_scale.sweeps.local import free_port
 
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull]
     return [*launcher, "--num_gpus", str(row.processes), "--master_port", str(free_port([])), *program]
@@ -317,9 +317,8 @@ def perform(arguments: argparse.Namespace) -> None:
 def tell(outcomes: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Print the table; write it and all figures if there is a folder for them."""
     import torch
-
-    from hpcm_scale.benchmark.machine import machine
-    from hpcm_scale.benchmark.report import Report, Table, show, write
+    from bench.machine import machine
+    from bench.report import Report, Table, show, write
 
     cuda = arguments.device == "cuda"
     names = [f"{outcome['check']} {outcome['title']}" for outcome in outcomes]

@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from bench.plain import plain
 from fault_campaign.runs import Run, ended_with, kill, numbers, same_weights, wait_for
 from gpu_findings import Check, Findings, Setting, distance
 from gpu_speed import against_plain, compiling, heartbeat, kernels, speed, whole_graph
@@ -36,21 +37,19 @@ from hpcm_scale.coding.container import unpack
 from hpcm_scale.compute.hardware import peak_flops
 from hpcm_scale.config.compose import compose, compose_model
 from hpcm_scale.config.schema import Config, ModelConfig, Precision, RateConfig
+from hpcm_scale.distributed.watch import Watch
 from hpcm_scale.errors import STOPPED, UserError, is_first_process
+from hpcm_scale.model.arithmetic import memory_format_of
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.model.ladder import sized
 from hpcm_scale.model.layers import Block, Pointwise, set_arithmetic
-from hpcm_scale.model.memory_format import memory_format_of
-from hpcm_scale.model.plain import plain
-from hpcm_scale.model.shapes import on_meta, parameter_count
+from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints
-from hpcm_scale.training.engine import create_engine
-from hpcm_scale.training.group.watch import Watch
-from hpcm_scale.training.noise import image_levels, image_noise
-from hpcm_scale.training.pieces import Piece, fill, opened
+from hpcm_scale.training.engines import create_engine
 from hpcm_scale.training.run import run
-from hpcm_scale.training.task import Task, task_of
+from hpcm_scale.training.state_shards import Piece, fill, opened
+from hpcm_scale.training.task import Task, image_levels, image_noise, task_of
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets, and what a training without one fills in."""
@@ -372,7 +371,7 @@ FAULTS = {
 def faults(setting: Setting, found: Findings) -> None:
     """Out of memory, a loss that is no number, a main thread that stands still: three trainings at once."""
     program = "import sys; from gpu_checks import train_with_fault; train_with_fault(sys.argv.pop(1))"
-    options = ["train.steps=100", "train.on_divergence=stop", "train.stall_minutes=30", "engine=zero2"]
+    options = ["train.steps=100", "train.on_divergence=stop", "train.watchdog_timeout=30", "engine=zero2"]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     started = {}
     for kind in FAULTS:

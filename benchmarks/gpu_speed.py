@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench.machine import matmul_rate, products
+from bench.step import PLAIN, Step, Steps, Way
 from gpu_findings import Findings, Setting, distance
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from hpcm_scale.benchmark.machine import matmul_rate, products
-from hpcm_scale.benchmark.paired import alternate, ratio, seconds, synchronize, timed
-from hpcm_scale.benchmark.step import PLAIN, Step, Steps, Way
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.errors import in_a_line
+from hpcm_scale.model.arithmetic import product
 from hpcm_scale.model.layers import Pointwise, attend, depthwise_block
-from hpcm_scale.model.product import product
-from hpcm_scale.model.shapes import on_meta
+from hpcm_scale.model.parameters import on_meta
+from hpcm_scale.tracking.timing import alternate, ratio, seconds, synchronize, timed
 from hpcm_scale.training.costs import training_flops_per_image
 from hpcm_scale.training.estimate import estimate
 

@@ -9,14 +9,14 @@ import argparse
 from pathlib import Path
 
 import torch
+from bench.machine import machine
+from bench.report import Report, Table, tell, with_quartiles
+from bench.step import Steps, Way
+from bench.train import measure_steps
 
-from hpcm_scale.benchmark.machine import machine
-from hpcm_scale.benchmark.paired import spread
-from hpcm_scale.benchmark.report import Report, Table, tell, with_quartiles
-from hpcm_scale.benchmark.step import Steps, Way
-from hpcm_scale.benchmark.train import measure_steps
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Precision
+from hpcm_scale.tracking.timing import spread
 
 CASES = (
     ("nano", 256, 2),

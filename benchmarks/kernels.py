@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench.machine import machine
+from bench.report import Report, Table, tell, with_quartiles
 from torch import Tensor
 
-from hpcm_scale.benchmark.machine import machine
-from hpcm_scale.benchmark.paired import alternate, ratio, seconds, spread
-from hpcm_scale.benchmark.report import Report, Table, tell, with_quartiles
-from hpcm_scale.model.product import product
+from hpcm_scale.model.arithmetic import product
+from hpcm_scale.tracking.timing import alternate, ratio, seconds, spread
 
 CONVOLUTIONS = ((96, 384, 128), (384, 96, 128), (192, 768, 64), (384, 1536, 32), (960, 1920, 16), (960, 1920, 4))
 """Inputs, outputs, side."""

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.coding.container import unpack
-from hpcm_scale.coding.quality import usual_byte
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
+from hpcm_scale.entropy.range_coder import LOWEST
 from hpcm_scale.entropy.shifts import Tolerance
-from hpcm_scale.entropy.tables import LOWEST
 from hpcm_scale.errors import UserError
+from hpcm_scale.model.variable_rate import usual_byte
 from hpcm_scale.model.weights import load_weights
 from hpcm_scale.tracking.progress import progress
 

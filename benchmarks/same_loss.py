@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from bench.machine import machine
+from bench.report import Report, Table, tell
 
-from hpcm_scale.benchmark.machine import machine
-from hpcm_scale.benchmark.report import Report, Table, tell
 from hpcm_scale.tracking.journal import read_journal
 from hpcm_scale.tracking.progress import progress
 

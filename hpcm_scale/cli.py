@@ -16,8 +16,8 @@ COMMANDS = {
     "check": "whether the nodes of a job can train a configuration: versions, links, data, one step",
     "train": "train one configuration, or several with -m (launch with `deepspeed` on many GPUs)",
     "sweep": "a live table of the runs of a sweep, trained by `hpcm train -m`",
-    "average": "weights averaged over a length chosen after training (see train.ema)",
-    "branch": "from checkpoints of a run, train branches whose learning rate decays to zero",
+    "ema": "weights averaged over a length chosen after training (see train.ema)",
+    "cooldown": "from checkpoints of a run, train branches whose learning rate decays to zero",
     "encode": "photos to .hpcm files",
     "decode": ".hpcm files to PNG",
     "evaluate": "rate and distortion of weights, and of other codecs; what networks make of their pictures",
@@ -29,14 +29,8 @@ COMMANDS = {
 }
 
 
-MODULES = {
-    "bd-rate": "bd_rate",
-    "import": "import_weights",
-    "export": "export_weights",
-    "scaling": "scaling.__main__",
-    "sweep": "sweeps.__main__",
-}
-"""Of commands whose module is not named as they are."""
+MODULES = {"import": "import_weights", "export": "export_weights"}
+"""Of commands whose file in `commands/` has another name; - becomes _."""
 
 
 def usage() -> str:
@@ -63,7 +57,8 @@ def main() -> None:
         hint = f"did you mean `{near[0]}`?" if near else f"choose one of {', '.join(COMMANDS)}."
         raise UserError(f"there is no command `{name}`; {hint}")
     sys.argv = [f"hpcm {name}", *arguments[1:]]
-    import_module(f"hpcm_scale.{MODULES.get(name, name)}").main()
+    package = "hpcm_scale" if name == "train" else "hpcm_scale.commands"  # `deepspeed --module hpcm_scale.train`
+    import_module(f"{package}.{MODULES.get(name, name).replace('-', '_')}").main()
 
 
 if __name__ == "__main__":

@@ -3,29 +3,126 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from io import BufferedWriter, FileIO, RawIOBase, TextIOWrapper
+from pathlib import Path
 from typing import NoReturn
 
-from hpcm_scale.streams import lost_output, open_streams
+# Standard output and error that take any text and outlive their readers, and names as text that any file can hold.
+
+
+SHOWN = "hpcm_scale.shown"
+"""The error handler for text that may hold names of files: for `open`, `str.encode` and the like."""
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    hard = error.object[error.start : error.end]
+    # Python keeps a byte of a name that is not UTF-8 as a surrogate, U+DC80 to U+DCFF.
+    escaped = [rf"\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in hard]
+    return "".join(escaped), error.end
+
+
+codecs.register_error(SHOWN, _escape)
+
+
+def shown(name: object) -> str:
+    r"""Text with names in it so that it can be printed, drawn and written: bytes that are not UTF-8 as `\xe9`."""
+    return str(name).encode("utf-8", SHOWN).decode()
+
+
+class _Stream(FileIO):
+    """Text that cannot be written is dropped: the reader of a pipe has ended, or the disk of a log is full."""
+
+    refused: OSError | None = None
+    """Why text was dropped."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refused = error
+            return memoryview(data).nbytes
+
+
+_output: _Stream | None = None
+
+
+def open_streams() -> None:
+    """Make this process's standard output and error take any text, whatever the locale, and never raise OSError."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before this process began
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _tolerant(stream))
+        elif isinstance(stream, TextIOWrapper):  # somebody else's, such as a test's
+            stream.reconfigure(errors=SHOWN)
+
+
+def _tolerant(stream: TextIOWrapper) -> TextIOWrapper:
+    global _output
+    stream.flush()
+    raw = _Stream(stream.fileno(), "w", closefd=False)
+    raw.name = stream.name
+    if stream is sys.__stdout__:
+        _output = raw
+    unbuffered = isinstance(stream.buffer, RawIOBase)  # python -u
+    return TextIOWrapper(
+        raw if unbuffered else BufferedWriter(raw),
+        stream.encoding,
+        SHOWN,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def lost_output() -> str | None:
+    """Why text for standard output was dropped since the last call; "" if only its reader has ended."""
+    sys.stdout.flush()
+    refused = _output and _output.refused
+    if not refused:
+        return None
+    _output.refused = None
+    return "" if refused.errno == errno.EPIPE else refused.strerror
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """The exit code of what is done in here does not depend on whether its standard output could be written."""
+    yield
+    lost_output()
+
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and left a checkpoint: the same command goes on (EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend: its text is one sentence that names the cause and the mend.
+    """A mistake that the user can correct: one sentence with cause and remedy. Exit code 2.
 
-    Every process meets the same one, and the first one tells it, unless it is `local`.
+    Every process raises the same one and rank 0 prints it, unless it is `local`.
+
+    Args:
+        code: short name of the mistake, such as "no-shards"; tests assert on it. tests/errors.txt lists all of them.
+        key: configuration key, option or file that it is about; empty if there is none.
+        sentence: cause and remedy.
     """
 
     local = False
-    """Met by this process, perhaps by no other: it must speak itself."""
+    """Raised by this process, perhaps by no other: this process prints it."""
     exit_code = 2
+
+    def __init__(self, *parts: str) -> None:
+        self.code, self.key, sentence = parts if len(parts) == 3 else ("", "", *parts)
+        super().__init__(sentence)
 
 
 class Fault(UserError):

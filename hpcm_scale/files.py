@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +15,44 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
-from hpcm_scale.errors import UserError
-from hpcm_scale.streams import SHOWN, shown
+from hpcm_scale.errors import SHOWN, UserError, shown
+
+# Secrets inside URLs and shell commands: refused where they would be written down, hidden where they are told.
+
+
+PIPE = "pipe:"
+"""What a source starts with that is a shell command and no URL."""
+
+_SECRETS = (
+    re.compile(r"(?P<keep>//)[^/\s:@'\"]*:(?!\$)[^/\s'\"]+(?=@)"),  # ftp://user:password@host
+    re.compile(r"(?P<keep>https?://)[^/\s@'\"$]+(?=@)"),  # a token in place of the user, as of git hosts
+    re.compile(
+        r"(?P<keep>[?&;](?:[\w.-]*(?:token|signature|secret|passw|credential|accesskey|api[-_]?key|auth)[\w.-]*"
+        r"|sig|key|pwd)=)[^&#\s'\"$]+",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"(?P<keep>\bauthorization\s*:\s*)(?:(?:bearer|basic|token)\s+)?(?!(?:bearer|basic|token)\s)[^\s'\"$]+",
+        re.IGNORECASE,
+    ),
+)
+"""Each matches a secret after what may be kept. What a shell will fill in (`$TOKEN`) is none."""
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `…` in place of passwords, tokens and signatures of the URLs and headers in it."""
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\g<keep>…", text)
+    return text
+
+
+def check_no_secret(text: str, named: str) -> None:
+    """Raise UserError, which does not repeat it, if a URL or header in `text`, the value of `named`, holds a secret."""
+    if without_secrets(text) != text:
+        raise UserError(
+            f"{named} holds a password, token or signature, which would be written to the run folder; take it out "
+            "and give credentials in the environment (AWS_*, FSSPEC_*)"
+        )
 
 
 def unfinished_name(path: Path) -> str:

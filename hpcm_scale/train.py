@@ -20,11 +20,10 @@ from omegaconf import DictConfig
 from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folder, translated, typed
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import quoted, refuse_hydra_folders, sweeper_grids, swept_keys
-from hpcm_scale.errors import STOPPED, Parser, UserError, one_line
+from hpcm_scale.distributed.processes import without_launcher_arguments
+from hpcm_scale.errors import STOPPED, Parser, UserError, one_line, unread
 from hpcm_scale.model.ladder import sized
-from hpcm_scale.streams import unread
-from hpcm_scale.sweeps import plugins  # noqa: F401 (makes itself known to Hydra)
-from hpcm_scale.training.processes import without_launcher_arguments
+from hpcm_scale.sweeps import launchers  # noqa: F401 (makes itself known to Hydra)
 
 
 @one_line

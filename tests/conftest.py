@@ -76,7 +76,9 @@ def shards(shared, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "shards"
     photos = [str(shared / "data" / "photos" / "train" / f"{name}.jpg") for name in PHOTOS]
     subprocess.run(
-        [sys.executable, "-m", "hpcm_scale.shards", "build", *photos, "--out", str(out)], check=True, timeout=400
+        [sys.executable, "-m", "hpcm_scale.commands.shards", "build", *photos, "--out", str(out)],
+        check=True,
+        timeout=400,
     )
     return out
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hpcm_scale.devices import cpu_is_asked_for, device_kind, local_device
+from hpcm_scale.distributed import processes
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.weights import device_of
-from hpcm_scale.training import processes
 
 VERSION = """NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  Release Build
 GCC version:  gcc version 11.4.0 (Ubuntu 11.4.0-1ubuntu1~22.04)

@@ -11,7 +11,7 @@ import matplotlib
 import pytest
 from odd_names import ODD_NAMES
 
-from hpcm_scale.drawing import label, new_figure, save
+from hpcm_scale.formatting import label, new_figure, save
 
 
 def texts(svg) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from odd_names import ODD_NAMES
 
-from hpcm_scale.markdown import code, escaped, markdown_table
+from hpcm_scale.formatting import code, escaped, markdown_table
 
 markdown_it = pytest.importorskip("markdown_it")
 

@@ -18,7 +18,7 @@ import torch
 from fork_server import ForkServer
 from safetensors.torch import load_file
 
-from hpcm_scale.sweeps.devices import free_port
+from hpcm_scale.sweeps.local import free_port
 
 LONGEST_AFTERLIFE = 300.0
 """Seconds after which processes of a run that has ended are taken to hang; the report has the longest time it took."""

@@ -16,9 +16,15 @@ from torch import Tensor
 
 from hpcm_scale.coding.container import MOST_PIXELS, Container, pack, unpack
 from hpcm_scale.coding.tiling import analyse, synthesise, tile_side
-from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, SymbolReader, SymbolWriter, least_bits
+from hpcm_scale.entropy.range_coder import (
+    LARGEST_SYMBOL,
+    CorruptStream,
+    SymbolReader,
+    SymbolWriter,
+    least_bits,
+    table_index,
+)
 from hpcm_scale.entropy.shifts import ShiftReader, Tolerance, choose_shifts, shifted_tables, write_head, write_step
-from hpcm_scale.entropy.tables import table_index
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.coding_order import GROUPS
 from hpcm_scale.model.hpcm import HPCM, symbols_of, value_of

@@ -4,21 +4,60 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpcm_scale.config.distortions import check_distortion
 from hpcm_scale.config.phases import Phase, check_crops
 from hpcm_scale.config.schema import (
     Config,
     DataConfig,
+    Distortion,
     EngineName,
     Fusion,
     ModelConfig,
     PreEditorConfig,
     ScheduleConfig,
-    Viewer,
+    Target,
 )
-from hpcm_scale.config.urls import PIPE, check_no_secret
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import PIPE, check_no_secret
 from hpcm_scale.limits import Range, abbreviated, check_numbers
+
+# What a distortion asks of crops and λ.
+
+
+MS_SSIM_SMALLEST_SIDE = 161
+"""Pixels. Five scales, four halvings apart, and a window of 11 pixels: MS-SSIM is not defined for shorter sides."""
+MS_SSIM_LEAST_LMBDA = 0.24
+"""A tenth of the lowest public λ; the highest of MSE, 0.0483, is far below."""
+
+
+def check_distortion(config: Config) -> None:
+    """Raise UserError for an objective.distortion that does not go with the rest."""
+    objective, rate = config.objective, config.model.rate
+    if objective.distortion != Distortion.ms_ssim:
+        return
+    if objective.target == Target.vision_model:
+        raise UserError(
+            "objective.target=vision_model weighs tokens against MSE (machine.mse), not objective.distortion=ms_ssim; "
+            "leave one of the two out"
+        )
+    if rate.levels > 1 and min(rate.lowest, rate.highest, rate.reference) < MS_SSIM_LEAST_LMBDA:
+        raise UserError(
+            f"model.rate.lowest={rate.lowest:g}, highest={rate.highest:g} and reference={rate.reference:g} are not all "
+            "λ of MS-SSIM, which objective.distortion=ms_ssim needs; use model.rate.lowest=2.4 model.rate.highest=60.5 "
+            f"model.rate.reference={max(objective.lmbda, 2.4):g}"
+        )
+    if objective.lmbda < MS_SSIM_LEAST_LMBDA:
+        raise UserError(
+            f"objective.lmbda={objective.lmbda:g} is λ of MSE, and with objective.distortion=ms_ssim it would buy no "
+            "picture; use 2.4 to 60.5, or objective=ms_ssim, which brings its own"
+        )
+    for side in (config.data.crop, *config.schedule.crops):
+        if side < MS_SSIM_SMALLEST_SIDE:
+            key = "data.crop" if side == config.data.crop else "schedule.crops"
+            raise UserError(
+                f"objective.distortion=ms_ssim needs crops with sides from {MS_SSIM_SMALLEST_SIDE} pixels, and {key} "
+                f"has {side}; use 256"
+            )
+
 
 # What a key of DeepSpeed's own, given in engine.options, would set behind the back of a key of ours.
 _GENERATED = {
@@ -226,26 +265,26 @@ def _check_zero_options(options: Any) -> None:
 
 
 def _check_branch(config: Config) -> None:
-    trunk, step = config.run.branch_of, config.run.branch_at
+    trunk, step = config.run.cooldown_of, config.run.cooldown_at
     if (trunk is None) != (step is None):
-        raise UserError("run.branch_of and run.branch_at belong together; start branches with `hpcm branch`")
+        raise UserError("run.cooldown_of and run.cooldown_at belong together; start branches with `hpcm cooldown`")
     if step is not None and step >= config.train.steps:
         raise UserError(
-            f"run.branch_at={step} leaves nothing of train.steps={config.train.steps}; ask for more steps than that"
+            f"run.cooldown_at={step} leaves nothing of train.steps={config.train.steps}; ask for more steps than that"
         )
 
 
 def _check_machine(config: Config) -> None:
-    machine, viewer = config.machine, config.objective.viewer
+    machine, target = config.machine, config.objective.target
     editor = machine.pre_editor
     for key in ("edit", "freeze_codec"):
-        if getattr(machine, key) and viewer != Viewer.machine:
-            raise UserError(f"machine.{key} needs objective.viewer=machine; set that, too")
-    if viewer != Viewer.machine:
+        if getattr(machine, key) and target != Target.vision_model:
+            raise UserError(f"machine.{key} needs objective.target=vision_model; set that, too")
+    if target != Target.vision_model:
         return
     if not machine.receivers:
         raise UserError(
-            "objective.viewer=machine needs machine.receivers; name the networks that look at the pictures, such as "
+            "objective.target=vision_model needs machine.receivers; name the networks that see the images, such as "
             "[efficientnet-lite0]"
         )
     if machine.freeze_codec and not machine.edit:
@@ -254,8 +293,11 @@ def _check_machine(config: Config) -> None:
         raise UserError("machine.freeze_codec needs a trained codec; name its run folder with init_from")
     if len(set(machine.receivers)) < len(machine.receivers):
         raise UserError(f"machine.receivers={machine.receivers} names one twice; name each once")
-    if not (machine.mse or machine.token or machine.rank):
-        raise UserError("machine.mse, machine.token and machine.rank are all 0; give one of them a weight")
+    if not (machine.mse or machine.token_distortion_weight or machine.token_rank_weight):
+        raise UserError(
+            "machine.mse, machine.token_distortion_weight and machine.token_rank_weight are all 0; give one of them "
+            "a weight"
+        )
     check_pre_editor(editor)
     if machine.edit and editor.tokens not in (None, *machine.receivers):
         raise UserError(

@@ -41,12 +41,12 @@ class Checkpointing(Enum):
     """Those within residual blocks of the transforms and within the steps of the coding order."""
 
 
-class Viewer(Enum):
-    """Who looks at the pictures, and so what counts as distortion."""
+class Target(Enum):
+    """Receiver of the decoded images, which decides what counts as distortion."""
 
-    people = "people"
+    human = "human"
     """255²·MSE."""
-    machine = "machine"
+    vision_model = "vision_model"
     """What happens to the tokens of machine.receivers, besides."""
 
 

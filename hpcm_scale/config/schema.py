@@ -18,7 +18,7 @@ from hpcm_scale.config.choices import (
     OnDivergence,
     Parametrisation,
     Precision,
-    Viewer,
+    Target,
     WandbMode,
 )
 from hpcm_scale.limits import COUNT, COUNT_OR_NONE, CROP, LAMBDA, Range, number
@@ -133,7 +133,7 @@ class DataConfig:
     """Tries for one read from a URL, with exponential back-off, before the run ends."""
     timeout: float = number(30.0, Range(above=0, most=86_400))
     """Seconds before one read from a URL counts as failed."""
-    max_bad: int = number(100, COUNT_OR_NONE)
+    max_corrupt_samples: int = number(100, COUNT_OR_NONE)
     """Photos that may turn out to be unreadable, each replaced by another, before the run ends."""
     pipe: bool = False
     """Whether shards may be `pipe:COMMAND`, a shell command that writes the file {} to its standard output."""
@@ -145,7 +145,7 @@ class ObjectiveConfig:
 
     lmbda: float = number(0.013, LAMBDA)
     """With variable rate every image has a λ of its own, and this is the one of evaluations while training."""
-    viewer: Viewer = Viewer.people
+    target: Target = Target.human
     distortion: Distortion = Distortion.mse
     likelihood: Likelihood = Likelihood.survival
 
@@ -164,15 +164,15 @@ class PreEditorConfig:
 
 @dataclass
 class MachineConfig:
-    """Training with objective.viewer=machine (after arXiv 2407.17060): distortion is what happens to tokens."""
+    """Training with objective.target=vision_model (after arXiv 2407.17060): distortion is what happens to tokens."""
 
     receivers: list[str] = field(default_factory=list)
     """Networks whose tokens are to survive (`hpcm_scale/machine/receivers.py` lists them)."""
     mse: float = number(1.0, WEIGHT)
     """Weight of 255²·MSE."""
-    token: float = number(100.0, WEIGHT)
+    token_distortion_weight: float = number(100.0, WEIGHT)
     """Weight of the token distortion, averaged over the receivers."""
-    rank: float = number(10.0, WEIGHT)
+    token_rank_weight: float = number(10.0, WEIGHT)
     """Weight of the difference in token rank, averaged over the receivers."""
     layers: dict[str, float] = number({}, WEIGHT)
     """Weights of layers, `receiver/layer`, relative to each other; those not named: 1."""
@@ -226,7 +226,7 @@ class TrainConfig:
     """Largest global gradient norm."""
     on_divergence: OnDivergence = OnDivergence.skip
     """What to do with a step whose loss or gradient is not finite, or whose loss leaps."""
-    spike: float | None = number(10.0, LARGE)
+    loss_spike_factor: float | None = number(10.0, LARGE)
     """A loss leaps if it is more than so many times the median of the last 100; unset: never."""
     max_skipped: int = number(10, COUNT)
     """Steps skipped in a row before the run ends."""
@@ -237,14 +237,14 @@ class TrainConfig:
     keep_checkpoints: int = number(2, COUNT)
     """The newest so many are kept."""
     keep_at: list[int] = number([], COUNT)
-    """Steps after which a checkpoint is left for good, for `hpcm branch`."""
+    """Steps after which a checkpoint is left for good, for `hpcm cooldown`."""
     keep_every: int | None = number(None, COUNT)
     """Checkpoints of every so many steps are kept for good, too."""
     keep_best: bool = True
     """Keep, besides, of the checkpoints at whose steps there was an evaluation, the one with the lowest loss."""
     max_hours: float | None = number(None, Range(above=0, most=YEAR_MINUTES // 60))
     """Hours from its start after which this command stops, with a checkpoint, as if it had been asked to."""
-    stall_minutes: float = number(30.0, Range(above=0, most=YEAR_MINUTES))
+    watchdog_timeout: float = number(30.0, Range(above=0, most=YEAR_MINUTES))
     """Minutes without a step after which the run ends, with the stack traces of all its processes."""
     profile_steps: list[int] = number([], COUNT)
     """First and last step whose profile process 0 writes to the run folder (profile/), both included; unset: none."""
@@ -278,11 +278,11 @@ class EngineConfig:
     """Compile the parts of the network with torch.compile; minutes at the start of a run, faster steps."""
     deterministic: bool = False
     """Use deterministic algorithms only, so that a GPU, too, gives the same digits every time; slower steps."""
-    checkpoint: Checkpointing = Checkpointing.none
+    activation_checkpointing: Checkpointing = Checkpointing.none
     """Activations to compute again in the backward pass; lets larger models or batches into a device's memory."""
     world_size: int | None = number(None, IMAGES)
     """Processes; training checks it against the launcher, `hpcm estimate` plans for it."""
-    join_minutes: float = number(10.0, Range(above=0, most=YEAR_MINUTES))
+    init_timeout: float = number(10.0, Range(above=0, most=YEAR_MINUTES))
     """Minutes that the processes of a run wait for each other at its start."""
     options: dict[str, Any] = field(default_factory=dict)
     """Merged into DeepSpeed's own configuration, for what has no key here."""
@@ -310,9 +310,9 @@ class RunConfig:
     """Unset: runs/<model.name>, or runs/<sweep>/<what was swept> in a multirun."""
     sweep: str | None = None
     """Name of the sweep this run belongs to: wandb's group."""
-    branch_of: str | None = None
-    """Folder of the run that this one branches off; `hpcm branch` sets it."""
-    branch_at: int | None = number(None, COUNT)
+    cooldown_of: str | None = None
+    """Folder of the run that this one branches off; `hpcm cooldown` sets it."""
+    cooldown_at: int | None = number(None, COUNT)
     """Step of the checkpoint it branches off at."""
 
 

@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpcm_scale.data.index import Shard
-from hpcm_scale.data.pipe import PipeStorage
-from hpcm_scale.data.retrying import Unreadable
-from hpcm_scale.data.storage import LocalStorage, RemoteStorage
+from hpcm_scale.data.storage import LocalStorage, PipeStorage, RemoteStorage, Unreadable
 from hpcm_scale.files import sha256_of, unfinished_name, whole_file, writing
 
 

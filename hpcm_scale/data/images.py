@@ -2,16 +2,119 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.Image import Transpose
 
-from hpcm_scale.data import jpeg, png, webp
-from hpcm_scale.data.orientation import AS_STORED, Box, Orientation, orientation_of
+from hpcm_scale.data import images, jpeg, png
+from hpcm_scale.data.mixture import AUGMENTATION, random_words
+
+# How an image is stored on its side or mirrored, as its EXIF block tells.
+
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom, pixels; the last two lie outside."""
+
+
+class Orientation(NamedTuple):
+    """What makes a stored image upright, and how it was stored: axes swapped, and then mirrored."""
+
+    method: Transpose | None = None
+    swapped: bool = False
+    mirrored_x: bool = False
+    mirrored_y: bool = False
+
+    def upright(self, image: Image.Image) -> Image.Image:
+        return image if self.method is None else image.transpose(self.method)
+
+    def size(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of the upright image, of those of the stored one."""
+        return stored[::-1] if self.swapped else stored
+
+    def stored(self, box: Box, size: tuple[int, int]) -> Box:
+        """Where a box of the upright image lies in the stored one, which is of `size`."""
+        (left, top, right, bottom), (width, height) = box, size
+        if self.swapped:
+            left, top, right, bottom = top, left, bottom, right
+        if self.mirrored_x:
+            left, right = width - right, width - left
+        if self.mirrored_y:
+            top, bottom = height - bottom, height - top
+        return left, top, right, bottom
+
+
+AS_STORED = Orientation()
+ORIENTATIONS = {
+    2: Orientation(Transpose.FLIP_LEFT_RIGHT, mirrored_x=True),
+    3: Orientation(Transpose.ROTATE_180, mirrored_x=True, mirrored_y=True),
+    4: Orientation(Transpose.FLIP_TOP_BOTTOM, mirrored_y=True),
+    5: Orientation(Transpose.TRANSPOSE, swapped=True),
+    6: Orientation(Transpose.ROTATE_270, swapped=True, mirrored_y=True),
+    7: Orientation(Transpose.TRANSVERSE, swapped=True, mirrored_x=True, mirrored_y=True),
+    8: Orientation(Transpose.ROTATE_90, swapped=True, mirrored_x=True),
+}
+"""By the number in the EXIF block."""
+
+
+TAG = 0x0112
+"""Of the orientation in an EXIF block."""
+_EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
+"""Of whole numbers, by the type in an EXIF block."""
+
+
+def orientation_of(exif: bytes) -> Orientation:
+    """What an EXIF block says, in its first directory; an empty or malformed one says nothing.
+
+    Nothing else turns an image: no XMP packet, and no EXIF of a thumbnail.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    with suppress(struct.error):
+        if order:
+            (directory,) = struct.unpack_from(f"{order}I", exif, 4)
+            (entries,) = struct.unpack_from(f"{order}H", exif, directory)
+            for at in range(directory + 2, directory + 2 + 12 * entries, 12):
+                tag, kind = struct.unpack_from(f"{order}HH", exif, at)
+                if tag == TAG and kind in _EXIF_FORMATS:
+                    (number,) = struct.unpack_from(order + _EXIF_FORMATS[kind], exif, at + 8)
+                    return ORIENTATIONS.get(number, AS_STORED)
+    return AS_STORED
+
+
+# WebP files without metadata.
+
+
+USED = frozenset({b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"})
+"""Types of the chunks that decide about the pixels."""
+
+
+def is_webp(data: bytes) -> bool:
+    """By its first bytes."""
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def read_webp(data: bytes) -> tuple[bytes, bytes]:
+    """The same WebP with the chunks that decide about the pixels alone, and its EXIF block, if there is one."""
+    whole = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    at, kept, exif = 12, [], b""
+    while at + 8 <= whole:
+        kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        content = at + 8
+        at = content + length + length % 2
+        if kind in USED:
+            kept.append(data[content - 8 : at])
+        elif kind == b"EXIF":
+            exif = exif or data[content : content + length]
+    body = b"".join((b"WEBP", *kept))
+    return b"".join((b"RIFF", len(body).to_bytes(4, "little"), body)), exif
+
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -73,8 +176,8 @@ class EncodedImage:
             elif data.startswith(jpeg.START):
                 self._jpeg = jpeg.read_jpeg(data)
                 data, exif = self._jpeg.file, self._jpeg.exif
-            elif webp.is_webp(data):
-                data, exif = webp.read_webp(data)
+            elif images.is_webp(data):
+                data, exif = images.read_webp(data)
             self._image = _open(data)
             if self._image.width * self._image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -159,3 +262,80 @@ def extension_of(data: bytes) -> str:
 def to_array(image: Image.Image) -> np.ndarray:
     """The pixels of an RGB image as a contiguous, writable uint8 array (3, H, W)."""
     return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+# Training crops: square, seeded per image, never by the worker that happens to cut them.
+
+
+LANCZOS_REACH = 3
+"""Pixels of the scaled image that Pillow's Lanczos looks at on either side of the centre of one."""
+
+
+class Place(NamedTuple):
+    """Where a crop lies in an image, and how."""
+
+    box: Box
+    side: int
+    """Of the box, pixels."""
+    mirrored: bool
+
+
+def place(
+    size: tuple[int, int], crop: int, flip: bool, *, seed: int, epoch: int, sample: int, downscale: float = 1.0
+) -> Place:
+    """A random square in an image of `size` (width, height) for a crop of side `crop` pixels, mirrored half of the
+    time if `flip`.
+
+    Its side is crop / factor, rounded, for the image is to be scaled down by a factor drawn uniformly from
+    [`downscale`, 1], or from the part of it that leaves its smaller side at least `crop` pixels. Of an image with a
+    side shorter than the crop, the largest square that fits is taken. All is a pure function of (seed, epoch, sample).
+
+    Scaling down by a random factor takes off what JPEG has left in the photos (Ballé et al., "Variational image
+    compression with a scale hyperprior", 2018: a smaller side of 640 to 1200 pixels, from 3000 to 5000).
+    """
+    width, height = size
+    words = [int(word) for word in random_words(seed, epoch, AUGMENTATION, sample, 4)]
+    least = min(max(downscale, crop / min(size)), 1.0)
+    factor = least + (1 - least) * (words[3] / 2**64)
+    side = min(round(crop / factor), width, height)
+    left, top = words[0] % (width - side + 1), words[1] % (height - side + 1)
+    return Place((left, top, left + side, top + side), side, flip and words[2] % 2 == 1)
+
+
+def cut(
+    image: Image.Image | EncodedImage,
+    crop: int,
+    flip: bool,
+    *,
+    seed: int,
+    epoch: int,
+    sample: int,
+    downscale: float = 1.0,
+) -> tuple[Image.Image, bool]:
+    """The square that `place` says, scaled (Lanczos) to side `crop` pixels if it has another.
+
+    An encoded image is decoded no further than the square needs, and gives the same pixels as the decoded one.
+    Raises `ValueError` as it does. Returns the crop and whether it was scaled up.
+    """
+    box, side, mirrored = place(image.size, crop, flip, seed=seed, epoch=epoch, sample=sample, downscale=downscale)
+    if side < crop:  # Lanczos looks beyond the box
+        whole = image.decode() if isinstance(image, EncodedImage) else image
+        square = whole.resize((crop, crop), Image.Resampling.LANCZOS, box=box)
+    elif side == crop:
+        square = _part(image, box)
+    else:
+        around = _around(box, -(-LANCZOS_REACH * side // crop), image.size)
+        left, top = box[0] - around[0], box[1] - around[1]
+        inside = (left, top, left + side, top + side)
+        square = _part(image, around).resize((crop, crop), Image.Resampling.LANCZOS, box=inside)
+    return (ImageOps.mirror(square) if mirrored else square), side < crop
+
+
+def _part(image: Image.Image | EncodedImage, box: Box) -> Image.Image:
+    return image.decode_box(box) if isinstance(image, EncodedImage) else image.crop(box)
+
+
+def _around(box: Box, margin: int, size: tuple[int, int]) -> Box:
+    """A box with `margin` pixels more on each side, as far as there are."""
+    left, top, right, bottom = box
+    return max(left - margin, 0), max(top - margin, 0), min(right + margin, size[0]), min(bottom + margin, size[1])

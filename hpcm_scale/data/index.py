@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcm_scale.data.retrying import Unreadable
-from hpcm_scale.data.storage import open_storage
+from hpcm_scale.data.storage import Unreadable, open_storage
 from hpcm_scale.errors import UserError
 
 INDEX = "index.json"

@@ -12,13 +12,10 @@ import torch
 
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.cache import CachedStorage
-from hpcm_scale.data.crop import cut
-from hpcm_scale.data.images import EncodedImage, to_array
+from hpcm_scale.data.images import EncodedImage, cut, to_array
 from hpcm_scale.data.index import ShardIndex
-from hpcm_scale.data.mixture import Mixture, MixtureOrder
-from hpcm_scale.data.order import SetOrder, set_seed
-from hpcm_scale.data.retrying import Unreadable
-from hpcm_scale.data.storage import LocalStorage, Storage, open_storage
+from hpcm_scale.data.mixture import Mixture, MixtureOrder, SetOrder, set_seed
+from hpcm_scale.data.storage import LocalStorage, Storage, Unreadable, open_storage
 from hpcm_scale.errors import UserError
 
 ATTEMPTS = 10

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import random
+import selectors
+import shlex
+import signal
+import subprocess
+import time
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 from weakref import WeakSet
 
 import aiohttp
@@ -14,10 +24,199 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
-from hpcm_scale.config.urls import PIPE, check_no_secret
-from hpcm_scale.data.pipe import PipeStorage
-from hpcm_scale.data.retrying import Retrying
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import PIPE, check_no_secret, without_secrets
+
+# Trying again what a server may do the next time, and giving up in bounded time.
+
+
+Result = TypeVar("Result")
+
+GIVEN_UP_FOR = 60.0
+"""Seconds for which a file that could not be read is not asked for again."""
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The last of a limit on the size of files."""
+NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
+"""Of botocore, which need not be installed."""
+
+
+class Unreadable(OSError):
+    """A file cannot be had now; the text says after how many tries and why."""
+
+
+class Retrying:
+    """Tries to read files, `tries` times each, with exponential back-off and jitter.
+
+    Two rules keep a server that is down from costing all tries for every photo: a file that was given up is not asked
+    for again for a minute, and right after a file was given up, another one is tried once.
+    """
+
+    def __init__(self, tries: int) -> None:
+        self.tries = tries
+        self._failing = False
+        self._given_up: dict[str, tuple[float, str]] = {}
+        """Until when, in seconds of the monotonic clock, and why."""
+
+    def __call__(self, name: str, described: str, action: Callable[[], Result]) -> Result:
+        """What `action` returns, which reads the file `name`.
+
+        Raises `FileNotFoundError` and errors of a full disk as they come, `UserError` where credentials are missing,
+        and `Unreadable` for all else that lasts.
+        """
+        until, reason = self._given_up.get(name, (0.0, ""))
+        if time.monotonic() < until:
+            raise Unreadable(reason)
+        tries = 1 if self._failing else self.tries
+        for attempt in count(1):
+            try:
+                result = action()
+            except (UserError, FileNotFoundError):
+                raise
+            except Exception as error:  # every scheme raises kinds of its own
+                if type(error).__name__ in NO_CREDENTIALS:
+                    raise UserError(
+                        f"there are no credentials for {described}; give them in the environment (AWS_ACCESS_KEY_ID "
+                        "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; FSSPEC_S3_ANON=true for a public bucket)"
+                    ) from None
+                if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                    raise
+                if attempt >= tries or is_permanent(error):
+                    reason = self._give_up(name, attempt, error)
+                    raise Unreadable(reason) from error
+            else:
+                self._failing = False
+                return result
+            time.sleep(pause(attempt))
+
+    def _give_up(self, name: str, attempt: int, error: Exception) -> str:
+        told = without_secrets(" ".join(f"{type(error).__name__} {error}".split()))
+        reason = f"after {attempt} {'try' if attempt == 1 else 'tries'} ({told})"
+        self._failing = True
+        self._given_up[name] = (time.monotonic() + GIVEN_UP_FOR, reason)
+        return reason
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether trying again is useless: a status 4xx of HTTP or S3, but for time-outs and too many requests."""
+    if isinstance(error, TimeoutError):  # S3's RequestTimeout has status 400
+        return False
+    answer = getattr(error.__cause__, "response", None)  # botocore's, within what s3fs raises
+    status = answer["ResponseMetadata"].get("HTTPStatusCode") if isinstance(answer, dict) else None
+    status = getattr(error, "status", status)
+    return isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+
+
+def pause(attempt: int) -> float:
+    """Seconds before the next try: 0.5, 1, 2 … 30, of which up to a half is taken off by chance."""
+    return min(30.0, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+
+
+# Files from a shell command of the user's: whatever writes them to its standard output.
+
+
+PLACE = "{}"
+"""What the name of a file takes the place of in the command."""
+LAST_WORDS = 1000
+"""Bytes of the command's standard error that are kept."""
+
+
+class PipeStorage:
+    """Whole files, each the standard output of a shell command in which `{}` is replaced by the file's name.
+
+    A command that fails, or writes nothing for `timeout` seconds, is run `retries` times in all.
+    """
+
+    def __init__(self, location: str, *, retries: int, timeout: float) -> None:
+        self.command = location.removeprefix(PIPE)
+        if PLACE not in self.command:
+            raise UserError(f"the command of data.shards={PIPE}… has no {PLACE}, where the name of each file belongs")
+        self.timeout = timeout
+        self._retrying = Retrying(retries)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """A whole file. Raises `Unreadable`, and `UserError` for a part of a file."""
+        if start or stop is not None:
+            raise UserError(
+                f"data.shards={PIPE}… gives whole shards, and data.cache cannot keep them; make room there, or name "
+                "another folder"
+            )
+
+        def fetch() -> bytes:
+            with BytesIO() as sink:
+                self._run(name, sink)
+                return sink.getvalue()
+
+        return self._retrying(name, self.describe(name), fetch)
+
+    def download(self, name: str, target: Path, check: Callable[[Path], None]) -> None:
+        """Write a whole file to `target`; `check` raises `OSError` if what came is not right."""
+
+        def fetch() -> None:
+            with target.open("wb") as sink:
+                self._run(name, sink)
+            check(target)
+
+        self._retrying(name, self.describe(name), fetch)
+
+    def describe(self, name: str) -> str:
+        return f"{name} from {PIPE}…"
+
+    def renew(self, name: str) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _run(self, name: str, sink: BinaryIO) -> None:
+        with _shell(self.command.replace(PLACE, shlex.quote(name))) as process:
+            last_words = self._copy(process, sink)
+            code = process.wait(self.timeout)
+        if code:
+            said = last_words.decode(errors="replace").strip().splitlines()
+            raise OSError(f"exit code {code}" + (f": {said[-1]}" if said else ""))
+
+    def _copy(self, process: subprocess.Popen, sink: BinaryIO) -> bytes:
+        """Standard output to `sink`, up to its end; returns the end of standard error."""
+        last_words = b""
+        with selectors.DefaultSelector() as selector:
+            for pipe in (process.stdout, process.stderr):
+                selector.register(pipe, selectors.EVENT_READ)
+            patience_ends = time.monotonic() + self.timeout
+            while process.stdout in {key.fileobj for key in selector.get_map().values()}:
+                ready = selector.select(max(0.0, patience_ends - time.monotonic()))
+                if not ready:
+                    raise TimeoutError(f"the command wrote nothing for {self.timeout:g} seconds")
+                for key, _ in ready:
+                    block = os.read(key.fd, 1 << 20)
+                    if not block:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is process.stdout:
+                        sink.write(block)
+                        patience_ends = time.monotonic() + self.timeout
+                    else:
+                        last_words = (last_words + block)[-LAST_WORDS:]
+        return last_words
+
+
+@contextmanager
+def _shell(command: str):
+    """A running shell, which is gone afterwards with all that it has started."""
+    process = subprocess.Popen(
+        command,
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.stderr.close()
+        process.wait()
 
 
 class LocalStorage:

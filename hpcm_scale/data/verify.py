@@ -1,4 +1,4 @@
-"""Proving a set of shards whole: every hash, every member of every tar, every photo decoded."""
+"""Checks of shards against their index, and a description of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
 
+import numpy as np
+
+from hpcm_scale.data.build import padding
 from hpcm_scale.data.images import decode
 from hpcm_scale.data.index import BLOCK, Shard, ShardIndex, is_plain
 from hpcm_scale.data.processes import parallel_map
-from hpcm_scale.data.shard_writer import padding
 from hpcm_scale.files import sha256_of
+
+# Proving a set of shards whole: every hash, every member of every tar, every photo decoded.
+
 
 PHOTOS_PER_JOB = 32
 
@@ -165,3 +170,35 @@ def without_repetition(damages: list[Damage]) -> list[Damage]:
     """Leave out that a shard's hash differs where its damaged samples are named."""
     named = {damage.shard for damage in damages if damage.sample}
     return [damage for damage in damages if damage.what != HASH_DIFFERS or damage.shard not in named]
+
+
+# What is in a set of shards, in a few lines.
+
+
+EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 4096)
+"""Lower edges of the histogram of smaller sides, pixels; 256 and 512 are crops."""
+
+
+def describe(location: str, index: ShardIndex) -> str:
+    """Count, megapixels, bytes, shards, smallest side and a histogram of smaller sides."""
+    sides = index.smaller_sides
+    smallest = int(sides.argmin())
+    lines = [
+        f"{location}: {counted(len(index), 'photo')} in {counted(len(index.shards), 'shard')}",
+        f"  {index.pixels / 1e6:,.1f} megapixels, {index.bytes / 1e6:,.1f} MB"
+        f" ({8 * index.length.sum() / index.pixels:.2f} bits per pixel)",
+        f"  smallest side {sides[smallest]} pixels ({index.keys[smallest]})",
+        "",
+        "  smaller side, pixels",
+    ]
+    counts = np.histogram(sides, bins=(*EDGES, np.inf))[0]
+    for low, high, count in zip(EDGES, (*EDGES[1:], None), counts, strict=True):
+        if count:
+            span = f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"
+            lines.append(f"  {span:>16} {count:>9,} {'█' * max(1, round(40 * count / counts.max()))}")
+    return "\n".join(lines)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 photo, 1,234 photos."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

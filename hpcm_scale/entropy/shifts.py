@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcm_scale.entropy.range_coder import SymbolReader, SymbolWriter
-from hpcm_scale.entropy.tables import LOWEST, SPACING, TABLE_SIZE, table_index
+from hpcm_scale.entropy.range_coder import LOWEST, SPACING, TABLE_SIZE, SymbolReader, SymbolWriter, table_index
 
 
 @dataclass(frozen=True)

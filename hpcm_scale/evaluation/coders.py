@@ -12,16 +12,14 @@ from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.schema import Distortion
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
+from hpcm_scale.evaluation.baselines import OtherCodec
 from hpcm_scale.evaluation.bd_rate import METRICS
 from hpcm_scale.evaluation.estimate import estimate
 from hpcm_scale.evaluation.measures import Estimated, Measured, measure
-from hpcm_scale.evaluation.other_codecs import OtherCodec
-from hpcm_scale.machine.machine_codec import MachineCodec
-from hpcm_scale.machine.weights import edit_of
+from hpcm_scale.machine.codec import MachineCodec, edit_of
 from hpcm_scale.model.variable_rate import level_of_byte
-from hpcm_scale.objective.choice import objective_of
-from hpcm_scale.objective.ms_ssim import too_small
+from hpcm_scale.objective import objective_of, too_small
 
 WARM_UP_SIDE = 256
 """Pixels: the first file a model makes also pays for its tables and kernels, so a small one goes before it."""

@@ -12,19 +12,17 @@ from typing import Any, NamedTuple
 import torch
 
 from hpcm_scale import __version__
-from hpcm_scale.coding.quality import byte_of_quality, quality_of_byte
 from hpcm_scale.config.schema import Distortion, ModelConfig, Precision, RateConfig
-from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.errors import UserError
+from hpcm_scale.data.sources import ImageSet
+from hpcm_scale.errors import UserError, shown
+from hpcm_scale.evaluation.baselines import OtherCodec
 from hpcm_scale.evaluation.bd_rate import METRICS, labelled
 from hpcm_scale.evaluation.coders import Coder, Watcher, code_images, estimate_coder, file_coder, other_coder
 from hpcm_scale.evaluation.measures import Measured, mean
-from hpcm_scale.evaluation.other_codecs import OtherCodec
-from hpcm_scale.machine.weights import load_machine_codec
-from hpcm_scale.model.shapes import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
-from hpcm_scale.model.variable_rate import byte_of, level_of_byte, lmbda_of
+from hpcm_scale.machine.codec import load_machine_codec
+from hpcm_scale.model.parameters import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
+from hpcm_scale.model.variable_rate import byte_of, byte_of_quality, level_of_byte, lmbda_of, quality_of_byte
 from hpcm_scale.model.weights import load_weights
-from hpcm_scale.streams import shown
 from hpcm_scale.tracking.progress import progress
 
 Watch = Callable[[str], Watcher]

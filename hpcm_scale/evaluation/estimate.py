@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.measures import peak_signal_to_noise
 from hpcm_scale.model.hpcm import Coded
-from hpcm_scale.objective.rate_distortion import RateDistortion
+from hpcm_scale.objective import RateDistortion
 
 Result = TypeVar("Result")
 

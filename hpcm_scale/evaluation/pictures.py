@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hpcm_scale.drawing import label, new_figure, save
 from hpcm_scale.evaluation.coders import Watcher
 from hpcm_scale.evaluation.measures import Estimated, Measured
+from hpcm_scale.formatting import label, new_figure, save
 
 CROP = 256
 """Sides of a crop in pixels of the image; smaller images are shown whole."""

@@ -11,10 +11,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpcm_scale.drawing import label, new_figure, save
 from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import ESTIMATED, Curve
-from hpcm_scale.evaluation.results import Results
+from hpcm_scale.evaluation.tables import Results
+from hpcm_scale.formatting import label, new_figure, save
 
 PANELS = {"psnr": "mean PSNR (dB), RGB, 8 bits", "ms_ssim_db": "MS-SSIM, mean in dB"}
 MARKERS = "osD^vP*Xph"

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.extractor import TokenExtractor, resized
+from hpcm_scale.machine.extractor import MEND, TokenExtractor, packaged_file, resized
 from hpcm_scale.machine.onnx_graph import OnnxGraph
-from hpcm_scale.machine.packages import MEND, packaged_file
 
 NETWORKS = {
     "pp-ocrv4": ("rapidocr-onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx"),

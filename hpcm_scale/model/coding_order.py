@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hpcm_scale.model.memory_format import memory_format_of, settled
+from hpcm_scale.model.arithmetic import memory_format_of, settled
 
 GROUPS = 8
 Offset = tuple[int, int]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
+from hpcm_scale.model.arithmetic import memory_format_of
 from hpcm_scale.model.coding_order import CodingOrder, Positions, Scale, misplaced
 from hpcm_scale.model.layers import ChannelScale, Pointwise, attend, depthwise_block, recomputed, reduced
-from hpcm_scale.model.memory_format import memory_format_of
 from hpcm_scale.model.transforms import start_scales
 from hpcm_scale.model.variable_rate import Gains
 

@@ -206,7 +206,7 @@ def _context_and_rest(model: ModelConfig) -> tuple[int, int]:
 
 def _counts(model: ModelConfig) -> dict[str, int]:
     """Exact parameters by part; a base is counted once."""
-    from hpcm_scale.model.shapes import on_meta, parameters_by_part
+    from hpcm_scale.model.parameters import on_meta, parameters_by_part
 
     described = repr(replace(model, name=""))
     if described not in _COUNTED:

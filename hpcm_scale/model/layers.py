@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hpcm_scale.config.schema import Precision
-from hpcm_scale.model.onednn import can_convolve, convolve
-from hpcm_scale.model.product import product
+from hpcm_scale.model.arithmetic import can_convolve, convolve, product
 from hpcm_scale.model.variable_rate import mixed
 
 SLOPE = 0.01

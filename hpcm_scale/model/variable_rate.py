@@ -75,3 +75,22 @@ class Gains(nn.Module):
     def forward(self, mix: Tensor) -> Tensor:
         """(B, levels) to (B, channels, 1, 1), fp32."""
         return mixed(self.log, mix).exp()
+
+
+# How users name the level of a file: a quality from 0, the smallest file, to 100, the best picture.
+
+
+def byte_of_quality(quality: float) -> int:
+    """The byte of a file's level, 0 to 255, that is nearest to a quality."""
+    return round(LARGEST_BYTE * quality / 100)
+
+
+def quality_of_byte(byte: int) -> float:
+    """The shortest number that leads to a file's byte: a whole one, or one with a decimal."""
+    quality = 100 * byte / LARGEST_BYTE
+    return round(quality) if byte_of_quality(round(quality)) == byte else round(quality, 1)
+
+
+def usual_byte(rate: RateConfig) -> int | None:
+    """The byte where no quality is named: that of the λ at which the model's gains started; None at fixed rate."""
+    return byte_of(rate, level_of(rate, rate.reference)) if rate.levels > 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 
 from hpcm_scale.config.checks import check_pre_editor
 from hpcm_scale.config.compose import from_dict, model_from_dict, to_dict
-from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig
+from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig, RateConfig
 from hpcm_scale.devices import device_kind
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import utf_8_path, whole_file
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.shapes import on_meta
-from hpcm_scale.model.sharding import shape_of, whole
+from hpcm_scale.model.parameters import on_meta, shape_of, whole
 
 WEIGHTS_NAME = "weights.safetensors"
 """In a run folder."""
@@ -202,3 +202,45 @@ def digest(model: HPCM) -> bytes:
         hashed.update(f"{name} {tuple(tensor.shape)} ".encode())
         hashed.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy(), dtype="<f4"))
     return hashed.digest()
+
+
+# Weights that a new model starts from: those of a trained one of the same build, of one rate or of many.
+
+
+def check_inheritance(config: ModelConfig, file: WeightsFile) -> None:
+    """Raises UserError unless a model of this configuration can start from these weights."""
+    ours, theirs = _build(config), _build(file.config)
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise UserError(
+                f"init_from={file.path} is a model with model.{key}={theirs[key]}, not {value}; start from one that is "
+                f"built like model={config.name}"
+            )
+    if file.config.rate.levels > 1 and file.config.rate != config.rate:
+        raise UserError(
+            f"init_from={file.path} has variable rate with model.rate={to_dict(file.config.rate)}; give the same to go "
+            "on from it, or start from a model of one rate"
+        )
+
+
+def inherit(model: HPCM, file: WeightsFile) -> None:
+    """Have `model` take over the weights of `file`, which `check_inheritance` has passed.
+
+    A variable-rate model that starts from one of fixed rate has that one's channel scales at all levels, and its own
+    gains, which are 1 at `rate.reference`.
+    """
+    state = dict(file.state)
+    for name, own in model.named_parameters():
+        shape = shape_of(own)
+        if name not in state:
+            state[name] = own  # gains
+        elif state[name].shape != shape and state[name].shape[1:] == shape[1:]:
+            state[name] = torch.cat([state[name]] * shape[0])
+    load_state(model, state, file.path)
+
+
+def _build(config: ModelConfig) -> dict:
+    """What of a configuration decides on names and shapes of weights, but for levels."""
+    build = to_dict(replace(config, rate=RateConfig()))
+    del build["name"], build["rate"]
+    return build

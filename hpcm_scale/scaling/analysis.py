@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,21 +12,82 @@ import numpy as np
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_json, writing
-from hpcm_scale.scaling import samples
+from hpcm_scale.scaling import fit_data
 from hpcm_scale.scaling.breakdown import Breakdown, breakdown
 from hpcm_scale.scaling.frontier import FrontierPoint, frontier
-from hpcm_scale.scaling.laws.comparison import Comparison, compare
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal, compute_optimal, fit_cost
-from hpcm_scale.scaling.laws.floor import fit_floor
-from hpcm_scale.scaling.laws.joint import fit_joint
-from hpcm_scale.scaling.laws.law import Law
-from hpcm_scale.scaling.laws.points import CannotFit, Points
-from hpcm_scale.scaling.laws.power_law import fit_power_law
+from hpcm_scale.scaling.laws.fits import Comparison, compare, fit_floor, fit_joint, fit_power_law
+from hpcm_scale.scaling.laws.law import CannotFit, Law, Points, from_plain, to_plain
 from hpcm_scale.scaling.observations import Observation, Study
-from hpcm_scale.scaling.plain import from_plain, to_plain
-from hpcm_scale.scaling.rate import RateGain, rate_gain
 from hpcm_scale.scaling.trust import Fit, Trust, bootstrap, examine
 from hpcm_scale.tracking.progress import progress
+
+# From loss to rate: what a lower loss is worth in bits at equal quality.
+
+
+@dataclass(frozen=True)
+class RateGain:
+    """Relative change of bitrate that a larger model promises at equal quality."""
+
+    law: str
+    """Name of the law it rests on."""
+    model: str
+    """Name of the reference model."""
+    parameters: float
+    """Of the reference model."""
+    factor: float
+    """How many times its parameters."""
+    bpp: float
+    """Rate of the reference model, bits per pixel."""
+    level: float
+    """Probability of the interval."""
+    change: float
+    """ΔR/R; −0.05 is 5 % fewer bits."""
+    low: float | None
+    """The end of the interval with the larger saving, −1 at least: there is no more to save than all. None where the
+    law has no interval."""
+    high: float | None
+
+    @property
+    def sentence(self) -> str:
+        """Like "10× parameters: bitrate −5.0 % (95 %: −7.1…−2.9 %)"; a saving of more than all is told as too much."""
+        if self.change <= -1:
+            return f"{self.factor:g}× parameters: a loss lower by more than the whole bitrate, too far for first order"
+        start = f"{self.factor:g}× parameters: bitrate {_percent(self.change)} %"
+        if self.low is None or self.high is None:
+            return f"{start} (no interval)"
+        return f"{start} ({100 * self.level:g} %: {_percent(self.low)}…{_percent(self.high)} %)"
+
+
+def rate_change(loss_change: float, bpp: float) -> float:
+    """ΔR/R ≈ ΔL/R_bpp, the change of rate at equal quality that a change of L = λ·255²·MSE + R at fixed λ is worth.
+
+    Both models sit where their rate-distortion curve has slope −λ, so the vertical distance of the curves, in bits per
+    pixel, is the difference of their losses to first order: ΔL is shared by rate and distortion, and all of it counts
+    as rate. ΔL/L would be too small by the part that distortion has of the loss.
+    """
+    return loss_change / bpp
+
+
+def rate_gain(law: Law, model: str, parameters: float, bpp: float, factor: float = 10, level: float = 0.95) -> RateGain:
+    """The change of bitrate when a law L(N) goes from `parameters` to `factor` times as many (`Law.change`).
+
+    Args:
+        law: a law of parameters.
+        model: name of the reference model.
+        parameters: of the reference model.
+        bpp: rate of the reference model, bits per pixel.
+        factor: how many times its parameters.
+        level: probability that the interval holds one new training.
+    """
+    change, low, high = law.change(parameters, factor * parameters, level)
+    bounds = [None if math.isnan(bound) else max(rate_change(bound, bpp), -1.0) for bound in (low, high)]
+    return RateGain(law.name, model, parameters, factor, bpp, level, rate_change(change, bpp), *bounds)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:+.1f}".replace("-", "−")
+
 
 FORMAT = "hpcm_scale laws 1"
 """Of laws.json."""
@@ -98,12 +160,12 @@ def analyse(study: Study, *, bootstrap: int = 0, level: float = 0.95) -> Analysi
     if not 0 < level < 1:
         raise UserError(f"an interval cannot hold with probability {level:g}; choose one between 0 and 1, such as 0.95")
     whole, annealed = frontier(study.curves), frontier(study.curves, annealed_only=True)
-    observations = samples.ordered(study.observations)
+    observations = fit_data.ordered(study.observations)
     fitting = _Fitting(bootstrap, level)
-    of_parameters = fitting.pair("parameters", lambda: samples.of_parameters(observations))
-    fitting.pair("compute", lambda: samples.of_compute(annealed, whole=False))
-    fitting.pair("compute_whole", lambda: samples.of_compute(whole, whole=True))
-    fitting.add("joint", fit_joint, samples.of_both(observations))
+    of_parameters = fitting.pair("parameters", lambda: fit_data.of_parameters(observations))
+    fitting.pair("compute", lambda: fit_data.of_compute(annealed, whole=False))
+    fitting.pair("compute_whole", lambda: fit_data.of_compute(whole, whole=True))
+    fitting.add("joint", fit_joint, fit_data.of_both(observations))
     fitting.add_compute_optimal(observations)
     comparisons = fitting.comparisons()
     gains = _rate_gains(fitting.laws, of_parameters, observations, level)
@@ -175,9 +237,9 @@ class _Fitting:
         if "joint" not in self.laws:
             self.refused["compute_optimal"] = f"it rests on the joint law, and {self.refused['joint']}"
             return
-        spent = [each.pflops for each in samples.trained(observations)[0]]
+        spent = [each.pflops for each in fit_data.trained(observations)[0]]
         try:
-            cost = fit_cost(*samples.costs(observations))
+            cost = fit_cost(*fit_data.costs(observations))
             self.laws["compute_optimal"] = compute_optimal(self.laws["joint"], cost, (min(spent), max(spent)))
         except CannotFit as refusal:
             self.refused["compute_optimal"] = str(refusal)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcm_scale.scaling.laws.points import CannotFit, Points
-from hpcm_scale.scaling.laws.power_law import fit_power_law
+from hpcm_scale.scaling.laws.fits import fit_power_law
+from hpcm_scale.scaling.laws.law import CannotFit, Points
 from hpcm_scale.scaling.observations import Observation
 
 CAVEAT = (

@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text
+from hpcm_scale.scaling.filters import DECADES, RATE
 from hpcm_scale.scaling.runs import CONFIG_NAME, Run
-from hpcm_scale.scaling.smoothing import DECADES, RATE
 from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, read_journal
 from hpcm_scale.tracking.progress import progress
 
-PATHS = ("init_from", "run.dir", "run.branch_of", "machine.fixed_rate", "eval.images")
+PATHS = ("init_from", "run.dir", "run.cooldown_of", "machine.fixed_rate", "eval.images")
 PATHS += ("data.shards", "data.more_shards", "data.cache")
 """Keys of a configuration that name places; of each the last component is kept."""
 WIDEST = DECADES

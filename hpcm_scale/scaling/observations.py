@@ -10,12 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from hpcm_scale.errors import UserError
-from hpcm_scale.scaling.facts import annealed, learning_rates, parameters_by_part, training_pixels, trunk
+from hpcm_scale.errors import UserError, shown
+from hpcm_scale.scaling.filters import (
+    EVALUATION,
+    TRAINING,
+    LeftOut,
+    annealed,
+    end,
+    learning_rates,
+    parameters_by_part,
+    passed_over,
+    smoothed,
+    training_pixels,
+    trunk,
+    usable_lines,
+)
 from hpcm_scale.scaling.runs import Run
-from hpcm_scale.scaling.smoothing import smoothed
-from hpcm_scale.scaling.usable import EVALUATION, TRAINING, LeftOut, end, passed_over, usable_lines
-from hpcm_scale.streams import shown
 
 METRICS = re.compile(rf"{EVALUATION}|{TRAINING}|eval_ema_[\d.]+/loss")
 """And of averages of the weights (train.ema) on those images."""
@@ -46,7 +56,7 @@ class Curve:
     """NaN where the journal does not tell it."""
     annealed: np.ndarray
     """bool (n,): the learning rate has decayed to a tenth of its peak or less (`facts.ANNEALED`)."""
-    branch_of: str | None = None
+    cooldown_of: str | None = None
     """The trunk, for a branch, which starts at its first decaying step; the two share all before."""
 
 
@@ -70,7 +80,7 @@ class Observation:
     psnr: float | None
     annealed: bool
     finished: bool
-    branch_of: str | None = None
+    cooldown_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
 def _special(run: Run) -> list[str]:
     """What sets a run apart from one that trains a codec of one rate for people, by MSE, from nothing."""
     reasons = {
-        "it is trained for machine receivers, and its loss is another one": _setting(run, "objective.viewer")
+        "it is trained for machine receivers, and its loss is another one": _setting(run, "objective.target")
         == "machine",
         "it is trained for MS-SSIM, and its loss is another one": _distortion(run) == "ms_ssim",
         "it has variable rate: it trains for many λ at once": (_setting(run, "model.rate.levels") or 1) > 1,
@@ -176,7 +186,7 @@ def _chosen_lmbda(runs: Sequence[Run], lmbda: float | None) -> float:
     return near[0]
 
 
-def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[Curve, Observation]:
+def _tell(run: Run, metric: str, lmbda: float, cooldown_of: str | None) -> tuple[Curve, Observation]:
     """The curve of a run and where it ends."""
     its_lmbda = float(run.config["objective"]["lmbda"])
     if its_lmbda != lmbda:
@@ -202,7 +212,7 @@ def _tell(run: Run, metric: str, lmbda: float, branch_of: str | None) -> tuple[C
         "lmbda": lmbda,
         "seed": int(run.config["train"].get("seed", 0)),
         "flops_per_pixel": float(pflops[-1] * PETA / pixels[-1]),
-        "branch_of": branch_of,
+        "cooldown_of": cooldown_of,
     }
     curve = Curve(
         **same,

@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from hpcm_scale.errors import UserError
+from hpcm_scale.errors import UserError, shown
 from hpcm_scale.files import utf_8_path, writing
 from hpcm_scale.scaling.analysis import FILE_NAME, Analysis, read_laws
 from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.report import REPORT
 from hpcm_scale.scaling.verdict import compute_law, doubts, headline
-from hpcm_scale.streams import shown
-from hpcm_scale.tracking.wandb_follower import AXES, load_wandb, settings
-from hpcm_scale.tracking.wandb_view import run_id
+from hpcm_scale.tracking.wandb_view import AXES, load_wandb, run_id, settings
 
 KEPT = (REPORT, FILE_NAME)
 """Files that go along."""

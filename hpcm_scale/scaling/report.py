@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hpcm_scale.markdown import escaped, markdown_table
+from hpcm_scale.formatting import escaped, markdown_table
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures import FIGURES
+from hpcm_scale.scaling.filters import TRAINING
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.trust import Bootstrap, HeldOut
-from hpcm_scale.scaling.usable import TRAINING
 from hpcm_scale.scaling.verdict import FACTORS, doubts, headline, improvement, no_best_split, parameter_law
-from hpcm_scale.scaling.words import (
+from hpcm_scale.scaling.wording import (
     DASH,
     LOSSES,
     TITLES,

@@ -9,8 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from hpcm_scale.scaling.laws.law import Law, Prediction
-from hpcm_scale.scaling.laws.points import CannotFit, Points
+from hpcm_scale.scaling.laws.law import CannotFit, Law, Points, Prediction
 
 Fit = Callable[[Points], Law]
 

@@ -7,11 +7,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcm_scale.distributed import processes
 from hpcm_scale.errors import STOPPED, UserError, is_first_process
-from hpcm_scale.sweeps.jobs import Job, unfinished
-from hpcm_scale.sweeps.plan import write_plans
-from hpcm_scale.sweeps.summary import summary
-from hpcm_scale.training import processes
+from hpcm_scale.sweeps.jobs import Job, unfinished, write_plans
+from hpcm_scale.sweeps.table import summary
 from hpcm_scale.training.run import run
 
 

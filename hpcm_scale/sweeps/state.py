@@ -17,10 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.scaling.filters import smoothed
 from hpcm_scale.scaling.runs import CONFIG_NAME
-from hpcm_scale.scaling.smoothing import smoothed
-from hpcm_scale.sweeps.log import last_error, last_mark, lives, log_of, tail
-from hpcm_scale.sweeps.plan import Planned, planned
+from hpcm_scale.sweeps.jobs import Planned, last_error, last_mark, lives, log_of, planned, tail
 from hpcm_scale.tracking import journal
 
 QUIET_SECONDS = 120.0

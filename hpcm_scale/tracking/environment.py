@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from hpcm_scale import __version__
-from hpcm_scale.config.urls import without_secrets
+from hpcm_scale.files import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "wandb", "hydra-core", "numpy")
 

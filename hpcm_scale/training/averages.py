@@ -13,8 +13,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from hpcm_scale.training.engine import Engine, FailedTogether
-from hpcm_scale.training.pieces import Piece
+from hpcm_scale.training.engines.base import Engine, FailedTogether
+from hpcm_scale.training.state_shards import Piece
 
 
 @cache  # asked for in every step

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from hpcm_scale.compute.flops import TRAINING_FACTOR, forward_flops
+from hpcm_scale.compute.tracker import TRAINING_FACTOR, forward_flops
 from hpcm_scale.config.phases import phases
 from hpcm_scale.config.schema import Config, ModelConfig
+from hpcm_scale.machine.codec import MachineCodec
 from hpcm_scale.machine.extractor import TokenExtractor
-from hpcm_scale.machine.machine_codec import MachineCodec
 from hpcm_scale.machine.pre_editor import PreEditor
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.shapes import (
+from hpcm_scale.model.parameters import (
     forward_flops_per_image,
     kmac_per_pixel,
     on_meta,

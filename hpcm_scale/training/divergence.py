@@ -54,7 +54,7 @@ class LossHistory:
         self.losses = list(losses or [])
 
     def verdict(self, loss: float, spike: float | None) -> str:
-        """What is wrong with the loss of a step, empty if nothing is; `spike` as `train.spike`."""
+        """What is wrong with the loss of a step, empty if nothing is; `spike` as `train.loss_spike_factor`."""
         if not math.isfinite(loss):
             return "its loss is not finite"
         if spike is not None and len(self.losses) >= LEAST:

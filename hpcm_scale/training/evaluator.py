@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import Config
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.estimate import Evaluation, Reconstruction, evaluate
 from hpcm_scale.training.averages import Averages, kind_of
-from hpcm_scale.training.engine import Engine
+from hpcm_scale.training.engines.base import Engine
 from hpcm_scale.training.task import Task
 
 Means = dict[str, dict[str, float]]

@@ -17,18 +17,15 @@ from hpcm_scale.config.schema import Config, OnDivergence
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import Fault, UserError
 from hpcm_scale.training.averages import Averages
-from hpcm_scale.training.bad_photos import BadPhotos
+from hpcm_scale.training.checkpoints import Saved, Saver
+from hpcm_scale.training.diagnostics import StepContext, out_of_reach, profiling
 from hpcm_scale.training.divergence import Diverged, LossHistory, limit_reached
-from hpcm_scale.training.engine import Engine, FailedTogether
+from hpcm_scale.training.engines.base import Engine, FailedTogether
 from hpcm_scale.training.evaluator import Evaluator
-from hpcm_scale.training.garbage import collecting_between_steps
-from hpcm_scale.training.meter import Meter
-from hpcm_scale.training.recorder import Recorder
+from hpcm_scale.training.optimizer import learning_rate
+from hpcm_scale.training.recorder import BadPhotos, Meter, Recorder
 from hpcm_scale.training.run_folder import RunFolder
-from hpcm_scale.training.saver import Saved, Saver
-from hpcm_scale.training.schedule import learning_rate
-from hpcm_scale.training.signals import StopRequest
-from hpcm_scale.training.step_profile import StepContext, out_of_reach, profiling
+from hpcm_scale.training.signals import StopRequest, collecting_between_steps
 from hpcm_scale.training.task import Task
 
 
@@ -147,7 +144,7 @@ class Trainer:
                 self.log()
             self.unevaluated = self.evaluator is not None and self.evaluator.due(self.step)
             self.stopped = agreed.stopping > 0 and self.step < last_step
-            ending = self.stopped or agreed.trouble > 0 or self.bad.too_many(config.data.max_bad)
+            ending = self.stopped or agreed.trouble > 0 or self.bad.too_many(config.data.max_corrupt_samples)
             due = self.step % config.train.checkpoint_every == 0 or self.step in config.train.keep_at
             if ending or due or self.step == last_step:
                 self.checkpoint(last=ending or self.step == last_step)
@@ -188,7 +185,7 @@ class Trainer:
     def apply(self, agreed: Agreed) -> None:
         """Take the optimizer step, or leave it out, by what `train.on_divergence` says, for all processes alike."""
         train = self.config.train
-        wrong = self.losses.verdict(agreed.means["loss"], train.spike)
+        wrong = self.losses.verdict(agreed.means["loss"], train.loss_spike_factor)
         rate = learning_rate(self.config.schedule, self.step, train.steps)
         stepped = self.engine.step(rate, agreed.grad_norm, bool(wrong))
         if not stepped.skipped:
@@ -232,8 +229,8 @@ class Trainer:
 
     def raise_trouble(self, agreed: Agreed | None = None) -> None:
         """End all processes with one sentence if one of them cannot go on for want of images."""
-        if self.bad.too_many(self.config.data.max_bad):
-            raise self.bad.error(self.config.data.max_bad)
+        if self.bad.too_many(self.config.data.max_corrupt_samples):
+            raise self.bad.error(self.config.data.max_corrupt_samples)
         if agreed is not None and not agreed.trouble:
             return
         trouble = next(filter(None, self.engine.gather(self._trouble)), None)

@@ -23,9 +23,9 @@ from hpcm_scale.tracking.progress import progress
 from hpcm_scale.training.averages import exponent, kind_of
 from hpcm_scale.training.checkpoints import Checkpoint
 from hpcm_scale.training.costs import costs_by_phase
-from hpcm_scale.training.pieces import Piece, Stored, opened
 from hpcm_scale.training.run_folder import RunFolder
 from hpcm_scale.training.start import origin_weights, receivers_of
+from hpcm_scale.training.state_shards import Piece, Stored, opened
 from hpcm_scale.training.task import Task, task_of
 
 WORST = 0.05
@@ -141,8 +141,8 @@ def _snapshots(folder: RunFolder, config: Config, at: int | None) -> tuple[list[
         steps = ", ".join(map(str, folder.checkpoints.steps())) or "none yet"
         raise UserError(f"{folder.path} holds no checkpoint of step {at} (there are: {steps}); choose one of these")
     found = [checkpoint for checkpoint in folder.checkpoints.complete() if at is None or checkpoint.step <= at]
-    while config.run.branch_of:
-        trunk, step = RunFolder(config.run.branch_of), config.run.branch_at
+    while config.run.cooldown_of:
+        trunk, step = RunFolder(config.run.cooldown_of), config.run.cooldown_at
         if not trunk.config_file.is_file():
             raise UserError(f"{trunk.path}, which {folder.path} branched off, is not there; put it back")
         before = [checkpoint for checkpoint in trunk.checkpoints.complete() if checkpoint.step <= step]

@@ -2,19 +2,102 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from hpcm_scale.config.compose import to_dict
 from hpcm_scale.config.schema import Config
+from hpcm_scale.data.photos import BadPhoto
+from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import Reconstruction
 from hpcm_scale.tracking.journal import Journal
 from hpcm_scale.tracking.progress import progress
 from hpcm_scale.tracking.wandb_view import WandbView
 from hpcm_scale.training.run_folder import RunFolder
+
+# Means of the training metrics between two journal lines.
+
+
+@dataclass
+class Meter:
+    """Sums of per-step values; skipped steps and those without a finite loss are left out of the means."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    skipped: int = 0
+
+    def add(self, values: dict[str, float], skipped: bool) -> None:
+        """The values of one step, already averaged over the processes."""
+        self.skipped += skipped
+        if skipped or not math.isfinite(values["loss"]):
+            return
+        self.steps += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def take(self, names: list[str]) -> dict[str, float | None]:
+        """The means since the last call, None where there was no finite step; starts anew."""
+        means = {name: self.sums[name] / self.steps if self.steps else None for name in names}
+        means["skipped"] = self.skipped
+        self.sums, self.steps, self.skipped = {}, 0, 0
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep: `Meter(**state)` goes on."""
+        return asdict(self)
+
+
+# The photos of the training set that turned out to be unreadable, counted by all processes alike.
+
+
+class BadPhotos:
+    """Each photo counts once, however often its turn comes; others took its place in the batches."""
+
+    def __init__(self, reasons: Mapping[str, str] | None = None) -> None:
+        self.reasons = dict(reasons or {})
+        """By sample: why it could not be read; of the steps done, and so a checkpoint's."""
+        self.ahead: dict[str, str] = {}
+        """Those met first among the images of the next step."""
+
+    def __len__(self) -> int:
+        return len(self.reasons) + len(self.ahead)
+
+    def told(self, photos: Iterable[BadPhoto]) -> str:
+        """What a process tells the others of the photos it could not read; empty if it is nothing new."""
+        new = {str(photo.sample): photo.reason for photo in photos if str(photo.sample) not in self.reasons}
+        return json.dumps(new) if new else ""
+
+    def add(self, texts: Sequence[str]) -> list[str]:
+        """Take in what all processes told; returns a line for each photo that is new."""
+        new: dict[str, str] = {}
+        for text in filter(None, texts):
+            new = json.loads(text) | new
+        self.ahead = new
+        return [f"left out: {new[sample]}" for sample in sorted(new, key=int)]
+
+    def passed(self) -> None:
+        """The next step is being done."""
+        self.reasons |= self.ahead
+        self.ahead = {}
+
+    def too_many(self, limit: int) -> bool:
+        """Whether they are more than `data.max_corrupt_samples` allows."""
+        return len(self) > limit
+
+    def error(self, limit: int) -> UserError:
+        """What ends the run then."""
+        first = next(iter((self.reasons | self.ahead).values()))
+        return UserError(
+            f"{len(self)} photos could not be read, more than data.max_corrupt_samples={limit} (the first: {first}); "
+            "restore the shards (`hpcm shards verify` lists all damage), or raise data.max_corrupt_samples, and the "
+            "same command goes on"
+        )
 
 
 class Recorder:

@@ -19,33 +19,31 @@ from hpcm_scale.config.phases import described, images_at
 from hpcm_scale.config.schema import Config, EngineName, OnDivergence, Precision
 from hpcm_scale.data.stream import check_shared_memory
 from hpcm_scale.devices import CUDA, device_kind
+from hpcm_scale.distributed import processes
+from hpcm_scale.distributed.ranks import facts
+from hpcm_scale.distributed.rendezvous import initialise, join, telling_refusals
+from hpcm_scale.distributed.watch import LONG_LOST_SECONDS, LOST_SECONDS, Watch
 from hpcm_scale.errors import UserError, is_first_process, refusals
 from hpcm_scale.files import writing
 from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.model.public_checkpoints import needs_placement
 from hpcm_scale.tracking.environment import environment
-from hpcm_scale.training import out_of_memory, processes
+from hpcm_scale.training import diagnostics
 from hpcm_scale.training.averages import Averages
-from hpcm_scale.training.batches import batches
-from hpcm_scale.training.checkpoints import Checkpoint, Retention
+from hpcm_scale.training.checkpoints import Checkpoint, Retention, Saver
 from hpcm_scale.training.costs import costs_by_phase
-from hpcm_scale.training.deterministic import deterministic
 from hpcm_scale.training.divergence import Diverged, Divergence, culprits
-from hpcm_scale.training.engine import Engine, create_engine
+from hpcm_scale.training.engines import create_engine
+from hpcm_scale.training.engines.base import Engine
 from hpcm_scale.training.evaluator import Evaluator
-from hpcm_scale.training.group.differences import facts
-from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
-from hpcm_scale.training.group.watch import LONG_LOST_SECONDS, LOST_SECONDS, Watch
 from hpcm_scale.training.loop import Trainer
-from hpcm_scale.training.pieces import fill
 from hpcm_scale.training.recorder import Recorder
-from hpcm_scale.training.run_folder import Resume, RunFolder, run_directory
-from hpcm_scale.training.run_lock import RunLock
-from hpcm_scale.training.saver import Saver
-from hpcm_scale.training.signals import StopRequest
+from hpcm_scale.training.run_folder import Resume, RunFolder, RunLock, run_directory
+from hpcm_scale.training.signals import StopRequest, deterministic
 from hpcm_scale.training.start import Start, prepare
-from hpcm_scale.training.task import Task, origin_of, task_of
+from hpcm_scale.training.state_shards import fill
+from hpcm_scale.training.task import Task, batches, origin_of, task_of
 
 
 class Outcome(NamedTuple):
@@ -78,7 +76,7 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
         start = prepare(config, processes.world_size())
         if not start.finished:
             check_room(config)
-    group = join(facts(config, start.index.digest), config.engine.join_minutes)
+    group = join(facts(config, start.index.digest), config.engine.init_timeout)
     group.agree({"run folder": {"finished": start.finished}})
     if start.finished:
         tell(f"{start.folder.path} is finished at step {start.resume.step}; a larger train.steps would lengthen it")
@@ -87,12 +85,12 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
     group.first(lambda: locks.append(RunLock(start.folder.path)))
     stop.listen()
     try:
-        stalled = 60 * config.train.stall_minutes
+        stalled = 60 * config.train.watchdog_timeout
         with (
             Watch(group, stalled, start.folder.stacks, lost_seconds(config), on_orphaned=stop.request) as watch,
             refusals(local=True),
         ):
-            initialise(group, config.train.stall_minutes)
+            initialise(group, config.train.watchdog_timeout)
             return _train(config, start, stop, watch)
     finally:
         for lock in locks:
@@ -130,8 +128,8 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watch) -> Out
         engine.barrier()  # all have seen what the folder was like
         if engine.rank == 0:
             start.folder.write_facts(config, origin_of(start.origin) or start.folder.origin(config))
-        report = start.folder.path / out_of_memory.FOLDER
-        with out_of_memory.explaining(config, engine.world_size, engine.rank, report):
+        report = start.folder.path / diagnostics.FOLDER
+        with diagnostics.explaining(config, engine.world_size, engine.rank, report):
             while isinstance(ended := training.attempt(resume), Diverged):
                 resume = training.go_back(ended)
         return ended
@@ -144,7 +142,7 @@ def prepared_task(config: Config, start: Start, engine: Engine) -> Task:
     set_arithmetic(config.engine.precision)
     torch.manual_seed(config.train.seed)
     # There may be no run folder yet.
-    with out_of_memory.explaining(config, engine.world_size, engine.rank, folder=None):
+    with diagnostics.explaining(config, engine.world_size, engine.rank, folder=None):
         with nullcontext() if config.machine.freeze_codec else engine.building():  # a frozen codec stays whole
             task = task_of(config, start.origin, start.receivers)
         engine.prepare(task.module)
@@ -296,7 +294,7 @@ class _Training:
             if checkpoint.folder.parent == folder.checkpoints.folder:
                 lines.append(f"going on from step {resume.step} ({checkpoint.folder.name})")
             else:
-                lines.append(f"branching off {config.run.branch_of} at step {resume.step}")
+                lines.append(f"branching off {config.run.cooldown_of} at step {resume.step}")
         if resume.previous and resume.previous.train.steps != config.train.steps:
             crops = " and that of crops" if config.schedule.crops else ""
             lines.append(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import socket
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hpcm_scale.config.compose import from_yaml, to_dict, to_yaml
 from hpcm_scale.config.phases import crop_starts, images_at
@@ -18,8 +22,66 @@ from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training.averages import kind_of
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Choice, Examine
 from hpcm_scale.training.divergence import Divergence
-from hpcm_scale.training.run_lock import LOCK
-from hpcm_scale.training.schedule import decay_start
+from hpcm_scale.training.optimizer import decay_start
+
+# One training at a time writes a run folder.
+
+
+LOCK = ".lock"
+"""The lock's file in the run folder."""
+WAIT_SECONDS = 60.0
+"""A launcher that was killed leaves processes that save a checkpoint before they end."""
+_POLL_SECONDS = 0.2
+
+
+class RunLock:
+    """The lock on the run folder `path`, held until `release`, or until the process ends in whatever way.
+
+    Waits `seconds` for a holder that is just ending. Raises UserError, naming the holder, if it does not end, and if
+    the folder cannot be made.
+    """
+
+    def __init__(self, path: str | Path, seconds: float = WAIT_SECONDS) -> None:
+        path = Path(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO | None = (path / LOCK).open("a+", encoding="utf-8")
+        deadline = time.monotonic() + seconds
+        told = False
+        while not self._take():
+            if time.monotonic() > deadline:
+                holder = self._holder()
+                self._file.close()
+                raise UserError(f"{path} is being trained by {holder}; stop that, or choose another run.dir")
+            if not told:
+                print(f"{path} is still in use by {self._holder()}: waiting for it to end", flush=True)
+                told = True
+            time.sleep(_POLL_SECONDS)
+        self._file.truncate(0)
+        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others write the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _take(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else: a file system without locks
+        return True
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read())
+            return f"process {holder['pid']} on {holder['host']}"
+        except (ValueError, KeyError, TypeError):
+            return "another process"
+
 
 # What may change when a run goes on; everything else would make it another run.
 _MAY_CHANGE = (
@@ -29,9 +91,9 @@ _MAY_CHANGE = (
     "train.keep_",
     "train.micro_batch_size",
     "train.on_divergence",
-    "train.spike",
+    "train.loss_spike_factor",
     "train.max_",
-    "train.stall_minutes",
+    "train.watchdog_timeout",
     "train.profile_steps",
     "data.shards",
     "data.more_shards",
@@ -40,7 +102,7 @@ _MAY_CHANGE = (
     "data.cache",
     "data.retries",
     "data.timeout",
-    "data.max_bad",
+    "data.max_corrupt_samples",
     "data.pipe",
     "schedule.crop_boundaries",
     "engine.name",
@@ -48,9 +110,9 @@ _MAY_CHANGE = (
     "engine.offload",
     "engine.compile",
     "engine.deterministic",
-    "engine.checkpoint",
+    "engine.activation_checkpointing",
     "engine.world_size",
-    "engine.join_minutes",
+    "engine.init_timeout",
     "engine.options",
     "eval.",
     "log.",
@@ -134,10 +196,10 @@ class RunFolder:
         if newest is not None:
             self._refuse_state(newest.state, config, data_digest)
             return Resume(newest, previous)
-        if config.run.branch_of is None:
+        if config.run.cooldown_of is None:
             return Resume(None, previous)
-        trunk = RunFolder(config.run.branch_of)
-        start = trunk.branch_point(config.run.branch_at, examine)
+        trunk = RunFolder(config.run.cooldown_of)
+        start = trunk.branch_point(config.run.cooldown_at, examine)
         trunk._refuse_other_run(from_yaml(trunk.config_file), config, _BRANCH_MAY_CHANGE)
         trunk._refuse_state(start.state, config, data_digest)
         return Resume(start, previous)
@@ -168,7 +230,7 @@ class RunFolder:
         """
         if self.origin_file.is_file():
             return json.loads(self.origin_file.read_text(encoding="utf-8"))
-        trunk = config.run.branch_of
+        trunk = config.run.cooldown_of
         return RunFolder(trunk).origin(replace(config, run=RunConfig())) if trunk else None
 
     def write_facts(self, config: Config, origin: dict[str, Any] | None = None) -> None:

@@ -1,15 +1,22 @@
-"""Being asked to stop: by a signal, a file, or the clock."""
+"""Signals, garbage collection and deterministic mode of a training process."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import torch
 
 from hpcm_scale.errors import STOPPED
+
+# Being asked to stop: by a signal, a file, or the clock.
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONCE_SECONDS = 2.0
@@ -74,3 +81,67 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self._signalled = self._signalled or now
         self.request(f"{signal.Signals(number).name}")
+
+
+# Python's garbage collection between steps, not within them: there it would keep one process, and so all, waiting.
+
+
+EVERY = 100
+"""Steps from one collection to the next; every tenth is of everything."""
+
+
+@contextmanager
+def collecting_between_steps() -> Iterator[Callable[[int], None]]:
+    """Within it nothing is collected but by what it gives: a function to call after each step, with its number.
+
+    All processes call it at the same steps, and so wait together.
+    """
+
+    def after(step: int) -> None:
+        if step % EVERY == 0:
+            gc.collect(2 if step % (10 * EVERY) == 0 else 1)
+
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield after
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# torch's deterministic algorithms, for the length of one run.
+
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""Environment variable of cuBLAS, without one of two values of which torch refuses its products."""
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Within, use algorithms that give the same result every time, if `enabled`; restore all settings afterwards.
+
+    On CUDA that covers cuDNN, cuBLAS, attention and torch's own kernels. An operation that has no such algorithm raises
+    RuntimeError. It must not only warn: attention looks for its deterministic backward pass in the strict mode alone.
+    Enter it before the first operation on a GPU, since cuBLAS reads the environment then.
+    """
+    if not enabled:
+        yield
+        return
+    cudnn, filling = torch.backends.cudnn, torch.utils.deterministic
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(WORKSPACE)
+    before = cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory
+    os.environ[WORKSPACE] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    filling.fill_uninitialized_memory = False  # nothing reads memory before it is written
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory = before
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        if workspace is None:
+            del os.environ[WORKSPACE]
+        else:
+            os.environ[WORKSPACE] = workspace

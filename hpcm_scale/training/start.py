@@ -10,21 +10,19 @@ from typing import NamedTuple
 
 from torch import Size
 
-from hpcm_scale.config.checks import check
-from hpcm_scale.config.distortions import MS_SSIM_SMALLEST_SIDE
-from hpcm_scale.config.schema import Config, Distortion, Viewer
-from hpcm_scale.data import image_set
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.config.checks import MS_SSIM_SMALLEST_SIDE, check
+from hpcm_scale.config.schema import Config, Distortion, Target
+from hpcm_scale.data import sources
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.data.mixture import Mixture, load_mixture
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import check_length, sha256_of
 from hpcm_scale.machine.extractor import TokenExtractor, check_size
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model import families
-from hpcm_scale.model.inherit import check_inheritance
-from hpcm_scale.model.weights import WEIGHTS_NAME, WeightsFile, exported_step, read_weights_file
+from hpcm_scale.model.weights import WEIGHTS_NAME, WeightsFile, check_inheritance, exported_step, read_weights_file
 from hpcm_scale.training.run_folder import Resume, RunFolder, run_directory
 from hpcm_scale.training.task import check_origin
 
@@ -94,7 +92,7 @@ def _check_images(images: ImageSet, config: Config, receivers: Mapping[str, Toke
     """Decode all of `eval.images`. Raise UserError if one is broken, or too small for what the run is trained for."""
     checks: list[Callable[[Size, str, str], None]] = [check_size] if receivers else []
     if config.objective.distortion == Distortion.ms_ssim:
-        checks.append(partial(image_set.check_size, smallest=MS_SSIM_SMALLEST_SIDE, who="MS-SSIM is defined for"))
+        checks.append(partial(sources.check_size, smallest=MS_SSIM_SMALLEST_SIDE, who="MS-SSIM is defined for"))
     for name, size in zip(images.names, images.sizes, strict=True):
         for refuse in checks:
             refuse(size, f"{name} of eval.images={images.folder}", "leave it out")
@@ -112,7 +110,7 @@ def receivers_of(
     config: Config, open_receiver: Callable[[str], TokenExtractor] = receiver
 ) -> dict[str, TokenExtractor]:
     """The networks that a configuration trains for, by name; none if it trains for people."""
-    for_machine = config.objective.viewer == Viewer.machine
+    for_machine = config.objective.target == Target.vision_model
     return {name: open_receiver(name) for name in config.machine.receivers if for_machine}
 
 

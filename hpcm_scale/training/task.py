@@ -2,34 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hpcm_scale.config.checks import micro_batch_size
 from hpcm_scale.config.compose import to_dict
+from hpcm_scale.config.phases import images_at, phases
 from hpcm_scale.config.schema import Config, Distortion, Parametrisation
-from hpcm_scale.data.stream import Batch
+from hpcm_scale.data.mixture import Mixture
+from hpcm_scale.data.stream import Batch, open_stream
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import Objective
 from hpcm_scale.files import sha256_of
+from hpcm_scale.machine.codec import MachineCodec
 from hpcm_scale.machine.extractor import TokenExtractor
-from hpcm_scale.machine.machine_codec import MachineCodec
-from hpcm_scale.machine.objective import MachineObjective
+from hpcm_scale.machine.objective import MachineObjective, reference_tokens
 from hpcm_scale.machine.pre_editor import PreEditor
-from hpcm_scale.machine.reference_tokens import reference_tokens
 from hpcm_scale.model.hpcm import HPCM, Coded, Noise
-from hpcm_scale.model.inherit import inherit
-from hpcm_scale.model.parametrisation import parametrise
+from hpcm_scale.model.parameters import parametrise
 from hpcm_scale.model.variable_rate import level_of, lmbda_of
-from hpcm_scale.model.weights import PreEditorWeights, WeightsFile, load_state, save_weights
-from hpcm_scale.objective.choice import objective_of
-from hpcm_scale.objective.rate_distortion import RateDistortion
-from hpcm_scale.training.noise import image_levels, image_noise
+from hpcm_scale.model.weights import PreEditorWeights, WeightsFile, inherit, load_state, save_weights
+from hpcm_scale.objective import RateDistortion, objective_of
+
+# Uniform noise of the training likelihoods, seeded per image so that it does not depend on who trains it.
+
+
+def image_noise(model: HPCM, images: Tensor, image_index: Tensor, seed: int) -> Noise:
+    """Noise in [−½, ½) for a batch of images (b, 3, H, W) with global indices (b,), fp32.
+
+    The same (seed, global image index) gives the same noise on any number of processes.
+    """
+    shape_y, shape_z = model.latent_shapes(*images.shape[2:])
+    generator = torch.Generator(images.device)
+    ys, zs = [], []
+    for index in image_index.tolist():
+        generator.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1))
+        ys.append(torch.rand(shape_y, generator=generator, device=images.device))
+        zs.append(torch.rand(shape_z, generator=generator, device=images.device))
+    return Noise(torch.stack(ys) - 0.5, torch.stack(zs) - 0.5)
+
+
+def image_levels(levels: int, image_index: Tensor, seed: int) -> Tensor:
+    """A level of a variable-rate model for each of a batch of images with global indices (b,): (b,) fp32.
+
+    Every run of as many images as there are levels has each level once, in an order of its own. The same (seed, global
+    image index) gives the same level on any number of processes.
+    """
+    chosen = []
+    for index in image_index.tolist():
+        run, place = divmod(index, levels)
+        order = np.random.default_rng((seed, run, _LEVELS)).permutation(levels)
+        chosen.append(float(order[place]))
+    return torch.tensor(chosen)
+
+
+_LEVELS = 1
+"""Sets the draws of levels apart from other draws of the same seed and index."""
+
+
+# The micro-batches of a run, from one phase of its crops to the next.
+
+
+def batches(
+    config: Config, step: int, *, rank: int, world_size: int, index: Mixture, left_out: Sequence[range]
+) -> Generator[Batch, None, None]:
+    """The micro-batches of process `rank`, in order, from optimizer step `step` (from 0) on, without end.
+
+    Where a phase ends, so do its data workers, and those of the next begin; images, `index` and `left_out` as in
+    `data.stream.open_stream`. Close it after use. Raises UserError while iterating, as that does.
+    """
+    left = [phase for phase in phases(config) if step < phase.last_step]
+    for phase in left:
+        stream = open_stream(
+            replace(config.data, crop=phase.crop),
+            seed=config.train.seed,
+            first_image=images_at(config, max(step, phase.first_step)),
+            last_image=None if phase is left[-1] else images_at(config, phase.last_step),
+            batch_size=phase.batch_size,
+            micro_batch_size=micro_batch_size(config, world_size, phase),
+            rank=rank,
+            world_size=world_size,
+            index=index,
+            left_out=left_out,
+        )
+        with closing(stream):
+            yield from stream
+
 
 Receivers = Mapping[str, TokenExtractor]
 
@@ -138,7 +204,7 @@ def task_of(config: Config, origin: WeightsFile | None, receivers: Receivers) ->
         config.model,
         precision=config.engine.precision,
         formula=config.objective.likelihood.value,
-        checkpoint=config.engine.checkpoint,
+        checkpoint=config.engine.activation_checkpointing,
     )
     if config.train.parametrisation == Parametrisation.mup:
         parametrise(codec)
@@ -160,7 +226,7 @@ def _pre_editor(config: Config, origin: WeightsFile | None, seen: TokenExtractor
         seen and seen.token_channels,
         config.model.rate.levels,
         precision=config.engine.precision,
-        checkpoint=config.engine.checkpoint,
+        checkpoint=config.engine.activation_checkpointing,
     )
     if origin and origin.pre_editor:
         load_state(pre_editor, origin.pre_editor.state, origin.path)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.codec import DIRECTIONS, FAST, PLAIN, computed, measure_codec, picture
 
-from hpcm_scale.benchmark.codec import DIRECTIONS, FAST, PLAIN, computed, measure_codec, picture
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.errors import UserError

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench import data
+from bench.command import main
+from bench.entropy import draw_symbols, measure_range_coder
 from mistakes import mistake_in
 from PIL import Image
-
-from hpcm_scale.bench import main
-from hpcm_scale.benchmark import data
-from hpcm_scale.benchmark.entropy import draw_symbols, measure_range_coder
 
 mistake = partial(mistake_in, main)
 

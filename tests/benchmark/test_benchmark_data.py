@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench import data
+from bench.data import DECODER, STREAM, data_report, demand, make_shards, measure_data, measure_waits
+from bench.report import markdown
 
-from hpcm_scale.benchmark import data
-from hpcm_scale.benchmark.data import DECODER, STREAM, data_report, demand, make_shards, measure_data, measure_waits
-from hpcm_scale.benchmark.report import markdown
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.index import load_index

@@ -7,14 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from hpcm_scale.benchmark.cluster_tables import (
-    all_reduces_table,
-    data_table,
-    devices_table,
-    nodes_table,
-    step_table,
-)
-from hpcm_scale.benchmark.findings import (
+from hpcm_scale.files import json_text
+from hpcm_scale.preflight.findings import (
     AllReduce,
     Checkpoints,
     Data,
@@ -25,7 +19,13 @@ from hpcm_scale.benchmark.findings import (
     plain,
     sentences,
 )
-from hpcm_scale.files import json_text
+from hpcm_scale.preflight.measurements import (
+    all_reduces_table,
+    data_table,
+    devices_table,
+    nodes_table,
+    step_table,
+)
 
 H100 = "NVIDIA H100 80GB HBM3"
 VERSIONS = {"Python": "3.11.7", "torch": "2.13.0+cu130", "CUDA": "13.0", "NCCL": "2.29.1", "driver": "590.10"}
@@ -180,7 +180,7 @@ CASES = {
         step(reserved=79 * 10**9),
         [
             "torch holds 79.00 GB of the 80.00 GB of a device; lower train.micro_batch_size, or set "
-            "engine.checkpoint=blocks, to leave room"
+            "engine.activation_checkpointing=blocks, to leave room"
         ],
     ),
     "a slow step": (

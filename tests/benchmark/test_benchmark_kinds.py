@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from bench.kinds import KINDS, seconds_by_kind
+from bench.profiling import draw_profile
+from bench.step import OPTIMIZER
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hpcm_scale.benchmark.kinds import KINDS, seconds_by_kind
-from hpcm_scale.benchmark.paired import timed
-from hpcm_scale.benchmark.profiling import draw_profile
-from hpcm_scale.benchmark.step import OPTIMIZER
 from hpcm_scale.entropy.generalized_gaussian import bits
+from hpcm_scale.tracking.timing import timed
 
 CPU = torch.device("cpu")
 

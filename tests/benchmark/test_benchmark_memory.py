@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from hpcm_scale.benchmark.memory import peak_bytes
+from bench.timing import peak_bytes
 
 CPU = torch.device("cpu")
 MEGABYTE = 250_000

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
+from bench.timing import Stopwatch
 
-from hpcm_scale.benchmark.paired import alternate, ratio, seconds, spread, timed
-from hpcm_scale.benchmark.stopwatch import Stopwatch
+from hpcm_scale.tracking.timing import alternate, ratio, seconds, spread, timed
 
 CPU = torch.device("cpu")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from hpcm_scale.benchmark.processes import Scaling, measure_processes, processes_report
-from hpcm_scale.benchmark.report import markdown
+from bench.processes import Scaling, measure_processes, processes_report
+from bench.report import markdown
 
 
 def test_efficiency_is_sharing_times_communication():

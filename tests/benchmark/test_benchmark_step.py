@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.arguments import configuration
+from bench.step import PLAIN, Steps, Way
+from bench.train import ways
 
-from hpcm_scale.benchmark.arguments import configuration
-from hpcm_scale.benchmark.step import PLAIN, Steps, Way
-from hpcm_scale.benchmark.train import ways
 from hpcm_scale.config.schema import Checkpointing, Precision
 
 WAYS = ways([Precision.fp32, Precision.bf16], list(Checkpointing), compiled=False)

@@ -15,10 +15,10 @@ import gpu_acceptance
 import gpu_speed
 import pytest
 import torch
+from bench import step
 from gpu_checks import CHECKS, PART_SECONDS
 from gpu_findings import Check, Findings, Setting, perform
 
-from hpcm_scale.benchmark import step
 from hpcm_scale.model.compiled import compile_regions
 
 

@@ -42,7 +42,7 @@ MANY = [
     "arguments",
     [
         WIDEST,
-        [*WIDEST, "engine=zero3", "engine.precision=bf16", "engine.checkpoint=steps"],
+        [*WIDEST, "engine=zero3", "engine.precision=bf16", "engine.activation_checkpointing=steps"],
         NARROWEST,
         [*MANY, "--mfu", "0.001", "--price", "1000000", "--bandwidth-network", "0.001", "--gpus-per-node", "1024"],
         [*MANY, "engine=zero3", "--mfu", "1", "--price", "5e-324", "--bandwidth-node", "1e6", "--gpus-per-node", "1"],

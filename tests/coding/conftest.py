@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import rate_distortion_loss
 
 
 @pytest.fixture(scope="session")

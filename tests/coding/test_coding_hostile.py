@@ -17,9 +17,15 @@ from hypothesis import strategies as st
 
 from hpcm_scale.coding.codec import Codec, _checksum
 from hpcm_scale.coding.container import MOST_PIXELS, Container, pack, unpack
-from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, SymbolReader, SymbolWriter, least_bits
+from hpcm_scale.entropy.range_coder import (
+    LARGEST_SYMBOL,
+    CorruptStream,
+    SymbolReader,
+    SymbolWriter,
+    frequencies,
+    least_bits,
+)
 from hpcm_scale.entropy.shifts import ShiftReader, Shifts, shifted_tables, write_head, write_step
-from hpcm_scale.entropy.tables import frequencies
 from hpcm_scale.errors import UserError
 
 OUTCOMES = ("refused", "right picture", "the same, cut otherwise")

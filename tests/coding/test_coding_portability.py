@@ -8,7 +8,7 @@ from portable_decoding import VARIANTS, decodes, gpu, noise, other_threads, vari
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.entropy.range_coder import SymbolReader
 from hpcm_scale.entropy.shifts import Tolerance
 from hpcm_scale.errors import UserError

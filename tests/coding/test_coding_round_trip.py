@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.coding.container import unpack
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.entropy.range_coder import SymbolWriter
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import pad

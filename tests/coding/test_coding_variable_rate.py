@@ -15,17 +15,15 @@ from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.coding.container import pack, unpack
-from hpcm_scale.coding.distortion import peak_signal_to_noise
-from hpcm_scale.coding.quality import byte_of_quality, quality_of_byte, usual_byte
-from hpcm_scale.coding.rate_search import at_level, nearest_to_rate, smallest_with_psnr
+from hpcm_scale.coding.files import at_level, nearest_to_rate, peak_signal_to_noise, smallest_with_psnr
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import RateConfig
 from hpcm_scale.entropy.shifts import Tolerance
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import pad
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.variable_rate import level_of_byte, lmbda_of
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.model.variable_rate import byte_of_quality, level_of_byte, lmbda_of, quality_of_byte, usual_byte
+from hpcm_scale.objective import rate_distortion_loss
 
 LEVELS = 5
 

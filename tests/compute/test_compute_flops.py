@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from hpcm_scale.compute.flops import TRAINING_FACTOR, forward_flops
+from hpcm_scale.compute.tracker import TRAINING_FACTOR, forward_flops
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.model.hpcm import Noise
-from hpcm_scale.model.shapes import on_meta
+from hpcm_scale.model.parameters import on_meta
 
 on_meta_device = functools.partial(torch.empty, device="meta")
 

@@ -81,10 +81,10 @@ REFUSED = [
     # branches
     ({"train.keep_at": [5, 0]}, 1, "train.keep_at=[5, 0] must be at least 1"),
     ({"train.keep_at": [11], "train.steps": 10}, 1, "train.keep_at=[11]"),
-    ({"run.branch_of": "trunk"}, 1, "run.branch_of and run.branch_at belong together"),
-    ({"run.branch_at": 5}, 1, "run.branch_of and run.branch_at belong together"),
-    ({"run.branch_at": 10, "run.branch_of": "trunk", "train.steps": 10}, 1, "run.branch_at=10 leaves nothing of"),
-    ({"run.branch_at": 0, "run.branch_of": "trunk"}, 1, "run.branch_at=0 must be at least 1"),
+    ({"run.cooldown_of": "trunk"}, 1, "run.cooldown_of and run.cooldown_at belong together"),
+    ({"run.cooldown_at": 5}, 1, "run.cooldown_of and run.cooldown_at belong together"),
+    ({"run.cooldown_at": 10, "run.cooldown_of": "trunk", "train.steps": 10}, 1, "run.cooldown_at=10 leaves nothing of"),
+    ({"run.cooldown_at": 0, "run.cooldown_of": "trunk"}, 1, "run.cooldown_at=0 must be at least 1"),
     # engine
     ({"engine.zero_stage": 4}, 1, "engine.zero_stage=4 must be at least 0 and at most 3"),
     ({"engine.offload": True}, 1, "engine.offload needs engine.zero_stage=3, not 2"),

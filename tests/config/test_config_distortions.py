@@ -22,7 +22,7 @@ RANGE = ("model.rate.lowest=2.4", "model.rate.highest=60.5", "model.rate.referen
         (["objective.lmbda=0.013"], "objective.lmbda=0.013 is λ of MSE"),
         (["model.rate.levels=6"], "use model.rate.lowest=2.4 model.rate.highest=60.5 model.rate.reference=8.73"),
         (["model.rate.levels=6", *RANGE[:2]], "reference=0.013 are not all λ of MS-SSIM"),
-        (["objective.viewer=machine", "machine.receivers=[random-vit]"], "leave one of the two out"),
+        (["objective.target=vision_model", "machine.receivers=[random-vit]"], "leave one of the two out"),
     ],
 )
 def test_refused(overrides, told):

@@ -20,14 +20,14 @@ from omegaconf import OmegaConf
 from hpcm_scale.config.checks import ZERO_SIZES, check, check_pre_editor
 from hpcm_scale.config.compose import _keys, compose, from_yaml, model_from_dict, to_dict
 from hpcm_scale.config.schema import AVERAGE, Config, PreEditorConfig
-from hpcm_scale.data.order import random_words
+from hpcm_scale.data.mixture import random_words
 from hpcm_scale.errors import UserError
 from hpcm_scale.limits import Range
 from hpcm_scale.model import families
 from hpcm_scale.scaling.plan import Setting
-from hpcm_scale.sweeps.plugins import DeepSpeedOptions, SlurmOptions
+from hpcm_scale.sweeps.launchers import DeepSpeedOptions, SlurmOptions
 from hpcm_scale.training.averages import exponent
-from hpcm_scale.training.noise import image_levels
+from hpcm_scale.training.task import image_levels
 
 NASTY = [
     math.nan,
@@ -193,7 +193,7 @@ def test_more_pixels_than_a_forward_pass_can_hold():
 
 
 def test_times_fit_whatever_waits():
-    for key, seconds in {"train.stall_minutes": 60, "engine.join_minutes": 60, "train.max_hours": 3600}.items():
+    for key, seconds in {"train.watchdog_timeout": 60, "engine.init_timeout": 60, "train.max_hours": 3600}.items():
         longest = seconds * KEYS[key].most
         assert longest < threading.TIMEOUT_MAX
         assert timedelta(seconds=longest + 300).total_seconds() * 1000 < 2**63

@@ -14,7 +14,7 @@ from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.phases import Phase, crop_starts, described, images_at, phase_at, phases
 from hpcm_scale.config.schema import Config, Fusion
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.schedule import learning_rate
+from hpcm_scale.training.optimizer import learning_rate
 
 
 def configured(

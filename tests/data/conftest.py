@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hpcm_scale.commands.shards import main
 from hpcm_scale.data.build import build_shards
-from hpcm_scale.shards import main
 from hpcm_scale.tracking.progress import progress
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")

@@ -15,11 +15,11 @@ from crops import seen
 from PIL import Image
 from range_server import RangeServer
 
-from hpcm_scale.data import retrying
+from hpcm_scale.data import storage
 from hpcm_scale.data.build import build_shards
 from hpcm_scale.data.index import ShardIndex, load_index
-from hpcm_scale.data.order import sample_at
-from hpcm_scale.data.retrying import pause
+from hpcm_scale.data.mixture import sample_at
+from hpcm_scale.data.storage import pause
 from hpcm_scale.errors import UserError
 from hpcm_scale.tracking.progress import progress
 
@@ -28,7 +28,7 @@ SEED, LAST = 3, 48
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(retrying, "pause", lambda attempt: pause(attempt) / 50)
+    monkeypatch.setattr(storage, "pause", lambda attempt: pause(attempt) / 50)
 
 
 @pytest.fixture

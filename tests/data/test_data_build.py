@@ -191,7 +191,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(shared, tmp_path, worker
     for photo in sorted((shared / "data" / "photos" / "train").iterdir())[::2]:
         (photos / photo.name).symlink_to(photo)
     options = ["--shard-size", "2", "--workers", str(workers)]
-    command = [sys.executable, "-m", "hpcm_scale.shards", "build", str(photos), *options]
+    command = [sys.executable, "-m", "hpcm_scale.commands.shards", "build", str(photos), *options]
     out = tmp_path / "broken"
     process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
     try:

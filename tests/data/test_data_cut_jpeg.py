@@ -14,9 +14,8 @@ from image_files import END, encoded, first_scans, scan_by_scan, scans, segment
 from PIL import Image
 
 from hpcm_scale.data.build import build_shards, examine
-from hpcm_scale.data.image_set import read_image
 from hpcm_scale.data.images import EncodedImage, decode
-from hpcm_scale.data.sources import Source
+from hpcm_scale.data.sources import Source, read_image
 from hpcm_scale.errors import UserError
 from hpcm_scale.tracking.progress import progress
 

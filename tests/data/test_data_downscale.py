@@ -13,8 +13,7 @@ from scipy.stats import kstest
 
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose
-from hpcm_scale.data.crop import cut, place
-from hpcm_scale.data.images import EncodedImage, decode
+from hpcm_scale.data.images import EncodedImage, cut, decode, place
 from hpcm_scale.data.index import load_index
 from hpcm_scale.errors import UserError
 

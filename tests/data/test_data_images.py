@@ -14,10 +14,8 @@ from image_files import encoded, png16
 from PIL import Image
 
 from hpcm_scale.data.build import examine
-from hpcm_scale.data.crop import cut
-from hpcm_scale.data.image_set import ImageSet, read_image
-from hpcm_scale.data.images import MAX_PIXELS, decode, to_array
-from hpcm_scale.data.sources import Source
+from hpcm_scale.data.images import MAX_PIXELS, cut, decode, to_array
+from hpcm_scale.data.sources import ImageSet, Source, read_image
 from hpcm_scale.errors import UserError
 
 

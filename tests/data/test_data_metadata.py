@@ -14,10 +14,8 @@ from image_files import chunk, encoded, png, segment
 from PIL import Image
 
 from hpcm_scale.data.build import examine
-from hpcm_scale.data.image_set import read_image
-from hpcm_scale.data.images import EncodedImage, decode
-from hpcm_scale.data.orientation import AS_STORED, ORIENTATIONS, orientation_of
-from hpcm_scale.data.sources import Source
+from hpcm_scale.data.images import AS_STORED, ORIENTATIONS, EncodedImage, decode, orientation_of
+from hpcm_scale.data.sources import Source, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
 IMAGE = Image.fromarray(PIXELS)

@@ -20,8 +20,7 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.build import build_shards
 from hpcm_scale.data.index import Shard, ShardIndex, load_index
-from hpcm_scale.data.mixture import BLOCK, MixtureOrder, load_mixture
-from hpcm_scale.data.order import set_seed
+from hpcm_scale.data.mixture import BLOCK, MixtureOrder, load_mixture, set_seed
 from hpcm_scale.data.storage import LocalStorage
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError

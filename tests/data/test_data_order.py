@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.index import load_index
-from hpcm_scale.data.order import epoch_order, sample_at
+from hpcm_scale.data.mixture import epoch_order, sample_at
 from hpcm_scale.data.stream import Batch, open_stream
 
 

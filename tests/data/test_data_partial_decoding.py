@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from image_files import encoded, first_scans, png16, scan_by_scan, scans
 from PIL import Image, ImageOps
 
-from hpcm_scale.data.crop import cut
-from hpcm_scale.data.images import EncodedImage, decode
+from hpcm_scale.data.images import EncodedImage, cut, decode
 from hpcm_scale.data.jpeg import shortened
 
 ORIENTATION = 0x0112

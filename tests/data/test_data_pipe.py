@@ -13,15 +13,15 @@ from crops import assert_same, seen
 
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose
-from hpcm_scale.data import retrying
+from hpcm_scale.data import storage
 from hpcm_scale.data.index import load_index
-from hpcm_scale.data.pipe import PipeStorage
+from hpcm_scale.data.storage import PipeStorage
 from hpcm_scale.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(retrying, "pause", lambda attempt: 0.01)
+    monkeypatch.setattr(storage, "pause", lambda attempt: 0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,11 +14,10 @@ import torch
 from range_server import RangeServer
 
 from hpcm_scale.config.schema import DataConfig
-from hpcm_scale.data import retrying
+from hpcm_scale.data import storage
 from hpcm_scale.data.cache import CachedStorage
 from hpcm_scale.data.index import load_index
-from hpcm_scale.data.retrying import is_permanent, pause
-from hpcm_scale.data.storage import RemoteStorage
+from hpcm_scale.data.storage import RemoteStorage, is_permanent, pause
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import unfinished_name
@@ -33,7 +32,7 @@ def server(small_set, tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(retrying, "pause", lambda attempt: pause(attempt) / 50)
+    monkeypatch.setattr(storage, "pause", lambda attempt: pause(attempt) / 50)
 
 
 def read(location, *, last=24, **data):

@@ -13,10 +13,9 @@ from crops import assert_same, seen
 from moto.server import ThreadedMotoServer
 from range_server import RangeServer
 
-from hpcm_scale.data import retrying
+from hpcm_scale.data import storage
 from hpcm_scale.data.index import load_index
-from hpcm_scale.data.retrying import is_permanent
-from hpcm_scale.data.storage import RemoteStorage
+from hpcm_scale.data.storage import RemoteStorage, is_permanent
 from hpcm_scale.errors import UserError
 
 SECRET = "distinctive0secret0of0this0test"
@@ -47,7 +46,7 @@ def server(small_set):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(retrying, "pause", lambda attempt: 0.01)
+    monkeypatch.setattr(storage, "pause", lambda attempt: 0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,9 +9,9 @@ import pytest
 
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose
-from hpcm_scale.config.urls import without_secrets
 from hpcm_scale.data.index import load_index
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import without_secrets
 
 SECRET = "hunter2secret"
 WITH = [

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from hpcm_scale.data.build import build_shards
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.tracking.progress import progress
 

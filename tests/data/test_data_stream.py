@@ -20,12 +20,10 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.build import build_shards
-from hpcm_scale.data.crop import cut
-from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.data.images import decode
+from hpcm_scale.data.images import cut, decode
 from hpcm_scale.data.index import load_index
-from hpcm_scale.data.mixture import load_mixture
-from hpcm_scale.data.order import sample_at
+from hpcm_scale.data.mixture import load_mixture, sample_at
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.data.storage import LocalStorage
 from hpcm_scale.data.stream import Batch, Source, collate, deliver, hand_over_errors, open_stream
 from hpcm_scale.errors import UserError

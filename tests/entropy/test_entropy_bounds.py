@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hpcm_scale.entropy.bounds import lower_bound
+from hpcm_scale.entropy.generalized_gaussian import lower_bound
 
 
 def test_value_is_the_larger_of_value_and_bound():

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, SymbolReader, SymbolWriter
-from hpcm_scale.entropy.tables import frequencies
+from hpcm_scale.entropy.range_coder import LARGEST_SYMBOL, CorruptStream, SymbolReader, SymbolWriter, frequencies
 
 STREAM_DIGEST = "716044b6c60aa1aef9022191acecaa9d3d7d91695878d81d14a718db2b86b9e7"
 

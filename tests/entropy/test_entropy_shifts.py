@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcm_scale.entropy.range_coder import SymbolReader, SymbolWriter
+from hpcm_scale.entropy.range_coder import SymbolReader, SymbolWriter, scale_table, table_index
 from hpcm_scale.entropy.shifts import (
     ShiftReader,
     Tolerance,
@@ -17,7 +17,6 @@ from hpcm_scale.entropy.shifts import (
     write_head,
     write_step,
 )
-from hpcm_scale.entropy.tables import scale_table, table_index
 
 TOLERANCE = Tolerance()
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcm_scale.entropy.generalized_gaussian import likelihood
-from hpcm_scale.entropy.tables import frequencies, scale_table, table_index
+from hpcm_scale.entropy.range_coder import frequencies, scale_table, table_index
 
 FREQUENCIES_DIGEST = "3837c685e5151d0a118b81ce4b88a8015650ddbe00f6bc9d94409d42818d1efa"
 

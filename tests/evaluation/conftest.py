@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.weights import save_weights
 

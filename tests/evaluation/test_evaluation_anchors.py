@@ -9,12 +9,11 @@ from dataclasses import replace
 import pytest
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.anchors import find_curves, shipped, stated
-from hpcm_scale.evaluation.bd_rate import RateCurve, compare
+from hpcm_scale.evaluation.bd_rate import SETS, RateCurve, compare
 from hpcm_scale.evaluation.curves import FILES, Curve, Point
-from hpcm_scale.evaluation.image_sets import SETS
 from hpcm_scale.evaluation.measures import Measured
-from hpcm_scale.evaluation.results import Results, write_json
+from hpcm_scale.evaluation.points import find_curves, shipped, stated
+from hpcm_scale.evaluation.tables import Results, write_json
 
 SET_NAMES = {"kodak": "kodak", "clic": "clic-pro-valid", "tecnick": "tecnick"}
 UNNAMED = "jpegai_test_chunk_tinylic_vtm22"

@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.interpolate import PchipInterpolator
 
-from hpcm_scale import bd_rate as command
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.commands import bd_rate as command
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.anchors import shipped
-from hpcm_scale.evaluation.bd_rate import RateCurve, compare, same_images
+from hpcm_scale.evaluation.bd_rate import RateCurve, check_set, compare, same_images
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
-from hpcm_scale.evaluation.image_sets import check_set
 from hpcm_scale.evaluation.measures import Measured, peak_signal_to_noise
-from hpcm_scale.evaluation.results import Results, write_json
+from hpcm_scale.evaluation.points import shipped
+from hpcm_scale.evaluation.tables import Results, write_json
 
 KNOWN = [
     ("kodak/hpcm-base", "kodak/vtm-18", -15.45),
@@ -287,7 +286,7 @@ def test_command_lists_what_is_shipped(hpcm):
 
 
 def test_command_as_a_module(project):
-    command = [sys.executable, "-m", "hpcm_scale.bd_rate", "kodak/hpcm-large", "--anchor", "kodak/vtm-18"]
+    command = [sys.executable, "-m", "hpcm_scale.commands.bd_rate", "kodak/hpcm-large", "--anchor", "kodak/vtm-18"]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert row(result.stdout, "kodak/hpcm-large")[-1] == "-19.39%"

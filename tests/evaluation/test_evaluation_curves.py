@@ -13,14 +13,14 @@ from PIL import Image
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.baselines import other_codec
 from hpcm_scale.evaluation.coders import code_images, estimate_coder, file_coder, other_coder
 from hpcm_scale.evaluation.curves import model_curve, other_curve, read_weights
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.evaluation.measures import Estimated, peak_signal_to_noise
-from hpcm_scale.evaluation.other_codecs import other_codec
-from hpcm_scale.machine.weights import load_machine_codec
+from hpcm_scale.machine.codec import load_machine_codec
 from hpcm_scale.model.weights import load_weights, save_weights
-from hpcm_scale.objective.rate_distortion import RateDistortionObjective
+from hpcm_scale.objective import RateDistortionObjective
 from hpcm_scale.training.costs import size_row
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.estimate import evaluate, pad
 from hpcm_scale.model.hpcm import HPCM, Coded
-from hpcm_scale.objective.rate_distortion import RateDistortionObjective
+from hpcm_scale.objective import RateDistortionObjective
 
 CPU = torch.device("cpu")
 SIZES = [(1, 1), (255, 257), (64, 64), (65, 128), (300, 40)]  # width, height

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.image_sets import SETS, check_set
+from hpcm_scale.evaluation.bd_rate import SETS, check_set
 
 
 @pytest.fixture

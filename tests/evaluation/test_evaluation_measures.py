@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytorch_msssim import ms_ssim
 
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.measures import Estimated, decibels, mean, measure, peak_signal_to_noise
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.baselines import OTHER_CODECS, OtherCodec, other_codec
+from hpcm_scale.evaluation.baselines.base import from_ycbcr, to_ycbcr
 from hpcm_scale.evaluation.measures import peak_signal_to_noise
-from hpcm_scale.evaluation.other_codecs import OTHER_CODECS, OtherCodec, other_codec
-from hpcm_scale.evaluation.other_codecs.ycbcr import from_ycbcr, to_ycbcr
 
 LIBRARIES = {"jxl": "imagecodecs", "hevc": "pillow_heif", "vvc": "imageio_ffmpeg"}
 VERSIONS = {
@@ -127,7 +127,7 @@ def test_missing_libraries_are_named_with_their_mend():
         "import sys\n"
         f"for library in {list(LIBRARIES.values())}: sys.modules[library] = None\n"
         "from hpcm_scale.errors import UserError\n"
-        "from hpcm_scale.evaluation.other_codecs import OTHER_CODECS, other_codec\n"
+        "from hpcm_scale.evaluation.baselines import OTHER_CODECS, other_codec\n"
         "for name in OTHER_CODECS:\n"
         "    try: print(name, other_codec(name).description)\n"
         "    except UserError as error: print(error)\n"
@@ -166,7 +166,7 @@ def test_a_bad_ffmpeg_gets_one_sentence(monkeypatch, tmp_path, script, reason):
     """A real program in ffmpeg's place, the way imageio-ffmpeg lets users choose their own."""
     pytest.importorskip("imageio_ffmpeg")
     if "600" in script:
-        monkeypatch.setattr("hpcm_scale.evaluation.other_codecs.vvc.START_SECONDS", 1)
+        monkeypatch.setattr("hpcm_scale.evaluation.baselines.codecs.START_SECONDS", 1)
     program = tmp_path / "ffmpeg"
     program.write_text(f"#!{shutil.which('sh')}\n{script}\n", encoding="utf-8")
     program.chmod(0o755)

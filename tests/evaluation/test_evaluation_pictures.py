@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.measures import Estimated, Measured
 from hpcm_scale.evaluation.pictures import Crop, Crops, Panel, Window, draw_crops, worst_window
 

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from odd_names import ODD_NAMES
 from PIL import Image
 
-from hpcm_scale.drawing import label
 from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
 from hpcm_scale.evaluation.measures import Measured, measure
 from hpcm_scale.evaluation.pictures import Crops, draw_crops
 from hpcm_scale.evaluation.rate_distortion_plot import draw_rate_distortion
-from hpcm_scale.evaluation.results import Results
+from hpcm_scale.evaluation.tables import Results
+from hpcm_scale.formatting import label
 
 
 def curve(name: str, *points: tuple[float, float, float | None], codec: str = "", rate: str = FILES, weights=None):

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hpcm_scale import evaluate
+from hpcm_scale.commands import evaluate
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.anchors import find_curves, shipped
 from hpcm_scale.evaluation.bd_rate import RateCurve, compare
+from hpcm_scale.evaluation.points import find_curves, shipped
 
 BPP, PSNR, MS_SSIM = (0.12, 0.19, 0.29, 0.44), (26.9, 28.2, 29.6, 31.3), (0.91, 0.936, 0.955, 0.97)
 COMPRESSAI = {

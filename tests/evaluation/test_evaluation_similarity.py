@@ -7,8 +7,8 @@ import torch
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
-from hpcm_scale.data.image_set import ImageSet
-from hpcm_scale.evaluation.similarity import similarity
+from hpcm_scale.data.sources import ImageSet
+from hpcm_scale.evaluation.measures import similarity
 
 
 def expected(x: Tensor, y: Tensor, kind: torch.dtype = torch.float64) -> float:

@@ -10,12 +10,11 @@ import pytest
 from odd_names import ODD_NAMES
 from rich.console import Console
 
-from hpcm_scale.evaluation.anchors import find_curves
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
 from hpcm_scale.evaluation.measures import Estimated, Measured
-from hpcm_scale.evaluation.results import Results, machine, write_json
-from hpcm_scale.evaluation.tables import console_table, csv_table, markdown
-from hpcm_scale.markdown import escaped
+from hpcm_scale.evaluation.points import find_curves
+from hpcm_scale.evaluation.tables import Results, console_table, csv_table, machine, markdown, write_json
+from hpcm_scale.formatting import escaped
 
 
 def image(name: str, bpp: float, psnr: float, **more) -> Measured:

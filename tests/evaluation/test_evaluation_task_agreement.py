@@ -8,8 +8,7 @@ import torch
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.task import agreement
-from hpcm_scale.evaluation.task.agreement import Agreement, class_agreement
-from hpcm_scale.evaluation.task.metrics import distance_in_decibels
+from hpcm_scale.evaluation.task.agreement import Agreement, class_agreement, distance_in_decibels
 from hpcm_scale.machine.receivers import receiver
 
 CPU = torch.device("cpu")

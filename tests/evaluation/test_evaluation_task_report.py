@@ -16,19 +16,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from hpcm_scale import evaluate as command
+from hpcm_scale.commands import evaluate as command
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.baselines import other_codec
 from hpcm_scale.evaluation.bd_rate import Line
 from hpcm_scale.evaluation.curves import read_weights
-from hpcm_scale.evaluation.other_codecs import other_codec
-from hpcm_scale.evaluation.results import Results, machine
+from hpcm_scale.evaluation.tables import Results, machine
 from hpcm_scale.evaluation.task.agreement import Agreement
-from hpcm_scale.evaluation.task.bd_rates import rising, task_bd_rates
-from hpcm_scale.evaluation.task.plan import task_receivers, text_sections
-from hpcm_scale.evaluation.task.plot import draw_tasks
-from hpcm_scale.evaluation.task.report import write_task_json
-from hpcm_scale.evaluation.task.sections import Section, TaskResults, trained_on
-from hpcm_scale.evaluation.task.tables import task_console, task_markdown
+from hpcm_scale.evaluation.task.plan import Section, TaskResults, task_receivers, text_sections, trained_on
+from hpcm_scale.evaluation.task.report import (
+    draw_tasks,
+    rising,
+    task_bd_rates,
+    task_console,
+    task_markdown,
+    write_task_json,
+)
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.weights import load_weights, save_weights
 
@@ -126,7 +129,7 @@ def test_the_terminal_of_80_columns_is_enough(evaluated):
 @pytest.fixture(scope="module")
 def section(photos, trained) -> Section:
     """JPEG and WebP, whose points are made those of models, so that they have BD-rates."""
-    from hpcm_scale.data.image_set import ImageSet
+    from hpcm_scale.data.sources import ImageSet
 
     images = ImageSet(photos)
     section = Section(Results(str(photos), None, 2, [], machine()), images, [Agreement(receiver(SEEN), CPU)])

@@ -8,10 +8,21 @@ import torch
 from PIL import Image
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.other_codecs import other_codec
-from hpcm_scale.evaluation.task.rendered_text import CONTRAST, HEIGHT, LONGEST, WIDTH, RenderedText, pink_noise
-from hpcm_scale.evaluation.task.text import Reading, normalised
-from hpcm_scale.evaluation.task.text_pictures import LabelledPictures, TextLine, digest, scanned_page
+from hpcm_scale.evaluation.baselines import other_codec
+from hpcm_scale.evaluation.task.text import (
+    CONTRAST,
+    HEIGHT,
+    LONGEST,
+    WIDTH,
+    LabelledPictures,
+    Reading,
+    RenderedText,
+    TextLine,
+    digest,
+    normalised,
+    pink_noise,
+    scanned_page,
+)
 from hpcm_scale.machine.receivers import receiver
 
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from hpcm_scale.coding.codec import Codec
+from hpcm_scale.commands.evaluate import main
 from hpcm_scale.config.schema import RateConfig
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluate import main
-from hpcm_scale.evaluation.anchors import find_curves
 from hpcm_scale.evaluation.curves import model_curve, read_weights
+from hpcm_scale.evaluation.points import find_curves
 from hpcm_scale.model.weights import load_weights
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Fusion, MachineConfig, ModelConfig, PreEditorConfig
-from hpcm_scale.machine.machine_codec import MachineCodec
+from hpcm_scale.machine.codec import MachineCodec
 from hpcm_scale.machine.objective import MachineObjective
 from hpcm_scale.machine.pre_editor import PreEditor
 from hpcm_scale.machine.receivers import receiver

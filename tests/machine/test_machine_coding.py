@@ -16,10 +16,9 @@ from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import PreEditorConfig, RateConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import pad
-from hpcm_scale.machine.machine_codec import MachineCodec
+from hpcm_scale.machine.codec import MachineCodec, edit_of, load_machine_codec
 from hpcm_scale.machine.pre_editor import PreEditor
 from hpcm_scale.machine.receivers import receiver
-from hpcm_scale.machine.weights import edit_of, load_machine_codec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.variable_rate import level_of_byte
 from hpcm_scale.model.weights import PreEditorWeights, load_weights, save_weights

@@ -11,12 +11,11 @@ import skimage.data
 import torch
 from torch import Tensor
 
-from hpcm_scale.compute.flops import forward_flops
+from hpcm_scale.compute.tracker import forward_flops
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.extractor import TokenExtractor, resized
-from hpcm_scale.machine.packages import packaged_file
+from hpcm_scale.machine.extractor import TokenExtractor, packaged_file, resized
 from hpcm_scale.machine.receivers import receiver
-from hpcm_scale.training.deterministic import deterministic
+from hpcm_scale.training.signals import deterministic
 
 CLASSIFIERS = ["efficientnet-lite0", "efficientnet-lite2"]
 RECEIVERS = [

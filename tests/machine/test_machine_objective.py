@@ -7,12 +7,10 @@ import torch
 
 from hpcm_scale.config.schema import MachineConfig
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.objective import MachineObjective
+from hpcm_scale.machine.objective import MachineObjective, rank_difference, reference_tokens, token_distortion
 from hpcm_scale.machine.receivers import receiver
-from hpcm_scale.machine.reference_tokens import reference_tokens
-from hpcm_scale.machine.token_losses import rank_difference, token_distortion
 from hpcm_scale.model.hpcm import Coded
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import rate_distortion_loss
 
 NAMES = ["random-vit", "random-vit:7"]
 LAMBDA = 0.013

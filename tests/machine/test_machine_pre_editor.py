@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpcm_scale.compute.flops import forward_flops
+from hpcm_scale.compute.tracker import forward_flops
 from hpcm_scale.config.schema import Checkpointing, Precision, PreEditorConfig
 from hpcm_scale.machine.pre_editor import PreEditor, Stage
 from hpcm_scale.model.layers import ResidualBlock
-from hpcm_scale.model.shapes import kmac_per_pixel, parameter_count
+from hpcm_scale.model.parameters import kmac_per_pixel, parameter_count
 from hpcm_scale.model.variable_rate import mix_of
 
 CHANNELS = {"stride8": 12, "head.last": 20}

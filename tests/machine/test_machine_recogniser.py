@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.machine.extractor import packaged_file
 from hpcm_scale.machine.onnx_graph import OnnxGraph
-from hpcm_scale.machine.packages import packaged_file
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.machine.recogniser import NETWORKS
 

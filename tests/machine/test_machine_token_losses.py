@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hpcm_scale.machine.objective import effective_rank, rank_difference, token_distortion
 from hpcm_scale.machine.receivers import receiver
-from hpcm_scale.machine.token_losses import effective_rank, rank_difference, token_distortion
 
 SHAPES = [(1, 1, 4), (2, 3, 1), (2, 2, 3), (2, 7, 4), (2, 4, 7)]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 NANO = "model=nano"
-MACHINE = ("objective.viewer=machine", "machine.receivers=[random-vit]")
+MACHINE = ("objective.target=vision_model", "machine.receivers=[random-vit]")
 EDITED = ("machine.edit=true", "machine.pre_editor.tokens=random-vit", "model.rate.levels=3")
 CASES = {
     **{preset: [f"model={preset}"] for preset in ("68m", "544m", "1b", "swin", "convnext")},
@@ -25,8 +25,8 @@ CASES = {
     "swin blocks": [NANO, "model.family=swin"],
     "convnext blocks": [NANO, "model.family=convnext"],
     "variable rate": [NANO, "model.rate.levels=3"],
-    "blocks computed again": [NANO, "engine.checkpoint=blocks"],
-    "steps computed again": [NANO, "engine.checkpoint=steps"],
+    "blocks computed again": [NANO, "engine.activation_checkpointing=blocks"],
+    "steps computed again": [NANO, "engine.activation_checkpointing=steps"],
     "fp32": [NANO, "engine.precision=fp32"],
     "ms-ssim": [NANO, "objective.distortion=ms_ssim"],
     "machine": [NANO, *MACHINE],

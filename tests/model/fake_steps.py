@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpcm_scale.compute.launches import Launches
+from hpcm_scale.compute.tracker import Launches
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.context import WindowFusion
-from hpcm_scale.model.gpu_ways import attention
 from hpcm_scale.model.hpcm import Noise
 from hpcm_scale.model.layers import Block, Pointwise
+from hpcm_scale.training.dry_run import attention
 from hpcm_scale.training.task import Task, task_of
 
 CROPS = 4
@@ -37,7 +37,7 @@ def step(overrides: list[str]) -> dict[str, Any]:
     gradients: of the parameters, device and dtype. parameters: of these, those without a gradient.
     """
     config = compose(["engine.precision=bf16", *overrides])
-    names = config.machine.receivers if config.objective.viewer.value == "machine" else []
+    names = config.machine.receivers if config.objective.target.value == "machine" else []
     receivers = {name: receiver(name) for name in names}
     with torch.device("meta"):
         task = task_of(config, None, receivers)

@@ -10,8 +10,7 @@ import torch
 
 from hpcm_scale.model.coding_order import CodingOrder
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.public_checkpoints import import_state, published_config
-from hpcm_scale.model.public_names import public_name
+from hpcm_scale.model.public_checkpoints import import_state, public_name, published_config
 
 PRESETS = {"base": "68m", "phi": "64m_phi", "large": "90m", "1b": "1b"}
 

@@ -7,7 +7,7 @@ import torch
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import rate_distortion_loss
 
 
 def small(fusion: Fusion = Fusion.attention, placement: HyperPlacement = HyperPlacement.aligned) -> ModelConfig:

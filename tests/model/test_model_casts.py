@@ -9,14 +9,13 @@ import torch
 from small_models import images, loss_and_gradients, small, small_1b
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpcm_scale.compute.launches import Launches
-from hpcm_scale.compute.memory import PeakMemory
+from hpcm_scale.compute.tracker import Launches, PeakMemory
 from hpcm_scale.config.schema import Checkpointing, Precision
 from hpcm_scale.model import hpcm, layers
-from hpcm_scale.model.gpu_ways import gpu_ways
+from hpcm_scale.model.arithmetic import product
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.layers import cast_once, pointwise_layers, set_arithmetic
-from hpcm_scale.model.product import product
+from hpcm_scale.training.dry_run import gpu_ways
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_compiled_rates_are_the_rates():
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("module", ["hpcm_scale.training.run", "hpcm_scale.benchmark.step"])
+@pytest.mark.parametrize("module", ["hpcm_scale.training.run", "bench.step"])
 def test_no_thread_launches_kernels_in_a_way_that_holds_the_interpreter(module):
     """Settings made in Python would hold for one thread, and backward passes on GPUs are compiled in others."""
     program = f"""

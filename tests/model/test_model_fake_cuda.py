@@ -11,7 +11,7 @@ import pytest
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Checkpointing, Precision
-from hpcm_scale.training.rehearsal import rehearse
+from hpcm_scale.training.dry_run import rehearse
 
 SIZES = {"68m": 2_600, "544m": 7_150, "1b": 6_050, "swin": 3_150, "convnext": 2_700}
 """Presets, and the most operations that a step of 4 crops may launch, forward and backward: as `compute.launches`

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench.plain import plain
 from small_models import images, loss_and_gradients, noise, small
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -17,7 +18,7 @@ from hpcm_scale.coding import tiling
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.coding.container import unpack
 from hpcm_scale.coding.tiling import analyse, synthesise
-from hpcm_scale.compute.flops import forward_flops
+from hpcm_scale.compute.tracker import forward_flops
 from hpcm_scale.config.schema import Checkpointing, Fusion, ModelConfig, Precision
 from hpcm_scale.errors import UserError
 from hpcm_scale.model import families
@@ -25,8 +26,7 @@ from hpcm_scale.model.compiled import compile_regions
 from hpcm_scale.model.families.swin import heads_of
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.layers import Block, Pointwise
-from hpcm_scale.model.plain import plain
-from hpcm_scale.model.shapes import on_meta
+from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.model.transforms import analysis, synthesis
 from hpcm_scale.model.weights import load_weights, save_weights
 

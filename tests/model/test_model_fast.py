@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.plain import plain
 from small_models import images, loss_and_gradients, noise, small, small_1b
 from torch import nn
 
@@ -12,10 +13,9 @@ from hpcm_scale.model import layers
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.model.layers import Pointwise, ResidualBlock, attend, leaky_relu, set_arithmetic
-from hpcm_scale.model.plain import plain
-from hpcm_scale.model.shapes import on_meta
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
-from hpcm_scale.training.engine import poisoned
+from hpcm_scale.model.parameters import on_meta
+from hpcm_scale.objective import rate_distortion_loss
+from hpcm_scale.training.engines.base import poisoned
 from hpcm_scale.training.optimizer import clip
 
 CONFIGS = {

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hpcm_scale import models
+from hpcm_scale.commands import models
 from hpcm_scale.config.checks import check_model
 from hpcm_scale.config.compose import check_overrides, compose, compose_model, preset_names
 from hpcm_scale.config.schema import Fusion, ModelConfig, RateConfig
@@ -16,7 +16,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.model import families
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.ladder import WITHIN, parameters_of, size_name, sized
-from hpcm_scale.model.shapes import on_meta, parameter_count
+from hpcm_scale.model.parameters import on_meta, parameter_count
 
 SIZES = ["100k", "300k", "1m", "3m", "10m", "30m", "100m", "300m", "1b", "10b"]
 DEPTHS = ("g_a_blocks", "g_s_blocks", "hyper_blocks", "adaptor_blocks", "prior_s1_s2", "prior_s3")

@@ -14,7 +14,7 @@ from public_reference import Reference
 
 from hpcm_scale.entropy.generalized_gaussian import bits
 from hpcm_scale.model.hpcm import Noise
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import rate_distortion_loss
 
 LMBDA = 0.013
 

@@ -12,7 +12,7 @@ from hpcm_scale.config.schema import Precision
 from hpcm_scale.model import hpcm as module
 from hpcm_scale.model.hpcm import HPCM, quantize
 from hpcm_scale.model.layers import Pointwise, ResidualBlock
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import rate_distortion_loss
 
 
 @pytest.fixture(scope="module")

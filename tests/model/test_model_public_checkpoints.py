@@ -12,20 +12,20 @@ import torch
 from public_reference import PRESETS, Reference
 from torch import Tensor
 
-from hpcm_scale import export_weights, import_weights
 from hpcm_scale.coding.codec import Codec
+from hpcm_scale.commands import export_weights, import_weights
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import HyperPlacement
 from hpcm_scale.errors import UserError
+from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.model.public_checkpoints import (
+    PUBLISHED,
     export_state,
     import_state,
     needs_placement,
     published_config,
     read_checkpoint,
 )
-from hpcm_scale.model.public_names import PUBLISHED
-from hpcm_scale.model.shapes import on_meta
 from hpcm_scale.model.weights import load_weights
 
 BUFFERS = {

@@ -14,7 +14,7 @@ import torch
 from hpcm_scale.config.compose import compose_model, config_folder, preset_names
 from hpcm_scale.model import families
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
+from hpcm_scale.model.parameters import on_meta, parameter_count, parameters_by_part
 from hpcm_scale.training.costs import size_row
 
 PARAMETERS = {

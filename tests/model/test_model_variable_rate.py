@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import images, noise, small
 
-from hpcm_scale.compute.flops import forward_flops
+from hpcm_scale.compute.tracker import forward_flops
 from hpcm_scale.config.schema import Fusion, ModelConfig, RateConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM, quantize
-from hpcm_scale.model.inherit import check_inheritance, inherit
-from hpcm_scale.model.shapes import on_meta, parameters_by_part
+from hpcm_scale.model.parameters import on_meta, parameters_by_part
 from hpcm_scale.model.variable_rate import Gains, byte_of, level_of, level_of_byte, lmbda_of, mix_of, mixed
-from hpcm_scale.model.weights import WeightsFile
-from hpcm_scale.objective.rate_distortion import RateDistortionObjective
+from hpcm_scale.model.weights import WeightsFile, check_inheritance, inherit
+from hpcm_scale.objective import RateDistortionObjective
 
 RATE = RateConfig(levels=6)
 PAPER = (0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483)

@@ -14,7 +14,7 @@ from hpcm_scale.config.compose import compose_model, preset_names, to_dict
 from hpcm_scale.config.schema import HyperPlacement, PriorConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.shapes import on_meta
+from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.model.weights import digest, load_weights, save_weights
 
 FACTS = {"lmbda": 0.013, "step": 80, "images": 640, "pflops": 0.1234567890123456}

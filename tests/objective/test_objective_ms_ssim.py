@@ -9,12 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpcm_scale.config.schema import Distortion
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.measures import measure
 from hpcm_scale.model.hpcm import Coded
-from hpcm_scale.objective.choice import objective_of
-from hpcm_scale.objective.ms_ssim import SimilarityRateDistortion, multi_scale_similarity, similarity_loss
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import (
+    SimilarityRateDistortion,
+    multi_scale_similarity,
+    objective_of,
+    rate_distortion_loss,
+    similarity_loss,
+)
 
 LAMBDA = 8.73
 SIDE = 176

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.objective import rate_distortion_loss
 
 LAMBDA = 0.013
 

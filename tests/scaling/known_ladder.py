@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from hpcm_scale.config.compose import compose, to_dict
-from hpcm_scale.model.shapes import on_meta, parameter_count
+from hpcm_scale.model.parameters import on_meta, parameter_count
 
 SURFACE = {"E": 0.9, "A": 24.0, "alpha": 0.33, "B": 5.0e3, "beta": 0.45}
 SIZES = ("nano", "450k", "micro", "2m", "mini", "small")
@@ -64,10 +64,10 @@ def write_run(
     config["objective"]["lmbda"] = LMBDA
     config["schedule"] |= {"learning_rate": 1e-3, "decay": decay}
     config["data"]["shards"], config["eval"]["images"] = "/data/photos/shards", "/data/kodak"
-    config["run"] |= {"dir": str(folder), "sweep": "ladder", "branch_of": None, "branch_at": None}
+    config["run"] |= {"dir": str(folder), "sweep": "ladder", "cooldown_of": None, "cooldown_at": None}
     first = 0
     if branch:
-        config["run"] |= {"branch_of": str(branch[0]), "branch_at": branch[1]}
+        config["run"] |= {"cooldown_of": str(branch[0]), "cooldown_at": branch[1]}
         first = branch[1]
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")

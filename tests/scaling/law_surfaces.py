@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcm_scale.scaling.laws.points import Points
+from hpcm_scale.scaling.laws.law import Points
 from hpcm_scale.scaling.observations import Curve, Observation, Study
 
 SIZES = np.geomspace(2e5, 2e7, 6)
@@ -82,7 +82,7 @@ def study_of(observations: Sequence[Observation]) -> Study:
         Curve(
             **{
                 name: getattr(each, name)
-                for name in ("run", "model", "parameters", "parts", "lmbda", "seed", "flops_per_pixel", "branch_of")
+                for name in ("run", "model", "parameters", "parts", "lmbda", "seed", "flops_per_pixel", "cooldown_of")
             },
             pflops=np.array([each.pflops]),
             pixels=np.array([each.pixels]),

@@ -16,8 +16,7 @@ from hpcm_scale.scaling.observations import study
 from hpcm_scale.scaling.plan import Setting, make_plan
 from hpcm_scale.scaling.report import report
 from hpcm_scale.scaling.runs import find_runs
-from hpcm_scale.scaling.summary import print_summary
-from hpcm_scale.scaling.verdict import headline
+from hpcm_scale.scaling.verdict import headline, print_summary
 
 NAMES = {
     *(f"{kind}_of_{of}" for kind in ("power_law", "floor") for of in ("parameters", "compute", "compute_whole")),

@@ -24,7 +24,7 @@ def test_a_collected_ladder_is_small_and_gives_the_same_laws(ladder_runs, ladder
     assert size == bytes_of(tmp_path / "kept") <= 350_000 < bytes_of(ladder_runs)
     again = analyse(study(find_runs([tmp_path / "kept"])))
     assert again == ladder_analysis
-    assert {point.branch_of for point in again.observations if point.branch_of} == set(SIZES)
+    assert {point.cooldown_of for point in again.observations if point.cooldown_of} == set(SIZES)
 
 
 def test_smoothing_gives_the_same_curve_of_training_losses(ladder_runs, tmp_path) -> None:
@@ -34,7 +34,7 @@ def test_smoothing_gives_the_same_curve_of_training_losses(ladder_runs, tmp_path
     assert kept.keys() == {curve.run for curve in whole.curves}
     for curve in whole.curves:
         other = kept[curve.run]
-        if curve.branch_of:
+        if curve.cooldown_of:
             assert other.pflops.size >= min(curve.pflops.size, 50)
             continue
         assert other.pflops.size < curve.pflops.size / 2
@@ -55,7 +55,7 @@ def test_nothing_of_the_machine_is_left(ladder_runs, tmp_path) -> None:
     assert "perf/" not in text
     run = next(run for run in find_runs([tmp_path]) if run.name == "nano-at-200")
     config = run.config
-    told = (config["run"]["dir"], config["run"]["branch_of"], config["data"]["shards"], config["eval"]["images"])
+    told = (config["run"]["dir"], config["run"]["cooldown_of"], config["data"]["shards"], config["eval"]["images"])
     assert told == ("nano-at-200", "nano", "shards", "kodak")
 
 

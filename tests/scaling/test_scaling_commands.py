@@ -12,8 +12,8 @@ import pytest
 from known_ladder import write_ladder, write_run
 from mistakes import mistake_in
 
+from hpcm_scale.commands.scaling import main
 from hpcm_scale.config.compose import compose
-from hpcm_scale.scaling.__main__ import main
 from hpcm_scale.scaling.analysis import read_laws
 
 

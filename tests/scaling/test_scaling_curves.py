@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpcm_scale.commands.scaling import main
 from hpcm_scale.errors import UserError
-from hpcm_scale.scaling.__main__ import main
 from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
 from hpcm_scale.scaling.figures.style import COLOURS
+from hpcm_scale.scaling.filters import TRAINING, end, smooth
 from hpcm_scale.scaling.runs import find_runs, load_run
-from hpcm_scale.scaling.smoothing import smooth
-from hpcm_scale.scaling.usable import TRAINING, end
 from hpcm_scale.tracking.journal import Journal
 
 
@@ -189,6 +188,6 @@ def test_mistakes_are_one_line_and_leave_no_file(tmp_path, monkeypatch, capsys, 
 
 
 def test_it_starts_as_a_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hpcm_scale.scaling", "curves", "nowhere"]
+    command = [sys.executable, "-m", "hpcm_scale.commands.scaling", "curves", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -13,8 +13,7 @@ from matplotlib.text import Text
 from odd_names import ODD_NAMES
 from PIL import Image
 
-from hpcm_scale.drawing import label
-from hpcm_scale.markdown import escaped
+from hpcm_scale.formatting import escaped, label
 from hpcm_scale.scaling.figures import FIGURES, draw_figures
 from hpcm_scale.scaling.figures.isoflop import budgets
 from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import linregress
 
+from hpcm_scale.scaling.filters import smoothed
 from hpcm_scale.scaling.frontier import frontier, isoflop_slices, running_minimum
 from hpcm_scale.scaling.observations import Curve
-from hpcm_scale.scaling.smoothing import smoothed
 
 
 def make_curve(

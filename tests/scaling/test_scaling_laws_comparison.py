@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from law_surfaces import SIZES, floor_surface, size_points
 
-from hpcm_scale.scaling.laws.comparison import compare
-from hpcm_scale.scaling.laws.floor import fit_floor
-from hpcm_scale.scaling.laws.power_law import fit_power_law
-from hpcm_scale.scaling.laws.uncertainty import aicc, huber_inflation
+from hpcm_scale.scaling.laws.fits import aicc, compare, fit_floor, fit_power_law, huber_inflation
 
 
 def both(loss, sizes=SIZES):

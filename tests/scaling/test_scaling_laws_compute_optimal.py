@@ -7,8 +7,8 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 
 from hpcm_scale.scaling.laws.compute_optimal import Cost, compute_optimal, fit_cost
-from hpcm_scale.scaling.laws.joint import fit_joint
-from hpcm_scale.scaling.laws.points import CannotFit
+from hpcm_scale.scaling.laws.fits import fit_joint
+from hpcm_scale.scaling.laws.law import CannotFit
 
 
 @pytest.fixture(scope="module")

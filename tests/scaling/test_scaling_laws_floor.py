@@ -5,10 +5,8 @@ import pytest
 from law_surfaces import SIZES, floor_surface, size_points
 from scipy.optimize import curve_fit
 
-from hpcm_scale.scaling.laws.comparison import compare
-from hpcm_scale.scaling.laws.floor import fit_floor
-from hpcm_scale.scaling.laws.points import CannotFit
-from hpcm_scale.scaling.laws.power_law import fit_power_law
+from hpcm_scale.scaling.laws.fits import compare, fit_floor, fit_power_law
+from hpcm_scale.scaling.laws.law import CannotFit
 
 
 @pytest.mark.parametrize(("floor", "alpha"), [(0.05, 0.1), (0.3, 0.3), (0.6, 0.15), (0.9, 0.8)])

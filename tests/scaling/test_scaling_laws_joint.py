@@ -7,9 +7,8 @@ from scipy.optimize import least_squares, minimize
 from scipy.special import huber, logsumexp
 
 from hpcm_scale.scaling.laws.compute_optimal import Cost, compute_optimal
-from hpcm_scale.scaling.laws.joint import fit_joint
-from hpcm_scale.scaling.laws.points import CannotFit, Points
-from hpcm_scale.scaling.laws.sum_of_powers import EXPONENTS
+from hpcm_scale.scaling.laws.fits import fit_joint
+from hpcm_scale.scaling.laws.law import EXPONENTS, CannotFit, Points
 
 DELTA = 1e-3
 

@@ -5,8 +5,8 @@ import pytest
 from law_surfaces import SIZES, columns, size_points
 from scipy import stats
 
-from hpcm_scale.scaling.laws.points import CannotFit, Points
-from hpcm_scale.scaling.laws.power_law import fit_power_law
+from hpcm_scale.scaling.laws.fits import fit_power_law
+from hpcm_scale.scaling.laws.law import CannotFit, Points
 
 
 def test_it_is_linregress_to_the_last_digit():

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from hpcm_scale.config.compose import compose, to_yaml
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.shapes import on_meta, parameter_count, parameters_by_part
+from hpcm_scale.model.parameters import on_meta, parameter_count, parameters_by_part
 from hpcm_scale.scaling.observations import study
 from hpcm_scale.scaling.runs import Run, find_runs, load_run
 
@@ -78,7 +78,7 @@ def test_a_run_becomes_a_curve_and_an_observation(tmp_path: Path) -> None:
     assert curve.pixels.tolist() == [8 * step * 256**2 for step in (20, 40, 60, 80, 100)]
     assert curve.learning_rate.tolist() == [1e-3, 1e-3, 1e-3, 3e-4, 1e-4]
     assert curve.annealed.tolist() == [False, False, False, False, True]
-    assert seen.annealed and seen.branch_of is None
+    assert seen.annealed and seen.cooldown_of is None
     assert curve.loss == pytest.approx([1.1 + 30 / step for step in (20, 40, 60, 80, 100)])
     for name in ("pflops", "pixels", "loss", "smoothed", "learning_rate"):
         assert getattr(curve, name).dtype == np.float64 and getattr(curve, name).shape == (5,)
@@ -215,9 +215,9 @@ def test_a_branch_is_an_observation_of_its_own(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "nano", journal(range(1, 101)), "run.sweep=ladder")
     decaying = journal(range(51, 71), rate={0: 1e-3, 61: 1e-5}, evaluate_every=10)
     branch = load_run(write(tmp_path / "ladder" / "nano-at-50", decaying, "train.steps=70", "run.sweep=ladder"))
-    edit(branch, "run.branch_of", str(trunk))
+    edit(branch, "run.cooldown_of", str(trunk))
     told = study(find_runs([tmp_path]))
-    assert [(seen.run, seen.annealed, seen.finished, seen.branch_of) for seen in told.observations] == [
+    assert [(seen.run, seen.annealed, seen.finished, seen.cooldown_of) for seen in told.observations] == [
         ("nano-at-50", True, True, "ladder/nano"),
         ("ladder/nano", False, False, None),
         ("elsewhere/nano", False, True, None),
@@ -226,9 +226,9 @@ def test_a_branch_is_an_observation_of_its_own(tmp_path: Path) -> None:
     curve = told.curves[0]
     assert curve.pflops == pytest.approx([8 * step * FLOPS_PER_IMAGE / 1e15 for step in (60, 70)])
     assert curve.flops_per_pixel == told.curves[2].flops_per_pixel
-    edit(branch, "run.branch_of", "/moved/since/ladder/nano")  # a copy of the ladder on another machine
-    assert study(find_runs([tmp_path])).observations[0].branch_of == "ladder/nano"
-    assert study(find_runs([branch.folder])).observations[0].branch_of == "nano"
+    edit(branch, "run.cooldown_of", "/moved/since/ladder/nano")  # a copy of the ladder on another machine
+    assert study(find_runs([tmp_path])).observations[0].cooldown_of == "ladder/nano"
+    assert study(find_runs([branch.folder])).observations[0].cooldown_of == "nano"
 
 
 def test_runs_that_may_not_be_compared_are_told(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
     write(tmp_path / "plain", lines)
     write(tmp_path / "variable", lines, "model.rate.levels=6")
     write(tmp_path / "started", lines, "init_from=runs/other")
-    write(tmp_path / "machine", lines, "objective.viewer=machine", "machine.receivers=[random-vit]")
+    write(tmp_path / "machine", lines, "objective.target=vision_model", "machine.receivers=[random-vit]")
     told = study(find_runs([tmp_path]))
     assert [seen.run for seen in told.observations] == ["plain"]
     assert [sentence.split(" is left out: ")[1].split()[1] for sentence in told.left_out] == ["is", "started", "has"]

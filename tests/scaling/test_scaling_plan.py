@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from known_ladder import surface
 
-from hpcm_scale.compute.flops import TRAINING_FACTOR
+from hpcm_scale.compute.tracker import TRAINING_FACTOR
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose, compose_model
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.shapes import forward_flops_per_image, on_meta, parameter_count
+from hpcm_scale.model.parameters import forward_flops_per_image, on_meta, parameter_count
 from hpcm_scale.scaling.analysis import Analysis
-from hpcm_scale.scaling.plan import Setting, make_plan
-from hpcm_scale.scaling.plan_text import print_plan
+from hpcm_scale.scaling.plan import Setting, make_plan, print_plan
 
 
 @pytest.fixture(scope="module")

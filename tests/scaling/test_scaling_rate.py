@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from law_surfaces import SIZES, floor_surface, size_points
 
-from hpcm_scale.evaluation.anchors import find_curves
 from hpcm_scale.evaluation.bd_rate import compare
-from hpcm_scale.scaling.laws.floor import fit_floor
-from hpcm_scale.scaling.laws.power_law import fit_power_law
-from hpcm_scale.scaling.rate import rate_change, rate_gain
+from hpcm_scale.evaluation.points import find_curves
+from hpcm_scale.scaling.analysis import rate_change, rate_gain
+from hpcm_scale.scaling.laws.fits import fit_floor, fit_power_law
 
 LAMBDAS = np.array([0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483])
 

@@ -11,7 +11,7 @@ from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.observations import Observation, Study
 from hpcm_scale.scaling.report import report
 from hpcm_scale.scaling.verdict import doubts, headline
-from hpcm_scale.scaling.words import count, significant, with_error
+from hpcm_scale.scaling.wording import count, significant, with_error
 
 
 def observed(sizes, losses, *, annealed: bool = True) -> Study:

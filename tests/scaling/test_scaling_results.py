@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hpcm_scale.scaling.__main__ import main
+from hpcm_scale.commands.scaling import main
 from hpcm_scale.scaling.analysis import read_laws
 from hpcm_scale.scaling.runs import find_runs
 
@@ -47,7 +47,7 @@ def test_it_is_a_ladder(ladder):
     sizes = {point.parameters: sum(other.model == point.model for other in annealed) for point in annealed}
     assert len(sizes) >= 5 and min(sizes) > 1e5 and max(sizes) < 2e7
     assert min(sizes.values()) >= 2
-    assert all(run.finished for run in find_runs([ladder / "journals"]) if run.config["run"]["branch_of"])
+    assert all(run.finished for run in find_runs([ladder / "journals"]) if run.config["run"]["cooldown_of"])
 
 
 def test_it_is_small_and_tells_nothing_of_a_machine(ladder):

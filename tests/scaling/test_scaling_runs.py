@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.scaling.records import Records
-from hpcm_scale.scaling.runs import find_runs, load_run
+from hpcm_scale.scaling.runs import Records, find_runs, load_run
 from hpcm_scale.tracking.journal import read_journal
 
 CONFIG = {"model": {"name": "nano"}, "objective": {"lmbda": 0.013}, "train": {"steps": 60}}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpcm_scale.scaling.smoothing import smooth, smoothed
+from hpcm_scale.scaling.filters import smooth, smoothed
 
 STEPS = np.arange(2000)
 PART = STEPS / STEPS.size

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from law_surfaces import AMOUNTS, SIZES, floor_surface, joint_points, joint_surface, size_points
 
-from hpcm_scale.scaling.laws.floor import fit_floor
-from hpcm_scale.scaling.laws.joint import fit_joint
-from hpcm_scale.scaling.laws.points import CannotFit, Points
-from hpcm_scale.scaling.laws.power_law import fit_power_law
+from hpcm_scale.scaling.laws.fits import fit_floor, fit_joint, fit_power_law
+from hpcm_scale.scaling.laws.law import CannotFit, Points
 from hpcm_scale.scaling.trust import bootstrap, examine
 
 

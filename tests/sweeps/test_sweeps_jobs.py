@@ -13,10 +13,9 @@ from hydra.types import HydraContext
 
 from hpcm_scale.config.compose import compose, preset_names, to_yaml
 from hpcm_scale.errors import UserError
-from hpcm_scale.sweeps.devices import Share, free_port, shares, visible_gpus
-from hpcm_scale.sweeps.jobs import make_job, quoted
-from hpcm_scale.sweeps.plan import read_plan
-from hpcm_scale.sweeps.plugins import GridSweeper
+from hpcm_scale.sweeps.jobs import make_job, quoted, read_plan
+from hpcm_scale.sweeps.launchers import GridSweeper
+from hpcm_scale.sweeps.local import Share, free_port, shares, visible_gpus
 
 ONLY_WRITE = ("hydra/launcher=slurm", "hydra.launcher.submit=false", "hydra.launcher.gpus_per_node=1")
 

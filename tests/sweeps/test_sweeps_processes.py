@@ -14,12 +14,9 @@ import pytest
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import STOPPED
-from hpcm_scale.sweeps.at_once import AtOnce
-from hpcm_scale.sweeps.devices import Share
-from hpcm_scale.sweeps.job_process import JobProcess
-from hpcm_scale.sweeps.jobs import Job, make_job
-from hpcm_scale.sweeps.log import ended, group_members, last_error, last_mark, log_of, started, tail
-from hpcm_scale.sweeps.summary import summary
+from hpcm_scale.sweeps.jobs import Job, ended, group_members, last_error, last_mark, log_of, make_job, started, tail
+from hpcm_scale.sweeps.local import AtOnce, JobProcess, Share
+from hpcm_scale.sweeps.table import summary
 
 
 def wait(process: JobProcess) -> int:
@@ -147,9 +144,9 @@ def test_runs_of_one_name_in_several_folders_are_kept_apart(tmp_path, monkeypatc
 def test_jobs_are_seen_to_their_end_when_nobody_reads_what_is_said():
     """As of `… | tee log` after Ctrl-C: tee is gone first. A command opens its streams so that they outlive it."""
     program = """
-from hpcm_scale.streams import open_streams
+from hpcm_scale.errors import open_streams
 open_streams()
-from hpcm_scale.sweeps.at_once import _tell
+from hpcm_scale.sweeps.local import _tell
 _tell("a job has ended")
 print("the summary", flush=True)
 """
@@ -181,7 +178,7 @@ def test_the_exit_code_of_a_sweep_says_how_its_runs_ended(make_run, tmp_path, mo
 def test_a_second_signal_ends_a_sweep_at_once(tmp_path, monkeypatch):
     """Each run takes a minute to stop."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hpcm_scale.sweeps.at_once.ONCE_SECONDS", 0)
+    monkeypatch.setattr("hpcm_scale.sweeps.local.ONCE_SECONDS", 0)
     program = tmp_path / "program"
     training = "trap 'echo stopping; sleep 60' TERM; echo ready; sleep 60 & wait"
     program.write_text(f'#!/bin/bash\nbash -c "{training}" & wait\n')

@@ -10,16 +10,25 @@ import time
 
 import pytest
 
+from hpcm_scale.commands.sweep import main
 from hpcm_scale.config.compose import compose
+from hpcm_scale.scaling.filters import TRAINING, end
 from hpcm_scale.scaling.runs import load_run
-from hpcm_scale.scaling.usable import TRAINING, end
-from hpcm_scale.sweeps.__main__ import main
-from hpcm_scale.sweeps.jobs import Job
-from hpcm_scale.sweeps.log import Mark, ended, last_error, last_mark, lives, log_of, started, starting
-from hpcm_scale.sweeps.plan import FILE_NAME, read_plan
+from hpcm_scale.sweeps.jobs import (
+    FILE_NAME,
+    Job,
+    Mark,
+    ended,
+    last_error,
+    last_mark,
+    lives,
+    log_of,
+    read_plan,
+    started,
+    starting,
+)
 from hpcm_scale.sweeps.state import Follower
-from hpcm_scale.sweeps.summary import sentence
-from hpcm_scale.sweeps.table import clock
+from hpcm_scale.sweeps.table import clock, sentence
 
 
 def long_ago(*paths) -> None:
@@ -176,7 +185,7 @@ def test_what_cannot_be_read_does_not_hide_the_others(make_run, tmp_path, capsys
 
 
 def test_a_branch_is_a_run_like_any_other(make_run):
-    run = make_run("trunk,branch_at=3,decay=0.4", 5, "run.branch_of=trunk", "run.branch_at=3", "train.steps=5")
+    run = make_run("trunk,cooldown_at=3,decay=0.4", 5, "run.cooldown_of=trunk", "run.cooldown_at=3", "train.steps=5")
     assert Follower(run).look().state == "finished"
 
 

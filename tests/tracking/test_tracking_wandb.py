@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 from hpcm_scale.tracking.journal import read_journal
-from hpcm_scale.tracking.wandb_follower import unseen
-from hpcm_scale.tracking.wandb_view import _image
+from hpcm_scale.tracking.wandb_view import _image, unseen
 
 TRAIN = """
 import os, sys, time

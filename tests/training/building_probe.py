@@ -17,11 +17,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config
+from hpcm_scale.distributed.processes import complete_environment, without_launcher_arguments
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.ladder import sized
 from hpcm_scale.model.weights import WeightsFile, read_weights_file
-from hpcm_scale.training.engine import create_engine
-from hpcm_scale.training.processes import complete_environment, without_launcher_arguments
+from hpcm_scale.training.engines import create_engine
 from hpcm_scale.training.task import Receivers, Task, task_of
 
 

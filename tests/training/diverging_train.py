@@ -11,9 +11,9 @@ import os
 import torch
 
 from hpcm_scale.data.index import load_index
-from hpcm_scale.data.order import sample_at
+from hpcm_scale.data.mixture import sample_at
 from hpcm_scale.train import main
-from hpcm_scale.training.engine import Engine
+from hpcm_scale.training.engines.base import Engine
 from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.task import Task
 

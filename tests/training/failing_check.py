@@ -6,10 +6,10 @@ import os
 
 import torch
 
-from hpcm_scale.benchmark import cluster
-from hpcm_scale.check import main
+from hpcm_scale.commands.check import main
+from hpcm_scale.preflight import measurements
 
-time_steps = cluster.time_steps
+time_steps = measurements.time_steps
 
 
 def failing(*arguments):
@@ -19,7 +19,7 @@ def failing(*arguments):
     return time_steps(*arguments)
 
 
-cluster.time_steps = failing
+measurements.time_steps = failing
 
 if __name__ == "__main__":
     main()

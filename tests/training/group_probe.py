@@ -11,9 +11,9 @@ import torch.distributed
 from deepspeed.utils import groups
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.training.engine import create_engine
-from hpcm_scale.training.group.differences import facts
-from hpcm_scale.training.group.rendezvous import initialise, join
+from hpcm_scale.distributed.ranks import facts
+from hpcm_scale.distributed.rendezvous import initialise, join
+from hpcm_scale.training.engines import create_engine
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     for name in ("accelerate", "deepspeed"):
         config = compose([f"engine.name={name}", "engine.zero_stage=0", "train.batch_size=4"])
         group = join(facts(config, "digest"), minutes=1)
-        initialise(group, stall_minutes=90)
+        initialise(group, watchdog_timeout=90)
         before = torch.distributed.group.WORLD
         engine = create_engine(config)
         same = "same" if torch.distributed.group.WORLD is before else "another"

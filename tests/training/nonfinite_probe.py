@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.training import processes
-from hpcm_scale.training.engine import create_engine
+from hpcm_scale.distributed import processes
+from hpcm_scale.training.engines import create_engine
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hpcm_scale.benchmark import cluster
-from hpcm_scale.check import main
-from hpcm_scale.training.group.peers import Launcher
+from hpcm_scale.commands.check import main
+from hpcm_scale.distributed.ranks import Launcher
+from hpcm_scale.preflight import measurements
 
-read_data = cluster.read_data
+read_data = measurements.read_data
 
 
 def orphaned(*arguments):
@@ -15,7 +15,7 @@ def orphaned(*arguments):
     return read_data(*arguments)
 
 
-cluster.read_data = orphaned
+measurements.read_data = orphaned
 
 if __name__ == "__main__":
     main()

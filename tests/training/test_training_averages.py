@@ -17,19 +17,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpcm_scale.average import main as average_command
+from hpcm_scale.commands.ema import main as average_command
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose, from_yaml, to_yaml
 from hpcm_scale.config.schema import AVERAGE, RunConfig
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.model.weights import load_weights, read_weights_file
-from hpcm_scale.objective.rate_distortion import RateDistortionObjective
-from hpcm_scale.training.accelerate_engine import AccelerateEngine
+from hpcm_scale.objective import RateDistortionObjective
 from hpcm_scale.training.averages import FINEST, Averages, exponent, kind_of, taken_in_before
-from hpcm_scale.training.pieces import Piece, opened
+from hpcm_scale.training.engines.accelerate import AccelerateEngine
 from hpcm_scale.training.posthoc import WORST, Profile, coefficients
+from hpcm_scale.training.state_shards import Piece, opened
 
 pytestmark = pytest.mark.launch
 
@@ -223,7 +223,7 @@ def test_two_lengths_give_the_ones_between(updates, checkpoints, error):
 
 
 def average(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["hpcm average", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["hpcm ema", *map(str, arguments)])
     average_command()
 
 
@@ -249,7 +249,7 @@ def test_an_average_up_to_a_step_over_trunk_and_branch(runs, monkeypatch, tmp_pa
         trunk / "checkpoints" / "step_00000002", trunk / "checkpoints" / "step_00000003"
     )  # after the branch
     config = from_yaml(trunk / "config.yaml")
-    (branch / "config.yaml").write_text(to_yaml(replace(config, run=RunConfig(branch_of=str(trunk), branch_at=2))))
+    (branch / "config.yaml").write_text(to_yaml(replace(config, run=RunConfig(cooldown_of=str(trunk), cooldown_at=2))))
     average(monkeypatch, branch, "--length", 0.2)
     together = exported(branch, "weights_ema_0.2_at_3.safetensors")
     assert furthest(together, weighted_sum(runs["zero0"], 0.2)) < 1e-6
@@ -283,7 +283,9 @@ def test_too_few_checkpoints_and_none_are_told(runs, monkeypatch, capsys, tmp_pa
     shutil.rmtree(run / "checkpoints")
     refused(monkeypatch, capsys, "holds no checkpoint after a step yet", run, "--length", 0.1)
     (run / "config.yaml").write_text(
-        to_yaml(replace(from_yaml(run / "config.yaml"), run=RunConfig(branch_of=str(tmp_path / "gone"), branch_at=1)))
+        to_yaml(
+            replace(from_yaml(run / "config.yaml"), run=RunConfig(cooldown_of=str(tmp_path / "gone"), cooldown_at=1))
+        )
     )
     refused(monkeypatch, capsys, "branched off, is not there", run, "--length", 0.1)
     keeps(run, [])

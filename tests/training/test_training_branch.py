@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-from hpcm_scale.branch import main
+from hpcm_scale.commands.cooldown import main
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import compose, from_yaml
 from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.branch import branch, trunks
 from hpcm_scale.training.checkpoints import Checkpoint
+from hpcm_scale.training.cooldown import branch, trunks
+from hpcm_scale.training.optimizer import learning_rate
 from hpcm_scale.training.run_folder import RunFolder
-from hpcm_scale.training.schedule import learning_rate
 
 
 def trunk(path, *overrides: str, steps: tuple[int, ...] = (40, 80)) -> RunFolder:
@@ -42,7 +42,7 @@ def test_a_branch_is_its_trunk_up_to_its_decay(name, tmp_path):
     folder = trunk(tmp_path / "model=nano", name, "schedule.warmup=7", "run.sweep=ladder")
     config = branch(folder.path, 40, 0.2)
     assert config.train.steps == 50 and config.run.sweep == "ladder"
-    assert config.run.dir == str(tmp_path / "model=nano,branch_at=40,decay=0.2")
+    assert config.run.dir == str(tmp_path / "model=nano,cooldown_at=40,decay=0.2")
     original = from_yaml(folder.config_file)
     assert rates(config)[:41] == pytest.approx(rates(original)[:41], rel=1e-12)
     assert rates(config)[40:] == sorted(rates(config)[40:], reverse=True) and rates(config)[-1] < rates(config)[40] / 15
@@ -138,10 +138,10 @@ def test_branches_train(engine, processes, train, launch, monkeypatch, capsys):
     options = ("train.keep_checkpoints=1", "log.wandb=disabled")
     whole = train(name, f"engine={engine}", *keys, *options, processes=processes)
     command = (name, "--at", "3", "--decay", "0.5")
-    result = launch(*command, module="hpcm_scale.branch", processes=processes)
+    result = launch(*command, module="hpcm_scale.commands.cooldown", processes=processes)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"branching off {name} at step 3" in result.stdout
-    folder = launch.folder / f"{name},branch_at=3,decay=0.5"
+    folder = launch.folder / f"{name},cooldown_at=3,decay=0.5"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [4, 5, 6]
     for key in ("train/loss", "train/images", "compute/pflops", "train/learning_rate"):

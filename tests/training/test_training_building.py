@@ -13,7 +13,7 @@ pytestmark = pytest.mark.launch
 KEPT = "+engine.options.zero_optimization.stage3_param_persistence_threshold"
 NANO = ["model=nano", "train.batch_size=2"]
 SWIN = ["model=swin", "model.size=100k", "train.batch_size=2"]
-MACHINE = ["objective.viewer=machine", "machine.receivers=[random-vit]", "machine.pre_editor.tokens=random-vit"]
+MACHINE = ["objective.target=vision_model", "machine.receivers=[random-vit]", "machine.pre_editor.tokens=random-vit"]
 CASES = {
     "nano, and at more rates": [
         [*NANO, "engine=zero3", "train.parametrisation=mup", f"{KEPT}=0"],

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hpcm_scale.check import WRONG
+from hpcm_scale.commands.check import WRONG
 
 pytestmark = pytest.mark.launch
 
@@ -19,7 +19,7 @@ def keys(shards) -> list[str]:
 def test_two_processes_under_deepspeed(launch, keys, tmp_path):
     """As a user starts it. What is slow here may be found, and then decides the exit code."""
     file = tmp_path / "check.json"
-    result = launch(*keys, "engine=zero2", "--json", str(file), module="hpcm_scale.check", launcher=True)
+    result = launch(*keys, "engine=zero2", "--json", str(file), module="hpcm_scale.commands.check", launcher=True)
     figures = json.loads(file.read_text(encoding="utf-8"))
     assert result.returncode == (WRONG if figures["wrong"] else 0), result.stdout + result.stderr
     lines = result.stdout.splitlines()
@@ -62,7 +62,7 @@ def test_nodes(launch, keys, project, tmp_path):
 
 
 def test_one_process(launch, keys):
-    result = launch(*keys, "engine=accelerate", processes=1, module="hpcm_scale.check")
+    result = launch(*keys, "engine=accelerate", processes=1, module="hpcm_scale.commands.check")
     assert result.returncode in (0, WRONG), result.stdout + result.stderr
     assert (
         "| a step of 4 images | measured | estimated |" in result.stdout
@@ -78,19 +78,19 @@ def test_one_process_that_fails_ends_all(launch, keys, project):
     assert result.returncode == 1 and "Traceback" not in said, said
     assert [line for line in said.splitlines() if "out of memory" in line] == [
         "hpcm: process 1 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); set "
-        "train.micro_batch_size=1 or engine.checkpoint=blocks or engine=zero3, and type the command again"
+        "train.micro_batch_size=1 or engine.activation_checkpointing=blocks or engine=zero3, and type the command again"
     ]
     assert "| crops, data.workers=1 in each process |" in result.stdout
     assert not (launch.folder / "checked").exists()
 
 
 def test_what_training_would_refuse_is_refused(launch, keys):
-    result = launch(*keys, "train.batch_size=3", module="hpcm_scale.check")
+    result = launch(*keys, "train.batch_size=3", module="hpcm_scale.commands.check")
     assert result.returncode == 2 and "does not divide over 2 processes" in result.stderr, result.stderr
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(launch, keys, tmp_path):
-    result = launch(*keys, "--json", str(tmp_path), module="hpcm_scale.check")
+    result = launch(*keys, "--json", str(tmp_path), module="hpcm_scale.commands.check")
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.count(f"cannot write {tmp_path} (Is a directory); mend that, or name another place") == 1
     assert "versions" not in result.stderr and result.stdout == "" and list(tmp_path.iterdir()) == []

@@ -20,10 +20,9 @@ from torch import nn
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
-from hpcm_scale.training.accelerate_engine import AccelerateEngine
-from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Retention
-from hpcm_scale.training.pieces import ALIGNMENT, HostCopy, Piece, fill, share, write
-from hpcm_scale.training.saver import Saved, Saver
+from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Retention, Saved, Saver
+from hpcm_scale.training.engines.accelerate import AccelerateEngine
+from hpcm_scale.training.state_shards import ALIGNMENT, HostCopy, Piece, fill, share, write
 
 
 @pytest.fixture(scope="module")

@@ -59,11 +59,14 @@ def test_bad_photos_are_left_out_counted_and_the_same_for_any_number_of_processe
 
 
 def test_too_many_end_all_with_one_error_and_a_checkpoint(damaged, shards, launch):
-    command = [*options(damaged, "too_bad"), "data.max_bad=2", "log.wandb=disabled"]
+    command = [*options(damaged, "too_bad"), "data.max_corrupt_samples=2", "log.wandb=disabled"]
     result = launch(*command)
     assert result.returncode == 2, result.stdout + result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
-    assert len(said) == 1 and "3 photos could not be read, more than data.max_bad=2 (the first: sample " in said[0]
+    assert (
+        len(said) == 1
+        and "3 photos could not be read, more than data.max_corrupt_samples=2 (the first: sample " in said[0]
+    )
     assert "Traceback" not in result.stderr
     done = journal(launch.folder / "too_bad")[-1]["step"]
     assert list((launch.folder / "too_bad" / "checkpoints").glob(f"step_*{done}/complete.json"))

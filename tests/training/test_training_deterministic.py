@@ -16,7 +16,7 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.model.hpcm import Noise
 from hpcm_scale.model.ladder import sized
-from hpcm_scale.training.deterministic import WORKSPACE, deterministic
+from hpcm_scale.training.signals import WORKSPACE, deterministic
 from hpcm_scale.training.task import task_of
 
 RAISING = {

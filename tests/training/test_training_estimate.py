@@ -7,11 +7,11 @@ import pytest
 from hpcm_scale.config.compose import compose, compose_model
 from hpcm_scale.config.schema import Checkpointing, Precision
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.shapes import on_meta
+from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.training import estimate as estimates
-from hpcm_scale.training.accelerate_engine import AccelerateEngine
 from hpcm_scale.training.costs import training_flops_per_image
-from hpcm_scale.training.rehearsal import rehearse
+from hpcm_scale.training.dry_run import rehearse
+from hpcm_scale.training.engines.accelerate import AccelerateEngine
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,7 +110,7 @@ def test_accumulation_costs_no_memory():
 
 def test_less_is_kept_where_more_is_computed_again():
     none, blocks, steps = (
-        needs(f"engine.checkpoint={checkpoint.value}").memory.activations for checkpoint in Checkpointing
+        needs(f"engine.activation_checkpointing={checkpoint.value}").memory.activations for checkpoint in Checkpointing
     )
     assert steps < blocks < none / 2
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.sweeps.jobs import make_job, unfinished
 from hpcm_scale.tracking.journal import Journal
@@ -22,7 +22,7 @@ WEIGHTS = "weights.safetensors"
 LITTLE_MEMORY = """
 import resource, sys
 import psutil
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import one_line
 
 images = ImageSet(sys.argv[1])

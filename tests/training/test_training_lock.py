@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.run_lock import RunLock
+from hpcm_scale.training.run_folder import RunLock
 
 
 def test_a_second_training_waits_and_then_names_the_holder(probes, tmp_path):

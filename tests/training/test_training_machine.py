@@ -19,7 +19,7 @@ from hpcm_scale.training.task import check_origin, task_of
 pytestmark = pytest.mark.launch
 
 RECEIVER = ("machine.receivers=[random-vit]", "machine.pre_editor.tokens=random-vit")
-VIEWER = ("objective.viewer=machine", *RECEIVER)
+VIEWER = ("objective.target=vision_model", *RECEIVER)
 STAGES = ("experiment=machine", "stage=variable,pre_editor,joint", "machine.fixed_rate=fixed", *RECEIVER)
 SHORT = ("train.steps=2", "train.ema=[0.1]", "schedule.warmup=0", "log.wandb=disabled")
 
@@ -147,14 +147,14 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypat
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["machine.edit=true"], "machine.edit needs objective.viewer=machine"),
-        (["objective.viewer=machine"], "needs machine.receivers"),
+        (["machine.edit=true"], "machine.edit needs objective.target=vision_model"),
+        (["objective.target=vision_model"], "needs machine.receivers"),
         ([*VIEWER, "machine.edit=true", "machine.freeze_codec=true"], "needs a trained codec"),
         ([*VIEWER, "machine.freeze_codec=true"], "leaves nothing to train without machine.edit=true"),
-        (["objective.viewer=machine", "machine.receivers=[random-vit,random-vit]"], "names one twice"),
-        (["objective.viewer=machine", "machine.receivers=[random-vti]"], "random-vit"),
+        (["objective.target=vision_model", "machine.receivers=[random-vit,random-vit]"], "names one twice"),
+        (["objective.target=vision_model", "machine.receivers=[random-vti]"], "random-vit"),
         ([*VIEWER, "machine.edit=true", "machine.pre_editor.tokens=clip"], "is not among machine.receivers"),
-        ([*VIEWER, "machine.mse=0", "machine.token=0", "machine.rank=0"], "are all 0"),
+        ([*VIEWER, "machine.mse=0", "machine.token_distortion_weight=0", "machine.token_rank_weight=0"], "are all 0"),
         ([*VIEWER, "+machine.layers={random-vit/nose: 1}"], "there is no such layer"),
         (["model.rate.levels=2", "model.rate.lowest=0.1"], "must be less than model.rate.highest"),
         (["model.rate.levels=0"], "model.rate.levels=0 must be at least 1"),
@@ -184,7 +184,7 @@ def test_a_pre_editor_is_neither_dropped_nor_another(weights):
 
 def test_costs_count_all_that_is_computed():
     from hpcm_scale.machine.receivers import receiver
-    from hpcm_scale.model.shapes import on_meta
+    from hpcm_scale.model.parameters import on_meta
 
     plain = compose(["model=nano"])
     codec = training_flops_per_image(on_meta(plain.model), 256)

@@ -8,11 +8,11 @@ from PIL import Image
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Distortion
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.coders import code_images, estimate_coder
 from hpcm_scale.evaluation.curves import read_weights
-from hpcm_scale.machine.weights import load_machine_codec
+from hpcm_scale.machine.codec import load_machine_codec
 from hpcm_scale.model.weights import read_weights_file
 from hpcm_scale.training.start import prepare
 from hpcm_scale.training.task import task_of

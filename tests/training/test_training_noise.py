@@ -7,7 +7,7 @@ import torch
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.training.noise import image_noise
+from hpcm_scale.training.task import image_noise
 
 
 @pytest.fixture(scope="module")

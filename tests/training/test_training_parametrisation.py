@@ -12,12 +12,11 @@ from torch import Tensor
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Fusion, ModelConfig, TrainConfig
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.families import names
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.parametrisation import LAYERS, fan_in, learning_rate_factor, parametrise, widening
-from hpcm_scale.model.shapes import on_meta
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
+from hpcm_scale.model.parameters import LAYERS, fan_in, learning_rate_factor, on_meta, parametrise, widening
+from hpcm_scale.objective import rate_distortion_loss
 from hpcm_scale.training.optimizer import clip, create_optimizer, set_learning_rate
 
 STEPS, LEARNING_RATE = 4, 2e-3

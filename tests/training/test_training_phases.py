@@ -12,14 +12,13 @@ from hpcm_scale.compute.tracker import ComputeTracker
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.phases import crop_starts, images_at, phases
 from hpcm_scale.config.schema import Config
-from hpcm_scale.data.mixture import load_mixture
-from hpcm_scale.data.order import sample_at
+from hpcm_scale.data.mixture import load_mixture, sample_at
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.batches import batches
-from hpcm_scale.training.branch import branch
+from hpcm_scale.training.cooldown import branch
 from hpcm_scale.training.costs import task_costs
 from hpcm_scale.training.divergence import Divergence, culprits
 from hpcm_scale.training.run_folder import RunFolder
+from hpcm_scale.training.task import batches
 
 SIZES = ("model.fusion=none", "data.crop=128", "train.batch_size=16", "train.micro_batch_size=4")
 GROWING = (*SIZES, "schedule.crops=[256]", "schedule.crop_boundaries=[0.5]", "train.steps=4")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcm_scale.training.step_profile import out_of_reach
+from hpcm_scale.training.diagnostics import out_of_reach
 
 pytestmark = pytest.mark.launch
 

@@ -6,15 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
+from bench.timing import peak_bytes
 
-from hpcm_scale.benchmark.memory import peak_bytes
-from hpcm_scale.compute.memory import PeakMemory
+from hpcm_scale.compute.tracker import PeakMemory
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
-from hpcm_scale.training.noise import image_noise
-from hpcm_scale.training.rehearsal import rehearse
+from hpcm_scale.objective import rate_distortion_loss
+from hpcm_scale.training.dry_run import rehearse
+from hpcm_scale.training.task import image_noise
 
 TOLERANCE = {Precision.fp32: 0.001, Precision.bf16: 0.05}
 """Kernels of the CPU take memory of their own for bf16."""

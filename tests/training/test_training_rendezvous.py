@@ -11,25 +11,24 @@ from pathlib import Path
 import pytest
 from watch_processes import PROBE, free_port
 
-from hpcm_scale.training.group.differences import difference
-from hpcm_scale.training.group.peers import Peer, numbers
+from hpcm_scale.distributed.ranks import Peer, difference, numbers
 
 COMMAND = "type the same command on all machines"
 
 
 def test_a_process_that_never_comes_is_named(probes):
-    ended = probes(4, "join_minutes=0.05", ranks=[0, 1]).end()
+    ended = probes(4, "init_timeout=0.05", ranks=[0, 1]).end()
     assert ended.codes == [2, 2]
     host = socket.gethostname()
     assert ended.lines == [
         f"hpcm: processes 2-3 of 4 did not come within 0.05 minutes (processes 0-1 from {host} did); "
-        "start the missing machine, or raise engine.join_minutes"
+        "start the missing machine, or raise engine.init_timeout"
     ]
 
 
 def test_nobody_at_the_address(probes):
     port = free_port()
-    ended = probes(2, "join_minutes=0.02", ranks=[1], port=port).end()
+    ended = probes(2, "init_timeout=0.02", ranks=[1], port=port).end()
     assert ended.codes == [2]
     assert f"got no answer from process 0 at 127.0.0.1:{port}" in ended.lines[-1]
     assert len(ended.lines) == 1
@@ -73,14 +72,14 @@ def test_nobody_is_left_behind_where_there_is_nothing_to_do(probes):
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_what_one_process_is_refused_for_ends_all_soon(probes, who):
-    ended = probes(2, "refused=no shards", f"who={who}", "join_minutes=60").end()
+    ended = probes(2, "refused=no shards", f"who={who}", "init_timeout=60").end()
     assert ended.codes == [2, 2]
     assert len(ended.lines) == 1
     assert ended.lines[0].startswith(f"hpcm: process {who} (pid ") and ended.lines[0].endswith("): no shards")
 
 
 def test_what_all_are_refused_for_is_said_once_and_at_once(probes):
-    ended = probes(2, "refused=no shards", "join_minutes=60").end()
+    ended = probes(2, "refused=no shards", "init_timeout=60").end()
     assert (ended.codes, ended.lines) == ([2, 2], ["hpcm: no shards"])
 
 

@@ -11,7 +11,7 @@ from hpcm_scale.config.compose import compose, to_dict
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import quoted
 from hpcm_scale.errors import UserError
-from hpcm_scale.sweeps.log import log_of
+from hpcm_scale.sweeps.jobs import log_of
 from hpcm_scale.training.divergence import Divergence
 from hpcm_scale.training.run_folder import RunFolder, run_directory
 
@@ -96,12 +96,22 @@ def flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 FREE = ["steps", "stop_after", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "keep_at", "keep_every"]
-FREE += ["keep_best", "on_divergence", "spike", "max_skipped", "max_rollbacks", "max_hours", "stall_minutes"]
-FREE += ["profile_steps"]
+FREE += ["keep_best", "on_divergence", "loss_spike_factor", "max_skipped", "max_rollbacks", "max_hours"]
+FREE += ["watchdog_timeout", "profile_steps"]
 FREE = [f"train.{key}" for key in FREE]
 FREE += [
     f"data.{key}"
-    for key in ("shards", "more_shards", "workers", "prefetch", "cache", "retries", "timeout", "max_bad", "pipe")
+    for key in (
+        "shards",
+        "more_shards",
+        "workers",
+        "prefetch",
+        "cache",
+        "retries",
+        "timeout",
+        "max_corrupt_samples",
+        "pipe",
+    )
 ]
 FREE += [
     f"engine.{key}"
@@ -113,7 +123,7 @@ FREE += [
         "deterministic",
         "checkpoint",
         "world_size",
-        "join_minutes",
+        "init_timeout",
         "options",
     )
 ]
@@ -135,7 +145,7 @@ OTHERS = {
     "eval.images": "elsewhere",
     "run.dir": "elsewhere",
     "run.sweep": "other",
-    "run.branch_of": "elsewhere",
+    "run.cooldown_of": "elsewhere",
     "train.keep_at": [40],
     "train.profile_steps": [40, 41],
     "train.on_divergence": "stop",
@@ -147,8 +157,8 @@ OTHERS = {
     "model.hyper_placement": "upstream",
     "engine.name": "accelerate",
     "engine.precision": "bf16",
-    "engine.checkpoint": "blocks",
-    "objective.viewer": "machine",
+    "engine.activation_checkpointing": "blocks",
+    "objective.target": "machine",
     "machine.receivers": ["random-vit"],
     "log.wandb": "disabled",
     "log.project": "other",

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hpcm_scale.config.schema import ScheduleConfig
-from hpcm_scale.training.schedule import decay_start, learning_rate
+from hpcm_scale.training.optimizer import decay_start, learning_rate
 
 
 def test_the_papers_schedule_at_its_own_length():

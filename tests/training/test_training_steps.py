@@ -10,14 +10,14 @@ from torch import nn
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Config, TrainConfig
-from hpcm_scale.data.image_set import ImageSet
+from hpcm_scale.data.sources import ImageSet
+from hpcm_scale.distributed.processes import without_launcher_arguments
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
-from hpcm_scale.training.engine import poisoned
-from hpcm_scale.training.meter import Meter
-from hpcm_scale.training.noise import image_noise
+from hpcm_scale.objective import rate_distortion_loss
+from hpcm_scale.training.engines.base import poisoned
 from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate
-from hpcm_scale.training.processes import without_launcher_arguments
+from hpcm_scale.training.recorder import Meter
+from hpcm_scale.training.task import image_noise
 
 
 def test_the_meter_averages_finite_steps_and_counts_the_others():

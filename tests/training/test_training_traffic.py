@@ -11,11 +11,9 @@ import pytest
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
-from hpcm_scale.model.shapes import on_meta, parameter_count
-from hpcm_scale.training.estimate import limits
-from hpcm_scale.training.gathering import Gathered, Limits, Use, gather
-from hpcm_scale.training.rehearsal import rehearse
-from hpcm_scale.training.traffic import Traffic, traffic
+from hpcm_scale.model.parameters import on_meta, parameter_count
+from hpcm_scale.training.dry_run import Gathered, Limits, Use, gather, rehearse
+from hpcm_scale.training.estimate import Traffic, limits, traffic
 
 CHEAP = ["model=nano", "model.fusion=none", "data.crop=128", "train.batch_size=2"]
 SMALL = "+engine.options.zero_optimization.stage3_"
@@ -34,7 +32,12 @@ CASES = {
         *("engine=zero3", "engine.precision=bf16", *SOME_STAYS),
         *(f"{SMALL}prefetch_bucket_size=20000", f"{SMALL}max_live_parameters=60000"),
     ],
-    "computed again": ["engine=zero3", "engine.checkpoint=steps", *SOME_STAYS, f"{SMALL}prefetch_bucket_size=0"],
+    "computed again": [
+        "engine=zero3",
+        "engine.activation_checkpointing=steps",
+        *SOME_STAYS,
+        f"{SMALL}prefetch_bucket_size=0",
+    ],
     "accelerate": ["engine=accelerate", *ACCUMULATE],
 }
 
@@ -46,7 +49,7 @@ def overrides(case: list[str]) -> list[str]:
 def computed(config: Config, world_size: int) -> Traffic:
     gathered = None
     if config.engine.zero_stage == 3:
-        uses = rehearse(config.model, Precision.fp32, config.engine.checkpoint, config.data.crop, 1).uses
+        uses = rehearse(config.model, Precision.fp32, config.engine.activation_checkpointing, config.data.crop, 1).uses
         gathered = gather(uses, limits(deepspeed_dictionary(config, world_size)["zero_optimization"]))
     return traffic(config, world_size, parameter_count(on_meta(config.model)), gathered)
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from watch_processes import PROBE, await_line, free_port
 
-from hpcm_scale.training.group.stacks import place, summary
+from hpcm_scale.distributed.heartbeat import place, summary
 
 
 def test_an_exception_of_one_ends_all_and_is_said_last_and_once(probes):
@@ -179,7 +179,7 @@ def test_processes_whose_launcher_is_killed_stop_in_good_order(tmp_path, whom):
 
 def test_watching_costs_a_step_nothing(tmp_path):
     """No more than a few looks at the clock."""
-    from hpcm_scale.training.group.watch import Watch
+    from hpcm_scale.distributed.watch import Watch
 
     watch = object.__new__(Watch)
     watching = min(repeat(lambda: watch.alive(3), number=1000, repeat=50))

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 from hpcm_scale.config.checks import accumulation, micro_batch_size
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config
+from hpcm_scale.distributed.processes import complete_environment
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.objective.rate_distortion import rate_distortion_loss
-from hpcm_scale.training.engine import create_engine
-from hpcm_scale.training.noise import image_noise
-from hpcm_scale.training.processes import complete_environment
+from hpcm_scale.objective import rate_distortion_loss
+from hpcm_scale.training.engines import create_engine
+from hpcm_scale.training.task import image_noise
 
 UNTIL_THE_ORDER_IS_KNOWN = 2
 """Steps of ZeRO-3."""
@@ -44,7 +44,7 @@ class Collectives(TorchDispatchMode):
 def count(config: Config) -> None:
     engine = create_engine(config)
     torch.manual_seed(0)
-    model = HPCM(config.model, precision=config.engine.precision, checkpoint=config.engine.checkpoint)
+    model = HPCM(config.model, precision=config.engine.precision, checkpoint=config.engine.activation_checkpointing)
     engine.prepare(model)
     images = micro_batch_size(config, engine.world_size)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from hpcm_scale.benchmark import cluster
-from hpcm_scale.check import main
+from hpcm_scale.commands.check import main
+from hpcm_scale.preflight import measurements
 from hpcm_scale.tracking.environment import environment
 
 
@@ -17,8 +17,8 @@ def found() -> dict:
     return there
 
 
-cluster.hosts_of = lambda group: {"a": [0, 1], "b": [2]}
-cluster.environment = found
+measurements.hosts_of = lambda group: {"a": [0, 1], "b": [2]}
+measurements.environment = found
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """A training without a model: processes that meet, watch each other, and add numbers up, until one of them …
 
-Arguments: `join_minutes=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and
+Arguments: `init_timeout=…`, `stall_seconds=…`, `steps=…`, `folder=…`, `times=…` (trainings one after the other), and
 what process `who` does in its third step, `does=…` (see `fail`; `does=hold_for_8` with seconds), or `late=who` after
 its last; or, before it joins, `refused=text`. `fact=…` is what the processes compare, `finished=` all that they do;
 `lost_seconds=…`, `stuck_seconds=…` and `grace_seconds=…` take the place of the watch's own; `lock=…` takes the lock on
@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from hpcm_scale.distributed import processes, watch
+from hpcm_scale.distributed.rendezvous import initialise, join, telling_refusals
 from hpcm_scale.errors import STOPPED, UserError, one_line
-from hpcm_scale.training import processes
-from hpcm_scale.training.group import watch
-from hpcm_scale.training.group.rendezvous import initialise, join, telling_refusals
-from hpcm_scale.training.run_lock import RunLock
+from hpcm_scale.training.run_folder import RunLock
 
 
 @one_line
@@ -43,7 +42,7 @@ def train(given: dict[str, str]) -> None:
         if "refused" in given and (who or "who" not in given):
             raise UserError(given["refused"])
     facts = {"setting": {"train": {"steps": given.get("fact", "5")}}}
-    group = join(facts, float(given.get("join_minutes", "0.5")))
+    group = join(facts, float(given.get("init_timeout", "0.5")))
     if "finished" in given:
         say(f"process {rank} has nothing to do")
         return

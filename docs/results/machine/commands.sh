@@ -39,12 +39,12 @@ train variable "${rates[@]}" model.rate.levels=6
 short=(data.shards=shards_mix train.steps=250 train.batch_size=4 schedule=wsd schedule.learning_rate=6e-4
     schedule.warmup=20 schedule.decay=0.5)
 variable=(init_from=runs/variable model.rate.levels=6)
-machine=(objective.viewer=machine "machine.receivers=[efficientnet-lite0]")
+machine=(objective.target=vision_model "machine.receivers=[efficientnet-lite0]")
 editor=("${machine[@]}" machine.edit=true machine.pre_editor.tokens=efficientnet-lite0)
 train mse "${short[@]}" "${variable[@]}"
 train joint "${short[@]}" "${variable[@]}" "${editor[@]}"
-train no_rank "${short[@]}" "${variable[@]}" "${editor[@]}" machine.rank=0
-train rank_only "${short[@]}" "${variable[@]}" "${editor[@]}" machine.token=0
+train no_rank "${short[@]}" "${variable[@]}" "${editor[@]}" machine.token_rank_weight=0
+train rank_only "${short[@]}" "${variable[@]}" "${editor[@]}" machine.token_distortion_weight=0
 train no_condition "${short[@]}" "${variable[@]}" "${machine[@]}" machine.edit=true
 train no_editor "${short[@]}" "${variable[@]}" "${machine[@]}"
 train editor_only "${short[@]}" "${variable[@]}" "${editor[@]}" machine.freeze_codec=true

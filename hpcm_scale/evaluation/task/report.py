@@ -3,17 +3,281 @@
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
+from rich.console import Group
+from rich.text import Text
+
+from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.bd_rate import Comparison, Line, bd_rate
 from hpcm_scale.evaluation.curves import Curve, Point
-from hpcm_scale.evaluation.tables import COLUMNS
-from hpcm_scale.evaluation.task.bd_rates import TaskComparison, task_bd_rates
-from hpcm_scale.evaluation.task.metrics import TaskMeasure
-from hpcm_scale.evaluation.task.sections import Section, TaskResults, trained_on
+from hpcm_scale.evaluation.rate_distortion_plot import draw_curve, dress, legend, styles
+from hpcm_scale.evaluation.tables import COLUMNS, markdown_table, measured_on, narrow_table
+from hpcm_scale.evaluation.task.agreement import Metric, TaskMeasure
+from hpcm_scale.evaluation.task.plan import Section, TaskResults, trained_on, trainings
 from hpcm_scale.files import write_json
+from hpcm_scale.formatting import escaped, label, new_figure, save
+
+# BD-rates over task metrics: every curve of ours against every other curve of its section.
+
+
+HOW = (
+    "BD-rate: percent of the anchor's bits at equal quality (negative: fewer), log rate interpolated by pchip over the "
+    "quality on the metric's scale (below), averaged over what both curves reach. A scale rises with quality: "
+    "−10·log10 of a distance (token distortion, KL, 1 − cosine), as for MS-SSIM, and 100·(1 − CER) for text; of the "
+    "mean over images. A network's answers need not improve with every bit spent, and a curve that falls has no "
+    "BD-rate, so points that are no better than a cheaper one of their own curve are left out, of curve and anchor "
+    "alike: what counts is the best that a codec reaches for so many bits."
+)
+
+
+class TaskComparison(NamedTuple):
+    """A curve and its anchor by one metric."""
+
+    metric: Metric
+    curve: Curve
+    anchor: Curve
+    found: Comparison | None
+    refused: str | None
+    """Why there is no BD-rate."""
+    left_out: tuple[int, int]
+    """Points of the curve and of the anchor that are no better than a cheaper one."""
+
+
+def task_bd_rates(section: Section, measure: TaskMeasure) -> Iterator[TaskComparison]:
+    """By every metric that has a scale; ours are the curves that come from weights."""
+    curves = section.results.curves
+    ours = [curve for curve in curves if any(point.weights for point in curve.points)]
+    for metric in measure.compared():
+        for curve in ours:
+            for anchor in curves:
+                if anchor is not curve:
+                    yield _compared(section, measure, metric, curve, anchor)
+
+
+def qualities(section: Section, measure: TaskMeasure, metric: Metric, curve: Curve) -> list[float]:
+    """Of each point of a curve on the metric's scale."""
+    return [metric.quality(section.mean(point, measure)[metric.key]) for point in curve.points]
+
+
+def rising(line: Line) -> Line:
+    """The points that are better than every cheaper one, cheapest first; of equal rates the best."""
+    kept: list[tuple[float, float]] = []
+    for rate, quality in sorted(zip(line.rates, line.qualities, strict=True), key=lambda point: (point[0], -point[1])):
+        if not kept or quality > kept[-1][1]:
+            kept.append((rate, quality))
+    return Line(line.name, [rate for rate, _ in kept], [quality for _, quality in kept])
+
+
+def _compared(section: Section, measure: TaskMeasure, metric: Metric, curve: Curve, anchor: Curve) -> TaskComparison:
+    lines = [
+        Line(each.label, [point.mean["bpp"] for point in each.points], qualities(section, measure, metric, each))
+        for each in (curve, anchor)
+    ]
+    best = [rising(line) for line in lines]
+    left_out = tuple(len(line.rates) - len(kept.rates) for line, kept in zip(lines, best, strict=True))
+    found = refused = None
+    try:
+        found = bd_rate(*best, metric.scale)
+    except UserError as error:
+        refused = str(error)
+    return TaskComparison(metric, curve, anchor, found, refused, left_out)
+
+
+# The plot of a task evaluation: a panel per set of images, receiver and metric.
+
+
+PANELS_IN_A_ROW = 4
+"""Panels beside each other, at most: what one receiver with classes is measured in."""
+TICKS = (1, 1.5, 2, 3, 4, 5, 7)
+"""Of each decade of rate: some lie within any range that codecs span."""
+WIDTH = 50
+"""Characters of a panel's title in a line."""
+
+
+def draw_tasks(results: TaskResults, path: str | Path) -> None:
+    """Draw every metric that has a scale against mean bpp: more is better everywhere.
+
+    The rate is logarithmic, for what is compared is its ratio: equal distances are equal savings.
+    Markers are hollow where the codec was trained on the receiver of the panel. What a receiver makes of uncoded
+    pictures is a dashed line. The format follows the suffix of `path`.
+    """
+    panels = [(*each, metric) for each in results.measured for metric in each[1].compared()]
+    columns = min(PANELS_IN_A_ROW, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (1 + 4.6 * columns, 1.2 + 4.3 * rows)
+    with new_figure(figsize=size, dpi=120, layout="constrained") as figure:
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        places = list(figure.subplots(rows, columns, squeeze=False).flat)
+        handles: dict[str, Line2D] = {}
+        for axes, (section, measure, metric) in zip(places, panels, strict=False):
+            _draw_panel(axes, section, measure, metric)
+            for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(text, copy(handle)).set_markerfacecolor(handle.get_color())  # filled
+        for axes in places[len(panels) :]:
+            axes.set_visible(False)
+        hollow = any(
+            trained_on(curve, each.receiver) for section, each in results.measured for curve in _curves(section)
+        )
+        note = "; hollow markers: trained on the receiver of the panel" if hollow else ""
+        figure.suptitle(f"Rate and task quality: more is better{note}", fontweight="bold")
+        legend(figure, [*handles.values()], [*handles])
+        save(figure, path)
+
+
+def _draw_panel(axes: Axes, section: Section, measure: TaskMeasure, metric: Metric) -> None:
+    curves = _curves(section)
+    for curve, style in zip(curves, styles(curves), strict=True):
+        heights = qualities(section, measure, metric, curve)
+        draw_curve(axes, curve, heights, *style, filled=not trained_on(curve, measure.receiver))
+    uncoded = section.originals[section.measures.index(measure)].get(metric.key)
+    if uncoded is not None:
+        axes.axhline(metric.quality(uncoded), color="0.4", linestyle="--", linewidth=1.2, label="uncoded pictures")
+    dress(axes, f"{metric.scale.name} ({metric.scale.unit})")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=TICKS))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    seen = [curve.label for curve in curves if trained_on(curve, measure.receiver)]
+    known = f"seen in training by {', '.join(map(label, seen))}" if seen else "unseen in training"
+    lines = (f"{label(measure.receiver)}: {known}", label(section.results.title))
+    axes.set_title("\n".join(fill(line, WIDTH) for line in lines), fontsize=10)
+
+
+def _curves(section: Section) -> list[Curve]:
+    return section.results.curves
+
+
+# A task evaluation as tables for people: task.md and the terminal.
+
+
+RATES = (
+    "Each image was coded to the bytes of a real file, headers included, and what was measured was decoded from these "
+    "bytes alone, on 8-bit pixels. bpp and PSNR are means over images. Pictures of text were coded whole, and their "
+    "lines cut out afterwards."
+)
+COSTS = (
+    "Parameters and kMAC/px (thousands of multiply-accumulates per pixel of the forward pass) are those of the codec; "
+    "images and PFLOPs (1e15 floating-point operations) those of its training, the stages before it included."
+)
+TRAINED = "† Trained on this receiver"
+
+
+def task_markdown(results: TaskResults) -> str:
+    """task.md: how it was measured; per set of images and receiver a table of means, and one of BD-rates."""
+    metrics = list(dict.fromkeys(metric for _, measure in results.measured for metric in measure.metrics))
+    lines = ["# Task quality", RATES, HOW, "\n".join(map(_explained, metrics)), COSTS]
+    for section, measure in results.measured:
+        lines.append(f"## {escaped(section.results.title)}: {measure.task}, {escaped(measure.receiver)}")
+        lines += map(escaped, _notes(section, measure))
+        lines.append(markdown_table(task_rows(section, measure, results.parameters)))
+        comparisons = list(task_bd_rates(section, measure))
+        if rows := bd_rate_rows(comparisons):
+            lines += ["BD-rates of our curves against the anchors in the columns:", markdown_table(rows)]
+        if remarks := _remarks(comparisons):
+            lines.append("\n".join(f"- {escaped(remark)}" for remark in remarks))
+    codecs = {curve.label: curve.codec for section in results.sections for curve in section.results.curves}
+    lines += ["## Codecs", "\n".join(f"- **{escaped(label)}**: {escaped(codec)}" for label, codec in codecs.items())]
+    return "\n\n".join([*lines, measured_on(results.machine)]) + "\n"
+
+
+def task_console(results: TaskResults) -> Group:
+    """For a terminal of 80 columns: what a receiver makes of every codec and setting, and BD-rates."""
+    shown = []
+    for section, measure in results.measured:
+        rows = task_rows(section, measure)
+        hidden = ("PSNR (dB)", *(metric.heading for metric in measure.metrics if not metric.on_terminal))
+        rows = [{key.replace(" ", "\n"): row[key] for key in row if key not in hidden} for row in rows]
+        title = f"{measure.task}, {measure.receiver}: {section.results.title}"
+        ends = {row["codec"]: i for i, row in enumerate(rows)}.values()
+        shown.append(
+            narrow_table(rows, list(rows[0]), title=title, caption="\n".join(_notes(section, measure)), ends=ends)
+        )
+        comparisons = list(task_bd_rates(section, measure))
+        if rows := bd_rate_rows(comparisons):
+            shown.append(narrow_table(rows, list(rows[0]), title=f"BD-rates by {measure.receiver}"))
+        if refused := sum(each.found is None for each in comparisons):
+            shown.append(
+                Text(f"Pairs of curves without a BD-rate: {refused} of {len(comparisons)}; task.md says why.\n")
+            )
+    return Group(*shown)
+
+
+def task_rows(section: Section, measure: TaskMeasure, parameters: dict[str, int] | None = None) -> list[dict[str, str]]:
+    """One row per point, by headings; with what the model and its training cost if `parameters` are given."""
+    rows = []
+    for curve, point in section.results.points():
+        label = f"{curve.label} †" if trained_on(curve, measure.receiver) else curve.label
+        mean = section.mean(point, measure)
+        row = {"codec": label, "setting": point.setting, "bpp": f"{point.mean['bpp']:.4f}"}
+        row |= {"PSNR (dB)": "–" if point.mean["psnr"] is None else f"{point.mean['psnr']:.2f}"}
+        row |= {metric.heading: f"{mean[metric.key]:.{metric.digits}f}" for metric in measure.metrics}
+        rows.append(row if parameters is None else row | _costs(point, parameters))
+    return rows
+
+
+def bd_rate_rows(comparisons: list[TaskComparison]) -> list[dict[str, str]]:
+    """One row per metric and curve, one column per anchor; "–" where there is none, no row where there are none."""
+    comparisons = [each for each in comparisons if each.found]
+    anchors = dict.fromkeys(each.anchor.label for each in comparisons)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for each in comparisons:
+        first = {"metric": each.metric.heading, "codec": each.curve.label}
+        row = rows.setdefault(tuple(first.values()), first | dict.fromkeys(anchors, "–"))
+        row[each.anchor.label] = f"{each.found.bd_rate:+.1f}%"
+    return list(rows.values())
+
+
+def _costs(point: Point, parameters: dict[str, int]) -> dict[str, str]:
+    told = {name: [facts[name] for facts in trainings(point) if name in facts] for name in ("images", "pflops")}
+    values = {
+        "parameters": parameters.get(point.weights),
+        "kMAC/px": point.kmac_per_pixel,
+        "images": sum(told["images"]) if told["images"] else None,
+        "PFLOPs": math.fsum(told["pflops"]) if told["pflops"] else None,
+    }
+    digits = {"kMAC/px": 1, "PFLOPs": 3}
+    return {name: "–" if value is None else f"{value:,.{digits.get(name, 0)}f}" for name, value in values.items()}
+
+
+def _explained(metric: Metric) -> str:
+    scale = f" Scale: {metric.scale.name} ({metric.scale.unit})." if metric.scale else ""
+    return f"- **{metric.heading}**: {metric.meaning}.{scale}"
+
+
+def _notes(section: Section, measure: TaskMeasure) -> list[str]:
+    """Whether a codec was trained on the receiver, and what it makes of uncoded pictures."""
+    trained = [curve.label for curve in section.results.curves if trained_on(curve, measure.receiver)]
+    notes = [f"{TRAINED}: {', '.join(trained)}." if trained else "No codec here was trained on this receiver."]
+    originals = section.originals[section.measures.index(measure)]
+    uncoded = [
+        f"{each.heading} {originals[each.key]:.{each.digits}f}" for each in measure.metrics if each.key in originals
+    ]
+    return notes + ([f"Uncoded pictures: {', '.join(uncoded)}."] if uncoded else [])
+
+
+def _remarks(comparisons: list[TaskComparison]) -> list[str]:
+    """Why there is no BD-rate where there is none, and what was left out where there is one; each reason once."""
+    reasons: dict[str, dict[str, None]] = {}
+    for each in comparisons:
+        if each.refused:
+            reasons.setdefault(f"no BD-rate, for {each.refused}", {})[each.metric.heading] = None
+        for curve, points in zip((each.curve, each.anchor), each.left_out, strict=True):
+            if each.found and points:
+                told = f"{points} point{'s' * (points > 1)} of {curve.label} left out: no better than a cheaper one"
+                reasons.setdefault(told, {})[each.metric.heading] = None
+    return [f"{', '.join(metrics)}: {reason}." for reason, metrics in reasons.items()]
+
 
 FORMAT = "hpcm_scale task evaluation 1"
 """Of task.json."""

@@ -2,19 +2,302 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
+import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from hpcm_scale.data.sources import read_image
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import Scale
-from hpcm_scale.evaluation.task.metrics import Metric, TaskMeasure
-from hpcm_scale.evaluation.task.text_pictures import TextPictures
+from hpcm_scale.evaluation.task.agreement import Metric, TaskMeasure
 from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.tracking.progress import progress
+
+# Pictures of text whose words are known: what they look like to `code_images`, and where the lines are.
+
+
+LABELS = "labels.csv"
+"""Beside pictures of text: what is written on them."""
+BOX = ("left", "top", "width", "height")
+FORM = f"{LABELS} has the columns file, text and, for pictures of several lines, {', '.join(BOX)} (pixels)"
+
+
+class TextLine(NamedTuple):
+    """A line of text in a picture; the box is in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    text: str
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """This line's part of (3, H, W)."""
+        return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+class TextPictures(Protocol):
+    """A set of pictures, to be coded whole; lines are cut out of what was decoded."""
+
+    source: str
+    """Where they come from, in a few words."""
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def load(self, i: int) -> Tensor:
+        """Picture `i` as RGB, uint8 (3, H, W)."""
+        ...
+
+    def lines(self, i: int) -> Sequence[TextLine]:
+        """The lines of picture `i`."""
+        ...
+
+
+class LabelledPictures:
+    """Pictures in a folder, with their lines in a table.
+
+    Its columns are `file` and `text` and, where a picture has several lines, `left`, `top`, `width`, `height`; without
+    these the whole picture is one line. Raises UserError for a table or a picture that cannot be used.
+    """
+
+    def __init__(self, folder: str | Path, labels: str | Path | None = None, limit: int | None = None) -> None:
+        self.folder = Path(folder)
+        labels = self.folder / LABELS if labels is None else Path(labels)
+        self.source = f"lines of {labels}"
+        rows = _read(labels)
+        self.names = sorted({row["file"] for row in rows})[:limit]
+        sizes = {name: self._load(name).shape[1:] for name in self.names}
+        self._lines: Mapping[str, list[TextLine]] = {name: [] for name in self.names}
+        for number, row in enumerate(rows, start=2):
+            if row["file"] in sizes:
+                self._lines[row["file"]].append(_line(row, *sizes[row["file"]], f"{labels}, line {number}"))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, i: int) -> Tensor:
+        """Picture `i` as RGB, uint8 (3, H, W)."""
+        return self._load(self.names[i])
+
+    def lines(self, i: int) -> Sequence[TextLine]:
+        """The lines of picture `i`, in the table's order."""
+        return self._lines[self.names[i]]
+
+    def _load(self, name: str) -> Tensor:
+        path = self.folder / name
+        if not path.is_file():
+            raise UserError(f"{LABELS} names {name}, but there is no such file in {self.folder}; mend the table")
+        return read_image(path)
+
+
+def scanned_page() -> LabelledPictures | None:
+    """The photographed page of a book that scikit-image ships (`skimage.data.page`); None where it is not installed.
+
+    191×384 pixels, grey, lit from one side; its seven whole lines were typed for `scanned_page.csv` beside this file.
+    """
+    package = find_spec("skimage")
+    folder = package and package.submodule_search_locations and Path(package.submodule_search_locations[0], "data")
+    if not folder or not (folder / "page.png").is_file():
+        return None
+    page = LabelledPictures(folder, Path(str(files("hpcm_scale.evaluation.task") / "scanned_page.csv")))
+    page.source = "scanned page of scikit-image"
+    return page
+
+
+def digest(pictures: TextPictures) -> str:
+    """SHA-256 of the pixels and the lines of pictures, in hexadecimal: the same pictures give comparable numbers."""
+    hashed = hashlib.sha256()
+    for i in range(len(pictures)):
+        hashed.update(pictures.load(i).numpy().tobytes())
+        hashed.update(repr([tuple(line) for line in pictures.lines(i)]).encode())
+    return hashed.hexdigest()
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, strict=True)
+            rows, columns = list(table), table.fieldnames or []
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {FORM}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no table of comma-separated values in UTF-8 ({error}); {FORM}") from error
+    missing = [name for name in ("file", "text") if name not in columns]
+    if missing or 0 < len(set(BOX) & set(columns)) < len(BOX):
+        raise UserError(f"{path} has the columns {', '.join(columns) or '(none)'}; {FORM}")
+    if not rows:
+        raise UserError(f"{path} names no picture; {FORM}")
+    return rows
+
+
+def _line(row: dict[str, str], height: int, width: int, place: str) -> TextLine:
+    if not "".join((row["text"] or "").split()):
+        raise UserError(f"{place}: the text is empty, so there is nothing to read; write what is on the picture")
+    if BOX[0] not in row:
+        return TextLine(0, 0, width, height, row["text"])
+    try:
+        left, top, columns, rows = (int(row[name]) for name in BOX)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: {', '.join(BOX)} must be whole numbers of pixels; mend them") from error
+    if min(left, top) < 0 or min(columns, rows) < 1 or left + columns > width or top + rows > height:
+        raise UserError(f"{place}: the box is not inside the picture, which is {width}×{height} pixels; mend it")
+    return TextLine(left, top, columns, rows, row["text"])
+
+
+# Pictures of text made here: seeded, so that every evaluation has the same ones.
+
+
+WIDTH, HEIGHT = 768, 512
+FONTS = (
+    *("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf"),
+    *("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono.ttf"),
+)
+"""Files that matplotlib ships; Pillow's own scalable font comes beside them."""
+SMALLEST, LARGEST = 9, 22
+"""Sizes of fonts in pixels per em: on paper at 96 pixels per inch, 7 to 16 points."""
+CONTRAST = (2.5, 15.0)
+"""Least and largest contrast ratio of the text to its background (WCAG 2: 1 to 21)."""
+MARGIN = 3
+"""Pixels of background around the letters of a line."""
+LONGEST = 32
+"""Characters of a line."""
+
+
+class RenderedText:
+    """Pictures of 768×512 pixels full of short lines: English words and numbers.
+
+    Fonts, sizes, colours and contrast differ from line to line. Backgrounds are noise in two colours with the spectrum
+    of natural images (amplitude 1/frequency^1.2; Field 1987), from nearly smooth to strong. Picture i depends on i
+    and the seed alone, and on the versions of the fonts and of Pillow: compare numbers only where
+    `text_pictures.digest` is equal.
+    """
+
+    source = "rendered lines"
+
+    def __init__(self, count: int, seed: int = 7) -> None:
+        """`seed`: another one for pictures to train on."""
+        self._seed = seed
+        self.names = [f"rendered {i + 1:02d}" for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, i: int) -> Tensor:
+        """Picture `i` as RGB, uint8 (3, H, W)."""
+        return self._pictures[i][0]
+
+    def lines(self, i: int) -> Sequence[TextLine]:
+        """The lines of picture `i`, from the top, from the left."""
+        return self._pictures[i][1]
+
+    @cached_property
+    def _pictures(self) -> list[tuple[Tensor, list[TextLine]]]:
+        return [_render(np.random.default_rng((self._seed, i))) for i in range(len(self))]
+
+
+def _render(random: np.random.Generator) -> tuple[Tensor, list[TextLine]]:
+    image = Image.fromarray(background(random))
+    draw, lines, top = ImageDraw.Draw(image), [], int(random.integers(4, 12))
+    while top + 2 * LARGEST < HEIGHT:
+        left, tallest = int(random.integers(4, 60)), 0
+        while True:
+            font, text = _font(random), phrase(random)
+            over = font.getbbox(text)  # of the letters, from the pen's place
+            width, height = (round(over[k + 2] - over[k]) + 2 * MARGIN for k in (0, 1))
+            if left + width > WIDTH:
+                break
+            box = TextLine(left, top, width, height, text)
+            colour = _colour(random, np.asarray(image)[top : top + height, left : left + width])
+            draw.text((left + MARGIN - over[0], top + MARGIN - over[1]), text, font=font, fill=colour)
+            lines.append(box)
+            left, tallest = left + width + int(random.integers(6, 30)), max(tallest, height)
+        top += tallest + int(random.integers(2, 8))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), lines
+
+
+def background(random: np.random.Generator) -> np.ndarray:
+    """Two colours mixed by noise, a little of it in every channel of its own: uint8 (HEIGHT, WIDTH, 3)."""
+    strength = random.uniform(0.05, 0.3)
+    dark, light = np.sort(random.uniform(0, 1, 2)) + np.array([-0.5, 0.5]) * strength
+    tint = random.uniform(-0.12, 0.12, (2, 3))
+    mix = np.clip(0.5 + pink_noise(random) / 4, 0, 1)[..., None]
+    colours = (dark + tint[0]) * (1 - mix) + (light + tint[1]) * mix
+    own = np.stack([pink_noise(random) for _ in range(3)], axis=-1)
+    return np.rint(255 * np.clip(colours + 0.05 * strength * own, 0, 1)).astype(np.uint8)
+
+
+def pink_noise(random: np.random.Generator) -> np.ndarray:
+    """Noise with amplitude 1/frequency^1.2, mean 0, variance 1, periodic: float64 (HEIGHT, WIDTH)."""
+    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
+    frequency[0, 0] = np.inf
+    noise = np.fft.irfft2(np.fft.rfft2(random.standard_normal((HEIGHT, WIDTH))) / frequency**1.2, s=(HEIGHT, WIDTH))
+    return noise / noise.std()
+
+
+def phrase(random: np.random.Generator) -> str:
+    """One to four words or numbers, at most `LONGEST` characters."""
+    words = [_number(random) if random.random() < 0.2 else _word(random) for _ in range(random.integers(1, 5))]
+    while len(" ".join(words)) > LONGEST:
+        words.pop()
+    return " ".join(words)
+
+
+def _word(random: np.random.Generator) -> str:
+    word = random.choice(_WORDS)
+    return str(random.choice([word, word, word.capitalize(), word.upper()]))
+
+
+def _number(random: np.random.Generator) -> str:
+    """A count, a price, a date, a time or a code."""
+    a, b, c = (int(n) for n in random.integers(10, 99, 3))
+    code = f"{string.ascii_uppercase[a % 26]}{b}{c}"
+    return str(random.choice([f"{a}{b}", f"{a}.{b}", f"20{a}-{b % 12 + 1:02d}", f"{a % 24}:{b % 60:02d}", code]))
+
+
+def _font(random: np.random.Generator) -> ImageFont.FreeTypeFont:
+    size = int(random.integers(SMALLEST, LARGEST + 1))
+    i = int(random.integers(len(FONTS) + 1))
+    if i == len(FONTS):
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", FONTS[i]), size)
+
+
+def _colour(random: np.random.Generator, behind: np.ndarray) -> tuple[int, ...]:
+    """A colour with a contrast within `CONTRAST` to what is behind it, (h, w, 3): darker on light, lighter on dark."""
+    behind = behind.reshape(-1, 3)
+    ground = _luminance(behind).mean()
+    contrast = np.exp(random.uniform(*np.log(CONTRAST)))
+    darker, lighter = (ground + 0.05) / contrast - 0.05, (ground + 0.05) * contrast - 0.05
+    aim = np.clip(darker if ground > 0.2 else lighter, 0, 1)
+    hue = random.uniform(0.3, 1, 3)
+    shades = np.clip(np.linspace(0, 3.5, 256)[:, None] * hue, 0, 1) * 255
+    return tuple(int(value) for value in shades[np.abs(_luminance(shades) - aim).argmin()])
+
+
+def _luminance(colours: np.ndarray) -> np.ndarray:
+    """Relative luminance (WCAG 2) of colours (n, 3) in 0 … 255: (n,) in 0 … 1."""
+    values = colours / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return linear @ np.array([0.2126, 0.7152, 0.0722])
+
+
+_WORDS = (files("hpcm_scale.evaluation.task") / "words.txt").read_text(encoding="utf-8").split()
+
 
 HIGHEST = 48
 """Pixels: higher lines are made so high, for recognisers would take them for several lines."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcm_scale.drawing import save
+from hpcm_scale.formatting import save
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures import (
     isoflop,

@@ -12,7 +12,7 @@ from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures.style import colours, log_axis, marker, over_parameters
 from hpcm_scale.scaling.frontier import Slice, isoflop_slices
 from hpcm_scale.scaling.observations import Curve, Study
-from hpcm_scale.scaling.words import count, significant
+from hpcm_scale.scaling.wording import count, significant
 
 CAPTION = (
     "Loss against parameters at equal training compute, from the smoothed curves of all runs, annealed or not. Lines: "

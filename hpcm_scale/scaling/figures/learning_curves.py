@@ -6,13 +6,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpcm_scale.drawing import label
+from hpcm_scale.formatting import label
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures.style import SHORT_COMPUTE, calm, column, log_axis, loss_label, ribbon, size_styles
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.observations import Study
 from hpcm_scale.scaling.verdict import compute_law
-from hpcm_scale.scaling.words import SHORT, count
+from hpcm_scale.scaling.wording import SHORT, count
 
 CAPTION = (
     "Loss of every run against cumulative training compute, smoothed. Grey steps: the whole frontier, the lowest "

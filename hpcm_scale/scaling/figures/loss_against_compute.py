@@ -11,13 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hpcm_scale.drawing import label, new_figure, save
 from hpcm_scale.errors import UserError
-from hpcm_scale.scaling.facts import learning_rates
+from hpcm_scale.formatting import label, new_figure, save
 from hpcm_scale.scaling.figures.style import COMPUTE, calm, check_format, colours, number_log
+from hpcm_scale.scaling.filters import learning_rates, smooth
 from hpcm_scale.scaling.runs import Run
-from hpcm_scale.scaling.smoothing import smooth
-from hpcm_scale.scaling.words import LOSSES
+from hpcm_scale.scaling.wording import LOSSES
 
 LEFT_OUT = 0.02
 """Part of each run, from its start, that is not drawn: losses fall tenfold there and tell nothing."""

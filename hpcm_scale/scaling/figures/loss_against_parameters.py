@@ -10,7 +10,7 @@ from hpcm_scale.scaling.analysis import PARAMETER_LAWS, Analysis
 from hpcm_scale.scaling.figures.style import COLOURS, log_axis, over_parameters, ribbon
 from hpcm_scale.scaling.laws.law import Law
 from hpcm_scale.scaling.observations import Study
-from hpcm_scale.scaling.words import SHORT, count, significant
+from hpcm_scale.scaling.wording import SHORT, count, significant
 
 CAPTION = (
     "Loss at the end of training against parameters. Filled: the trainings that the laws of parameters are fitted to; "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpcm_scale.drawing import label
+from hpcm_scale.formatting import label
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.figures.style import COLOURS, calm
 from hpcm_scale.scaling.observations import Study
-from hpcm_scale.scaling.words import count
+from hpcm_scale.scaling.wording import count
 
 CAPTION = "Shares of the parameters by part: analysis g_a, synthesis g_s, hyper (h_a, h_s and the prior of z), context."
 HATCHES = ("", "///", "", "\\\\\\")

@@ -16,7 +16,7 @@ from hpcm_scale.scaling.figures.style import (
     number_parameters,
 )
 from hpcm_scale.scaling.observations import Study
-from hpcm_scale.scaling.words import SHORT
+from hpcm_scale.scaling.wording import SHORT
 
 CAPTION = (
     "Residuals, 100·log(observed / law): a law that bends where the points do not leaves a pattern here, which no "

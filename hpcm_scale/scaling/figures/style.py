@@ -16,12 +16,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from hpcm_scale.drawing import new_figure
 from hpcm_scale.errors import UserError
+from hpcm_scale.formatting import new_figure
 from hpcm_scale.scaling.analysis import Analysis
+from hpcm_scale.scaling.filters import TRAINING
 from hpcm_scale.scaling.laws.law import Prediction
-from hpcm_scale.scaling.usable import TRAINING
-from hpcm_scale.scaling.words import LOSSES, count
+from hpcm_scale.scaling.wording import LOSSES, count
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette without its yellow: told apart by colour-blind readers."""

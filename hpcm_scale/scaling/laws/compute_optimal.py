@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from hpcm_scale.scaling.laws.law import Law
-from hpcm_scale.scaling.laws.points import CannotFit
+from hpcm_scale.scaling.laws.law import CannotFit, Law
 
 PFLOP = 1e15
 ROUGH = 0.05

@@ -1,0 +1,1 @@
+"""Benchmarks of training, coding and their parts: `hpcm bench`."""

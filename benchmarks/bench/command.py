@@ -1,0 +1,143 @@
+"""Command: how fast training, coding and their parts are, against a baseline in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench.arguments import check, configuration, parser
+from hpcm_scale.errors import one_line
+
+PROFILE = "train_profile.png"
+DEMANDS = (("68m", 0.3), ("68m", 0.45), ("1b", 0.45))
+"""Sizes, and utilisations of a GPU, that the training stream is to keep up with."""
+
+
+def train(chosen) -> None:
+    """`hpcm bench train`: steps in several ways."""
+    config = configuration(chosen.preset, chosen.crop)
+    from bench.step import Steps
+    from bench.train import measure_steps, training_report, ways
+    from hpcm_scale.config.schema import Checkpointing, Precision
+
+    device = _device(chosen)
+    candidates = ways(
+        [Precision(name) for name in chosen.precision],
+        [Checkpointing(name) for name in chosen.checkpoint],
+        chosen.compile,
+    )
+    steps = Steps(config, chosen.batch, device)
+    speed = measure_steps(config, chosen.batch, candidates, chosen.rounds, steps)
+    report = training_report(speed, device)
+    _tell(_with_profile(report, steps, speed, chosen.out) if chosen.profile else report, chosen)
+
+
+def _with_profile(report, steps, speed, folder):
+    """The report with a picture, in the folder, of where the time of baseline and fastest candidate goes."""
+    from bench.profiling import draw_profile, profiled
+    from hpcm_scale.files import writing
+    from hpcm_scale.tracking.timing import spread
+
+    spent = {
+        measured.way.name: profiled(steps.of(measured.way), steps.device, spread(measured.seconds).median)
+        for measured in (speed.baseline, speed.fastest)
+        if measured and measured.seconds
+    }
+    with writing(folder):
+        draw_profile(spent, folder / PROFILE, report.title)
+    return replace(report, results=report.results | {"profile": spent}, pictures=(PROFILE,))
+
+
+def processes(chosen) -> None:
+    """`hpcm bench processes`: two processes against one."""
+    configuration(chosen.preset, chosen.crop)
+    from bench.processes import measure_processes, processes_report
+
+    measured = measure_processes(chosen.preset, chosen.batch, chosen.crop, chosen.rounds, chosen.engines)
+    _tell(processes_report(chosen.preset, chosen.batch, chosen.crop, measured), chosen)
+
+
+def data(chosen) -> None:
+    """`hpcm bench data`: the training stream."""
+    import tempfile
+    from pathlib import Path
+
+    from bench.data import data_report, demand, make_shards, measure_data, measure_waits
+    from hpcm_scale.config.schema import DataConfig
+    from hpcm_scale.data.processes import available_cores
+
+    workers = chosen.workers or available_cores()
+    demands = [demand(configuration(preset, chosen.crop).model, chosen.crop, share) for preset, share in DEMANDS]
+    with tempfile.TemporaryDirectory() as folder:
+        source = f"photos of {Path(chosen.shards).resolve().name}" if chosen.shards else "made pictures"
+        shards = chosen.shards or make_shards(Path(folder))
+        config = DataConfig(shards=str(shards), crop=chosen.crop, workers=workers)
+        speed = measure_data(config, chosen.batch, chosen.batches, chosen.rounds)
+        step = chosen.batch / (demands[0].share(speed) * workers * speed.crops_per_worker)
+        waits = measure_waits(config, chosen.batch, step, steps=4 * chosen.batches * workers)
+    _tell(data_report(speed, demands, waits, source), chosen)
+
+
+def codec(chosen) -> None:
+    """`hpcm bench codec`: encoding and decoding."""
+    import torch
+
+    from bench.codec import codec_report, measure_codec, picture
+    from hpcm_scale.data.sources import ImageSet
+    from hpcm_scale.model.hpcm import HPCM
+    from hpcm_scale.model.weights import load_weights
+
+    if chosen.images:
+        found = ImageSet(chosen.images, chosen.limit)
+        images = [(name, lambda index=index: found.load(index)) for index, name in enumerate(found.names)]
+        source = f"images of {found.folder.resolve().name}"
+    else:
+        images, source = [("picture", picture)], "a made picture"
+    device = _device(chosen)
+    torch.manual_seed(0)
+    if chosen.weights:
+        model = load_weights(chosen.weights)[0]
+    else:
+        model = HPCM(configuration(chosen.preset).model).eval()
+        source += ", untrained weights, which leave more to code than trained ones"
+    _tell(codec_report(model, measure_codec(model, images, chosen.rounds, device), source, device), chosen)
+
+
+def entropy(chosen) -> None:
+    """`hpcm bench entropy`: the range coder and the likelihood."""
+    from bench.entropy import entropy_report, measure_likelihood, measure_range_coder
+
+    device = _device(chosen)
+    groupings = measure_range_coder(chosen.symbols, chosen.rounds)
+    likelihood = measure_likelihood(chosen.elements, chosen.rounds, device, compiled=chosen.compile)
+    _tell(entropy_report(groupings, likelihood, device), chosen)
+
+
+def _device(chosen):
+    """The device to measure on; what is to be fp32 is fp32."""
+    from hpcm_scale.config.schema import Precision
+    from hpcm_scale.model.layers import set_arithmetic
+    from hpcm_scale.model.weights import device_of
+
+    set_arithmetic(Precision.fp32)
+    return device_of(chosen.device)
+
+
+def _tell(report, chosen) -> None:
+    """Print the report, and write it if a folder is named."""
+    from bench.report import tell
+
+    tell(report, chosen.out)
+
+
+@one_line
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `hpcm bench` and `python -m bench.command`."""
+    chosen = parser().parse_args(arguments)
+    check(chosen)
+    commands = {"train": train, "processes": processes, "data": data, "codec": codec, "entropy": entropy}
+    commands[chosen.command](chosen)
+
+
+if __name__ == "__main__":
+    main()

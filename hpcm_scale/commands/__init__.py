@@ -1,0 +1,1 @@
+"""The commands of `hpcm`, one file each."""

@@ -1,0 +1,30 @@
+"""Command: how fast training, coding and their parts are, against a baseline in the same process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hpcm_scale.errors import UserError, one_line
+
+
+def benchmarks_folder() -> Path:
+    """The folder `benchmarks/`: beside the package in a checkout, inside it when installed as a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "benchmarks", package.parent / "benchmarks"):
+        if (folder / "bench").is_dir():
+            return folder
+    raise UserError("the folder benchmarks/ is missing; install hpcm_scale again")
+
+
+@one_line
+def main() -> None:
+    """Entry point of `hpcm bench`."""
+    sys.path.insert(0, str(benchmarks_folder()))
+    from bench.command import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Checks of a cluster before a training: links, devices, data, one step."""
