@@ -67,4 +67,4 @@ hpcm evaluate --weights mse=runs/mse_long/weights.safetensors joint=runs/joint_l
     --out agreement
 hpcm evaluate --weights $(weights mse joint no_rank no_condition no_editor editor_only rank_only fixed_mse fixed_joint) \
     --images "$kodak" --limit 8 --qualities 0 33 66 100 --visual 0 --task agreement --out ablations
-hpcm evaluate --weights $(weights mse joint text) --task text --text-pictures 1 --qualities 0 50 100 --visual 0 --out text
+hpcm evaluate --weights $(weights mse joint text) --task text --text-images 1 --qualities 0 50 100 --visual 0 --out text
