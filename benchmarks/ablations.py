@@ -1,11 +1,11 @@
-"""What a change is worth: arms of runs, a few seeds each, against a baseline with the same seeds.
+"""Ablations: arms of runs with several seeds each, compared with a baseline of the same seeds.
 
     python benchmarks/ablations.py plain='runs/plain_*' upstream='runs/upstream_*' ema='runs/plain_*:eval_ema_0.05/loss'
 
-An arm is NAME=RUNS, or NAME=RUNS:KEY for another measure than `eval/loss`; the first one is the baseline. RUNS: run
-folders, or journals that `hpcm scaling collect` has made. Where a folder holds `evaluation.json` of `hpcm evaluate
---out`, its loss counts: all arms by one measure, whatever they were trained with. Prints a Markdown table: means over
-the seeds, and 95 % t intervals of the differences between runs of one seed, which see the same crops in the same order.
+An arm is NAME=RUNS, or NAME=RUNS:KEY for another metric than `eval/loss`; the first arm is the baseline. RUNS: run
+folders, or journals collected by `hpcm scaling collect`. If a folder holds `evaluation.json` of `hpcm evaluate --out`,
+its loss is used: one metric for all arms, whatever their training objective. Prints a Markdown table: means over the
+seeds, and 95 % t intervals of the differences between runs of one seed, which see the same crops in the same order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from scipy import stats
 
 from hpcm_scale.config.compose import from_yaml
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import UserError, entry_point
+from hpcm_scale.formatting import markdown_table
 from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.tracking.journal import read_journal
 
@@ -28,7 +29,7 @@ LOSS = "eval/loss"
 
 
 class Run(NamedTuple):
-    """One training, at its end."""
+    """The end of one run."""
 
     parameters: int
     pflops: float
@@ -36,11 +37,11 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, key: str) -> tuple[int, Run]:
-    """The seed of a run, and its end. Raises UserError if it has none."""
+    """The seed of a run, and its end. Raises UserError for an unfinished run."""
     config = from_yaml(folder / "config.yaml")
     lines = [line for line in read_journal(folder / "metrics.jsonl") if key in line]
     if not lines or lines[-1]["step"] != config.train.steps:
-        raise UserError(f"{folder} has no {key} at its last step; let it finish, or leave it out")
+        raise UserError("unfinished-run", "", f"{folder} has no {key} at its last step; let it finish, or omit it")
     loss = lines[-1][key]
     evaluated = folder / "evaluation.json"
     if key == LOSS and evaluated.is_file():
@@ -51,51 +52,55 @@ def read_run(folder: Path, key: str) -> tuple[int, Run]:
 
 
 def read_arm(argument: str) -> tuple[str, dict[int, Run]]:
-    """Name, and runs by seed."""
+    """The name of an arm and its runs by seed."""
     name, _, where = argument.partition("=")
     pattern, _, key = where.partition(":")
     root = Path(pattern).anchor
     folders = [path for path in sorted(Path(root or ".").glob(pattern.removeprefix(root))) if path.is_dir()]
     runs = [read_run(folder, key or LOSS) for folder in folders]
     if not runs:
-        raise UserError(f"{argument} names no runs; write NAME=RUNS or NAME=RUNS:KEY")
+        raise UserError("arm-without-runs", "", f"{argument} names no runs; write NAME=RUNS or NAME=RUNS:KEY")
     if len({seed for seed, _ in runs}) < len(runs) or len({run.parameters for _, run in runs}) > 1:
-        raise UserError(f"{argument} names runs of one seed, or of several sizes; name one run of each seed")
+        raise UserError(
+            "arm-mixes-runs",
+            "",
+            f"{argument} names several runs of one seed, or several model sizes; name one run per seed",
+        )
     return name, dict(runs)
 
 
 def interval(differences: np.ndarray) -> float:
-    """Half the width of the 95 % t interval of their mean."""
+    """Half-width of the 95 % t interval of the mean."""
     if len(differences) < 2:
         return math.nan
     return stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / math.sqrt(len(differences))
 
 
-def row(name: str, runs: dict[int, Run], baseline: dict[int, Run]) -> str:
-    """A line of the table."""
+def row(name: str, runs: dict[int, Run], baseline: dict[int, Run]) -> list[str]:
+    """A row of the table."""
     seeds = sorted(runs.keys() & baseline.keys())
     losses = np.array([runs[seed].loss for seed in seeds])
     percent = 100 * (losses / [baseline[seed].loss for seed in seeds] - 1)
     any_run = runs[seeds[0]]
-    against = "" if runs is baseline else f"{percent.mean():+.2f} ± {interval(percent):.2f}"
-    spread = f"{losses.mean():.4f} ± {interval(losses):.4f}"
-    return f"| {name} | {any_run.parameters:,} | {any_run.pflops:.5f} | {len(seeds)} | {spread} | {against} |"
+    difference = "" if runs is baseline else f"{percent.mean():+.2f} ± {interval(percent):.2f}"
+    mean = f"{losses.mean():.4f} ± {interval(losses):.4f}"
+    return [name, f"{any_run.parameters:,}", f"{any_run.pflops:.5f}", str(len(seeds)), mean, difference]
 
 
-@one_line
+@entry_point
 def main() -> None:
     """Print the table."""
     arms = dict(read_arm(argument) for argument in sys.argv[1:])
     if not arms:
-        raise UserError("name arms as NAME=RUNS; the first one is the baseline")
+        raise UserError("no-arms", "", "no arms are given; name them as NAME=RUNS, the baseline first")
     baseline = next(iter(arms.values()))
     for name, runs in arms.items():
         if not runs.keys() & baseline.keys():
-            raise UserError(f"{name} has no seed in common with the first arm; train it with the same seeds")
-    print("| arm | parameters | PFLOPs | seeds | loss | against the first, % |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for name, runs in arms.items():
-        print(row(name, runs, baseline))
+            raise UserError(
+                "no-common-seeds", "", f"{name} has no seed in common with the first arm; train it with the same seeds"
+            )
+    headings = ["arm", "parameters", "PFLOPs", "seeds", "loss", "difference, %"]
+    print(markdown_table(headings, [row(name, runs, baseline) for name, runs in arms.items()]))
 
 
 if __name__ == "__main__":

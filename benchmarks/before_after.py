@@ -1,11 +1,10 @@
-"""How fast is a training step of this checkout against that of another one, on the same machine at the same time?
+"""How fast is a training step of this checkout, compared with another one on the same machine at the same time?
 
     git worktree add ../before COMMIT
     python benchmarks/before_after.py --before ../before [--preset 68m] [--batch 2] [--precision bf16] [--rounds 15]
 
-Each checkout has a process of its own with one thread; they take steps in turn, so that both see what other jobs do to
-the machine. Printed: processor time of a step, which other jobs change less than its duration, and the ratio of the
-two, round by round.
+Each checkout has its own process with one thread. The two take steps alternately, so that other jobs of the machine
+affect both alike. Printed: processor time per step, and the ratio of the two, round by round.
 """
 
 from __future__ import annotations
@@ -16,22 +15,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from bench.machine import machine
-from bench.report import Report, Table, tell, with_quartiles
-from bench.step import Steps, Way
+from bench.report import Report, Table, publish, with_quartiles
+from bench.step import Steps, Variant
+from bench.timing import ratio
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.tracking.progress import progress
-from hpcm_scale.tracking.timing import ratio, spread
 
 HERE = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    """Alternate, and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--before", type=Path, help="the other checkout")
     parser.add_argument("--preset", default="68m")
@@ -44,14 +44,14 @@ def main() -> None:
     if chosen.step:
         take_steps(chosen)
     else:
-        tell(compared(chosen, alternated(chosen)), chosen.out)
+        publish(compared(chosen, alternated(chosen)), chosen.out)
 
 
 def take_steps(chosen: argparse.Namespace) -> None:
-    """Take a step for every line of standard input; print its processor time and its loss."""
+    """Take a step for every line of standard input; print its processor seconds and its loss."""
     torch.set_num_threads(1)
     step = Steps(compose([f"model={chosen.preset}"]), chosen.batch, torch.device("cpu")).of(
-        Way(Precision(chosen.precision))
+        Variant(Precision(chosen.precision))
     )
     step()
     for _ in sys.stdin:
@@ -61,7 +61,7 @@ def take_steps(chosen: argparse.Namespace) -> None:
 
 
 def alternated(chosen: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """Processor time and loss of the steps of either checkout; of every other round, the later one comes first."""
+    """Processor seconds and loss of each checkout's steps; every other round runs in reverse order."""
     options = ["--preset", chosen.preset, "--batch", str(chosen.batch), "--precision", chosen.precision]
     workers = {
         name: subprocess.Popen(
@@ -73,27 +73,27 @@ def alternated(chosen: argparse.Namespace) -> dict[str, list[tuple[float, float]
         )
         for name, folder in (("before", chosen.before.resolve()), ("after", HERE))
     }
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     for number in progress(range(chosen.rounds + 1), description="rounds", unit="round"):
         for name in list(workers)[:: -1 if number % 2 else 1]:
             worker = workers[name]
             print(file=worker.stdin, flush=True)
             seconds, loss = map(float, worker.stdout.readline().split())
-            if number:  # the first is to warm up
-                turns[name].append((seconds, loss))
+            if number:  # the first is the warm-up
+                samples[name].append((seconds, loss))
     for worker in workers.values():
         worker.communicate()
-    return turns
+    return samples
 
 
-def compared(chosen: argparse.Namespace, turns: dict[str, list[tuple[float, float]]]) -> Report:
+def compared(chosen: argparse.Namespace, samples: dict[str, list[tuple[float, float]]]) -> Report:
     """Table and numbers."""
-    seconds = {name: [second for second, _ in of] for name, of in turns.items()}
+    seconds = {name: [second for second, _ in of] for name, of in samples.items()}
     faster = ratio(seconds["before"], seconds["after"])
     rows = []
     for name, of in seconds.items():
         times_as_fast = with_quartiles(ratio(seconds["before"], of), 2, "×")
-        rows.append([name, f"{spread(of).median:.3f}", times_as_fast, f"{turns[name][0][1]:.6g}"])
+        rows.append([name, f"{median(of):.3f}", times_as_fast, f"{samples[name][0][1]:.6g}"])
     commit = subprocess.run(
         ["git", "-C", chosen.before, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -108,8 +108,8 @@ def compared(chosen: argparse.Namespace, turns: dict[str, list[tuple[float, floa
                 rows=rows,
                 notes=[
                     f"Before: commit {commit}. One thread each. Forward, loss, backward, gradient clipping and Adam; "
-                    f"{chosen.rounds} rounds in turns after one to warm up; medians, and in brackets the quartiles of "
-                    "the rounds' ratios."
+                    f"{chosen.rounds} alternating rounds after one warm-up; medians, in brackets the quartiles of the "
+                    "rounds' ratios."
                 ],
             )
         ],

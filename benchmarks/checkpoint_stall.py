@@ -1,10 +1,10 @@
-"""How long does training stand still for a checkpoint? Written in the background, and written at once.
+"""Pauses of training for checkpoints that are written in the background and in the foreground.
 
     python benchmarks/checkpoint_stall.py [--model small] [--rounds 7]
 
-One process trains on random crops; every few steps it saves a checkpoint, in turns one that is written while the next
-steps go on and one that is waited for. Printed: how long training waited for each kind, the bare copy of the same
-values, and how long the steps took during which a checkpoint was being written, against others.
+One process trains on random crops and saves a checkpoint every few steps, alternately in the background and in the
+foreground. Printed: the pause for either kind, the time to copy the same values, and the time of steps while a
+checkpoint is written, relative to others.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from hpcm_scale.compute.tracker import peak_memory
 from hpcm_scale.config.compose import compose
+from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.objective import rate_distortion_loss
 from hpcm_scale.tracking.progress import progress
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     config = compose([f"model={arguments.model}", "engine=accelerate", "train.batch_size=2"])
-    engine = create_engine(config)
+    engine = create_engine(config.engine, config.train, RunSpec.of(config, 1))
     model = HPCM(config.model)
     engine.prepare(model)
 
@@ -53,34 +54,34 @@ def main() -> None:
         return time.perf_counter() - began
 
     step()
-    stalls: dict[str, list[float]] = {"in the background": [], "waited for": [], "the copy alone": []}
+    stalls: dict[str, list[float]] = {"background": [], "foreground": [], "copy only": []}
     quiet, disturbed = [], []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         saver = Saver(engine, Checkpoints(folder), Retention(keep=1), before=lambda: None)
         number = 0
-        for turn in progress(range(arguments.rounds + 1), description="rounds", unit="round"):
-            for kind in ("in the background", "waited for"):
+        for round_number in progress(range(arguments.rounds + 1), description="rounds", unit="round"):
+            for kind in ("background", "foreground"):
                 number += 1
                 began = time.perf_counter()
                 saver.begin({"step": number})
-                if kind == "waited for":
+                if kind == "foreground":
                     saver.finish()
                 stall = time.perf_counter() - began
                 steps = [step() for _ in range(STEPS_PER_ROUND)]
                 ended = saver.finish()
                 assert not ended, ended
-                if turn:  # the first round makes the buffers
+                if round_number:  # the first round allocates the buffers
                     stalls[kind].append(stall)
-                    (disturbed if kind == "in the background" else quiet).extend(steps)
-            pieces = engine.pieces()
-            copies = [torch.empty_like(piece.values, device="cpu") for piece in pieces]
+                    (disturbed if kind == "background" else quiet).extend(steps)
+            state = engine.state_shards()
+            copies = [torch.empty_like(shard.values, device="cpu") for shard in state]
             for copy in copies:
                 copy.zero_()
             began = time.perf_counter()
-            for copy, piece in zip(copies, pieces, strict=True):
-                copy.copy_(piece.values)
-            if turn:
-                stalls["the copy alone"].append(time.perf_counter() - began)
+            for copy, shard in zip(copies, state, strict=True):
+                copy.copy_(shard.values)
+            if round_number:
+                stalls["copy only"].append(time.perf_counter() - began)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
         saver.close()
 
@@ -93,10 +94,10 @@ def main() -> None:
         print(
             f"{kind:>18}: {1e3 * median(seconds):8.1f} ms (from {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
         )
-    ratios = [a / b for a, b in zip(stalls["waited for"], stalls["in the background"], strict=True)]
-    print(f"waited for / in the background: {median(ratios):.1f} (from {min(ratios):.1f} to {max(ratios):.1f})")
+    ratios = [a / b for a, b in zip(stalls["foreground"], stalls["background"], strict=True)]
+    print(f"foreground / background: {median(ratios):.1f} (from {min(ratios):.1f} to {max(ratios):.1f})")
     ratio = median(disturbed) / median(quiet)
-    print(f"steps while one is written / others: {ratio:.2f} ({len(disturbed)} and {len(quiet)} steps)")
+    print(f"steps while a checkpoint is written / others: {ratio:.2f} ({len(disturbed)} and {len(quiet)} steps)")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Is this machine with GPUs, and the code on it, what it should be? Fifteen checks, in eight minutes.
+"""Acceptance test of a machine with GPUs and of the code on it: fifteen checks, in eight minutes.
 
     python benchmarks/gpu_acceptance.py [--only a] [--out FOLDER]
-    python benchmarks/gpu_acceptance.py --wheels FOLDER          # everything but torch comes from there
-    python benchmarks/gpu_acceptance.py --device cpu --tiny      # the rehearsal, without a GPU
+    python benchmarks/gpu_acceptance.py --wheels FOLDER          # installs everything but torch from there
+    python benchmarks/gpu_acceptance.py --device cpu --tiny      # rehearsal without a GPU
 
-It needs no network and no data: it draws pictures and makes shards of them. Each check is a process of its own with a
-time limit and gives one JSON line; a table follows at the end. On a GPU each part takes 150 s at most, and can be
+It needs no network and no data: it draws images and builds shards of them. Each check runs in its own process with a
+time limit and prints one JSON line; a table follows at the end. On a GPU each part takes at most 150 s and can be
 repeated:
 
-    a   1 start and what is printed      2 fp32 against the CPU       3 bf16
-        4 engines, overlap on and off    9 a thread behind a full launch queue
+    a   1 start and output               2 fp32 against the CPU       3 bf16
+        4 engines, with and without overlap                           9 a thread beside a full launch queue
     b   5 stopped and resumed            6 evaluation, ZeRO 2 to 3    7 checkpoint, SIGTERM, kill -9
         8 out of memory, NaN, stall     13 files across devices      14 a step as one CUDA graph
-    c  10 compilation   11 utilisation, launches, memory   12 kernels by shape   15 against plain NCHW fp32
-    d   4 to 7 once more, with two processes, where there are two GPUs
+    c  10 compilation   11 utilisation, launches, memory   12 kernels by shape   15 bf16 against fp32
+    d   4 to 7 again with two processes, if there are two GPUs
 
-Exit code: 0 if all checks that ran have passed, 1 if not, 2 if it could not begin.
+Exit code: 0 if all checks that ran passed, 1 if not, 2 if it could not start.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ NEEDS_A_GPU = "needs a GPU"
 
 
 class Row(NamedTuple):
-    """A check to run, with so many processes."""
+    """A check to run with a number of processes."""
 
     check: Check
     processes: int
 
     @property
     def part(self) -> str:
-        """By which its time is limited."""
+        """The part that limits its time."""
         return "d" if self.processes > 1 else self.check.part
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in the table."""
         return f"{self.check.number}" + (f" ({self.processes} processes)" if self.processes > 1 else "")
 
     @property
     def folder(self) -> str:
-        """Name of its folder; it is part of overrides, in which brackets mean something."""
+        """Name of its folder, without brackets, which have a meaning in overrides."""
         return f"check_{self.check.number}_{self.processes}"
 
 
 def main() -> None:
-    """Run the checks that are asked for, or, as one of the processes that that starts, a check."""
+    """Run the chosen checks; with --run, one check in this process."""
     arguments = parser().parse_args([text for text in sys.argv[1:] if not text.startswith("--local_rank")])
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def with_wheels(wheels: Path) -> int:
-    """Run this command in a virtual environment that sees the packages of this one; its exit code."""
+    """Run this command in a virtual environment on top of the current one; its exit code."""
     if sys.version_info < (3, 11):
         sys.stderr.write("gpu_acceptance: --wheels needs Python 3.11 or newer\n")
         return 2
@@ -117,13 +117,13 @@ def with_wheels(wheels: Path) -> int:
             text=True,
             check=True,
         ).stdout.strip()
-        # Of an environment within an environment, "system" means the Python below both.
+        # In nested environments, "system" is the Python below both.
         here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (Path(place) / "beside.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
         install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
         code = subprocess.run([*install, "--find-links", wheels.resolve(), *project["dependencies"]]).returncode
         if code:
-            sys.stderr.write(f"gpu_acceptance: pip could not install from {wheels} what is missing (see above)\n")
+            sys.stderr.write(f"gpu_acceptance: pip could not install the missing packages from {wheels} (see above)\n")
             return 2
         given = sys.argv[1:]
         place = next(index for index, text in enumerate(given) if text.startswith("--wheels"))
@@ -132,14 +132,14 @@ def with_wheels(wheels: Path) -> int:
 
 
 def accept(arguments: argparse.Namespace) -> int:
-    """Run the checks, print their lines and the table; the exit code."""
+    """Run the checks and print their lines and the table; the exit code."""
     began = time.monotonic()
     import torch
     from gpu_checks import CHECKS
 
     cuda = arguments.device == "cuda"
     if cuda and not torch.cuda.is_available():
-        sys.stderr.write("gpu_acceptance: torch finds no GPU here; --device cpu --tiny is the rehearsal without one\n")
+        sys.stderr.write("gpu_acceptance: torch finds no GPU; rehearse without one by --device cpu --tiny\n")
         return 2
     from hpcm_scale.errors import UserError
     from hpcm_scale.files import check_folder
@@ -158,25 +158,25 @@ def accept(arguments: argparse.Namespace) -> int:
         return 2
     from hpcm_scale.tracking.progress import progress
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the check under way is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running check, too
     with tempfile.TemporaryDirectory(prefix="gpu_acceptance_") as name:
         folder = Path(name)
         make_material(folder)
         outcomes, spent = [], dict.fromkeys("abcd", time.monotonic() - began)
         with progress(total=len(rows), description="checks", unit="check", seconds=5.0) as bar:
             for index, row in enumerate(rows):
-                reserved = spent[row.part] + kept_for_later(rows[index:])
+                reserved = spent[row.part] + reserve(rows[index:])
                 outcome = outcome_of(row, arguments, folder, reserved)
                 spent[row.part] += outcome["seconds"]
                 outcomes.append(outcome)
                 bar.write(json.dumps(outcome, ensure_ascii=False))
                 bar.update()
-    tell(outcomes, arguments)
+    publish(outcomes, arguments)
     return int(any(outcome["result"] == "failed" for outcome in outcomes))
 
 
 def chosen(only: str, checks: tuple[Check, ...], devices: int) -> list[Row]:
-    """The rows that `--only` names, in the order of the table. Raises ValueError, saying what is wrong."""
+    """The rows that `--only` names, in the order of the table. Raises ValueError with the reason."""
     names = set(filter(None, only.split(",")))
     numbers = {str(check.number) for check in checks}
     if unknown := sorted(names - numbers - set("abcd")):
@@ -189,32 +189,27 @@ def chosen(only: str, checks: tuple[Check, ...], devices: int) -> list[Row]:
     return rows
 
 
-def kept_for_later(rows: list[Row]) -> float:
-    """Seconds that the first of the rows leaves to the others of its part: half of what they may take.
+def reserve(rows: list[Row]) -> float:
+    """Seconds that the first row leaves to the others of its part: half of their budgets.
 
-    What they may take are guesses until they have run on a GPU, and one that is too low is not to cost a check.
+    The budgets are estimates; a check should not fail because its own is too low.
     """
     return sum(row.check.seconds for row in rows[1:] if row.part == rows[0].part) / 2
 
 
 def make_material(folder: Path) -> None:
-    """Draw pictures; shards of twelve JPEG files, and three PNG files of different sizes to evaluate on."""
-    from gpu_checks import picture
-    from PIL import Image
+    """Shards of twelve drawn JPEG files, and three drawn PNG files of different sizes for evaluation."""
+    from drawn_images import write_images
 
-    photos, images = folder / "photos", folder / "images"
-    photos.mkdir()
-    images.mkdir()
-    for seed in range(12):
-        Image.fromarray(picture(seed, 320, 384)).save(photos / f"{seed:02}.jpg", quality=92, subsampling=0)
-    for seed, (height, width) in enumerate(((256, 256), (300, 200), (128, 411)), start=12):
-        Image.fromarray(picture(seed, height, width)).save(images / f"{seed}.png")
-    build = [sys.executable, "-m", "hpcm_scale.cli", "shards", "build", photos, "--out", folder / "shards"]
+    training = folder / "training"
+    write_images(training, {f"{number:02}.jpg": (320, 384) for number in range(12)}, quality=92, subsampling=0)
+    write_images(folder / "images", {"12.png": (256, 256), "13.png": (300, 200), "14.png": (128, 411)})
+    build = [sys.executable, "-m", "hpcm_scale.cli", "shards", "build", training, "--out", folder / "shards"]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
 
 
 def outcome_of(row: Row, arguments: argparse.Namespace, folder: Path, reserved: float) -> dict[str, Any]:
-    """Run a check in a process of its own. `reserved`: seconds of its part that are gone, or kept for others."""
+    """Run a check in its own process. `reserved`: seconds of its part that are used, or left to others."""
     from gpu_checks import PART_SECONDS
 
     check, outcome = row.check, {"check": row.name, "title": row.check.title, "part": row.part}
@@ -248,9 +243,9 @@ def outcome_of(row: Row, arguments: argparse.Namespace, folder: Path, reserved: 
         found = json.loads((place / "found.json").read_text(encoding="utf-8"))
     failures = found["failures"]
     if code is None:
-        failures.append(f"it was ended after {limit:.0f} s")
+        failures.append(f"it was killed after {limit:.0f} s")
     elif code or not found["done"]:
-        failures.append(f"its process ended with {code}")
+        failures.append(f"its process exited with code {code}")
     outcome |= {"result": "failed" if failures else "passed", "seconds": round(took, 1), "limit": round(limit)}
     if failures:
         outcome["log"] = (place / "log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
@@ -259,7 +254,7 @@ def outcome_of(row: Row, arguments: argparse.Namespace, folder: Path, reserved: 
 
 
 def command_of(row: Row, arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """What runs a check."""
+    """The command that runs a check."""
     options = ["--run", str(row.check.number), "--processes", str(row.processes), "--folder", str(folder)]
     options += ["--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]
     program = [str(Path(__file__).resolve()), *options]
@@ -272,15 +267,15 @@ def command_of(row: Row, arguments: argparse.Namespace, folder: Path) -> list[st
 
 
 def environment_of(arguments: argparse.Namespace, folder: Path) -> dict[str, str]:
-    """Variables of a check: compiled code is kept for the checks that follow, and for none after them."""
+    """Environment of a check: later checks share the compiled code."""
     kept = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
-    if arguments.device == "cpu":  # networks are too small for several threads
+    if arguments.device == "cpu":  # the networks are too small for several threads
         kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return os.environ | kept
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a process and all below it."""
+    """Kill a process and all its descendants."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -314,8 +309,8 @@ def perform(arguments: argparse.Namespace) -> None:
     perform(check, setting)
 
 
-def tell(outcomes: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Print the table; write it and all figures if there is a folder for them."""
+def publish(outcomes: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print the table; write it and all figures to --out."""
     import torch
     from bench.machine import machine
     from bench.report import Report, Table, show, write
@@ -335,17 +330,17 @@ def tell(outcomes: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     counted = Counter(outcome["result"] for outcome in outcomes)
     notes = [f"{counted['passed']} passed, {counted['failed']} failed, {counted[NEEDS_A_GPU]} need a GPU."]
     if not cuda:
-        notes.insert(0, "**Nothing here ran on a GPU**: this is the rehearsal of the script, in small, on a CPU.")
+        notes.insert(0, "**Nothing here ran on a GPU**: this is a rehearsal of the script with small models on a CPU.")
     figures = [
-        Table(name, ["figure", "value"], [[key, in_words(value)] for key, value in outcome["figures"].items()], [])
+        Table(name, ["figure", "value"], [[key, as_text(value)] for key, value in outcome["figures"].items()], [])
         for name, outcome in zip(names, outcomes, strict=True)
         if outcome["figures"]
     ]
     report = Report(
         name="results",
-        title="GPU acceptance" if cuda else "GPU acceptance, rehearsed without a GPU",
+        title="GPU acceptance" if cuda else "GPU acceptance, rehearsal without a GPU",
         machine=machine(torch.device(arguments.device), ("python", "benchmarks/gpu_acceptance.py")),
-        tables=[Table("", ["check", "part", "result", "seconds", "what is wrong"], rows, notes)],
+        tables=[Table("", ["check", "part", "result", "seconds", "failures"], rows, notes)],
         results={"checks": outcomes},
     )
     show(report)
@@ -354,14 +349,14 @@ def tell(outcomes: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         write(report, arguments.out)
 
 
-def in_words(figures: Any) -> str:
-    """Figures for a cell of a table."""
+def as_text(figures: Any) -> str:
+    """Figures as the text of a table cell."""
     if isinstance(figures, dict):
         ends = {True: ";", False: ","}
-        parts = [f"{name} {in_words(value)}{ends[isinstance(value, dict)]}" for name, value in figures.items()]
+        parts = [f"{name} {as_text(value)}{ends[isinstance(value, dict)]}" for name, value in figures.items()]
         return " ".join(parts).rstrip(",;")
     if isinstance(figures, list):
-        return " ".join(map(in_words, figures))
+        return " ".join(map(as_text, figures))
     return f"{figures:g}" if isinstance(figures, float) else str(figures)
 
 

@@ -1,4 +1,4 @@
-"""What a check of gpu_acceptance.py runs on, and what it finds."""
+"""Setting, findings and running of a check of gpu_acceptance.py."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcm_scale.errors import in_a_line, is_first_process
+from hpcm_scale.errors import first_line, is_first_process
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a check runs on."""
+    """The setting of a check."""
 
     device: torch.device
     tiny: bool
     folder: Path
-    """Of this check alone."""
+    """Folder of this check."""
     shards: Path
     images: Path
-    """Folder of three pictures of different sizes."""
+    """Folder of three images of different sizes."""
     processes: int = 1
 
     @property
     def cuda(self) -> bool:
-        """Whether there is a GPU."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def pick(self, full: Any, tiny: Any) -> Any:
-        """The one or the other."""
+        """`tiny` in a tiny setting, else `full`."""
         return tiny if self.tiny else full
 
 
 class Findings:
-    """Figures and failures of a check, written to a file at once: a check that is cut short has told them."""
+    """Figures and failures of a check, written to a file immediately, so that a killed check keeps them."""
 
     def __init__(self, path: Path) -> None:
         self.figures: dict[str, Any] = {}
@@ -48,18 +48,18 @@ class Findings:
         self._path = path
 
     def note(self, name: str, value: Any) -> None:
-        """A figure: a number, a text, or a list or dictionary of them."""
+        """Record a figure: a number, a text, or a list or dictionary of them."""
         self.figures[name] = rounded(value)
         self.write()
 
-    def expect(self, condition: bool, otherwise: str) -> None:
-        """`otherwise` says what is wrong unless the condition holds."""
+    def expect(self, condition: bool, failure: str) -> None:
+        """Record a failure unless the condition holds."""
         if not condition:
-            self.failures.append(otherwise)
+            self.failures.append(failure)
             self.write()
 
     def write(self) -> None:
-        """By the first process."""
+        """Write the file, on rank 0."""
         if is_first_process():
             content = {"figures": self.figures, "failures": self.failures, "done": self.done}
             unfinished = self._path.with_suffix(".part")
@@ -68,7 +68,7 @@ class Findings:
 
 
 def rounded(value: Any) -> Any:
-    """Numbers of four digits, in whatever they lie."""
+    """Numbers rounded to four digits, also in lists and dictionaries."""
     if isinstance(value, dict):
         return {key: rounded(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -78,35 +78,35 @@ def rounded(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the table."""
+    """A check: a row of the table."""
 
     number: int
     title: str
     seconds: int
-    """It may take on a GPU, imports included, and longer if others of its part leave time."""
+    """Budget on a GPU, imports included; longer if other checks of its part leave time."""
     part: str
     run: Callable[[Setting, Findings], None]
     needs_gpu: bool = False
     together: bool = False
-    """Whether it is run once more with two processes, where there are two devices: part d."""
+    """Whether it runs again with two processes, in part d, if there are two devices."""
 
 
 def perform(check: Check, setting: Setting) -> None:
-    """Run a check in this process; its findings go to `found.json` in the setting's folder."""
+    """Run a check in this process and write its findings to `found.json` in its folder."""
     found = Findings(setting.folder / "found.json")
     try:
         check.run(setting, found)
     except Exception as error:
         traceback.print_exc()
-        found.expect(False, f"{type(error).__name__}: {in_a_line(error)}")
+        found.expect(False, f"{type(error).__name__}: {first_line(error)}")
     found.done = True
     found.write()
     if found.failures and not is_first_process():
-        raise SystemExit(1)  # the launcher hears of it
+        raise SystemExit(1)  # for the launcher
 
 
 def distance(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest relative difference; infinite if the numbers are not as many or not finite."""
+    """The largest relative difference; infinite if the lengths differ or a number is not finite."""
     if len(ours) != len(theirs) or not np.isfinite([*ours, *theirs]).all():
         return float("inf")
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))

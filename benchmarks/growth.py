@@ -1,4 +1,4 @@
-"""How time, utilisation and activations of a training step grow with the model's size, the crop and the batch.
+"""Time, utilisation and activations of a training step for several model sizes, crops and batches.
 
 python benchmarks/growth.py [--rounds 3] [--out FOLDER]
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import median
 
 import torch
 from bench.machine import machine
-from bench.report import Report, Table, tell, with_quartiles
-from bench.step import Steps, Way
+from bench.report import Report, Table, publish, with_quartiles
+from bench.step import Steps, Variant
 from bench.train import measure_steps
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Precision
-from hpcm_scale.tracking.timing import spread
 
 CASES = (
     ("nano", 256, 2),
@@ -28,7 +28,7 @@ CASES = (
     ("68m", 512, 1),
 )
 """Size, crop, batch."""
-BF16 = Way(Precision.bf16)
+BF16 = Variant(Precision.bf16)
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
                 f"{crop}²",
                 str(batch),
                 f"{speed.flops / 1e12:.3f}",
-                f"{spread(measured.seconds).median:.3f}",
+                f"{median(measured.seconds):.3f}",
                 with_quartiles(speed.utilisation(measured), 0, " %", 100),
                 with_quartiles(speed.faster(measured), 2, "×"),
                 f"{measured.activations / batch / 1e9:.3f}",
@@ -64,17 +64,17 @@ def main() -> None:
         tables=[
             Table(
                 title="",
-                headings=["model", "crop", "batch", "TFLOP", "seconds", "utilisation", "of plain fp32", "GB per crop"],
+                headings=["model", "crop", "batch", "TFLOP", "seconds", "utilisation", "times as fast", "GB per crop"],
                 rows=rows,
                 notes=[
-                    "Clipping and Adam included, which a small batch shares among few crops. Utilisation "
-                    "and how many times as fast as the plain fp32 step: as in `hpcm bench train`."
+                    "Gradient clipping and Adam included. Utilisation, and speed relative to the fp32 reference, as in "
+                    "`hpcm bench train`."
                 ],
             )
         ],
         results={"cases": numbers},
     )
-    tell(report, arguments.out)
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

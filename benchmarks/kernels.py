@@ -1,8 +1,8 @@
-"""Which way to compute a 1×1 convolution, and attention in windows, is the fastest here? What layers.py decides by.
+"""Which variant of 1×1 convolutions and window attention is the fastest? layers.py chooses by these results.
 
     python benchmarks/kernels.py [--rounds 9] [--out FOLDER]
 
-Forward and backward, at the sizes of 68m with two crops of 256²; the ways in turns, medians of the rounds' ratios.
+Forward and backward, at the sizes of 68m with two crops of 256²; alternating rounds, medians of their ratios.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from bench.machine import machine
-from bench.report import Report, Table, tell, with_quartiles
+from bench.report import Report, Table, publish, with_quartiles
+from bench.timing import alternate, ratio, seconds
 from torch import Tensor
 
 from hpcm_scale.model.arithmetic import product
-from hpcm_scale.tracking.timing import alternate, ratio, seconds, spread
 
 CONVOLUTIONS = ((96, 384, 128), (384, 96, 128), (192, 768, 64), (384, 1536, 32), (960, 1920, 16), (960, 1920, 4))
 """Inputs, outputs, side."""
 WINDOWS = ((8, 32, 64, 20), (2, 32, 16, 20))
-"""Windows, heads, positions, channels of a head: those of s3 and s1."""
+"""Windows, heads, positions, channels of a head, at s3 and s1."""
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,45 +37,45 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    contests = [
+    tables = [
         Table("1×1 convolutions", [*_HEADINGS, "channels-last", "matrix product"], [], []),
         Table("attention", [*_HEADINGS, "two products and softmax"], [], []),
     ]
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
         for inputs, outputs, side in CONVOLUTIONS:
-            ways = convolutions(inputs, outputs, side, dtype, device)
+            variants = convolutions(inputs, outputs, side, dtype, device)
             what = f"{name}, {inputs} → {outputs}, {side}²"
-            contests[0].rows.append(row(what, ways, 6 * 2 * side**2 * inputs * outputs, arguments.rounds, device))
+            tables[0].rows.append(row(what, variants, 6 * 2 * side**2 * inputs * outputs, arguments.rounds, device))
         for shape in WINDOWS:
             windows, heads, positions, width = shape
             flops = 12 * windows * heads * positions**2 * width
             what = f"{name}, {windows} × {heads} heads, {positions} positions of {width}"
-            contests[1].rows.append(row(what, attention(shape, dtype, device), flops, arguments.rounds, device))
+            tables[1].rows.append(row(what, attention(shape, dtype, device), flops, arguments.rounds, device))
     report = Report(
         name="kernels",
-        title="Ways to compute a layer of 68m, forward and backward, two crops of 256²",
+        title="Variants to compute a layer of 68m, forward and backward, two crops of 256²",
         machine=machine(device, ("python", "benchmarks/kernels.py")),
-        tables=contests,
-        results={table.title: table.rows for table in contests},
+        tables=tables,
+        results={table.title: table.rows for table in tables},
     )
-    tell(report, arguments.out)
+    publish(report, arguments.out)
 
 
-_HEADINGS = ["layer", "first way (GFLOP/s)"]
+_HEADINGS = ["layer", "first variant (GFLOP/s)"]
 
 
-def row(what: str, ways: dict[str, Callable[[], None]], flops: int, rounds: int, device: torch.device) -> list[str]:
-    """A line of the table: the rate of the first way, and how many times as fast the others are."""
-    first, *others = [seconds(turns) for turns in alternate(ways, rounds, device).values()]
-    rate = flops / spread(first).median / 1e9
+def row(what: str, variants: dict[str, Callable[[], None]], flops: int, rounds: int, device: torch.device) -> list[str]:
+    """A row of the table: the rate of the first variant, and the speed of the others relative to it."""
+    first, *others = [seconds(samples) for samples in alternate(variants, rounds, device).values()]
+    rate = flops / median(first) / 1e9
     return [what, f"{rate:,.0f}", *(with_quartiles(ratio(first, other), 2, "×") for other in others)]
 
 
 def convolutions(
     inputs: int, outputs: int, side: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    """Plain memory format first."""
+    """1×1 convolutions; the contiguous memory format first."""
     x = torch.randn(2, inputs, side, side, device=device, dtype=dtype)
     weight = torch.randn(outputs, inputs, 1, 1, device=device, dtype=dtype, requires_grad=True)
     bias = torch.randn(outputs, device=device, dtype=dtype, requires_grad=True)
@@ -87,16 +88,16 @@ def convolutions(
 
     last = torch.channels_last
     kinds = [(convolution, torch.contiguous_format), (convolution, last), (as_product, last)]
-    ways = {}
+    variants = {}
     for index, (layer, memory_format) in enumerate(kinds):
         of_kind = x.to(memory_format=memory_format, copy=True).requires_grad_()
         gradient = torch.randn(2, outputs, side, side, device=device).to(dtype).to(memory_format=memory_format)
-        ways[str(index)] = partial(both_ways, partial(layer, of_kind), gradient)
-    return ways
+        variants[str(index)] = partial(forward_backward, partial(layer, of_kind), gradient)
+    return variants
 
 
 def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], None]]:
-    """torch's own first."""
+    """Window attention; torch's own kernel first."""
     inputs = [torch.randn(*shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
     gradient = torch.randn(*shape, device=device).to(dtype)
 
@@ -105,11 +106,14 @@ def attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
         return ((query * shape[-1] ** -0.5) @ key.transpose(-1, -2)).softmax(dim=-1) @ value
 
     torchs = partial(F.scaled_dot_product_attention, *inputs)
-    return {"torch": partial(both_ways, torchs, gradient), "products": partial(both_ways, products, gradient)}
+    return {
+        "torch": partial(forward_backward, torchs, gradient),
+        "products": partial(forward_backward, products, gradient),
+    }
 
 
-def both_ways(forward: Callable[[], Tensor], gradient: Tensor) -> None:
-    """Forward and backward; gradients add up, as over the steps of the coding order."""
+def forward_backward(forward: Callable[[], Tensor], gradient: Tensor) -> None:
+    """Forward and backward; gradients accumulate, as over the steps of the coding order."""
     forward().backward(gradient)
 
 

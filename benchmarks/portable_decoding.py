@@ -1,10 +1,10 @@
-"""Do files decode where floats differ? With the shifts of the format, and without.
+"""Decoding with different floating-point arithmetic, with the scale shifts of the file format and without.
 
     python benchmarks/portable_decoding.py --weights WEIGHTS --images FOLDER [--limit N]
 
-Every image is encoded once with and once without shifts, and both files are decoded by arithmetic that differs
-from the encoder's in each of VARIANTS. Printed: how many files did not decode, how far the scales lay apart at
-most (in ln(scale), and as a share of the tolerance), and what the shifts cost of all bits.
+Every image is encoded once with and once without shifts, and both files are decoded with the arithmetic of each of
+VARIANTS. Printed: the number of files that cannot be decoded, the largest difference of scales (in ln(scale), and
+relative to the tolerance), and the bits of the shifts as a share of all bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.entropy.range_coder import LOWEST
 from hpcm_scale.entropy.shifts import Tolerance
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.variable_rate import usual_byte
+from hpcm_scale.model.variable_rate import default_byte
 from hpcm_scale.model.weights import load_weights
 from hpcm_scale.tracking.progress import progress
 
@@ -42,12 +42,12 @@ def noise(model: nn.Module) -> None:
 
 
 def channels_last(model: nn.Module) -> None:
-    """Another memory format."""
+    """The channels-last memory format."""
     model.to(memory_format=torch.channels_last)
 
 
 def float64(model: nn.Module) -> None:
-    """Twice the digits."""
+    """Double precision."""
     model.double()
 
 
@@ -64,7 +64,7 @@ VARIANTS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def variant(codec: Codec, change: Callable[[nn.Module], None]) -> Codec:
-    """A codec with the same weights that computes otherwise."""
+    """A codec with the same weights and other arithmetic."""
     other = copy.deepcopy(codec)
     change(other.model)
     return other
@@ -72,7 +72,7 @@ def variant(codec: Codec, change: Callable[[nn.Module], None]) -> Codec:
 
 @contextmanager
 def other_threads():
-    """One thread where there are several, two where there is one."""
+    """Inside, torch uses one thread if it had several, else two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
@@ -82,11 +82,11 @@ def other_threads():
 
 
 def decodes(codec: Codec, data: bytes) -> bool:
-    """Whether the symbols come out as they were coded."""
+    """Whether the symbols of a file can be decoded."""
     try:
         codec.decode(unpack(data))
     except UserError as error:
-        if "cannot be decoded rightly on this device" not in str(error):
+        if error.code != "wrong-symbols":
             raise
         return False
     return True
@@ -94,29 +94,29 @@ def decodes(codec: Codec, data: bytes) -> bool:
 
 @torch.inference_mode()
 def scales(codec: Codec, data: bytes) -> Tensor:
-    """All scales that a decoder of these symbols meets, fp32, on the CPU."""
-    met: list[Tensor] = []
+    """All scales of a decoder of this file, fp32, on the CPU."""
+    seen: list[Tensor] = []
     traverse = codec.model.context.traverse_packed
 
-    def noting(hyper_parameters: Tensor, code, mix: Tensor | None = None):
+    def recording(hyper_parameters: Tensor, code, mix: Tensor | None = None):
         def note(step: int, scale: Tensor, mean: Tensor) -> Tensor:
-            met.append(scale.float().flatten().cpu())
+            seen.append(scale.float().flatten().cpu())
             return code(step, scale, mean)
 
         return traverse(hyper_parameters, note, mix)
 
-    codec.model.context.traverse_packed = noting
+    codec.model.context.traverse_packed = recording
     try:
         codec.decode(unpack(data))
     finally:
         del codec.model.context.traverse_packed
-    return torch.cat(met)
+    return torch.cat(seen)
 
 
 def apart(found: Tensor, expected: Tensor, tolerance: Tolerance) -> tuple[float, float]:
-    """The largest distance of two decoders' scales in ln(scale), and as a share of the tolerance."""
-    telling = expected > 0.9 * LOWEST
-    found, expected = found[telling].double(), expected[telling].double()
+    """The largest difference of two decoders' scales in ln(scale), and relative to the tolerance."""
+    relevant = expected > 0.9 * LOWEST
+    found, expected = found[relevant].double(), expected[relevant].double()
     distance = (found - expected).abs()
     reach = tolerance.relative * expected + tolerance.absolute
     return (found / expected).log().abs().max().item(), (distance / reach).max().item()
@@ -130,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model, _ = load_weights(options.weights)
-    level = usual_byte(model.config.rate)
+    level = default_byte(model.config.rate)
     codec, fragile = Codec(model), Codec(model, Tolerance(0, 0))
     variants = {name: variant(codec, change) for name, change in VARIANTS.items()}
     if torch.cuda.is_available():

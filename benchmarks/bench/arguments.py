@@ -1,4 +1,4 @@
-"""The command line of `hpcm bench`, and what can be told to be wrong with it at once."""
+"""The command line of `hpcm bench` and its checks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import difflib
 from pathlib import Path
 
 from hpcm_scale.config.checks import side_multiple
-from hpcm_scale.config.compose import compose, preset_names
+from hpcm_scale.config.compose import preset_names
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
 from hpcm_scale.errors import Parser, UserError
 from hpcm_scale.files import check_folder
 from hpcm_scale.limits import COUNT, CROP, PROCESSES, Range
-from hpcm_scale.model.ladder import sized
+from hpcm_scale.model.ladder import compose_sized
 
 _SYMBOLS = Range(least=1, most=100_000_000)
 
@@ -20,8 +20,8 @@ def parser() -> Parser:
     """The command line."""
     main = Parser(
         prog="hpcm bench",
-        description="How fast, and with how much memory: baseline and candidates in turns, and the "
-        "ratios of their times, round by round.",
+        description="Time and memory of baseline and candidates, measured alternately, and the ratios of their times, "
+        "round by round.",
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
@@ -33,52 +33,54 @@ def parser() -> Parser:
 
 
 def check(chosen) -> None:
-    """Raise UserError for a place that --out cannot be, and a picture without a place."""
+    """Raise UserError for an --out that cannot be written and for options without the ones that they need."""
     if chosen.out is not None:
         check_folder(chosen.out)
     if getattr(chosen, "limit", None) and not chosen.images:
-        raise UserError(f"--limit {chosen.limit} is of the images in a folder; add --images FOLDER")
+        raise UserError("limit-without-images", "--limit", "--limit needs a folder of images; add --images FOLDER")
     if getattr(chosen, "profile", False) and chosen.out is None:
-        raise UserError("--profile draws a picture into the folder that --out names; add --out FOLDER")
+        raise UserError("profile-without-out", "--profile", "--profile writes a figure to --out; add --out FOLDER")
 
 
 def configuration(preset: str, crop: int = 256) -> Config:
-    """The configuration of that size, trained on crops of that side.
+    """The configuration of a preset, for crops of side `crop` pixels.
 
-    Raises UserError for a size that there is not, or a crop that does not fit it.
+    Raises UserError for an unknown preset, or a crop that does not fit it.
     """
-    config = compose([*choice(preset), f"data.crop={crop}"], sized)
+    config = compose_sized([*choice(preset), f"data.crop={crop}"])
     multiple = side_multiple(config.model)
     if crop % multiple:
-        mend = max(multiple, round(crop / multiple) * multiple)
+        nearest = max(multiple, round(crop / multiple) * multiple)
         raise UserError(
-            f"--crop {crop} does not fit {preset}, whose inputs are multiples of {multiple} pixels; use --crop {mend}"
+            "crop-does-not-fit",
+            "--crop",
+            f"--crop {crop} does not fit {preset}, whose inputs are multiples of {multiple} pixels; use {nearest}",
         )
     return config
 
 
 def choice(preset: str) -> list[str]:
-    """The overrides that choose a preset, or a size of a family such as hpcm_30m; UserError if there is none."""
+    """The overrides for a preset or a size of a family such as hpcm_30m. Raises UserError for another name."""
     names = preset_names("model")
     if preset in names:
         return [f"model={preset}"]
-    from hpcm_scale.model import families  # here: torch takes seconds to import
+    from hpcm_scale.model import families  # torch is slow to import
 
     family, _, size = preset.rpartition("_")
     if family in families.names():
         return [f"model={family}", f"model.size={size}"]
     near = difflib.get_close_matches(preset, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}."
-    raise UserError(f"there is no --preset {preset}; {hint}")
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+    raise UserError("unknown-preset", "--preset", f"there is no preset {preset}; {hint}")
 
 
 def _add_train(commands) -> None:
     train = commands.add_parser(
         "train",
         help="a training step: time, utilisation, activation memory",
-        description="Time training steps of one size, computed in several ways: as the public implementation does "
-        "(fp32, NCHW, eager: the baseline) and as this package does. Utilisation is taken against large matrix "
-        "products of the same precision in the same rounds.",
+        description="Time training steps of one size: as the public implementation computes them (fp32, NCHW, eager: "
+        "the baseline) and as this package does. Utilisation is relative to large matrix products of the same "
+        "precision in the same rounds.",
     )
     _add_common(train, rounds=7)
     _add_size(train, "68m")
@@ -88,20 +90,20 @@ def _add_train(commands) -> None:
         nargs="+",
         choices=[precision.value for precision in Precision],
         default=["fp32", "bf16"],
-        help="of the candidates (default: fp32 bf16); recomputing and compiling are tried with the last one",
+        help="of the candidates (default: fp32 bf16); recomputation and compilation use the last one",
     )
     train.add_argument(
         "--checkpoint",
         nargs="+",
         choices=[checkpoint.value for checkpoint in Checkpointing],
         default=[checkpoint.value for checkpoint in Checkpointing],
-        help="activations that the backward pass computes again (default: none blocks steps)",
+        help="activation checkpointing (default: none blocks steps)",
     )
-    train.add_argument("--compile", action="store_true", help="try each of them compiled, too; takes minutes more")
+    train.add_argument("--compile", action="store_true", help="also compile each candidate; takes minutes more")
     train.add_argument(
         "--profile",
         action="store_true",
-        help="draw where the time goes, for the baseline and the fastest, into train_profile.png",
+        help="draw the time by kind of operation, for baseline and fastest, to train_profile.png",
     )
 
 
@@ -109,8 +111,8 @@ def _add_processes(commands) -> None:
     processes = commands.add_parser(
         "processes",
         help="a training step of two processes against one, on CPUs",
-        description="Time fp32 steps of one process, of two that train apart and of two that train together, each with "
-        "one thread: what is lost to sharing the machine, and what to communication.",
+        description="Time fp32 steps of one process, of two separate processes and of two that train together, each "
+        "with one thread: the cost of sharing the machine, and of communication.",
     )
     _add_common(processes, rounds=7, device=False)
     _add_size(processes, "small")
@@ -127,42 +129,42 @@ def _add_processes(commands) -> None:
 def _add_data(commands) -> None:
     data = commands.add_parser(
         "data",
-        help="crops a second, against the JPEG decoder alone",
-        description="Time the training stream from shards to batches of crops, against processes that only decode the "
-        "same photos (the baseline), and compute what steps on a GPU ask of it.",
+        help="crops per second, compared with the JPEG decoder alone",
+        description="Time the training stream from shards to batches of crops, and processes that only decode the same "
+        "images (the baseline); compute how many crops training on a GPU needs.",
     )
     _add_common(data, rounds=7, device=False)
-    data.add_argument("--shards", metavar="FOLDER", help="photos (default: made ones of 2 megapixels)")
+    data.add_argument("--shards", metavar="FOLDER", help="images (default: synthetic ones of 2 megapixels)")
     _add_crops(data, batch=32, of="in a batch")
     data.add_argument(
-        "--batches", type=COUNT.whole, metavar="N", default=4, help="of each worker in a round (default: %(default)s)"
+        "--batches", type=COUNT.whole, metavar="N", default=4, help="per worker and round (default: %(default)s)"
     )
-    data.add_argument("--workers", type=PROCESSES.whole, metavar="N", help="data workers (default: one for each core)")
+    data.add_argument("--workers", type=PROCESSES.whole, metavar="N", help="data workers (default: one per core)")
 
 
 def _add_codec(commands) -> None:
     codec = commands.add_parser(
         "codec",
-        help="encoding and decoding: time, and the entropy coder's share",
-        description="Time the coding of images to .hpcm files and back: the networks computed as in the public "
-        "implementation (fp32, NCHW, eager: the baseline), and the codec as it is.",
+        help="encoding and decoding: time, and the entropy coder's share of it",
+        description="Time the coding of images to .hpcm files and back: with networks as in the public implementation "
+        "(fp32, NCHW, eager: the baseline), and with the optimized ones.",
     )
     _add_common(codec, rounds=5)
     model = codec.add_mutually_exclusive_group()
     model.add_argument("--preset", default="68m", help="size of an untrained model (default: %(default)s)")
     model.add_argument("--weights", metavar="FILE", help="weights.safetensors of a trained one")
     codec.add_argument(
-        "--images", metavar="FOLDER", help="JPEG, PNG or WebP images (default: one made picture of 768×512)"
+        "--images", metavar="FOLDER", help="JPEG, PNG or WebP images (default: a synthetic image of 768×512)"
     )
-    codec.add_argument("--limit", type=COUNT.whole, metavar="N", help="use only the first so many images")
+    codec.add_argument("--limit", type=COUNT.whole, metavar="N", help="use only the first N images")
 
 
 def _add_entropy(commands) -> None:
     entropy = commands.add_parser(
         "entropy",
-        help="the range coder's symbols a second, and the likelihood's time",
-        description="Time the range coder by how its symbols are grouped, and the training likelihood, forward and "
-        "backward, against the public formula.",
+        help="symbols per second of the range coder, and time of the likelihood",
+        description="Time the range coder for several groupings of symbols, and the training likelihood, forward and "
+        "backward, compared with the public formula.",
     )
     _add_common(entropy, rounds=15)
     entropy.add_argument(
@@ -179,12 +181,14 @@ def _add_entropy(commands) -> None:
         default=2 * 320 * 16 * 16,
         help="of the latent whose bits are taken (default: %(default)s, two crops of 256² of 68m)",
     )
-    entropy.add_argument("--compile", action="store_true", help="compile our formula")
+    entropy.add_argument("--compile", action="store_true", help="compile the likelihood of this package")
 
 
 def _add_size(command: Parser, preset: str) -> None:
     command.add_argument(
-        "--preset", default=preset, help="of conf/model, or such as hpcm_30m (default: %(default)s; see hpcm models)"
+        "--preset",
+        default=preset,
+        help="preset of conf/model, or a size such as hpcm_30m (default: %(default)s; see hpcm models)",
     )
 
 
@@ -203,10 +207,10 @@ def _add_crops(command: Parser, batch: int, of: str) -> None:
 
 def _add_common(command: Parser, rounds: int, device: bool = True) -> None:
     command.add_argument(
-        "--rounds", type=COUNT.whole, metavar="N", default=rounds, help="runs of each contestant (default: %(default)s)"
+        "--rounds", type=COUNT.whole, metavar="N", default=rounds, help="runs of each candidate (default: %(default)s)"
     )
     if device:
-        command.add_argument("--device", help="for example cuda or cpu; default: cuda where there is one")
+        command.add_argument("--device", help="for example cuda or cpu; default: cuda if available")
     command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write JSON and Markdown there; default: only print"
+        "--out", type=Path, metavar="FOLDER", help="write JSON and Markdown to it; default: print only"
     )

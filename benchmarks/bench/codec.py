@@ -1,24 +1,24 @@
-"""`hpcm bench codec`: how fast images become files and pictures again, and how much of that is the entropy coder's."""
+"""`hpcm bench codec`: time to encode and decode images, and the entropy coder's share of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from bench.machine import machine
-from bench.plain import plain
 from bench.report import Report, Table, with_quartiles
-from bench.timing import Stopwatch
+from bench.timing import Stopwatch, alternate, ratio, seconds
 from hpcm_scale.coding import codec as coding
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.errors import UserError
+from hpcm_scale.model.arithmetic import Kernels, use_kernels
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.variable_rate import usual_byte
-from hpcm_scale.tracking.timing import Turn, alternate, ratio, seconds, spread
+from hpcm_scale.model.variable_rate import default_byte
 
 ENTROPY_CODING = (
     (coding, "choose_shifts"),
@@ -29,32 +29,32 @@ ENTROPY_CODING = (
     (coding.SymbolReader, "read"),
     (coding.ShiftReader, "tables"),
 )
-"""All that is done to the symbols outside the networks: choosing shifts, finding tables, range coding."""
+"""All entropy coding outside the networks: choosing shifts, looking up tables, range coding."""
 DIRECTIONS = ("encode", "decode")
-PLAIN, FAST = "plain NCHW", "as it is"
+REFERENCE, FAST = "plain NCHW", "optimized"
 
 
 @dataclass(frozen=True)
 class ImageSpeed:
-    """One image, coded several times in both ways; fp32."""
+    """One image, coded several times by both variants, fp32."""
 
     image: str
     width: int
     height: int
     bytes: int
-    """Of its file."""
+    """Size of its file."""
     same_bytes: bool
-    """Whether both ways write the same file."""
+    """Whether both variants write the same file."""
     seconds: dict[str, dict[str, list[float]]]
-    """By direction (`DIRECTIONS`) and way (`PLAIN`, `FAST`), of each round."""
+    """By direction (`DIRECTIONS`) and variant (`REFERENCE`, `FAST`), of each round."""
     entropy_seconds: dict[str, list[float]]
-    """By direction: what of the time as it is went to the entropy coder."""
+    """By direction: time of the optimized variant in the entropy coder."""
 
 
-def picture(height: int = 512, width: int = 768) -> Tensor:
-    """A made picture of soft coloured noise, always the same: uint8 (3, height, width).
+def synthetic_image(height: int = 512, width: int = 768) -> Tensor:
+    """A synthetic image of coloured noise, always the same: uint8 (3, height, width).
 
-    Its amplitudes fall with frequency as those of photos do.
+    Its amplitudes fall with frequency as those of natural images.
     """
     generator = torch.Generator().manual_seed(0)
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
@@ -65,11 +65,11 @@ def picture(height: int = 512, width: int = 768) -> Tensor:
 
 
 @contextmanager
-def computed(way: str, model: HPCM) -> Iterator[None]:
-    """Have the networks compute in that way (`PLAIN`, `FAST`), whatever memory format the codec hands them."""
+def computed(variant: str, model: HPCM) -> Iterator[None]:
+    """Inside, the networks compute by that variant (`REFERENCE`, `FAST`), for inputs of any memory format."""
     with ExitStack() as stack:
-        if way == PLAIN:
-            stack.enter_context(plain())
+        if variant == REFERENCE:
+            stack.enter_context(use_kernels(Kernels.reference))
             for network in (model.g_a, model.h_a, model.h_s, model.g_s):
                 hook = network.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
                 stack.callback(hook.remove)
@@ -79,10 +79,10 @@ def computed(way: str, model: HPCM) -> Iterator[None]:
 def measure_codec(
     model: HPCM, images: Sequence[tuple[str, Callable[[], Tensor]]], rounds: int, device: torch.device
 ) -> list[ImageSpeed]:
-    """Encode and decode every image in both ways, in turns.
+    """Encode and decode every image by both variants, alternating.
 
-    `images`: names, and what loads the pixels, uint8 (3, H, W). Raises UserError if a picture does not come out of
-    its file as the encoder had it.
+    `images`: names, and functions that load the pixels, uint8 (3, H, W). Raises UserError if a decoded image differs
+    from the encoder's reconstruction.
     """
     codec, watch = Codec(model.to(device)), Stopwatch(device)
     with watch.on(ENTROPY_CODING):
@@ -92,48 +92,54 @@ def measure_codec(
 def _measure_image(
     codec: Codec, watch: Stopwatch, name: str, pixels: Tensor, rounds: int, device: torch.device
 ) -> ImageSpeed:
-    files, level = {}, usual_byte(codec.model.config.rate)
-    for way in (PLAIN, FAST):
-        with computed(way, codec.model):
-            files[way] = _checked(codec, name, pixels)
+    files, level = {}, default_byte(codec.model.config.rate)
+    for variant in (REFERENCE, FAST):
+        with computed(variant, codec.model):
+            files[variant] = _checked(codec, name, pixels)
 
-    def contestant(direction: str, way: str) -> Callable[[], float]:
+    def candidate(direction: str, variant: str) -> Callable[[], float]:
         def run() -> float:
             watch.take()
-            with computed(way, codec.model):
-                codec.compress(pixels, level) if direction == "encode" else codec.decompress(files[way])
+            with computed(variant, codec.model):
+                codec.compress(pixels, level) if direction == "encode" else codec.decompress(files[variant])
             return watch.take()
 
         return run
 
-    keys = {f"{direction} {way}": (direction, way) for direction in DIRECTIONS for way in (PLAIN, FAST)}
-    contestants = {key: contestant(*which) for key, which in keys.items()}
-    turns = alternate(contestants, rounds, device, description=name, warm_up=0)
-    by_way: dict[str, dict[str, list[Turn]]] = {direction: {} for direction in DIRECTIONS}
-    for key, (direction, way) in keys.items():
-        by_way[direction][way] = turns[key]
+    keys = {(direction, variant): f"{direction} {variant}" for direction in DIRECTIONS for variant in (REFERENCE, FAST)}
+    candidates = {key: candidate(*which) for which, key in keys.items()}
+    samples = alternate(candidates, rounds, device, description=name, warm_up=0)
     return ImageSpeed(
         image=name,
         width=pixels.shape[2],
         height=pixels.shape[1],
         bytes=len(files[FAST]),
-        same_bytes=files[PLAIN] == files[FAST],
-        seconds={direction: {way: seconds(ran) for way, ran in ways.items()} for direction, ways in by_way.items()},
-        entropy_seconds={direction: [turn.result for turn in ways[FAST]] for direction, ways in by_way.items()},
+        same_bytes=files[REFERENCE] == files[FAST],
+        seconds={
+            direction: {variant: seconds(samples[keys[direction, variant]]) for variant in (REFERENCE, FAST)}
+            for direction in DIRECTIONS
+        },
+        entropy_seconds={
+            direction: [sample.result for sample in samples[keys[direction, FAST]]] for direction in DIRECTIONS
+        },
     )
 
 
 def _checked(codec: Codec, name: str, pixels: Tensor) -> bytes:
-    """The file of an image, after its picture has been seen to come out of it; also warms up."""
-    encoded = codec.encode(pixels, usual_byte(codec.model.config.rate))
-    expected = codec.picture(encoded.y_hat, *pixels.shape[1:])
+    """The file of an image, checked against the encoder's reconstruction; also a warm-up."""
+    encoded = codec.encode(pixels, default_byte(codec.model.config.rate))
+    expected = codec.reconstruct(encoded.y_hat, *pixels.shape[1:])
     if not torch.equal(codec.decompress(encoded.data), expected):
-        raise UserError(f"{name} does not come out of its file as the encoder had it; that is a fault of the codec")
+        raise UserError(
+            "reconstruction-differs",
+            "",
+            f"the decoded {name} differs from the encoder's reconstruction; this is a bug of the codec, report it",
+        )
     return encoded.data
 
 
 def codec_report(model: HPCM, images: list[ImageSpeed], source: str, device: torch.device) -> Report:
-    """Table and numbers of `hpcm bench codec`; `source` says where images and weights are from."""
+    """Table and numbers of `hpcm bench codec`; `source` describes images and weights."""
     pixels = sum(image.width * image.height for image in images)
     same = sum(image.same_bytes for image in images)
     bits = 8 * sum(image.bytes for image in images) / pixels
@@ -141,15 +147,15 @@ def codec_report(model: HPCM, images: list[ImageSpeed], source: str, device: tor
     counted = f"{len(images)} image{'s' * (len(images) > 1)} × {rounds} round{'s' * (rounds > 1)}"
     table = Table(
         title="",
-        headings=["", f"{PLAIN} (s)", f"{FAST} (s)", "times as fast", "entropy coding (s)", "of the time"],
+        headings=["", f"{REFERENCE} (s)", f"{FAST} (s)", "times as fast", "entropy coding (s)", "share of the time"],
         rows=[_row(direction, images) for direction in DIRECTIONS],
         notes=[
             f"{source[0].upper()}{source[1:]}; {bits:.3f} bits per pixel. fp32, from pixels in memory to bytes in "
-            f"memory and back; medians over {counted} in turns, and in brackets the quartiles of the ratios.",
-            "Every picture came out of its file, to the bit, as its encoder had it. "
-            f"Both ways wrote the same bytes for {same} of {len(images)}"
-            + (": floats that differ in the last digits round to other symbols." if same < len(images) else "."),
-            "Entropy coding: everything outside the networks, that is choosing shifts, finding tables, range coding.",
+            f"memory and back; medians over {counted}, alternating; in brackets the quartiles of the ratios.",
+            "Every decoded image equals the encoder's reconstruction to the bit. "
+            f"Both variants wrote the same bytes for {same} of {len(images)}"
+            + (": floats that differ in the last digits are rounded to other symbols." if same < len(images) else "."),
+            "Entropy coding: everything outside the networks (choosing shifts, looking up tables, range coding).",
         ],
     )
     name = model.config.name
@@ -159,14 +165,14 @@ def codec_report(model: HPCM, images: list[ImageSpeed], source: str, device: tor
 
 def _row(direction: str, images: list[ImageSpeed]) -> list[str]:
     plain_seconds, fast_seconds = (
-        [second for image in images for second in image.seconds[direction][way]] for way in (PLAIN, FAST)
+        [second for image in images for second in image.seconds[direction][variant]] for variant in (REFERENCE, FAST)
     )
     entropy = [second for image in images for second in image.entropy_seconds[direction]]
     return [
         direction,
-        f"{spread(plain_seconds).median:.3f}",
-        f"{spread(fast_seconds).median:.3f}",
+        f"{median(plain_seconds):.3f}",
+        f"{median(fast_seconds):.3f}",
         with_quartiles(ratio(plain_seconds, fast_seconds), 2, "×"),
-        f"{spread(entropy).median:.3f}",
+        f"{median(entropy):.3f}",
         with_quartiles(ratio(entropy, fast_seconds), 1, " %", 100),
     ]

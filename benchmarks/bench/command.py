@@ -1,27 +1,28 @@
-"""Command: how fast training, coding and their parts are, against a baseline in the same process."""
+"""The subcommands of `hpcm bench`: measure, print and write a report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 from bench.arguments import check, configuration, parser
-from hpcm_scale.errors import one_line
+from hpcm_scale.errors import entry_point
 
 PROFILE = "train_profile.png"
 DEMANDS = (("68m", 0.3), ("68m", 0.45), ("1b", 0.45))
-"""Sizes, and utilisations of a GPU, that the training stream is to keep up with."""
+"""Model sizes and GPU utilisations that the training stream should supply."""
 
 
 def train(chosen) -> None:
-    """`hpcm bench train`: steps in several ways."""
+    """`hpcm bench train`: training steps by several variants."""
     config = configuration(chosen.preset, chosen.crop)
     from bench.step import Steps
-    from bench.train import measure_steps, training_report, ways
+    from bench.train import measure_steps, training_report, variants
     from hpcm_scale.config.schema import Checkpointing, Precision
 
     device = _device(chosen)
-    candidates = ways(
+    candidates = variants(
         [Precision(name) for name in chosen.precision],
         [Checkpointing(name) for name in chosen.checkpoint],
         chosen.compile,
@@ -29,23 +30,22 @@ def train(chosen) -> None:
     steps = Steps(config, chosen.batch, device)
     speed = measure_steps(config, chosen.batch, candidates, chosen.rounds, steps)
     report = training_report(speed, device)
-    _tell(_with_profile(report, steps, speed, chosen.out) if chosen.profile else report, chosen)
+    _publish(_with_profile(report, steps, speed, chosen.out) if chosen.profile else report, chosen)
 
 
 def _with_profile(report, steps, speed, folder):
-    """The report with a picture, in the folder, of where the time of baseline and fastest candidate goes."""
+    """The report with a figure, in `folder`, of the time by kind of operation for baseline and fastest candidate."""
     from bench.profiling import draw_profile, profiled
     from hpcm_scale.files import writing
-    from hpcm_scale.tracking.timing import spread
 
     spent = {
-        measured.way.name: profiled(steps.of(measured.way), steps.device, spread(measured.seconds).median)
+        measured.variant.name: profiled(steps.of(measured.variant), steps.device, median(measured.seconds))
         for measured in (speed.baseline, speed.fastest)
         if measured and measured.seconds
     }
     with writing(folder):
         draw_profile(spent, folder / PROFILE, report.title)
-    return replace(report, results=report.results | {"profile": spent}, pictures=(PROFILE,))
+    return replace(report, results=report.results | {"profile": spent}, figures=(PROFILE,))
 
 
 def processes(chosen) -> None:
@@ -54,7 +54,7 @@ def processes(chosen) -> None:
     from bench.processes import measure_processes, processes_report
 
     measured = measure_processes(chosen.preset, chosen.batch, chosen.crop, chosen.rounds, chosen.engines)
-    _tell(processes_report(chosen.preset, chosen.batch, chosen.crop, measured), chosen)
+    _publish(processes_report(chosen.preset, chosen.batch, chosen.crop, measured), chosen)
 
 
 def data(chosen) -> None:
@@ -69,20 +69,20 @@ def data(chosen) -> None:
     workers = chosen.workers or available_cores()
     demands = [demand(configuration(preset, chosen.crop).model, chosen.crop, share) for preset, share in DEMANDS]
     with tempfile.TemporaryDirectory() as folder:
-        source = f"photos of {Path(chosen.shards).resolve().name}" if chosen.shards else "made pictures"
+        source = f"images of {Path(chosen.shards).resolve().name}" if chosen.shards else "synthetic images"
         shards = chosen.shards or make_shards(Path(folder))
         config = DataConfig(shards=str(shards), crop=chosen.crop, workers=workers)
         speed = measure_data(config, chosen.batch, chosen.batches, chosen.rounds)
         step = chosen.batch / (demands[0].share(speed) * workers * speed.crops_per_worker)
         waits = measure_waits(config, chosen.batch, step, steps=4 * chosen.batches * workers)
-    _tell(data_report(speed, demands, waits, source), chosen)
+    _publish(data_report(speed, demands, waits, source), chosen)
 
 
 def codec(chosen) -> None:
     """`hpcm bench codec`: encoding and decoding."""
     import torch
 
-    from bench.codec import codec_report, measure_codec, picture
+    from bench.codec import codec_report, measure_codec, synthetic_image
     from hpcm_scale.data.sources import ImageSet
     from hpcm_scale.model.hpcm import HPCM
     from hpcm_scale.model.weights import load_weights
@@ -92,15 +92,15 @@ def codec(chosen) -> None:
         images = [(name, lambda index=index: found.load(index)) for index, name in enumerate(found.names)]
         source = f"images of {found.folder.resolve().name}"
     else:
-        images, source = [("picture", picture)], "a made picture"
+        images, source = [("synthetic", synthetic_image)], "a synthetic image"
     device = _device(chosen)
     torch.manual_seed(0)
     if chosen.weights:
         model = load_weights(chosen.weights)[0]
     else:
         model = HPCM(configuration(chosen.preset).model).eval()
-        source += ", untrained weights, which leave more to code than trained ones"
-    _tell(codec_report(model, measure_codec(model, images, chosen.rounds, device), source, device), chosen)
+        source += ", untrained weights, which give more bits than trained ones"
+    _publish(codec_report(model, measure_codec(model, images, chosen.rounds, device), source, device), chosen)
 
 
 def entropy(chosen) -> None:
@@ -110,11 +110,11 @@ def entropy(chosen) -> None:
     device = _device(chosen)
     groupings = measure_range_coder(chosen.symbols, chosen.rounds)
     likelihood = measure_likelihood(chosen.elements, chosen.rounds, device, compiled=chosen.compile)
-    _tell(entropy_report(groupings, likelihood, device), chosen)
+    _publish(entropy_report(groupings, likelihood, device), chosen)
 
 
 def _device(chosen):
-    """The device to measure on; what is to be fp32 is fp32."""
+    """The device to measure on, with exact fp32 arithmetic."""
     from hpcm_scale.config.schema import Precision
     from hpcm_scale.model.layers import set_arithmetic
     from hpcm_scale.model.weights import device_of
@@ -123,14 +123,14 @@ def _device(chosen):
     return device_of(chosen.device)
 
 
-def _tell(report, chosen) -> None:
-    """Print the report, and write it if a folder is named."""
-    from bench.report import tell
+def _publish(report, chosen) -> None:
+    """Print the report, and write it to --out."""
+    from bench.report import publish
 
-    tell(report, chosen.out)
+    publish(report, chosen.out)
 
 
-@one_line
+@entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm bench` and `python -m bench.command`."""
     chosen = parser().parse_args(arguments)

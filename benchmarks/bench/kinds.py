@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the operations of a profile by kind."""
+"""Time of a training step by kind of operation, from a profile."""
 
 from __future__ import annotations
 
@@ -40,57 +40,57 @@ _WHOLE = {
         if isinstance(value, type) and issubclass(value, torch.autograd.Function)
     },
 }
-"""Operations all of whose parts are of one kind, by a part of their names."""
+"""Kind of an operation with all that it calls, by a part of its name."""
 
 _BY_NAME = {
     **dict.fromkeys(("mm", "addmm", "linear", "_mkl_linear", "_linear_pointwise", "mkldnn_linear"), _PRODUCTS),
-    # Nothing but attention multiplies batches of matrices here.
+    # Only attention uses batched matrix products.
     **dict.fromkeys(("bmm", "baddbmm", "_softmax", "_softmax_backward_data"), _ATTENTION),
     **dict.fromkeys(("log2", "expm1", "special_gammainc"), _LIKELIHOOD),
     **dict.fromkeys(("copy_", "_to_copy", "to", "clone", "contiguous", "cat", "fill_", "zero_"), _COPIES),
     **dict.fromkeys(("index_select", "index_copy", "index_copy_", "index_add_", "index", "gather"), _COPIES),
 }
-"""Operations by their names without namespace; others of torch are element-wise if torch tags them so."""
+"""Kind by operator name without namespace; other operators are element-wise if torch tags them so."""
 _FUSED_NAMES = ("cpp_fused", "triton_", "Torch-Compiled Region", "CompiledFunction", "Call CompiledFxGraph")
 
 
 def seconds_by_kind(events: Iterable[Any], wall: float, device: torch.device) -> dict[str, float]:
     """Seconds of one step by kind, in the order of `KINDS`, from the events of a profile with shapes.
 
-    `wall`: seconds of the whole step. On a CPU what no operation accounts for is the last kind; on a GPU the
-    kernels' times count, and the last kind is when it waited.
+    `wall`: seconds of the whole step. The last kind is the rest: on a CPU the time outside of operations, on a GPU the
+    time without a kernel.
     """
     spent = dict.fromkeys(KINDS, 0.0)
     for event in events:
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel: its time is that of the operation that launched it
+            continue  # a kernel: its time is counted with the operation that launched it
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         if own > 0:
-            spent[kind_of(event)] += own / 1e6
+            spent[ema_kind(event)] += own / 1e6
     spent[_REST] = max(0.0, wall - sum(seconds for kind, seconds in spent.items() if kind != _REST))
     return spent
 
 
-def kind_of(event: Any) -> str:
-    """The kind of an operation: of one that it is part of, by its weights' shape, or by its name."""
-    for part in _and_those_around(event):
+def ema_kind(event: Any) -> str:
+    """The kind of an operation: by an enclosing operation, the shape of its weights, or its name."""
+    for part in _with_parents(event):
         for name, kind in _WHOLE.items():
             if name in part.name:
                 return kind
-    for part in _and_those_around(event):
-        kind = _kind_alone(part)
+    for part in _with_parents(event):
+        kind = _own_kind(part)
         if kind is not None:
             return kind
     return _REST
 
 
-def _and_those_around(event: Any) -> Iterator[Any]:
+def _with_parents(event: Any) -> Iterator[Any]:
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
-def _kind_alone(event: Any) -> str | None:
+def _own_kind(event: Any) -> str | None:
     namespace, _, name = event.name.rpartition("::")
     if namespace in ("aten", "mkldnn") and ("convolution" in name or "conv2d" in name):
         return _kind_of_convolution(event)
@@ -103,7 +103,7 @@ def _kind_alone(event: Any) -> str | None:
 
 @cache
 def _is_elementwise(name: str) -> bool:
-    """Whether an operation of torch goes through its tensors number by number, sums included."""
+    """Whether a torch operator is element-wise or a reduction."""
     operation = getattr(torch.ops.aten, name.removesuffix("_backward"), None)
     if operation is None:
         return False
@@ -112,7 +112,7 @@ def _is_elementwise(name: str) -> bool:
 
 
 def _kind_of_convolution(event: Any) -> str | None:
-    """By the kernel: 1×1, one channel at a time, even sides (which here means a stride), or 3×3."""
+    """By the kernel: 1×1, depthwise, even sides (which are strided here), or 3×3."""
     position = 2 if "backward" in event.name else 1
     shapes = event.input_shapes
     weight = shapes[position] if shapes and len(shapes) > position else []

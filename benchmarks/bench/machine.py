@@ -1,4 +1,4 @@
-"""What was measured on: hardware, versions, and how fast it multiplies matrices."""
+"""The machine of a benchmark: hardware, versions, and its rate of matrix products."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from bench.timing import Sample, seconds, timed
 from hpcm_scale.config.schema import Precision
 from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.tracking.environment import environment
-from hpcm_scale.tracking.timing import Turn, seconds, timed
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 _SIDES = {"cpu": 2048, "cuda": 8192}
 _LONG_ENOUGH = 0.1
-"""Seconds of work in one timing of a matrix product."""
+"""Shortest time of one measurement of a matrix product, seconds."""
 
 
 def machine(device: torch.device, program: Sequence[str] = ("hpcm", "bench")) -> dict[str, Any]:
     """Date, command, versions and hardware, as plain JSON values (see `tracking.environment`).
 
-    `program`: how what is running is called, before its arguments.
+    `program`: the command before its arguments.
     """
     facts = environment()
     return {
@@ -42,7 +43,7 @@ def machine(device: torch.device, program: Sequence[str] = ("hpcm", "bench")) ->
 
 
 def cpu_flags() -> list[str]:
-    """Those instruction sets of the CPU that decide how fast it multiplies; none where they cannot be read."""
+    """Instruction sets of the CPU that affect matrix products; empty if they cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -53,7 +54,7 @@ def cpu_flags() -> list[str]:
 
 @contextmanager
 def arithmetic(precision: Precision) -> Iterator[None]:
-    """Products of fp32 numbers as a training in this precision computes them; exact ones again afterwards."""
+    """Inside, fp32 products are computed as in training with this precision; exactly again afterwards."""
     set_arithmetic(precision)
     try:
         yield
@@ -62,24 +63,24 @@ def arithmetic(precision: Precision) -> Iterator[None]:
 
 
 class Product(NamedTuple):
-    """A large matrix product of one precision, as one library computes it."""
+    """A large matrix product of one precision, computed by one library."""
 
     precision: Precision
     name: str
     flops: int
-    """Of one run: 2 per multiply-accumulate."""
+    """FLOPs of one run: 2 per multiply-accumulate."""
     run: Callable[[], Any]
 
 
 def products(precision: Precision, device: torch.device) -> list[Product]:
-    """The same large product twice: as `torch.mm` and as a channels-last 1×1 convolution.
+    """The same large product as `torch.mm` and as a channels-last 1×1 convolution.
 
-    On some CPUs the libraries behind the two differ twofold; the faster one tells what the device can do.
+    On some CPUs the libraries behind the two differ twofold; the faster one is the rate of the device.
     """
     side, dtype = _SIDES[device.type], DTYPES[precision]
     left, right = (torch.rand(side, side, device=device).sub_(0.5).to(dtype) for _ in range(2))
     rows = side // 32
-    pixels = left.view(1, rows, 32, side).permute(0, 3, 1, 2)  # channels-last: the same numbers, unmoved
+    pixels = left.view(1, rows, 32, side).permute(0, 3, 1, 2)  # channels-last: a view of the same memory
     convolution = nn.Conv2d(side, side, 1, bias=False, device=device, dtype=dtype).requires_grad_(False)
     convolution.to(memory_format=torch.channels_last)
     kinds = {"torch.mm": lambda: left @ right, "1×1 convolution": lambda: convolution(pixels)}
@@ -87,7 +88,7 @@ def products(precision: Precision, device: torch.device) -> list[Product]:
 
 
 def _long_enough(precision: Precision, name: str, flops: int, run: Callable[[], Any], device: torch.device) -> Product:
-    """As many runs in a row as can be timed well."""
+    """The product, repeated until it takes `_LONG_ENOUGH`."""
     with arithmetic(precision):
         timed(run, device)
         times = max(1, round(_LONG_ENOUGH / timed(run, device).seconds))
@@ -101,15 +102,15 @@ def _long_enough(precision: Precision, name: str, flops: int, run: Callable[[], 
 
 
 class MatmulRate(NamedTuple):
-    """How fast the device multiplies large matrices in one precision."""
+    """The device's rate of large matrix products in one precision."""
 
     name: str
-    """Of the faster way to do it."""
+    """Name of the faster library call."""
     rates: list[float]
     """FLOP/s in each round."""
 
 
-def matmul_rate(measured: Sequence[tuple[Product, Sequence[Turn]]]) -> MatmulRate:
-    """The faster of several ways to compute products of one precision, in the median over the rounds."""
-    ways = [MatmulRate(way.name, [way.flops / each for each in seconds(turns)]) for way, turns in measured]
-    return max(ways, key=lambda way: sorted(way.rates)[len(way.rates) // 2])
+def matmul_rate(measured: Sequence[tuple[Product, Sequence[Sample]]]) -> MatmulRate:
+    """The faster of several products of one precision, by the median over the rounds."""
+    rates = [MatmulRate(run.name, [run.flops / each for each in seconds(samples)]) for run, samples in measured]
+    return max(rates, key=lambda rate: median(rate.rates))

@@ -1,7 +1,7 @@
-"""How much faster two processes train than one: steps of one, of two apart, and of two together, in turns.
+"""`hpcm bench processes`: training steps of one process, of two separate ones, and of two that train together.
 
-Weak scaling: every process has as many images. Each has one thread; two that do not know of each other show what
-sharing the machine costs, and two that train one model what the communication costs on top.
+Weak scaling: every process has the same number of images, and one thread. Two separate processes measure the cost of
+sharing the machine, two that train one model the cost of communication on top.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -19,47 +20,47 @@ import torch
 from bench.arguments import choice
 from bench.machine import machine
 from bench.report import Report, Table, with_quartiles
-from hpcm_scale.config.compose import compose
+from bench.timing import Quartiles, alternate, ratio, seconds
 from hpcm_scale.config.schema import Config
-from hpcm_scale.data.processes import follow
+from hpcm_scale.config.spec import RunSpec
+from hpcm_scale.data.processes import follow_parent
 from hpcm_scale.distributed.processes import choose_device
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.ladder import sized
+from hpcm_scale.model.ladder import compose_sized
 from hpcm_scale.objective import rate_distortion_loss
-from hpcm_scale.tracking.timing import Spread, alternate, ratio, seconds, spread
 from hpcm_scale.training.engines import create_engine
 from hpcm_scale.training.engines.base import Engine
 from hpcm_scale.training.task import image_noise
 
-ONE, APART, TOGETHER = "one process", "two apart", "two together"
-_UNTIL_THE_ORDER_IS_KNOWN = 2
-"""Steps of ZeRO-3 before it fetches ahead."""
+ONE, SEPARATE, TOGETHER = "one process", "two separate", "two together"
+_TRACE_STEPS = 2
+"""Steps in which ZeRO-3 records its order, before it prefetches."""
 
 
 class Scaling(NamedTuple):
-    """Seconds of a step in each round with one engine."""
+    """Seconds per step with one engine, per round."""
 
     engine: str
     one: list[float]
-    apart: list[float]
-    """Of the slower of two processes that train a model each."""
+    separate: list[float]
+    """The slower of two processes that train a model each."""
     together: list[float]
 
     @property
-    def efficiency(self) -> Spread:
-        """Images per second and process of two that train together, against one alone."""
+    def efficiency(self) -> Quartiles:
+        """Images per second and process of two that train together, relative to one."""
         return ratio(self.one, self.together)
 
     @property
-    def sharing(self) -> Spread:
-        """The same of two that train apart: what the machine leaves."""
-        return ratio(self.one, self.apart)
+    def sharing(self) -> Quartiles:
+        """The same for two separate processes: the efficiency of sharing the machine."""
+        return ratio(self.one, self.separate)
 
     @property
-    def communication(self) -> Spread:
-        """Two together against two apart: what communication leaves."""
-        return ratio(self.apart, self.together)
+    def communication(self) -> Quartiles:
+        """Two together relative to two separate: the efficiency of communication."""
+        return ratio(self.separate, self.together)
 
 
 def measure_processes(
@@ -67,7 +68,7 @@ def measure_processes(
 ) -> list[Scaling]:
     """Time training steps over `images` crops of side `crop` per process, fp32 on the CPU.
 
-    `engines`: of conf/engine. Raises UserError where a process fails.
+    `engines`: presets of conf/engine. Raises UserError if a process fails.
     """
     return [_measure(engine, _overrides(preset, images, crop, engine), rounds) for engine in engines]
 
@@ -80,20 +81,18 @@ def _measure(engine: str, overrides: list[str], rounds: int) -> Scaling:
     with ExitStack() as stack:
         first, second = (stack.enter_context(_processes(1, overrides)) for _ in range(2))
         both = stack.enter_context(_processes(2, overrides))
-        contestants = {
+        candidates = {
             ONE: lambda: _step(first),
-            APART: lambda: _step([*first, *second]),
+            SEPARATE: lambda: _step([*first, *second]),
             TOGETHER: lambda: _step(both),
         }
-        turns = alternate(
-            contestants, rounds, torch.device("cpu"), warm_up=1 + _UNTIL_THE_ORDER_IS_KNOWN, description=engine
-        )
-    return Scaling(engine, *(seconds(turns[name]) for name in contestants))
+        samples = alternate(candidates, rounds, torch.device("cpu"), warm_up=1 + _TRACE_STEPS, description=engine)
+    return Scaling(engine, *(seconds(samples[name]) for name in candidates))
 
 
 @contextmanager
 def _processes(world_size: int, overrides: list[str]) -> Iterator[list[Connection]]:
-    """Connections to the processes of a new group, which take a step whenever they are told to."""
+    """Connections to the processes of a new group, which take a step per message."""
     spawn = multiprocessing.get_context("spawn")
     batch = next(int(value.partition("=")[2]) for value in overrides if value.startswith("train.micro_batch_size="))
     overrides = [*overrides, f"train.batch_size={world_size * batch}"]
@@ -117,7 +116,7 @@ def _processes(world_size: int, overrides: list[str]) -> Iterator[list[Connectio
 
 
 def _step(connections: Sequence[Connection]) -> None:
-    """One step of each, at the same time."""
+    """One step of all processes at the same time."""
     for connection in connections:
         connection.send(True)
     for connection in connections:
@@ -128,7 +127,9 @@ def _receive(connection: Connection) -> None:
     try:
         connection.recv()
     except EOFError:
-        raise UserError("a process of the benchmark has failed; what it said is above") from None
+        raise UserError(
+            "benchmark-process-failed", "", "a process of the benchmark failed; its error is printed above"
+        ) from None
 
 
 def _free_port() -> int:
@@ -138,15 +139,15 @@ def _free_port() -> int:
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, overrides: list[str]) -> None:
-    """One process of a group: prepares a training, then takes a step whenever it is told to, until nobody is there."""
-    follow()
+    """A process of a group: prepares training, then takes a step per message until the connection closes."""
+    follow_parent()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     choose_device()
     torch.set_num_threads(1)
-    config = compose(overrides, sized)
-    engine = create_engine(config)
+    config = compose_sized(overrides)
+    engine = create_engine(config.engine, config.train, RunSpec.of(config, world_size))
     torch.manual_seed(config.train.seed)
     model = HPCM(config.model, precision=config.engine.precision)
     engine.prepare(model)
@@ -170,11 +171,11 @@ def _train_step(config: Config, engine: Engine, model: HPCM) -> None:
 
 
 def processes_report(preset: str, images: int, crop: int, measured: Sequence[Scaling]) -> Report:
-    """Tables and numbers of what `measure_processes` gave."""
+    """Tables and numbers of `measure_processes`."""
     rows = [
         [
             scaling.engine,
-            *(f"{spread(times).median:.3f}" for times in (scaling.one, scaling.apart, scaling.together)),
+            *(f"{median(times):.3f}" for times in (scaling.one, scaling.separate, scaling.together)),
             with_quartiles(scaling.efficiency, 1, " %", 100),
             with_quartiles(scaling.sharing, 1, " %", 100),
             with_quartiles(scaling.communication, 1, " %", 100),
@@ -189,14 +190,22 @@ def processes_report(preset: str, images: int, crop: int, measured: Sequence[Sca
         tables=[
             Table(
                 title="",
-                headings=["engine", ONE, APART, TOGETHER, "scaling efficiency", "sharing the machine", "communication"],
+                headings=[
+                    "engine",
+                    ONE,
+                    SEPARATE,
+                    TOGETHER,
+                    "scaling efficiency",
+                    "sharing the machine",
+                    "communication",
+                ],
                 rows=rows,
                 notes=[
-                    f"Seconds of a step, and ratios, fp32, one thread per process, gloo over loopback; medians of "
-                    f"{len(measured[0].one)} rounds in turns, and in brackets the quartiles of the rounds' ratios.",
-                    "Scaling efficiency: images per second and process of two that train one model, against one alone. "
-                    "It is the product of two factors: what two processes that do not know of each other leave each "
-                    "other of the machine, and what communication leaves of that.",
+                    f"Seconds per step and ratios, fp32, one thread per process, gloo over loopback; medians of "
+                    f"{len(measured[0].one)} alternating rounds, in brackets the quartiles of the rounds' ratios.",
+                    "Scaling efficiency: images per second and process of two that train one model, relative to one. "
+                    "It is the product of the efficiencies of machine sharing (two separate processes) and of "
+                    "communication (two together relative to two separate).",
                 ],
             )
         ],

@@ -1,4 +1,4 @@
-"""A picture of where the time of a step goes, for baseline and fastest candidate."""
+"""A figure of the time of a step by kind of operation, for baseline and fastest candidate."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.kinds import KINDS, seconds_by_kind
 from bench.step import Step
+from bench.timing import timed
 from hpcm_scale.formatting import save
-from hpcm_scale.scaling.figures.style import COLOURS, calm, paper
-from hpcm_scale.tracking.timing import timed
+from hpcm_scale.scaling.figures.style import COLOURS, paper, tidy
 
 SMALLEST = 0.002
-"""Share of the longest step below which a kind is not drawn."""
+"""Kinds below this share of the longest step are not drawn."""
 
 
-def profiled(step: Step, device: torch.device, unwatched: float) -> dict[str, float]:
-    """Seconds of one step by kind (`KINDS`), which add up to `unwatched`; a step before it warms up.
+def profiled(step: Step, device: torch.device, unprofiled: float) -> dict[str, float]:
+    """Seconds of one step by kind (`KINDS`), scaled to sum to `unprofiled`, after a warm-up step.
 
-    The profiler's own work makes steps longer, so its seconds are taken as shares of the time of a step without it.
+    The profiler slows steps down, so only the shares of its times are used.
     """
     step()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities, record_shapes=True) as trace:
-        watched = timed(step, device).seconds
-    spent = seconds_by_kind(trace.events(), watched, device)
-    return {kind: seconds * unwatched / watched for kind, seconds in spent.items()}
+        profiled_seconds = timed(step, device).seconds
+    spent = seconds_by_kind(trace.events(), profiled_seconds, device)
+    return {kind: seconds * unprofiled / profiled_seconds for kind, seconds in spent.items()}
 
 
 def draw_profile(spent: dict[str, dict[str, float]], path: Path, title: str) -> None:
-    """Bars for each kind of work: `spent` holds, for each way to compute a step, seconds by kind."""
+    """Draw bars by kind of operation; `spent` holds seconds by kind for each variant."""
     longest = max(sum(kinds.values()) for kinds in spent.values())
     drawn = [kind for kind in KINDS if any(kinds[kind] > SMALLEST * longest for kinds in spent.values())]
     unit, factor = ("s", 1.0) if longest >= 1 else ("ms", 1e3)
@@ -51,9 +51,9 @@ def draw_profile(spent: dict[str, dict[str, float]], path: Path, title: str) -> 
         axes.set_yticks(places, drawn)
         axes.set_ylim(len(drawn) - 0.5, -0.5)
         axes.set_xlim(0, 1.12 * factor * max(kinds[kind] for kinds in spent.values() for kind in drawn))
-        axes.set_xlabel(f"time in one step ({unit}); beside the bars: share of the step (%)")
+        axes.set_xlabel(f"time in one step ({unit}); labels: share of the step (%)")
         axes.set_title(title, loc="left")
-        calm(axes)
+        tidy(axes)
         axes.grid(False, axis="y")
         axes.legend(loc="lower right")
         save(figure, path)

@@ -1,4 +1,4 @@
-"""What a benchmark found: a table on the terminal, and whole files of JSON and Markdown."""
+"""Reports of benchmarks: tables on the terminal, JSON and Markdown files."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from bench.timing import Quartiles
 from hpcm_scale.files import write_json, write_text, writing
 from hpcm_scale.formatting import markdown_table
-from hpcm_scale.tracking.timing import Spread
 
 WIDTH_OF_A_PIPE = 200
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text below headings; the first column names things, the others hold numbers."""
+    """Rows of text below headings; the first column holds names, the others numbers."""
 
     title: str
     headings: list[str]
     rows: list[list[str]]
     notes: list[str]
-    """Sentences below it: how the columns are to be read."""
+    """Sentences below the table that explain the columns."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that one benchmark has to tell."""
+    """Tables and numbers of one benchmark."""
 
     name: str
-    """Of the benchmark and of its files."""
+    """Name of the benchmark and of its files."""
     title: str
     machine: dict[str, Any]
     """See `machine.machine`."""
     tables: list[Table]
     results: dict[str, Any]
-    """Every number of every round, as plain JSON values."""
-    pictures: tuple[str, ...] = ()
-    """Names of files beside the report."""
+    """All numbers of all rounds, as plain JSON values."""
+    figures: tuple[str, ...] = ()
+    """Names of image files beside the report."""
 
 
-def tell(report: Report, folder: Path | None) -> None:
-    """Print the report, and write it if a folder is named; raises UserError if it cannot be written."""
+def publish(report: Report, folder: Path | None) -> None:
+    """Print the report, and write it to `folder` unless that is None. Raises UserError if it cannot be written."""
     show(report)
     if folder:
-        written = [*write(report, folder), *(folder / name for name in report.pictures)]
+        written = [*write(report, folder), *(folder / name for name in report.figures)]
         print(f"\nwritten: {', '.join(map(str, written))}")
 
 
 def show(report: Report) -> None:
-    """Print tables and notes; the tables are as wide as the terminal."""
+    """Print tables, as wide as the terminal, and notes."""
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH_OF_A_PIPE)
@@ -74,10 +74,7 @@ def show(report: Report) -> None:
 
 
 def write(report: Report, folder: str | Path) -> list[Path]:
-    """Write NAME.json and NAME.md into the folder, which is made; returns their paths.
-
-    Raises UserError if they cannot be written.
-    """
+    """Write NAME.json and NAME.md into the folder and return their paths. Raises UserError if that fails."""
     paths = [Path(folder) / f"{report.name}{suffix}" for suffix in (".json", ".md")]
     content = {"benchmark": report.name, "machine": report.machine, **report.results}
     with writing(folder):
@@ -87,18 +84,18 @@ def write(report: Report, folder: str | Path) -> list[Path]:
 
 
 def markdown(report: Report) -> str:
-    """The report as a page."""
+    """The report as Markdown."""
     date, command = report.machine["date"], report.machine["command"]
     parts = [f"# {report.title}", f"{date}. {measured_on(report.machine)}", f"    {command}"]
     for table in report.tables:
         parts += [f"## {table.title}"] if table.title else []
         parts += [markdown_table(table.headings, table.rows), *table.notes]
-    parts += [f"![{Path(name).stem}]({name})" for name in report.pictures]
+    parts += [f"![{Path(name).stem}]({name})" for name in report.figures]
     return "\n\n".join(parts) + "\n"
 
 
 def measured_on(machine: dict[str, Any]) -> str:
-    """One sentence on hardware and versions."""
+    """Hardware and versions in one sentence."""
     flags = f" ({', '.join(machine['cpu_flags'])})" if machine["cpu_flags"] else ""
     gpu = f"{machine['device']}, beside it " if machine["device"] != "cpu" else ""
     packages = ", ".join(f"{name} {version}" for name, version in _versions(machine).items() if version)
@@ -115,8 +112,8 @@ def _versions(machine: dict[str, Any]) -> dict[str, str | None]:
     return packages | {"Python": machine["python"], "commit": commit}
 
 
-def with_quartiles(value: Spread | None, decimals: int, unit: str = "", factor: float = 1.0) -> str:
-    """A median and its quartiles: "1.93 (1.90…1.95)×"; a dash where there is none."""
+def with_quartiles(value: Quartiles | None, decimals: int, unit: str = "", factor: float = 1.0) -> str:
+    """A median with its quartiles, such as "1.93× (1.90…1.95)"; a dash for None."""
     if value is None:
         return "–"
     median, low, high = (f"{factor * number:,.{decimals}f}" for number in value)

@@ -1,38 +1,38 @@
-"""`hpcm bench train`: how fast a training step is in several ways, how near to the device's own rate, and how large."""
+"""`hpcm bench train`: time, utilisation and activation memory of a training step, computed by several variants."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 
 from bench.machine import MatmulRate, machine, matmul_rate, products
 from bench.report import Report, Table, with_quartiles
-from bench.step import PLAIN, Step, Steps, Way
-from bench.timing import HOW, peak_bytes
+from bench.step import REFERENCE, Step, Steps, Variant
+from bench.timing import MEMORY_METHOD, Quartiles, alternate, peak_bytes, quartiles, ratio, seconds
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
 from hpcm_scale.model.parameters import on_meta, parameter_count
-from hpcm_scale.tracking.timing import Spread, alternate, ratio, seconds, spread
 from hpcm_scale.training.costs import training_flops_per_image
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to compute the step; None where it did not fit into the device's memory."""
+    """Measurements of one variant; None where it did not fit into the device's memory."""
 
-    way: Way
+    variant: Variant
     activations: int | None
-    """Bytes at the peak of forward and backward, beyond weights, gradients, moments and images."""
+    """Peak bytes of forward and backward, beyond weights, gradients, moments and images."""
     seconds: list[float] | None
-    """Of the whole step in each round."""
+    """Seconds of the whole step, per round."""
     loss: float | None
 
 
 @dataclass(frozen=True)
 class TrainingSpeed:
-    """Everything measured of the steps of one size."""
+    """All measurements of one model size."""
 
     config: Config
     batch: int
@@ -43,59 +43,62 @@ class TrainingSpeed:
     baseline: Measured
     candidates: list[Measured]
 
-    def faster(self, measured: Measured) -> Spread | None:
-        """How many times as fast as the baseline."""
+    def faster(self, measured: Measured) -> Quartiles | None:
+        """Speed relative to the baseline."""
         if not (self.baseline.seconds and measured.seconds):
             return None
         return ratio(self.baseline.seconds, measured.seconds)
 
-    def utilisation(self, measured: Measured) -> Spread | None:
-        """Model FLOPs by what large matrix products in this precision do in the same round."""
+    def utilisation(self, measured: Measured) -> Quartiles | None:
+        """Model FLOP/s relative to large matrix products of this precision in the same round."""
         if not measured.seconds:
             return None
-        rates = self.rates[measured.way.precision].rates
-        return spread([self.flops / (time * rate) for time, rate in zip(measured.seconds, rates, strict=True)])
+        rates = self.rates[measured.variant.precision].rates
+        return quartiles([self.flops / (time * rate) for time, rate in zip(measured.seconds, rates, strict=True)])
 
     def smaller(self, measured: Measured) -> float | None:
-        """Its activations as a share of the baseline's."""
+        """Activations relative to the baseline's."""
         if self.baseline.activations is None or measured.activations is None:
             return None
         return measured.activations / self.baseline.activations
 
     @property
     def fastest(self) -> Measured | None:
-        """The candidate with the least median time."""
+        """The candidate with the smallest median time."""
         timed = [measured for measured in self.candidates if measured.seconds]
-        return min(timed, key=lambda measured: spread(measured.seconds).median, default=None)
+        return min(timed, key=lambda measured: median(measured.seconds), default=None)
 
 
-def ways(precisions: Sequence[Precision], checkpoints: Sequence[Checkpointing], compiled: bool) -> list[Way]:
-    """The candidates: every precision as it is; the last one recomputing, compiled, and both."""
-    chosen = [Way(precision) for precision in precisions]
+def variants(precisions: Sequence[Precision], checkpoints: Sequence[Checkpointing], compiled: bool) -> list[Variant]:
+    """The candidates: every precision, and the last one with recomputation, compiled, and both."""
+    chosen = [Variant(precision) for precision in precisions]
     for checkpoint in checkpoints:
-        chosen += [Way(precisions[-1], checkpoint, compiles) for compiles in ((False, True) if compiled else (False,))]
+        chosen += [Variant(precisions[-1], checkpoint, compiles) for compiles in (False, True)[: 1 + compiled]]
     return list(dict.fromkeys(chosen))
 
 
-def measure_steps(config: Config, batch: int, candidates: Sequence[Way], rounds: int, steps: Steps) -> TrainingSpeed:
-    """Time the baseline, the candidates and large matrix products in turns."""
+def measure_steps(
+    config: Config, batch: int, candidates: Sequence[Variant], rounds: int, steps: Steps
+) -> TrainingSpeed:
+    """Time the baseline, the candidates and large matrix products, alternating."""
     device = steps.device
-    ready = {way: _prepared(steps, way) for way in (PLAIN, *candidates)}
-    factors = {precision: products(precision, device) for precision in dict.fromkeys(way.precision for way in ready)}
-    contestants: dict[str, Callable[[], Any]] = {
+    ready = {variant: _prepared(steps, variant) for variant in (REFERENCE, *candidates)}
+    precisions = dict.fromkeys(variant.precision for variant in ready)
+    factors = {precision: products(precision, device) for precision in precisions}
+    programs: dict[str, Callable[[], Any]] = {
         f"{product.precision.value} {product.name}": product.run for pair in factors.values() for product in pair
     }
-    contestants |= {way.name: step for way, (step, _) in ready.items() if step}
-    turns = alternate(contestants, rounds, device, description="steps", warm_up=1)
+    programs |= {variant.name: step for variant, (step, _) in ready.items() if step}
+    samples = alternate(programs, rounds, device, description="steps", warm_up=1)
     rates = {
-        precision: matmul_rate([(product, turns[f"{precision.value} {product.name}"]) for product in pair])
+        precision: matmul_rate([(product, samples[f"{precision.value} {product.name}"]) for product in pair])
         for precision, pair in factors.items()
     }
 
-    def measured(way: Way) -> Measured:
-        _, activations = ready[way]
-        ran = turns.get(way.name)
-        return Measured(way, activations, ran and seconds(ran), ran and ran[-1].result.item())
+    def measured(variant: Variant) -> Measured:
+        _, activations = ready[variant]
+        ran = samples.get(variant.name)
+        return Measured(variant, activations, ran and seconds(ran), ran and ran[-1].result.item())
 
     model = on_meta(config.model)
     return TrainingSpeed(
@@ -104,15 +107,15 @@ def measure_steps(config: Config, batch: int, candidates: Sequence[Way], rounds:
         flops=batch * training_flops_per_image(model, config.data.crop),
         parameters=parameter_count(model),
         rates=rates,
-        baseline=measured(PLAIN),
-        candidates=[measured(way) for way in candidates],
+        baseline=measured(REFERENCE),
+        candidates=[measured(variant) for variant in candidates],
     )
 
 
-def _prepared(steps: Steps, way: Way) -> tuple[Step | None, int | None]:
-    """The step, run once, and the bytes of its activations; None for both where the device has no room for it."""
+def _prepared(steps: Steps, variant: Variant) -> tuple[Step | None, int | None]:
+    """The step after a warm-up, and the bytes of its activations; None for both if the device's memory is too small."""
     try:
-        step = steps.of(way)
+        step = steps.of(variant)
         step()
         steps.make_gradients()
         activations = peak_bytes(step.gradients, steps.device)
@@ -143,8 +146,8 @@ def _step_table(speed: TrainingSpeed, device: torch.device) -> Table:
         utilisation = with_quartiles(speed.utilisation(measured), 1, " %", 100)
         rows.append(
             [
-                measured.way.name,
-                f"{spread(measured.seconds).median:.3f}" if measured.seconds else "does not fit",
+                measured.variant.name,
+                f"{median(measured.seconds):.3f}" if measured.seconds else "out of memory",
                 with_quartiles(speed.faster(measured), 2, "×"),
                 utilisation,
                 "–" if measured.activations is None else f"{measured.activations / 1e9:.3f}",
@@ -152,23 +155,23 @@ def _step_table(speed: TrainingSpeed, device: torch.device) -> Table:
             ]
         )
     rates = "; ".join(
-        f"{precision.value} {spread(rate.rates).median / 1e9:,.0f} GFLOP/s ({rate.name})"
+        f"{precision.value} {median(rate.rates) / 1e9:,.0f} GFLOP/s ({rate.name})"
         for precision, rate in speed.rates.items()
     )
     rounds = len(next(iter(speed.rates.values())).rates)
     return Table(
         title="",
-        headings=["step", "seconds", "times as fast", "utilisation", "activations (GB)", "of the baseline's"],
+        headings=["step", "seconds", "times as fast", "utilisation", "activations (GB)", "relative to baseline"],
         rows=rows,
         notes=[
             f"Forward, loss, backward, gradient clipping and Adam: {speed.flops / 1e12:,.3f} TFLOP a step (model "
-            "FLOPs: 2 per multiply-accumulate, backward taken as twice forward, recomputation not counted). "
-            f"{rounds} rounds in turns after one to warm up; medians, and in brackets the quartiles of the rounds' "
+            "FLOPs: 2 per multiply-accumulate, backward counted as twice forward, recomputation not counted). "
+            f"{rounds} alternating rounds after one warm-up; medians, in brackets the quartiles of the rounds' "
             "ratios.",
-            "Times as fast: as the first line, in the same round.",
-            f"Utilisation: model FLOPs by time and by the rate of large matrix products in the same round: {rates}.",
-            "Activations: most bytes at a time during forward and backward beyond weights, gradients, moments and "
-            f"images; {HOW[device.type]}.",
+            "Times as fast: relative to the first line, in the same round.",
+            f"Utilisation: model FLOP/s divided by the rate of large matrix products in the same round: {rates}.",
+            "Activations: peak bytes of forward and backward beyond weights, gradients, moments and images; "
+            f"{MEMORY_METHOD[device.type]}.",
         ],
     )
 
@@ -176,10 +179,10 @@ def _step_table(speed: TrainingSpeed, device: torch.device) -> Table:
 def _numbers(speed: TrainingSpeed) -> dict[str, Any]:
     def numbers(measured: Measured) -> dict[str, Any]:
         return {
-            "name": measured.way.name,
-            "precision": measured.way.precision.value,
-            "checkpoint": measured.way.checkpoint.value,
-            "compiled": measured.way.compiled,
+            "name": measured.variant.name,
+            "precision": measured.variant.precision.value,
+            "checkpoint": measured.variant.checkpoint.value,
+            "compiled": measured.variant.compiled,
             "seconds": measured.seconds,
             "times_as_fast": _as_dict(speed.faster(measured)),
             "utilisation": _as_dict(speed.utilisation(measured)),
@@ -200,5 +203,5 @@ def _numbers(speed: TrainingSpeed) -> dict[str, Any]:
     }
 
 
-def _as_dict(value: Spread | None) -> dict[str, float] | None:
+def _as_dict(value: Quartiles | None) -> dict[str, float] | None:
     return value and value._asdict()

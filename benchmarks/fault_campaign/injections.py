@@ -1,4 +1,4 @@
-"""Faults that a run is to live through, and faults that end it so that the same command has to be typed again."""
+"""Faults that a run survives, and faults that end it, after which the same command is run again."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ CHECKPOINTS_SECONDS = 300.0
 
 @dataclass
 class Scene:
-    """What faults are injected into."""
+    """The targets of faults."""
 
     run: Run
     shards: Path
-    """A set of the run's own, several shards."""
+    """The shards of the run."""
     random: random.Random
     hold_seconds: float = 20.0
-    """How long what is broken stays broken."""
+    """Duration of temporary faults."""
     disk: Path | None = None
-    """A small file system that holds the run folder and nothing else; None where none could be mounted."""
+    """A small file system for the run folder; None if it could not be mounted."""
 
     def hold(self) -> None:
-        """Leave it broken for a while."""
+        """Wait for the duration of the fault."""
         time.sleep(self.hold_seconds)
 
     def shard(self) -> Path:
-        """One of the shards."""
+        """A random shard."""
         return self.random.choice(sorted(self.shards.glob("*.tar")))
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`inject` breaks something and, where that is part of it, mends it again."""
+    """A fault; `inject` causes it and, if it is temporary, undoes it."""
 
     name: str
     inject: Callable[[Scene], None]
     ends: bool = False
-    """Whether the run ends by it, or is to live on."""
+    """Whether it ends the run."""
     code: int | None = None
-    """The exit code it then has, if that is for it to choose."""
+    """Expected exit code of the run; None: any."""
     needs_disk: bool = False
-    """Whether it takes a file system of the run's own."""
+    """Whether it needs a file system of the run's own."""
     damages: bool = False
-    """Whether the newest checkpoint cannot be gone on from, and must be named."""
+    """Whether it damages the newest checkpoint, which the resumed run must report."""
 
 
 def shard_missing(scene: Scene) -> None:
@@ -75,7 +75,7 @@ def shard_truncated(scene: Scene) -> None:
 
 
 def shard_replaced(scene: Scene) -> None:
-    """By one with a byte flipped in each of its blocks."""
+    """Replaced by one with a bit flipped in each of its blocks."""
     with _restored(scene.shard()) as shard:
         data = bytearray(shard.read_bytes())
         for place in range(600, len(data), 512):
@@ -87,7 +87,7 @@ def shard_replaced(scene: Scene) -> None:
 
 
 def checkpoint_flipped(scene: Scene) -> None:
-    """Once there is another one to go on from."""
+    """Flipped once an older checkpoint exists."""
     _two_checkpoints(scene.run)
     flip_byte(newest_file(scene.run), scene.random)
 
@@ -132,12 +132,12 @@ def stop_file(scene: Scene) -> None:
     (scene.run.folder / "stop").touch()
 
 
-LIVED_THROUGH = (
-    Fault("a shard is not there for a while", shard_missing),
-    Fault("a shard is cut in half for a while", shard_truncated),
-    Fault("a shard is replaced by a damaged one for a while", shard_replaced),
+SURVIVED = (
+    Fault("a shard is missing temporarily", shard_missing),
+    Fault("a shard is truncated temporarily", shard_truncated),
+    Fault("a shard is replaced by a damaged one temporarily", shard_replaced),
     Fault("a byte flips in the newest checkpoint", checkpoint_flipped),
-    Fault("the disk of the run folder is full for a while", disk_full, needs_disk=True),
+    Fault("the disk of the run folder is full temporarily", disk_full, needs_disk=True),
 )
 ENDING = (
     Fault("kill -9 of one rank", rank_killed, ends=True),
@@ -156,7 +156,7 @@ def _two_checkpoints(run: Run) -> None:
 
 
 def _signal(scene: Scene, number: signal.Signals) -> None:
-    """To the training processes, as Slurm and the launchers of sweeps send it."""
+    """Signal the training processes, as Slurm and the sweep launchers do."""
     for rank in scene.run.ranks():
         with suppress(ProcessLookupError):
             os.kill(rank.pid, number)
@@ -164,7 +164,7 @@ def _signal(scene: Scene, number: signal.Signals) -> None:
 
 @contextmanager
 def _restored(shard: Path) -> Iterator[Path]:
-    """Whatever is done to a shard, afterwards another file of the first content lies there."""
+    """Afterwards, replace the shard by a copy of its original content."""
     kept = shard.with_suffix(".kept")
     shutil.copyfile(shard, kept)
     try:
@@ -180,7 +180,7 @@ def newest_file(run: Run) -> Path:
 
 
 def flip_byte(path: Path, chance: random.Random) -> None:
-    """Change one bit somewhere in a file."""
+    """Flip one random bit of a file."""
     with path.open("r+b") as file:
         place = chance.randrange(path.stat().st_size)
         file.seek(place)
@@ -191,7 +191,7 @@ def flip_byte(path: Path, chance: random.Random) -> None:
 
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """Not a byte is free on the file system of the folder."""
+    """Inside, the file system of the folder is full."""
     filler = disk / "filler"
     try:
         with filler.open("wb", buffering=0) as file, suppress(OSError):
@@ -204,7 +204,7 @@ def full(disk: Path) -> Iterator[None]:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
-    """A file system of so many megabytes in memory, mounted at `folder`; None where that is not allowed."""
+    """An in-memory file system of that size, mounted at `folder`; None if mounting is not allowed."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -217,7 +217,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
 
 
 def undecodable(shards: Path, sample: int) -> None:
-    """Have one image of a set be no image, though it is stored as the index says."""
+    """Replace one image of a set by noise, consistent with the index."""
     index = json.loads((shards / "index.json").read_text(encoding="utf-8"))
     samples = index["samples"]
     place, length = samples["offset"][sample], samples["length"][sample]

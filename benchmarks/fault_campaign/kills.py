@@ -1,4 +1,4 @@
-"""Kill -9 at random moments; afterwards the same command is typed again."""
+"""Kill -9 at random moments, after which the same command is run again."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fault_campaign.runs import POLL_SECONDS, Run, ended_with, key, kill, number
 FAULTS = ("one rank", "the launcher", "all")
 MOMENTS = ("start-up", "step", "evaluation", "checkpoint", "export")
 _DRAWN = ("step", "checkpoint", "evaluation", "checkpoint", "step", "start-up", "evaluation")
-"""The moments of all kills but the last of each run, which is during the export."""
+"""Moments of all kills except the last one of each run, which is during the export."""
 START_SECONDS = 300.0
-"""Longest time from the command to its first step, on a machine with much else to do."""
+"""Longest time from the command to its first step, on a busy machine."""
 
 
 @dataclass
 class Shape:
-    """How long a run is, and how often it does what."""
+    """Length of a run, and intervals of evaluations and checkpoints, steps."""
 
     steps: int = 30
     evaluate_every: int = 5
     checkpoint_every: int = 3
 
     def overrides(self) -> list[str]:
-        """The keys that say so."""
+        """The overrides."""
         return [
             f"train.steps={self.steps}",
             f"eval.every={self.evaluate_every}",
@@ -44,37 +44,38 @@ class Shape:
 
 @dataclass
 class Kill:
-    """One fault, and what became of the run."""
+    """One kill and its outcome."""
 
     run: str
     engine: str
     fault: str
     aimed: str
     moment: str = ""
-    """What the run was found to be doing when it was hit."""
+    """Activity of the run at the kill."""
     victims: list[str] = field(default_factory=list)
     step: int = 0
-    """The last one in the journal when all had ended."""
+    """Last step in the journal after the kill."""
     recomputed: int | None = None
-    """Steps since the checkpoint that the run went on from."""
+    """Steps since the checkpoint from which the run resumed."""
     seconds_to_end: float | None = None
-    """From the kill until no process of the run was left."""
+    """From the kill until no process of the run remained."""
     seconds_to_step: float | None = None
-    """From typing the command to the next journal line; None if another kill came first or no step was left."""
+    """From the restart to the next journal line; None if there was none before the next kill."""
     lost: int = 0
-    """Journal lines that were missing when the run was next looked at."""
+    """Missing journal lines at the next check."""
     repeated: int = 0
     differing: int = 0
     failure: str = ""
 
     @property
     def survived(self) -> bool:
+        """Whether no data was lost."""
         return not self.failure and self.lost == self.repeated == self.differing == 0
 
 
 @dataclass
 class Ending:
-    """A run at its end, against the unbroken one."""
+    """The end of a run, compared with the uninterrupted one."""
 
     run: str
     engine: str
@@ -83,35 +84,35 @@ class Ending:
     same_journal: bool
     same_weights: bool
     litter: list[str]
-    """Unfinished files and checkpoints that nobody has removed."""
+    """Unfinished files and checkpoints that were not removed."""
 
 
 @dataclass
 class KillCampaign:
-    """Breaks one run after the other; `kills` and `endings` hold what came of it."""
+    """Kills runs one after the other; `kills` and `endings` hold the results."""
 
     folder: Path
     overrides: Sequence[str]
-    """Keys of every run: model, data, batch size."""
+    """Overrides of every run: model, data, batch size."""
     engines: Sequence[str]
-    """Of the runs, in turn."""
+    """Engines of the runs, in rotation."""
     shape: Shape
     random: random.Random
     forks: ForkServer | None = None
-    """Starts what is not to lose its launcher; without it DeepSpeed's launcher starts all."""
+    """Starts runs whose launcher is not killed; None: DeepSpeed's launcher starts all."""
     advance: Callable[[], Any] = lambda: None
     """Called after each kill."""
     kills: list[Kill] = field(default_factory=list)
     endings: list[Ending] = field(default_factory=list)
-    unbroken: dict[str, Run] = field(default_factory=dict)
-    """The reference, by engine."""
+    uninterrupted: dict[str, Run] = field(default_factory=dict)
+    """The uninterrupted run of each engine."""
     export_seconds: float = 0.1
-    """From the last checkpoint to the weights, when last seen."""
+    """From the last checkpoint to the weights, as last measured."""
     start_seconds: dict[bool, float] = field(default_factory=lambda: {False: 8.0, True: 3.0})
-    """From the command to its first step when last seen, by whether its processes are forked."""
+    """From the command to its first step, as last measured, by whether processes are forked."""
 
     def inject(self, count: int, runs: int) -> None:
-        """Kill `count` times, in about as many runs as given; each ends with a kill during its export."""
+        """Kill `count` times in about `runs` runs; the last kill of each is during its export."""
         cells = list(islice(zip(cycle(FAULTS), cycle(_DRAWN), strict=False), count - runs))
         self.random.shuffle(cells)
         exports = list(islice(cycle(FAULTS), runs))
@@ -128,23 +129,23 @@ class KillCampaign:
             waiting.extend((fault, moment) for fault, moment in left if moment != "export")
 
     def reference(self, engine: str) -> Run:
-        """The unbroken run with an engine, trained when it is first asked for."""
-        if engine not in self.unbroken:
-            run = Run(self.folder / f"unbroken_{engine}", [*self._overrides(engine)])
+        """The uninterrupted run with an engine, trained on first use."""
+        if engine not in self.uninterrupted:
+            run = Run(self.folder / f"uninterrupted_{engine}", [*self._overrides(engine)])
             with ended_with(run):
                 code = run.finish(self.forks)
             if code:
-                raise RuntimeError(f"the unbroken run with {engine} ended with {code}: {run.output()[-2000:]}")
+                raise RuntimeError(f"the run with {engine} exited with code {code}: {run.output()[-2000:]}")
             manifest = run.checkpoints / f"step_{self.shape.steps:08d}" / "complete.json"
             self.export_seconds = run.weights.stat().st_mtime - manifest.stat().st_mtime
-            self.unbroken[engine] = run
-        return self.unbroken[engine]
+            self.uninterrupted[engine] = run
+        return self.uninterrupted[engine]
 
     def _overrides(self, engine: str) -> list[str]:
         return [*self.overrides, *self.shape.overrides(), f"engine={engine}"]
 
     def _break(self, number: int, plan: deque[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Break one run as planned, and train it to its end; returns what could not be done before it ended."""
+        """Kill one run as planned and finish it; returns the kills that were not possible before its end."""
         engine = self.engines[(number - 1) % len(self.engines)]
         reference = self.reference(engine)
         run = Run(self.folder / f"broken_{number:02d}_{engine}", self._overrides(engine))
@@ -155,10 +156,10 @@ class KillCampaign:
                 hit = self._start_and_kill(run, engine, plan[0], before)
                 if hit is None:  # it ended first
                     if run.poll():
-                        self._fail(before, f"exit code {run.poll()} after that: {run.output()[-1000:]}")
+                        self._fail(before, f"exit code {run.poll()} after the kill: {run.output()[-1000:]}")
                     break
                 plan.popleft()
-                self._look(run, reference, before)
+                self._compare(run, reference, before)
                 before = hit
                 self.kills.append(hit)
                 done += 1
@@ -171,7 +172,7 @@ class KillCampaign:
         return list(plan)
 
     def _finish(self, run: Run, reference: Run, before: Kill | None) -> None:
-        """Type the command once more, unless it runs still, and let it end."""
+        """Start the command again unless it is running, and wait for its end."""
         if run.poll() is not None:
             newest = run.newest()
             run.start(self.forks)
@@ -183,10 +184,10 @@ class KillCampaign:
             self._fail(before, str(error))
         if run.poll():
             self._fail(before, f"exit code {run.poll()}: {run.output()[-1000:]}")
-        self._look(run, reference, before)
+        self._compare(run, reference, before)
 
     def _start_and_kill(self, run: Run, engine: str, planned: tuple[str, str], before: Kill | None) -> Kill | None:
-        """Type the command, wait for the moment, kill, and wait until nothing is left; None if it ended first."""
+        """Start the command, wait for the moment, kill, and wait until all have ended; None if it ended first."""
         fault, aimed = planned
         shape, newest = self.shape, run.newest()
         unfinished = _unfinished(run)
@@ -209,7 +210,7 @@ class KillCampaign:
         killed = time.monotonic()
         hit.moment = moment_of(run, newest, unfinished, shape)
         if fault == "all":
-            kill(run.members())  # what was started meanwhile
+            kill(run.members())  # processes started meanwhile
         try:
             run.wait_until_gone()
         except TimeoutError as error:
@@ -233,7 +234,7 @@ class KillCampaign:
         return [chosen]
 
     def _reach(self, run: Run, aimed: str, unfinished: set, engine: str) -> bool:
-        """Wait until the run does what is aimed at, and a random moment longer; False if it ends first."""
+        """Wait for the planned activity and a random time longer; False if the run ends first."""
         records = self.reference(engine).records()
         times = {key(record): record["time"] for record in records}
         step_seconds = times[(2, "train")] - times[(1, "train")]
@@ -254,7 +255,7 @@ class KillCampaign:
         return run.poll() is None and not run.weights.exists()
 
     def _wait_for_step(self, run: Run, newest: int, before: Kill | None) -> bool:
-        """Wait for the first new journal line, or where none is left for the weights; False if the run ended."""
+        """Wait for the first new journal line, if a step remains; False if the run ended."""
         if newest < self.shape.steps:
             wait_for(lambda: run.new_steps(newest) > 0 or run.poll() is not None, START_SECONDS, "a step")
             if run.new_steps(newest) > 0:
@@ -265,8 +266,8 @@ class KillCampaign:
             before.recomputed = before.step - newest
         return run.poll() is None
 
-    def _look(self, run: Run, reference: Run, before: Kill | None) -> None:
-        """Compare the journal so far with the unbroken one; what is amiss is the last kill's doing."""
+    def _compare(self, run: Run, reference: Run, before: Kill | None) -> None:
+        """Compare the journal with the uninterrupted one; differences are attributed to the last kill."""
         if before is None:
             return
         found, expected = numbers(run.records()), numbers(reference.records())
@@ -279,12 +280,12 @@ class KillCampaign:
     @staticmethod
     def _fail(hit: Kill | None, reason: str) -> None:
         if hit is None:
-            raise RuntimeError(reason)  # before anything was done to it
+            raise RuntimeError(reason)  # before any kill
         hit.failure = hit.failure or reason
 
 
 def moment_of(run: Run, newest: int, unfinished: set, shape: Shape) -> str:
-    """What a run does, started when `newest` was its newest checkpoint and `unfinished` lay there, by its files."""
+    """Activity of a run by its files; `newest` and `unfinished`: checkpoints at its start."""
     if newest < shape.steps and run.new_steps(newest) <= 0:
         return "start-up"
     if _unfinished(run) - unfinished:
@@ -301,7 +302,7 @@ def _evaluates(run: Run, shape: Shape) -> bool:
 
 
 def _ends(run: Run, shape: Shape) -> bool:
-    """Whether all steps are done and evaluated, so that only a checkpoint and the export are left."""
+    """Whether all steps are done and evaluated; only a checkpoint and the export remain."""
     last = run.last()
     return last is not None and key(last) == (shape.steps, "eval")
 
@@ -312,7 +313,7 @@ def _litter(run: Run) -> list[str]:
 
 
 def _unfinished(run: Run) -> set[tuple[str, int]]:
-    """Name and inode of the checkpoints that are being written, or whose writing was cut short."""
+    """Name and inode of the incomplete checkpoints."""
     found = set()
     with suppress(FileNotFoundError):
         for folder in run.checkpoints.iterdir():

@@ -1,4 +1,4 @@
-"""The campaign's results: one JSON file, and a Markdown page made from it."""
+"""Results of the campaign: a JSON file, and a Markdown page made from it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fault_campaign.kills import FAULTS, MOMENTS, Kill, KillCampaign
 from fault_campaign.soak import Soak, Window, flat, growth
 from hpcm_scale.data.processes import available_cores
 from hpcm_scale.files import write_json, write_text
+from hpcm_scale.formatting import markdown_table
 
 SAMPLES = 100
-"""Of a soak, that are kept in the JSON file."""
-_WORDS = {"start-up": "start-up", "step": "a step", "evaluation": "an evaluation"}
-_WORDS |= {"checkpoint": "a checkpoint write", "export": "the export"}
+"""Samples of a soak that the JSON file keeps."""
+_MOMENTS = {"step": "a step", "evaluation": "an evaluation", "checkpoint": "a checkpoint write", "export": "the export"}
 
 
 def circumstances(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Where, with what and how a part of the campaign was run."""
+    """Date, machine, versions and command of a part of the campaign."""
     packages = {name: version(name) for name in ("torch", "deepspeed", "accelerate")}
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -39,7 +39,7 @@ def circumstances(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
 
 
 def kill_result(campaign: KillCampaign) -> tuple[dict[str, Any], bool]:
-    """What came of a campaign of kills, and whether nothing was lost."""
+    """Results of a campaign of kills, and whether no data was lost."""
     kills, endings = campaign.kills, campaign.endings
     whole = all(ending.same_journal and ending.same_weights for ending in endings)
     rows = []
@@ -47,10 +47,10 @@ def kill_result(campaign: KillCampaign) -> tuple[dict[str, Any], bool]:
         for fault in FAULTS:
             chosen = [kill for kill in kills if (kill.fault, kill.moment) == (fault, moment)]
             if chosen:
-                rows.append([f"{fault}, during {_WORDS[moment]}", *_row(chosen)])
+                rows.append([f"{fault}, during {_MOMENTS.get(moment, moment)}", *_row(chosen)])
     rows.append(["**all**", *_row(kills)])
-    header = ["kill -9 of", "injected", "survived", "data lost", "steps repeated", "steps computed again, at most"]
-    header += ["s until all had ended, at most", "s until the next step, median"]
+    header = ["kill -9 of", "injected", "survived", "data lost", "steps repeated", "steps recomputed, at most"]
+    header += ["s until all processes ended, at most", "s until the next step, median"]
     engines = [
         [
             engine,
@@ -64,15 +64,15 @@ def kill_result(campaign: KillCampaign) -> tuple[dict[str, Any], bool]:
     shape = campaign.shape
     text = [
         f"Runs of `nano` on two processes, {shape.steps} steps each, a checkpoint every {shape.checkpoint_every} and "
-        f"an evaluation every {shape.evaluate_every} steps. After each kill the same command was typed again. "
-        "Data lost: lines missing from the journal, or other than the unbroken run's in any digit; steps repeated: "
-        "lines that are in it twice.",
+        f"an evaluation every {shape.evaluate_every} steps. After each kill the same command was run again. "
+        "Data lost: journal lines that are missing, or differ from the uninterrupted run in any digit; steps repeated: "
+        "lines that occur twice.",
         table(header, rows),
-        "At their ends:",
-        table(["engine", "runs", "kills", "journal as unbroken", "weights as unbroken, to the bit"], engines),
+        "Compared with the uninterrupted runs:",
+        table(["engine", "runs", "kills", "identical journal", "identical weights"], engines),
     ]
     if litter := sorted({name for ending in endings for name in ending.litter}):
-        text.append(f"Unfinished files that nobody has removed: {', '.join(litter)}.")
+        text.append(f"Unfinished files that were not removed: {', '.join(litter)}.")
     failures = [f"- {kill.run}, {kill.fault}, {kill.moment}: {kill.failure}" for kill in kills if kill.failure]
     text += ["\n".join(failures)] if failures else []
     details = {"kills": [asdict(kill) for kill in kills], "runs": [asdict(ending) for ending in endings]}
@@ -81,7 +81,7 @@ def kill_result(campaign: KillCampaign) -> tuple[dict[str, Any], bool]:
 
 
 def elastic_result(campaign: ElasticCampaign) -> tuple[dict[str, Any], bool]:
-    """What came of the matrix of processes and engines, and whether all of it went on as unbroken."""
+    """Results of the transitions of processes and engines, and whether all losses equal the uninterrupted run's."""
     cells = campaign.cells
     of = {(cell.before, cell.after, cell.processes): cell for cell in cells}
     befores, afters = (list(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in ("before", "after"))
@@ -96,9 +96,9 @@ def elastic_result(campaign: ElasticCampaign) -> tuple[dict[str, Any], bool]:
     done = [cell for cell in cells if cell.loss is not None]
     text = [
         f"Runs of `nano`, {campaign.first} steps on {START} processes with one engine, stopped, and {campaign.more} "
-        "more with another engine or number of processes, by the same command. The largest relative difference of "
-        "`train/loss` in those steps from the unbroken run with the first engine on two processes. The unbroken run's "
-        "steps, images, learning rates and PFLOPs come again exactly.",
+        "more with another engine or number of processes, by the same command. Values: the largest relative difference "
+        "of `train/loss` in those steps from the uninterrupted run with the first engine on two processes. Steps, "
+        "images, learning rates and PFLOPs are identical.",
         f"On {START} processes, from (rows) to (columns):",
         table(["", *afters], same),
     ]
@@ -114,7 +114,7 @@ def elastic_result(campaign: ElasticCampaign) -> tuple[dict[str, Any], bool]:
 
 
 def soak_result(soak: Soak) -> tuple[dict[str, Any], bool]:
-    """What came of a soak, and whether the run lived through it without growing."""
+    """Results of a soak, and whether the run survived without growing."""
     early = soak.window(min(600.0, soak.seconds / 3))
     longest, first, last = soak.longest_start()
     inside = soak.window(first + 120.0, start=longest), soak.window(last, start=longest)
@@ -152,26 +152,26 @@ def soak_result(soak: Soak) -> tuple[dict[str, Any], bool]:
     survived = sum(fault.survived for fault in soak.injected)
     verdicts = [
         f"{len(soak.injected)} faults in {soak.seconds / 60:.0f} minutes, {survived} survived; {soak.starts} starts, "
-        f"{soak.steps} steps, each once in the journal. Start {longest} lived {(last - first) / 60:.0f} minutes.",
+        f"{soak.steps} steps, each once in the journal. Start {longest} ran for {(last - first) / 60:.0f} minutes.",
         f"Memory of the training processes: {_percent(growth(early, end))} from {_minutes(early)} minutes to the end; "
         f"{_percent(growth(*inside))} within start {longest}.",
         *(f"**{failure}**" for failure in soak.failures),
     ]
     text = [
-        "A run of `nano` on two processes, one of whose photos does not decode.",
+        "A run of `nano` on two processes, with one corrupt sample.",
         " ".join(verdicts),
         table(
             [
-                "medians of the dozen samples before",
+                "medians of the last twelve samples",
                 "MiB of the training processes",
                 "each",
-                "MiB with all they started",
+                "MiB of all processes",
                 "open files",
                 "processes",
             ],
             held,
         ),
-        table(["minute: fault", "survived", "exit code", "s until all had ended", "s until the next step"], faults),
+        table(["minute: fault", "survived", "exit code", "s until the end", "s until the next step"], faults),
     ]
     failures = [f"- {fault.fault}: {' '.join(fault.failure.split())}" for fault in soak.injected if fault.failure]
     text += ["\n".join(failures)] if failures else []
@@ -210,15 +210,14 @@ def _row(kills: Sequence[Kill]) -> list[Any]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    """A Markdown table; its cells may be numbers."""
+    return markdown_table(header, [[*map(str, row)] for row in rows])
 
 
 def write(out: Path, part: str, result: dict[str, Any]) -> Path:
-    """Put one part's result into `out`.json beside what other parts left there, and make `out`.md anew from all.
+    """Store one part's result in `out`.json beside those of other parts, and rewrite `out`.md from all.
 
-    A result holds `title`, `text` (Markdown, tables included), `circumstances` and whatever else is worth keeping.
+    A result holds `title`, `text` (Markdown with tables), `circumstances` and further values.
     """
     file = out.with_suffix(".json")
     parts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -230,7 +229,7 @@ def write(out: Path, part: str, result: dict[str, Any]) -> Path:
 
 def page(parts: dict[str, Any]) -> str:
     """The Markdown page of all parts."""
-    sections = ["# Faults: what was done to runs, and what was lost"]
+    sections = ["# Fault campaign"]
     for result in parts.values():
         where = result["circumstances"]
         packages = ", ".join(f"{name} {number}" for name, number in where["packages"].items())

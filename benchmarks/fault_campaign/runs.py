@@ -1,4 +1,4 @@
-"""One run folder, the command that trains it, and the processes of that command."""
+"""A run folder, the command that trains it, and its processes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from safetensors.torch import load_file
 from hpcm_scale.sweeps.local import free_port
 
 LONGEST_AFTERLIFE = 300.0
-"""Seconds after which processes of a run that has ended are taken to hang; the report has the longest time it took."""
+"""Seconds after which the remaining processes of an ended run count as hanging."""
 POLL_SECONDS = 0.002
 _LAUNCH = "deepspeed.launcher.launch"
 _LONGEST_LINE = 8192
-"""Bytes of a journal line, at most."""
+"""Longest journal line, bytes."""
 _MARK = "FAULT_CAMPAIGN_RUN"
 
 
 class Run:
-    """A run folder and the one command that is typed, again and again, to train it.
+    """A run folder and the command that trains it, which can be started repeatedly.
 
-    Each `start` is a session of its own, by which its processes are found, and by the folder's name in their command
-    line or environment where they have left it. With `forks`, processes are forked from that server, without
-    DeepSpeed's launcher.
+    Its processes are found by the session of each `start`, and by the folder in their command line or environment.
+    With `forks`, processes are forked from that server, without DeepSpeed's launcher.
     """
 
     def __init__(self, folder: Path, overrides: Sequence[str], processes: int = 2, log: Path | None = None) -> None:
@@ -47,16 +46,16 @@ class Run:
         self.processes = processes
         self.port = free_port([])
         self.started = 0.0
-        """Clock of the last start, seconds since the epoch."""
+        """Time of the last start, seconds since the epoch."""
         self._process: Any = None
         self._sessions: list[int] = []
-        self._said = 0
+        self._log_start = 0
 
     def start(self, forks: ForkServer | None = None) -> None:
-        """Type the command."""
+        """Start the command."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | {_MARK: str(self.folder)}
-        self._said = self.log.stat().st_size if self.log.exists() else 0
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         self.started = time.time()
         where = {"cwd": self.folder.parent, "env": environment}
         with self.log.open("ab") as log:
@@ -86,18 +85,18 @@ class Run:
         return self._process.poll()
 
     def output(self) -> str:
-        """What the command has said since it was typed last."""
-        return self.log.read_bytes()[self._said :].decode(errors="replace")
+        """Output of the command since its last start."""
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
     def finish(self, forks: ForkServer | None = None, limit: float = 600.0) -> int:
-        """Type the command and wait for its end and that of all its processes; its exit code."""
+        """Start the command and wait until all its processes have ended; its exit code."""
         self.start(forks)
         wait_for(lambda: self.poll() is not None, limit, f"the end of {self.folder.name}")
         self.wait_until_gone()
         return self.poll()
 
     def members(self) -> list[psutil.Process]:
-        """The living processes of all starts."""
+        """The running processes of all starts."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def _is_ours(self, process: psutil.Process) -> bool:
@@ -117,7 +116,7 @@ class Run:
         return [leader, *(child for child in leader.children() if _LAUNCH in child.cmdline())]
 
     def ranks(self) -> list[psutil.Process]:
-        """The living training processes of the last start, in order of rank; none while it starts."""
+        """The running training processes of the last start, in order of rank; none during start-up."""
         with suppress(psutil.Error):
             if self.processes == 1:
                 return [psutil.Process(self._process.pid)]
@@ -127,25 +126,27 @@ class Run:
         return []
 
     def wait_until_gone(self, limit: float = LONGEST_AFTERLIFE) -> float:
-        """Seconds until no process is left, and the command's exit code is known: the one who started it may learn of
-        its end later. Raises TimeoutError after `limit`, and ends what is left."""
+        """Seconds until no process remains and the exit code is known, which may be later.
+
+        Raises TimeoutError after `limit` seconds, and kills the remaining processes.
+        """
         began = time.monotonic()
         while (left := self.members()) or self.poll() is None:
             if time.monotonic() > began + limit:
                 names = "; ".join(" ".join(process.cmdline())[:200] for process in left if process.is_running())
                 self.end()
-                raise TimeoutError(f"{len(left)} processes of {self.folder.name} outlive it by {limit:.0f} s: {names}")
+                raise TimeoutError(f"{len(left)} processes of {self.folder.name} remain after {limit:.0f} s: {names}")
             time.sleep(0.05)
         return time.monotonic() - began
 
     def end(self) -> None:
-        """Kill whatever is left."""
+        """Kill all remaining processes."""
         for process in self.members():
             with suppress(psutil.Error):
                 process.kill()
 
     def records(self) -> list[dict[str, Any]]:
-        """The whole lines of the journal; none before there is one."""
+        """The complete lines of the journal."""
         try:
             lines = self.journal.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
@@ -153,7 +154,7 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
     def last(self) -> dict[str, Any] | None:
-        """The last whole line of the journal."""
+        """The last complete line of the journal, or None."""
         try:
             with self.journal.open("rb") as journal:
                 journal.seek(max(0, self.journal.stat().st_size - _LONGEST_LINE * 2))
@@ -177,7 +178,7 @@ class Run:
         return max(self.complete(), default=0)
 
     def new_steps(self, after: int) -> int:
-        """How far beyond step `after` the journal has got since the last start; −1 before it was taken up again."""
+        """Steps beyond `after` in the journal since the last start; −1 before the journal was resumed."""
         try:
             if self.journal.stat().st_mtime < self.started:
                 return -1
@@ -188,7 +189,7 @@ class Run:
 
 @contextmanager
 def ended_with(run: Run) -> Iterator[Run]:
-    """Nothing of the run outlives this."""
+    """Afterwards, kill all processes of the run."""
     try:
         yield run
     finally:
@@ -200,13 +201,13 @@ def wait_for(condition: Callable[[], bool], limit: float, what: str, pause: floa
     began = time.monotonic()
     while not condition():
         if time.monotonic() > began + limit:
-            raise TimeoutError(f"{what} did not come within {limit:.0f} s")
+            raise TimeoutError(f"timed out after {limit:.0f} s waiting for {what}")
         time.sleep(pause)
     return time.monotonic() - began
 
 
 def numbers(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Everything in a journal that does not depend on the clock."""
+    """Journal records without the values that depend on time."""
     return [
         {key: value for key, value in record.items() if key != "time" and not key.startswith("perf/")}
         for record in records
@@ -214,7 +215,7 @@ def numbers(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def key(record: dict[str, Any]) -> tuple[int, str]:
-    """What tells a journal line from all others: its step, and whether it is of training or evaluation."""
+    """Identifies a journal line: its step, and "train" or "eval"."""
     return record["step"], "eval" if "eval/loss" in record else "train"
 
 
@@ -225,7 +226,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL to all of them at once."""
+    """Send SIGKILL to all of them."""
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)

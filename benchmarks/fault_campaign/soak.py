@@ -1,4 +1,4 @@
-"""A long run with a fault every few minutes: is memory flat, is every file closed, is no process left behind?"""
+"""A long run with a fault every few minutes, which must not leak memory, files or processes."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 
 import psutil
 
-from fault_campaign.injections import ENDING, LIVED_THROUGH, Fault, Scene
+from fault_campaign.injections import ENDING, SURVIVED, Fault, Scene
 from fault_campaign.runs import Run, key, wait_for
 from hpcm_scale.errors import STOPPED
 
 START_SECONDS = 300.0
 LARGEST_GROWTH = 0.05
-"""Of resident memory."""
+"""Largest relative growth of resident memory."""
 SPARE_FILES = 2
-"""Descriptors by which two moments of a run may differ: a checkpoint is being written, a shard read."""
-MENDED_SECONDS = 120.0
-"""Within so long after a fault that a run lives through, it must have taken a step and written its journal."""
+"""Allowed difference of open descriptors, for a checkpoint being written or a shard being read."""
+RECOVERY_SECONDS = 120.0
+"""Longest time to the next step after a fault that the run survives."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the processes of the run held at one time."""
+    """Resources of the run's processes at one time."""
 
     seconds: float
-    """Since the soak began."""
+    """Since the start of the soak."""
     start: int
-    """How many times the command had been typed."""
+    """Number of starts of the command so far."""
     ranks: tuple[float, ...]
     """Resident memory of the training processes, MiB."""
     tree: float
-    """That of all processes of the run, MiB; shared pages count in each."""
+    """Resident memory of all processes of the run, MiB; shared pages count repeatedly."""
     files: int
     """Open file descriptors of the training processes."""
     processes: int
@@ -45,23 +45,23 @@ class Sample:
 
 @dataclass
 class Injected:
-    """One fault, and what became of the run."""
+    """One fault and its outcome."""
 
     seconds: float
     fault: str
     step: int
     survived: bool = False
     seconds_to_end: float | None = None
-    """Until no process was left, for faults that end the run."""
+    """Until no process remained, for faults that end the run."""
     seconds_to_step: float | None = None
-    """Until the next step: from typing the command, or from the end of the fault."""
+    """Until the next step, from the start of the command or the end of the fault."""
     exit_code: int | None = None
     failure: str = ""
 
 
 @dataclass
 class Window:
-    """Medians of the samples around one time."""
+    """Medians of samples around one time."""
 
     seconds: float
     ranks: list[float]
@@ -76,8 +76,8 @@ class Window:
 class Soak:
     """Trains one run for `seconds` and injects a fault every `interval` seconds; all times in seconds.
 
-    The first faults and the last ones end the run, which is then started again; those between it must live through,
-    so that one start of it lives for most of the time.
+    The first and the last faults end the run, which is then started again; it survives the others, so that one start
+    covers most of the time.
     """
 
     scene: Scene
@@ -90,10 +90,10 @@ class Soak:
     samples: list[Sample] = field(default_factory=list)
     injected: list[Injected] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """What is amiss at the end."""
+    """Failures found at the end."""
     starts: int = 0
     steps: int = 0
-    """At the end."""
+    """Last step."""
 
     def __post_init__(self) -> None:
         self._began = 0.0
@@ -101,9 +101,9 @@ class Soak:
         self._over = threading.Event()
 
     def plan(self) -> list[Fault]:
-        """The faults in order: the last leaves the last start alone for an interval, to be weighed."""
+        """The faults in order; after the last one, an interval without faults measures the last start."""
         count = max(1, int(self.seconds / self.interval) - 1)
-        kinds = [fault for fault in LIVED_THROUGH if self.scene.disk or not fault.needs_disk]
+        kinds = [fault for fault in SURVIVED if self.scene.disk or not fault.needs_disk]
         ending, lived = iter(cycle(ENDING)), iter(cycle(kinds))
         last = count - self.restarts_last
         return [
@@ -111,7 +111,7 @@ class Soak:
         ]
 
     def go(self) -> None:
-        """Everything; afterwards the processes have ended and the results are here."""
+        """Run the soak; afterwards all processes have ended."""
         sampler = threading.Thread(target=self._sample, daemon=True)
         try:
             self._began = time.monotonic()
@@ -127,10 +127,11 @@ class Soak:
             self._over.set()
             self.scene.run.end()
         sampler.join()
-        self._judge_journal()
+        self._check_journal()
 
     @property
     def now(self) -> float:
+        """Seconds since the start of the soak."""
         return time.monotonic() - self._began
 
     def window(self, seconds: float, start: int | None = None) -> Window | None:
@@ -144,7 +145,7 @@ class Soak:
         return Window(seconds, ranks, total, *others)
 
     def longest_start(self) -> tuple[int, float, float]:
-        """The start that lived longest, and when it was first and last seen."""
+        """The longest start, and the times of its first and last sample."""
         spans: dict[int, list[float]] = {}
         for sample in self.samples:
             spans.setdefault(sample.start, []).append(sample.seconds)
@@ -156,26 +157,26 @@ class Soak:
         injected = Injected(self.now, fault.name, run.step())
         self.injected.append(injected)
         try:
-            if run.poll() is not None:  # it did not live through the one before
+            if run.poll() is not None:  # it did not survive the previous fault
                 self._start(None)
             if fault.ends:
                 self._trains.clear()
             fault.inject(self.scene)
-            (self._end_and_start if fault.ends else self._live_on)(fault, injected)
+            (self._restart if fault.ends else self._survive)(fault, injected)
         except TimeoutError as error:
             injected.failure = str(error)
         injected.survived = not injected.failure
 
-    def _live_on(self, fault: Fault, injected: Injected) -> None:
+    def _survive(self, fault: Fault, injected: Injected) -> None:
         run, began = self.scene.run, time.monotonic()
         step = run.step()
-        wait_for(lambda: run.step() > step or run.poll() is not None, MENDED_SECONDS, "a step")
+        wait_for(lambda: run.step() > step or run.poll() is not None, RECOVERY_SECONDS, "a step")
         injected.seconds_to_step = time.monotonic() - began
         if run.poll() is not None:
             injected.exit_code = run.poll()
             injected.failure = f"it ended: {run.output()[-1000:]}"
 
-    def _end_and_start(self, fault: Fault, injected: Injected) -> None:
+    def _restart(self, fault: Fault, injected: Injected) -> None:
         run, began = self.scene.run, time.monotonic()
         wait_for(lambda: run.poll() is not None, 60.0, "the end")
         run.wait_until_gone()
@@ -186,7 +187,7 @@ class Soak:
         newest = run.newest()
         self._start(injected)
         if fault.damages and f"step_{newest:08d}" not in run.output():
-            injected.failure = f"the damaged checkpoint of step {newest} is not named: {run.output()[:1000]}"
+            injected.failure = f"the damaged checkpoint of step {newest} is not reported: {run.output()[:1000]}"
 
     def _start(self, injected: Injected | None) -> None:
         run = self.scene.run
@@ -195,14 +196,14 @@ class Soak:
         run.start()
         wait_for(lambda: self._has_stepped(run) or run.poll() is not None, START_SECONDS, "a step")
         if run.poll() is not None:
-            raise TimeoutError(f"started again, it ended with {run.poll()}: {run.output()[-1000:]}")
+            raise TimeoutError(f"after the restart it exited with code {run.poll()}: {run.output()[-1000:]}")
         if injected:
             injected.seconds_to_step = time.time() - run.started
         self._trains.set()
 
     @staticmethod
     def _has_stepped(run: Run) -> bool:
-        """Whether the journal has grown since it was taken up again: that is at the newest whole checkpoint's step."""
+        """Whether the journal has grown since it was resumed at the newest complete checkpoint."""
         newest = run.newest()
         return run.new_steps(newest) > 0
 
@@ -217,16 +218,16 @@ class Soak:
         except TimeoutError as error:
             self.failures.append(str(error))
         if run.poll() != STOPPED:
-            self.failures.append(f"stopped, it ended with exit code {run.poll()}: {run.output()[-1000:]}")
+            self.failures.append(f"after the stop it exited with code {run.poll()}: {run.output()[-1000:]}")
 
-    def _judge_journal(self) -> None:
+    def _check_journal(self) -> None:
         keys = [key(record) for record in self.scene.run.records()]
         steps = [step for step, kind in keys if kind == "train"]
         self.steps = steps[-1]
         if steps != list(range(1, self.steps + 1)):
-            self.failures.append("the journal misses steps, or has some twice")
+            self.failures.append("the journal has missing or repeated steps")
         if len(set(keys)) < len(keys):
-            self.failures.append("the journal has evaluations twice")
+            self.failures.append("the journal has repeated evaluations")
 
     def _sleep_until(self, seconds: float) -> None:
         time.sleep(max(0.0, seconds - self.now))
@@ -259,12 +260,12 @@ def _megabytes(process: psutil.Process) -> float:
 
 
 def growth(before: Window | None, after: Window | None) -> float | None:
-    """By how much of it the memory of the training processes has grown."""
+    """Relative growth of the training processes' memory."""
     return None if before is None or after is None else after.total / before.total - 1
 
 
 def flat(windows: Sequence[Window | None]) -> bool:
-    """Whether neither memory nor descriptors nor processes have become more than in the first window."""
+    """Whether memory, descriptors and processes have not grown since the first window."""
     if None in windows:
         return False
     first, *others = windows
