@@ -1,4 +1,4 @@
-"""What this process computes on: one answer for training, the codec and DeepSpeed."""
+"""The device of this process, chosen alike for training, coding and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,48 +12,56 @@ from hpcm_scale.errors import UserError
 
 CUDA, CPU = "cuda", "cpu"
 NO_GPU = ("", "-1", "NoDevFiles")
-"""Values of CUDA_VISIBLE_DEVICES that leave no GPU; the last one is Slurm's."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last one is set by Slurm."""
 
 
 def device_kind(root: Path = Path("/")) -> str:
-    """What this process computes on where no device is named: "cuda" or "cpu".
+    """The default device type, "cuda" or "cpu".
 
-    The CPU if DS_ACCELERATOR=cpu or CUDA_VISIBLE_DEVICES= asks for it, or if there is no GPU. `root` is where the
-    system's /dev and /proc lie. Raises UserError for GPUs that torch cannot use, which would train on the CPU unseen,
-    and for another DS_ACCELERATOR.
+    "cpu" if DS_ACCELERATOR=cpu or an empty CUDA_VISIBLE_DEVICES requests it, or if there is no GPU. `root` holds the
+    system's /dev and /proc. Raises UserError if there are GPUs that torch cannot use, instead of silently training on
+    the CPU, and for any other DS_ACCELERATOR.
     """
     accelerator = os.environ.get("DS_ACCELERATOR", CUDA)
     if accelerator not in (CUDA, CPU):
-        raise UserError(f"DS_ACCELERATOR={accelerator} is not supported; set it to {CUDA} or {CPU}, or leave it unset")
-    if cpu_is_asked_for():
+        raise UserError(
+            "unknown-accelerator",
+            "",
+            f"DS_ACCELERATOR={accelerator} is not supported; set it to {CUDA} or {CPU}, or leave it unset",
+        )
+    if cpu_is_requested():
         return CPU
-    import torch  # commands that compute nothing do without
+    import torch  # slow; commands that compute nothing do not import it
 
-    with warnings.catch_warnings():  # of torch, about the driver
+    with warnings.catch_warnings():  # torch warns about the driver
         warnings.simplefilter("ignore")
         if torch.cuda.is_available():
             return CUDA
-    if any(_is_given(device) for device in (root / "dev").glob("nvidia[0-9]*")):
+    if any(_is_accessible(device) for device in (root / "dev").glob("nvidia[0-9]*")):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         where = f" with CUDA_VISIBLE_DEVICES={visible}" if visible else ""
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         driver = driver_version(root) or "of unknown version"
         raise UserError(
-            f"this machine has NVIDIA GPUs with driver {driver}, and torch {torch.__version__}, {build}, cannot "
-            f"use them{where}; install a driver and a torch that fit each other, or set DS_ACCELERATOR=cpu for the CPU"
+            "unusable-gpu",
+            "",
+            f"this node has NVIDIA GPUs with driver {driver}, but torch {torch.__version__}, {build}, cannot use "
+            f"them{where}; install a driver and a torch that match, or set DS_ACCELERATOR=cpu to use the CPU",
         )
     if "DS_ACCELERATOR" in os.environ:
-        raise UserError("DS_ACCELERATOR=cuda is set, and torch finds no GPU; unset it, or set DS_ACCELERATOR=cpu")
+        raise UserError(
+            "no-gpu", "", "DS_ACCELERATOR=cuda is set but torch finds no GPU; unset it, or set DS_ACCELERATOR=cpu"
+        )
     return CPU
 
 
-def cpu_is_asked_for() -> bool:
-    """Whether DS_ACCELERATOR or CUDA_VISIBLE_DEVICES asks for the CPU."""
+def cpu_is_requested() -> bool:
+    """Whether DS_ACCELERATOR or CUDA_VISIBLE_DEVICES requests the CPU."""
     return os.environ.get("DS_ACCELERATOR") == CPU or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in NO_GPU
 
 
 def device_count() -> int:
-    """The GPUs that this process sees; 0 where it computes on the CPU. Raises UserError as `device_kind` does."""
+    """Number of GPUs visible to this process, 0 on the CPU. Raises UserError as `device_kind` does."""
     if device_kind() == CPU:
         return 0
     import torch
@@ -62,24 +70,26 @@ def device_count() -> int:
 
 
 def local_device(local_rank: int, local_world_size: int, count: int, visible: str | None) -> int:
-    """The index of a process's GPU among the `count` that it sees; `visible` is its CUDA_VISIBLE_DEVICES.
+    """Index of a process's GPU among its `count` visible ones; `visible` is CUDA_VISIBLE_DEVICES.
 
-    That is its local rank, or 0 where CUDA_VISIBLE_DEVICES names one GPU, which is then its own, as under Slurm.
-    Raises UserError if there are more processes on this machine than GPUs.
+    The local rank, or 0 if CUDA_VISIBLE_DEVICES lists a single GPU, as Slurm does for each process. Raises UserError
+    if this node runs more processes than it has GPUs.
     """
     if count == 1 and visible is not None and "," not in visible:
         return 0
     processes = max(local_world_size, local_rank + 1)
     if processes > count:
         raise UserError(
-            f"{processes} processes are started on a machine with {count} GPU{'s' if count > 1 else ''}; start one for "
-            "each GPU (--num_gpus, --nproc_per_node), or set DS_ACCELERATOR=cpu to use the CPU"
+            "more-processes-than-gpus",
+            "",
+            f"{processes} processes run on a node with {count} GPU{'s' if count > 1 else ''}; start one per GPU "
+            "(--num_gpus, --nproc_per_node), or set DS_ACCELERATOR=cpu to use the CPU",
         )
     return local_rank
 
 
-def _is_given(device: Path) -> bool:
-    """Whether a device is there for this process; the system may keep it for others, as Slurm has it do."""
+def _is_accessible(device: Path) -> bool:
+    """Whether this process may open a device; Slurm reserves devices for other jobs."""
     try:
         os.close(os.open(device, os.O_RDWR))
     except OSError as error:
@@ -88,7 +98,7 @@ def _is_given(device: Path) -> bool:
 
 
 def driver_version(root: Path = Path("/")) -> str | None:
-    """The version of NVIDIA's driver, None if there is none."""
+    """Version of the NVIDIA driver, None without one."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:

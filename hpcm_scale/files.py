@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes, checks of paths before they are used, and removal of secrets from text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
-from hpcm_scale.errors import SHOWN, UserError, shown
-
-# Secrets inside URLs and shell commands: refused where they would be written down, hidden where they are told.
-
+from hpcm_scale.errors import ESCAPE, UserError, printable
 
 PIPE = "pipe:"
-"""What a source starts with that is a shell command and no URL."""
+"""Prefix of a source that is a shell command instead of a URL."""
 
 _SECRETS = (
     re.compile(r"(?P<keep>//)[^/\s:@'\"]*:(?!\$)[^/\s'\"]+(?=@)"),  # ftp://user:password@host
@@ -36,36 +33,38 @@ _SECRETS = (
         re.IGNORECASE,
     ),
 )
-"""Each matches a secret after what may be kept. What a shell will fill in (`$TOKEN`) is none."""
+"""Passwords, tokens and signatures in URLs and headers; variables of a shell (`$TOKEN`) do not match."""
 
 
 def without_secrets(text: str) -> str:
-    """`text` with `…` in place of passwords, tokens and signatures of the URLs and headers in it."""
+    """`text` with `…` in place of the passwords, tokens and signatures in its URLs and headers."""
     for pattern in _SECRETS:
         text = pattern.sub(r"\g<keep>…", text)
     return text
 
 
 def check_no_secret(text: str, named: str) -> None:
-    """Raise UserError, which does not repeat it, if a URL or header in `text`, the value of `named`, holds a secret."""
+    """Raise UserError if a URL or header in `text`, the value of `named`, holds a secret; never shows it."""
     if without_secrets(text) != text:
         raise UserError(
-            f"{named} holds a password, token or signature, which would be written to the run folder; take it out "
-            "and give credentials in the environment (AWS_*, FSSPEC_*)"
+            "secret-in-value",
+            named,
+            f"{named} holds a password, token or signature, which would be written to the run folder; remove it and "
+            "set credentials in the environment (AWS_*, FSSPEC_*)",
         )
 
 
 def unfinished_name(path: Path) -> str:
-    """What the names of unfinished files of `path` begin with: short, however long its own name is."""
+    """Prefix of the temporary files of `path`: 18 characters for a name of any length."""
     return f".{sha256(os.fsencode(path.name)).hexdigest()[:16]}."
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; flush it to disk and rename it on success.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to; on success it is flushed to disk and renamed to `path`.
 
-    Its permissions are those of any new file, as the umask and the folder have them, whatever wrote it. On an exception
-    the unfinished file is removed and `path` is left as it was. Raises OSError if something else than a file is there.
+    The file gets the permissions of any new file (umask). On an exception the temporary file is
+    removed and `path` stays as it was. Raises OSError if `path` exists and is not a regular file.
     """
     path = Path(path)
     _check_replaceable(path)
@@ -89,25 +88,25 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 
-    Bytes of names that are not UTF-8 are escaped: in JSON as it escapes them itself, so that they are read back as they
-    were, elsewhere as by `shown`.
+    Bytes that are not UTF-8, as in file names, are escaped: in JSON by its own escapes, so that they are read back
+    unchanged, elsewhere as by `printable`.
     """
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         is_json = Path(path).suffix in (".json", ".jsonl")
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace" if is_json else SHOWN)
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace" if is_json else ESCAPE)
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises OSError, too, for what is not a regular file: a named pipe would be waited for."""
-    if kind := kind_of(path):
+    """The bytes of a regular file. Raises OSError for anything else: reading a named pipe would block."""
+    if kind := ema_kind(path):
         raise OSError(errno.EINVAL, f"it is {kind}", str(path))
     return path.read_bytes()
 
 
-def kind_of(path: Path) -> str:
-    """What something that is neither a regular file nor a link to one is; "" for a file. Raises OSError."""
+def ema_kind(path: Path) -> str:
+    """The kind of `path`, such as "a pipe"; "" for a regular file or a link to one. Raises OSError if it is missing."""
     mode = path.stat().st_mode
-    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no file")
+    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "not a file")
 
 
 _KINDS = {
@@ -120,18 +119,18 @@ _KINDS = {
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raise OSError if a rename would put a file in the place of a device, a pipe or a socket, or fail at a folder."""
+    """Raise OSError if `path` is a folder, a device, a pipe or a socket, which no file must replace."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and (kind := kind_of(path)):
+    if path.exists() and (kind := ema_kind(path)):
         raise OSError(errno.EINVAL, f"it is {kind}", str(path))
 
 
 @contextmanager
 def utf_8_path(path: str | Path) -> Iterator[Path]:
-    """A path to `path` that is UTF-8, for libraries that take no other: its own, or else a link, removed afterwards."""
+    """Yield a path in UTF-8 that leads to `path`, for libraries that accept no other: itself or a temporary link."""
     path = Path(path)
-    if shown(path) == str(path):
+    if printable(path) == str(path):
         yield path
         return
     with TemporaryDirectory(prefix="hpcm_scale_") as folder:
@@ -141,31 +140,28 @@ def utf_8_path(path: str | Path) -> Iterator[Path]:
 
 
 def check_length(path: str | Path) -> None:
-    """Raise UserError if a name in `path`, or all of it, is longer than the file system takes."""
+    """Raise UserError if a name in `path`, or the whole path, is longer than the file system allows."""
     absolute = Path(path).absolute()
     there = nearest(absolute)
-    for name, most in (
-        (max(absolute.parts, key=len_in_bytes), os.pathconf(there, "PC_NAME_MAX")),
-        (absolute, os.pathconf(there, "PC_PATH_MAX") - 1),
-    ):
-        if len_in_bytes(name) > most:
+    longest = max(absolute.parts, key=lambda name: len(os.fsencode(name)))
+    limits = {longest: os.pathconf(there, "PC_NAME_MAX"), str(absolute): os.pathconf(there, "PC_PATH_MAX") - 1}
+    for name, limit in limits.items():
+        size = len(os.fsencode(name))
+        if size > limit:
             raise UserError(
-                f"{name} has {len_in_bytes(name)} bytes, and the file system takes {most}; choose a shorter name"
+                "name-too-long",
+                "",
+                f"{name} has {size} bytes, but the file system allows {limit}; choose a shorter name",
             )
 
 
-def len_in_bytes(name: str | Path) -> int:
-    """How many bytes a name has on disk."""
-    return len(os.fsencode(name))
-
-
 def json_text(value: Any, indent: int = 1) -> str:
-    """Plain values as JSON that every reader takes: numbers that are not finite become null, which JSON lacks."""
+    """`value` as standard JSON; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file (`json_text`) atomically, whatever its name ends with."""
+    """Write a JSON file (`json_text`) atomically, with any suffix."""
     write_text(path, json_text(value).encode("utf-8", "backslashreplace").decode() + "\n")
 
 
@@ -179,15 +175,19 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Tell in one sentence what keeps the user's `path` from being written in here (`UserError`)."""
+    """Raise UserError instead of OSError while the user's `path` is written."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); mend that, or name another place") from error
+        raise UserError(
+            "unwritable-path",
+            "",
+            f"cannot write {path} ({error.strerror or error}); correct the cause or choose another path",
+        ) from error
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise UserError if `path` cannot be written, where that comes much later; leaves nothing there."""
+    """Raise UserError if the file `path`, which is written later, cannot be written; creates nothing."""
     path = Path(path)
     check_length(path)
     with writing(path):
@@ -197,18 +197,24 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_folder(out: str | Path) -> None:
-    """Raise UserError if `--out` cannot be a folder to write to, where that comes much later; leaves nothing there."""
+    """Raise UserError if the folder `--out`, which is written later, cannot be written; creates nothing."""
     check_length(out)
     there = next(path for path in (Path(out), *Path(out).absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        kind = "a file" if there.exists() else "a link to nothing"
-        raise UserError(f"--out {out} cannot be a folder because {there} is {kind}; name a folder")
-    if not takes_files(there):
-        raise UserError(f"--out {out} cannot be written because {there} is read-only; name another folder")
+        kind = "a file" if there.exists() else "a dangling link"
+        raise UserError(
+            "out-not-a-folder",
+            "--out",
+            f"--out {out} cannot be a folder because {there} is {kind}; choose another",
+        )
+    if not is_writable(there):
+        raise UserError(
+            "out-read-only", "--out", f"--out {out} cannot be written because {there} is read-only; choose another"
+        )
 
 
-def takes_files(folder: str | Path) -> bool:
-    """Whether a file can be made there: permissions do not tell, on network file systems and for root."""
+def is_writable(folder: str | Path) -> bool:
+    """Whether a file can be created in `folder`; tries it, since permissions mislead on network drives and for root."""
     try:
         TemporaryFile(dir=folder).close()
     except OSError:
@@ -217,13 +223,13 @@ def takes_files(folder: str | Path) -> bool:
 
 
 def nearest(folder: str | Path) -> Path:
-    """The folder itself, or what exists of those above it."""
+    """`folder` itself if it exists, else the nearest existing folder above it."""
     folder = Path(folder).absolute()
     return next(there for there in (folder, *folder.parents) if os.path.exists(there))  # noqa: PTH110 (long names)
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make renames and new files in `folder` survive a power cut."""
+    """Flush the entries of `folder` to disk, so that renames and new files survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The numbers that users may give: every numeric key of a configuration and every numeric option has a `Range`."""
+"""Valid ranges of numeric configuration keys and command-line options."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from hpcm_scale.errors import UserError
 
 _LONGEST = 60
-"""Characters of a value that a message repeats."""
+"""Characters of a value that are repeated in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers between two finite ends; neither nan nor infinities are among them."""
+    """An interval of finite numbers; NaN and infinities are outside."""
 
     least: float = -math.inf
     above: float = -math.inf
@@ -27,26 +27,28 @@ class Range:
         return self.least <= number <= self.most and self.above < number < self.below
 
     def __str__(self) -> str:
-        low = f"at least {_told(self.least)}" if self.least > -math.inf else f"greater than {_told(self.above)}"
-        high = f"at most {_told(self.most)}" if self.most < math.inf else f"less than {_told(self.below)}"
+        low = f"at least {_text(self.least)}" if self.least > -math.inf else f"greater than {_text(self.above)}"
+        high = f"at most {_text(self.most)}" if self.most < math.inf else f"less than {_text(self.below)}"
         return f"{low} and {high}"
 
     def check(self, key: str, value: Any) -> None:
-        """Raise UserError unless the value of `key`, a number or a list or dictionary of them, lies in this range.
+        """Raise UserError unless the value of `key`, a number or a list or dictionary of numbers, lies in the range.
 
-        None, an optional number that is not set, is allowed.
+        None, an unset optional number, is valid.
         """
         several = isinstance(value, Mapping | Sequence)
         for number in (value.values() if isinstance(value, Mapping) else value) if several else [value]:
             if number is not None and number not in self:
-                raise UserError(f"{key}={abbreviated(value)} must be {self}{', each' if several else ''}")
+                raise UserError(
+                    "out-of-range", key, f"{key}={abbreviated(value)} must be {self}{', each' if several else ''}"
+                )
 
     def whole(self, text: str) -> int:
-        """The whole number of a command-line option: argparse's `type`."""
+        """Parse an integer option; a `type` of argparse."""
         return self._parsed(int, text, "a whole number")
 
     def real(self, text: str) -> float:
-        """The real number of a command-line option: argparse's `type`."""
+        """Parse a real-valued option; a `type` of argparse."""
         return self._parsed(float, text, "a number")
 
     def _parsed(self, kind: Callable[[str], Any], text: str, name: str) -> Any:
@@ -62,24 +64,24 @@ class Range:
 COUNT = Range(least=1, most=10**12)
 COUNT_OR_NONE = Range(least=0, most=10**12)
 PROCESSES = Range(least=1, most=1024)
-"""Started on one machine."""
+"""Processes started on one node."""
 LAMBDA = Range(least=1e-9, most=1e6)
 UTILISATION = Range(least=0.001, most=1)
-"""Share of a device's peak rate that is in use."""
+"""Fraction of a device's peak FLOP/s (MFU)."""
 QUALITY = Range(least=0, most=100)
-"""Of variable-rate weights."""
+"""Quality of variable-rate weights."""
 PART = Range(above=0, below=1)
-"""Neither nothing nor all."""
+"""A proper fraction."""
 CROP = Range(least=128, most=16_384)
-"""Side, pixels."""
+"""Side of a crop, pixels."""
 BUDGET = Range(least=1e-9, most=1e30)
-"""Of compute, PFLOPs."""
+"""Compute, PFLOPs."""
 CONFIDENCE = Range(least=0.01, most=0.9999)
-"""Level of an interval."""
+"""Confidence level of an interval."""
 
 
 def number(default: Any, allowed: Range) -> Any:
-    """A dataclass field that holds a number or None, or a list or dictionary of numbers, each within `allowed`."""
+    """A dataclass field for a number or None, or for a list or dictionary of numbers, each within `allowed`."""
     metadata = {"allowed": allowed}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -87,9 +89,9 @@ def number(default: Any, allowed: Range) -> Any:
 
 
 def check_numbers(config: Any, prefix: str = "") -> None:
-    """Check every `number` of a dataclass, and of the dataclasses in it.
+    """Raise UserError for the first `number` of a dataclass, or of a nested one, that is out of range.
 
-    `prefix` is what their keys begin with, for example `model.`. Raises UserError for the first one out of its range.
+    `prefix` is the common prefix of the keys, such as `model.`.
     """
     for entry in fields(config):
         key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
@@ -100,13 +102,13 @@ def check_numbers(config: Any, prefix: str = "") -> None:
 
 
 def abbreviated(value: object) -> str:
-    """A value as an error message repeats it: in one line, cut where it is long."""
+    """A value as text for a message, at most 60 characters and an ellipsis."""
     try:
         text = str(value)
-    except ValueError:  # Python writes no integers of more than 4,300 digits
+    except ValueError:  # an integer of more than 4,300 digits
         return "…"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def _told(end: float) -> str:
+def _text(end: float) -> str:
     return f"{end:,}" if isinstance(end, int) else f"{end:,.10g}"

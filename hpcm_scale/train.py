@@ -13,6 +13,7 @@ from functools import partial
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -21,13 +22,13 @@ from hpcm_scale.config.compose import CONFIG_NAME, check_overrides, config_folde
 from hpcm_scale.config.schema import Config
 from hpcm_scale.config.sweeps import quoted, refuse_hydra_folders, sweeper_grids, swept_keys
 from hpcm_scale.distributed.processes import without_launcher_arguments
-from hpcm_scale.errors import STOPPED, Parser, UserError, one_line, unread
-from hpcm_scale.model.ladder import sized
-from hpcm_scale.sweeps import launchers  # noqa: F401 (makes itself known to Hydra)
+from hpcm_scale.errors import STOPPED, Parser, UserError, entry_point, ignore_lost_output
+from hpcm_scale.model.ladder import with_size
+from hpcm_scale.sweeps import launchers  # noqa: F401 (registers with Hydra)
 
 
-@one_line
-@unread()
+@entry_point
+@ignore_lost_output()
 def main() -> None:
     """Entry point of `hpcm train` and `python -m hpcm_scale.train`."""
     arguments = without_launcher_arguments(sys.argv[1:])
@@ -36,19 +37,19 @@ def main() -> None:
     overrides = parser.parse_args(arguments).overrides
     check_overrides(overrides)
     refuse_hydra_folders(overrides)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to the terminal
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     composed: list[tuple[Config, list[str]]] = []
-    settings: list[DictConfig] = []
-    mistakes: list[UserError] = []
+    settings: list[HydraConf] = []
+    errors: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=CONFIG_NAME)
     def job(configuration: DictConfig) -> None:
-        """Only takes note: what Hydra composes is trained when it is done."""
+        """Collect what Hydra composes; it is trained after Hydra has returned."""
         settings.append(HydraConfig.get())
         try:
-            composed.append((typed(configuration, sized), list(settings[-1].overrides.task)))
-        except UserError as mistake:  # Hydra would have a line of its own to say about it
-            mistakes.append(mistake)
+            composed.append((typed(with_size(configuration)), list(settings[-1].overrides.task)))
+        except UserError as error:  # Hydra would print a line of its own
+            errors.append(error)
 
     with tempfile.TemporaryDirectory(prefix="hpcm_hydra_") as unused:  # Hydra writes a multirun.yaml before any check
         place = arguments.index(overrides[0]) if overrides else len(arguments)  # Hydra takes overrides in one place
@@ -59,28 +60,25 @@ def main() -> None:
             if settings:
                 raise
             parser.error(str(error))
-    if mistakes:
-        raise mistakes[0]
+    if errors:
+        raise errors[0]
     if not composed:
-        return  # a launcher has trained all, or only help was asked for
+        return  # a launcher has trained all runs, or the arguments ask for help
     if settings[0].mode == RunMode.MULTIRUN:
-        _train_in_turn(composed, swept_keys(arguments, sweeper_grids(settings[0].sweeper)))
-    else:
-        if settings[0].runtime.choices["hydra/launcher"] != "basic":
-            raise UserError("hydra/launcher is for several runs; add -m, or leave it out")
-        from hpcm_scale.training.run import run  # after the arguments: torch takes seconds to import
+        from hpcm_scale.sweeps.jobs import make_job
+        from hpcm_scale.sweeps.local import train_in_turn
 
-        if not run(composed[0][0]).done:
-            raise SystemExit(STOPPED)
+        swept = swept_keys(arguments, sweeper_grids(settings[0].sweeper))
+        code = train_in_turn([make_job(config, overrides, swept) for config, overrides in composed])
+        if code:
+            raise SystemExit(code)
+        return
+    if settings[0].runtime.choices["hydra/launcher"] != "basic":
+        raise UserError("launcher-for-one-run", "hydra/launcher", "hydra/launcher is for multiruns; add -m, or omit it")
+    from hpcm_scale.training.run import run  # after the arguments: torch takes seconds to import
 
-
-def _train_in_turn(composed: list[tuple[Config, list[str]]], swept: list[str]) -> None:
-    from hpcm_scale.sweeps.in_turn import train_in_turn
-    from hpcm_scale.sweeps.jobs import make_job
-
-    code = train_in_turn([make_job(config, overrides, swept) for config, overrides in composed])
-    if code:
-        raise SystemExit(code)
+    if not run(composed[0][0]).done:
+        raise SystemExit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on every GPU of this machine (CUDA_VISIBLE_DEVICES chooses among them): bash launch/one_node.sh
-# [overrides, such as train.batch_size=64 run.dir=runs/other]. The run's folder is runs/MODEL unless told otherwise.
-# Stopped or cut off, the same command goes on. SIGTERM, SIGUSR1 or Ctrl-C: it leaves a checkpoint, exit code 75.
+# Trains on all GPUs of this node (or those in CUDA_VISIBLE_DEVICES): bash launch/one_node.sh [overrides, such as
+# train.batch_size=64 run.dir=runs/other]. The default run folder is runs/MODEL. The same command resumes an interrupted
+# run. On SIGTERM, SIGUSR1 or Ctrl-C it writes a checkpoint and exits with code 75.
 set -euo pipefail
 
 model=68m         # hpcm models lists them
-shards=shards     # folder or URL that `hpcm shards build` made
+shards=shards     # folder or URL written by `hpcm shards build`
 images=null       # folder of evaluation images; null: none
 steps=2000000     # optimizer steps of the whole schedule
 engine=zero2      # zero0 zero1 zero2 zero3 zero3_offload

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# From photos to a loss-against-compute curve: bash launch/quickstart.sh [overrides, such as train.steps=480].
-# Installs first what is missing; called again, it goes on where it was, and skips what is done.
+# From images to a curve of loss against compute: bash launch/quickstart.sh [overrides, such as train.steps=480].
+# Installs missing packages first. Run again, it resumes and skips finished steps.
 set -euo pipefail
-run=runs/quickstart       # what is worth keeping
-data=runs/quickstart_data # photos and shards
+run=runs/quickstart       # results
+data=runs/quickstart_data # images and shards
 
 extras=quickstart
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd -- "$project"
 started=$SECONDS
 
-echo "== photos and shards: $data"
+echo "== images and shards: $data"
 python launch/quickstart_photos.py "$data/photos"
 hpcm shards build "$data/photos/train" --out "$data/shards"
 
@@ -31,11 +31,11 @@ else
     under_deepspeed ${processes[@]+"${processes[@]}"} --module hpcm_scale.train experiment=quickstart \
         data.shards="$data/shards" eval.images="$data/photos/held_out" run.dir="$run" \
         ${overrides[@]+"${overrides[@]}"} "$@"
-    [ -f "$run/weights.safetensors" ] || fail "training stopped before its end; the same command goes on"
+    [ -f "$run/weights.safetensors" ] || fail "training stopped early; the same command resumes it"
 fi
 
-echo "== evaluation on the photos held out"
-if [ "$run/weights.safetensors" -nt "$run/visual.png" ]; then # also where there is none yet
+echo "== evaluation on the held-out images"
+if [ "$run/weights.safetensors" -nt "$run/visual.png" ]; then # also if visual.png is missing
     hpcm evaluate --weights "$run/weights.safetensors" --images "$data/photos/held_out" --out "$run"
 fi
 if [ "$run/metrics.jsonl" -nt "$run/loss_vs_compute.png" ]; then
@@ -45,15 +45,15 @@ fi
 cat <<END
 
 Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Look at
-  $run/visual.png            photos the model has never seen, beside what it makes of them
-  $run/evaluation.md         the size of their files, and how far they are off
+  $run/visual.png            held-out images beside their reconstructions
+  $run/evaluation.md         their rates and PSNR
   $run/loss_vs_compute.png   its loss against compute
-  $run/metrics.jsonl         the journal that the curve comes from, one JSON object a line
+  $run/metrics.jsonl         the journal, one JSON object per line
   $run/weights.safetensors   the weights
-and type, in $project,
+and run, in $project,
   . ${VIRTUAL_ENV#"$project/"}/bin/activate
   wandb leet run $run/wandb/latest-run   # every curve, offline, in this terminal (h: help, q: quit)
   hpcm models                                 # the sizes to choose from
-  hpcm shards build PHOTOS --out shards       # shards from photos of your own
-  bash launch/one_node.sh                     # training on them, as its top lines say
+  hpcm shards build IMAGES --out shards       # shards from your own images
+  bash launch/one_node.sh                     # train on them; see its first lines
 END

@@ -1,4 +1,4 @@
-"""Lay out the photos inside scikit-image's wheel as two folders: some to train on, some held out.
+"""Copy images from scikit-image's wheel to two folders, for training and for evaluation.
 
 python launch/quickstart_photos.py FOLDER
 """
@@ -10,9 +10,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from hpcm_scale.files import whole_file
+from hpcm_scale.files import atomic_file
 
-# Photographs in colour (grey ones teach a small model to answer grey); those held out share no scene with the others.
+# Colour images, because grey ones bias a small model to grey; the held-out images share no scene with the others.
 TRAIN = (
     "astronaut.png",
     "hubble_deep_field.jpg",
@@ -26,13 +26,13 @@ HELD_OUT = ("chelsea.png", "coffee.png")
 
 
 def lay_out(folder: Path) -> None:
-    """Copy the photos, byte for byte, to `folder`/train and `folder`/held_out; those that lie there stay."""
+    """Copy the images, byte for byte, to `folder`/train and `folder`/held_out, unless they exist."""
     package = Path(find_spec("skimage").origin).parent  # found, not imported: that takes seconds
     for part, names in (("train", TRAIN), ("held_out", HELD_OUT)):
         for name in names:
             target = folder / part / name
             if not target.exists():
-                with whole_file(target) as unfinished:
+                with atomic_file(target) as unfinished:
                     shutil.copyfile(package / "data" / name, unfinished)
 
 

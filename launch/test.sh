@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs the tests: bash launch/test.sh [pytest's arguments]. Installs first what is missing. Two files of tests are at
-# work at a time, because those that start processes wait as much as they compute; -n 0 does without, for --pdb say.
-# They keep the order that tests/conftest.py gives them: the longest first.
+# Runs the tests: bash launch/test.sh [pytest arguments]. Installs missing packages first. Two test files run at a time,
+# because tests that start processes wait as much as they compute; -n 0 runs one at a time, for example for --pdb.
+# tests/conftest.py orders them, the longest first.
 set -euo pipefail
-extras=test
+extras=${extras:-test}
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 cd -- "$project"
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,1 +1,1 @@
-"""Photos to `.hpcm` files and back."""
+"""Encode images to `.hpcm` files and decode them."""

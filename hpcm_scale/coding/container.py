@@ -1,4 +1,4 @@
-"""The `.hpcm` file: a header of 46 or 47 bytes, then the streams of z and y (docs/file_format.md)."""
+"""The `.hpcm` file format: a header of 46 or 47 bytes and the streams of z and y (docs/file_format.md)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from hpcm_scale.errors import UserError
 
 MAGIC = b"HPCM"
 FIXED_RATE, VARIABLE_RATE = 1, 2
-"""Versions of the layout of the file: the second has a byte more in its header, the level."""
+"""Versions of the file layout; the second adds one byte to the header, the level."""
 TABLE_VERSION = 1
-"""Of what the bytes of the streams mean: tables, their order, range coder, shifts."""
+"""Version of the coding of the streams: tables, their order, range coder, shifts."""
 _READABLE = f"{FIXED_RATE}.{TABLE_VERSION} and {VARIABLE_RATE}.{TABLE_VERSION}"
 MOST_PIXELS = 2**28
-"""Of an image: 268 million. A header that asks for more is not believed."""
+"""Most pixels of an image, 268 million; a header with more is refused."""
 
 _HEADER = struct.Struct("<4sBB8sIIIIIII")
 _LEVEL = {FIXED_RATE: struct.Struct(""), VARIABLE_RATE: struct.Struct("B")}
-"""What follows the header in each version."""
+"""Extension of the header in each version."""
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
-"""At least."""
+"""Length of the shortest header."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Container:
     """The content of a file."""
 
     digest: bytes
-    """Of the weights: the first 8 bytes of `model.weights.digest`."""
+    """The first 8 bytes of `model.weights.digest`."""
     width: int
     height: int
     z: bytes
     y: bytes
     symbols_checksum: int
-    """CRC-32 of all symbols, int32 little-endian, z's before y's, in coding order."""
+    """CRC-32 of all symbols, int32 little-endian: z, then y in coding order."""
     level: int | None = None
-    """Of a variable-rate model, 0 to 255 (`model.variable_rate.level_of_byte`)."""
+    """0 to 255 for a variable-rate model (`model.variable_rate.level_of_byte`), None at fixed rate."""
 
 
 def pack(content: Container) -> bytes:
-    """The bytes of the file."""
+    """Serialize a file."""
     version = FIXED_RATE if content.level is None else VARIABLE_RATE
     header = _HEADER.pack(
         MAGIC,
@@ -61,33 +61,42 @@ def pack(content: Container) -> bytes:
 
 
 def unpack(data: bytes) -> Container:
-    """The content of a file's bytes.
-
-    Raises UserError if they are no such file, of another version, damaged, cut short or too long.
-    """
+    """Parse a file. Raises UserError if it is no `.hpcm` file, of another version, damaged, truncated or too long."""
     if data[: len(MAGIC)] != MAGIC:
-        raise UserError("it is not an .hpcm file; name one that `hpcm encode` wrote")
+        raise UserError("not-hpcm-file", "", "it is not an .hpcm file; give one written by `hpcm encode`")
     if len(data) < HEADER_BYTES:
-        raise UserError(f"it is cut short within its header ({len(data)} bytes); copy it again from its source")
+        raise UserError(
+            "truncated-header", "", f"its header is truncated ({len(data)} bytes); copy it again from its source"
+        )
     fields = _HEADER.unpack_from(data)
     _, version, tables, digest, width, height, z_bytes, z_crc, y_bytes, y_crc, symbols_checksum = fields
     if version not in _LEVEL or tables != TABLE_VERSION:
         raise UserError(
-            f"it is of version {version}.{tables} and this hpcm_scale reads {_READABLE}; "
-            "decode it with the version that wrote it"
+            "file-version",
+            "",
+            f"its version is {version}.{tables}, but this hpcm_scale reads {_READABLE}; decode it with the version "
+            "that wrote it",
         )
     size = _HEADER.size + _LEVEL[version].size
     header, checksum, streams = data[:size], data[size : size + _CHECKSUM.size], data[size + _CHECKSUM.size :]
     if checksum != _CHECKSUM.pack(zlib.crc32(header)):
-        raise UserError("its header is damaged; copy it again from its source")
+        raise UserError("damaged-header", "", "its header is damaged; copy it again from its source")
     level = next(iter(_LEVEL[version].unpack(header[_HEADER.size :])), None)
     if not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
-        raise UserError(f"its header asks for an impossible image of {width}×{height}; copy it again from its source")
+        raise UserError(
+            "impossible-image-size",
+            "",
+            f"its header has an impossible image size, {width}×{height}; copy it again from its source",
+        )
     if len(streams) != z_bytes + y_bytes:
         wanted = len(data) - len(streams) + z_bytes + y_bytes
-        raise UserError(f"it has {len(data)} bytes where its header says {wanted}; copy it again from its source")
+        raise UserError(
+            "file-length",
+            "",
+            f"it has {len(data)} bytes instead of the {wanted} of its header; copy it again from its source",
+        )
     z, y = streams[:z_bytes], streams[z_bytes:]
     for name, stream, checksum in (("z", z, z_crc), ("y", y, y_crc)):
         if zlib.crc32(stream) != checksum:
-            raise UserError(f"its stream of {name} is damaged; copy it again from its source")
+            raise UserError("damaged-stream", "", f"its stream of {name} is damaged; copy it again from its source")
     return Container(digest, width, height, z, y, symbols_checksum, level)

@@ -1,23 +1,23 @@
-"""Command: how fast training, coding and their parts are, against a baseline in the same process."""
+"""`hpcm bench`: runs `bench.command` of the folder `benchmarks/`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from hpcm_scale.errors import UserError, one_line
+from hpcm_scale.errors import UserError, entry_point
 
 
 def benchmarks_folder() -> Path:
-    """The folder `benchmarks/`: beside the package in a checkout, inside it when installed as a wheel."""
+    """The folder `benchmarks/`: beside the package in a checkout, inside it if installed as a wheel."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "benchmarks", package.parent / "benchmarks"):
         if (folder / "bench").is_dir():
             return folder
-    raise UserError("the folder benchmarks/ is missing; install hpcm_scale again")
+    raise UserError("no-benchmarks", "", "the folder benchmarks/ is missing; install hpcm_scale again")
 
 
-@one_line
+@entry_point
 def main() -> None:
     """Entry point of `hpcm bench`."""
     sys.path.insert(0, str(benchmarks_folder()))

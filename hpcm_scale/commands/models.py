@@ -1,4 +1,4 @@
-"""Command: the table of sizes.
+"""Command `hpcm models`: the table of sizes.
 
 hpcm models --family swin --size 30m,100m,1b
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hpcm_scale.config.compose import compose_model, preset_names
 from hpcm_scale.config.schema import ModelConfig, PriorConfig
-from hpcm_scale.errors import Parser, one_line
+from hpcm_scale.errors import Parser, entry_point
 from hpcm_scale.model.ladder import sized
 
 if TYPE_CHECKING:
@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from hpcm_scale.training.costs import SizeRow
 
 
-@one_line
+@entry_point
 def main() -> None:
-    """Entry point of `hpcm models` and `python -m hpcm_scale.commands.models`."""
+    """Entry point of `hpcm models`."""
     parser = Parser(
         prog="hpcm models",
         description="Parameters by part, multiply-accumulates per pixel (forward, 256×256) and FLOPs of a "
-        "training step of 32 crops of 256×256 for every size in conf/model, or for sizes by the rule of a family.",
+        "training step of 32 crops of 256×256 for every size in conf/model, or for sizes of the size ladder.",
     )
-    parser.add_argument("--family", help="of transforms, such as hpcm or swin: its sizes alone, and their shapes")
-    parser.add_argument("--size", metavar="N,N,…", help="by the family's rule, such as 30m,100m,1b (family: hpcm)")
+    parser.add_argument(
+        "--family", help="only sizes of this family of transforms, such as hpcm or swin, with their shapes"
+    )
+    parser.add_argument(
+        "--size", metavar="N,N,…", help="sizes of the ladder, such as 30m,100m,1b (default family: hpcm)"
+    )
     chosen = parser.parse_args()
     models = _models(chosen.family, chosen.size)
     from rich.console import Console
@@ -48,14 +52,14 @@ def _models(family: str | None, sizes: str | None) -> list[ModelConfig]:
     presets = [compose_model(name) for name in preset_names("model")]
     if family is None:
         return [model for model in presets if model.size is None]
-    from hpcm_scale.model import families  # after the arguments: torch takes seconds to import
+    from hpcm_scale.model import families  # torch is slow to import
 
-    families.family(family)  # refuses one that there is not
+    families.family(family)  # raises for an unknown one
     return [sized(model) for model in presets if model.family == family]
 
 
 def _table(numbers: list[str], caption: str, wrapped: bool = False) -> Table:
-    """A column of models, and columns of numbers, wrapped between numbers where they do not fit."""
+    """A table of models, with columns of numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -76,7 +80,7 @@ def _costs(rows: list[SizeRow], caption: str) -> Table:
 
 
 def _short(number: float, digits: int) -> str:
-    """With so many digits after the point, or none where there are enough before it."""
+    """A number with `digits` decimals, or none if it is large."""
     return f"{number:,.0f}" if number >= 10_000 or (number >= 1000 and digits > 1) else f"{number:,.{digits}f}"
 
 
@@ -86,14 +90,14 @@ def _shapes(models: list[ModelConfig]) -> Table:
     table = _table(headings, f"{_SHAPES}{_ADAPTORS if adaptors else ''}.", wrapped=True)
     for model in models:
         widths = map(str, (model.latent_channels, model.hyper_latent_channels, model.hyper_channels))
-        blocks = map(_words, (model.g_a_blocks, model.g_s_blocks, model.hyper_blocks))
+        blocks = map(_joined, (model.g_a_blocks, model.g_s_blocks, model.hyper_blocks))
         priors = map(_prior, (model.prior_s1_s2, model.prior_s3))
-        last = [_words(model.adaptor_blocks)] if adaptors else []
-        table.add_row(model.name, _words(model.channels), *widths, *blocks, *priors, *last)
+        last = [_joined(model.adaptor_blocks)] if adaptors else []
+        table.add_row(model.name, _joined(model.channels), *widths, *blocks, *priors, *last)
     return table
 
 
-def _words(numbers: list[int]) -> str:
+def _joined(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
@@ -106,17 +110,13 @@ _UNITS = (
     "TFLOP/step: forward and backward of 32 crops of 256×256."
 )
 _ORIGINS = (
-    "68m, 64m_phi, 90m and 1b are the public implementation's; 120m, 246m and 544m are our own, matched to the paper's "
-    "counts; those below 68m are 68m with its widths divided by 2, 4, 6, 8, 12 and 16. Any other size, such as "
-    "hpcm_30m, follows from the rule of its family: --family hpcm --size 30m."
+    "68m, 64m_phi, 90m and 1b are those of the public implementation; 120m, 246m and 544m are our own, matched to the "
+    "parameters of the paper; those below 68m are 68m with widths divided by 2, 4, 6, 8, 12 and 16. For any other "
+    "size, such as hpcm_30m, use the size ladder: --family hpcm --size 30m."
 )
 _SHAPES = (
-    "Channels of the transforms at 1/2, 1/4 and 1/8 resolution, of y (M), of z (N) and between them (h). Residual "
-    "blocks of g_a, fine to coarse, of g_s, coarse to fine, of h_a and h_s, at 1/16 and 1/32, and of the prior "
-    "networks of the scales s1 and s2, and s3"
+    "Channels of the transforms at 1/2, 1/4 and 1/8 resolution, of y (M), of z (N) and in the hyper transforms (h). "
+    "Residual blocks of g_a, fine to coarse, of g_s, coarse to fine, of h_a and h_s, at 1/16 and 1/32, and of the "
+    "prior networks of s1 and s2, and of s3"
 )
 _ADAPTORS = ", and of the adaptors of s1, s2 and s3"
-
-
-if __name__ == "__main__":
-    main()

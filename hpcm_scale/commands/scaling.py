@@ -1,4 +1,8 @@
-"""The command `hpcm scaling`: what runs tell about scale."""
+"""Command: scaling laws of runs.
+
+hpcm scaling fit runs/ladder --out results
+hpcm scaling plan --laws results --gpus 64 --days 7
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcm_scale.config.schema import IMAGES
-from hpcm_scale.errors import Parser, one_line
+from hpcm_scale.errors import Parser, entry_point
 from hpcm_scale.files import check_length, write_text, writing
 from hpcm_scale.limits import BUDGET, CONFIDENCE, COUNT, CROP, LAMBDA, UTILISATION, Range
-
-# The command line of `hpcm scaling`.
 
 
 def parser() -> Parser:
     """The command line."""
-    main = Parser(prog="hpcm scaling", description="What runs, finished or running, tell about scale.")
+    main = Parser(prog="hpcm scaling", description="Scaling laws of runs, finished or not.")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_curves(commands)
-    _add_fit(commands)
-    _add_plan(commands)
-    _add_publish(commands)
-    _add_collect(commands)
+    for add in (_add_curves, _add_fit, _add_plan, _add_publish, _add_collect):
+        add(commands)
     return main
-
-
-def _command(commands, name: str, purpose: str, description: str) -> Parser:
-    return commands.add_parser(name, help=purpose, description=description)
 
 
 def _add_runs(command: Parser) -> None:
@@ -34,7 +29,7 @@ def _add_runs(command: Parser) -> None:
 
 
 def _add_curves(commands) -> None:
-    curves = _command(commands, "curves", "draw loss against compute", "Draw loss against compute.")
+    curves = commands.add_parser("curves", help="draw loss against compute", description="Draw loss against compute.")
     _add_runs(curves)
     curves.add_argument(
         "--out",
@@ -46,49 +41,54 @@ def _add_curves(commands) -> None:
 
 
 def _add_fit(commands) -> None:
-    fit = _command(
-        commands,
+    fit = commands.add_parser(
         "fit",
-        "fit laws to runs: laws.json, figures and report.md",
-        "Find the frontier of runs, fit laws of parameters and of compute, say how far each may be trusted, and write "
+        help="fit laws to runs: laws.json, figures and report.md",
+        description="Find the frontier of runs, fit laws of parameters and of compute with diagnostics, and write "
         "laws.json, figures (PNG, SVG) and report.md.",
     )
     _add_runs(fit)
-    fit.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for what is found")
+    fit.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the results")
     fit.add_argument(
         "--metric",
-        help="eval/loss, train/loss or, of runs with train.ema, eval_ema_0.05/loss; default: eval/loss if there is one",
+        help="eval/loss, train/loss or, with train.ema, eval_ema_0.05/loss; default: eval/loss if the runs have it",
     )
-    fit.add_argument(
-        "--lmbda", metavar="X", type=LAMBDA.real, help="runs of this λ only; needed where there are several"
-    )
+    fit.add_argument("--lmbda", metavar="X", type=LAMBDA.real, help="λ of the runs; required if they have several")
     fit.add_argument(
         "--bootstrap",
         metavar="K",
         type=Range(least=0, most=100_000).whole,
         default=0,
-        help="resamples of the runs for a second interval; default: 0",
+        help="resamples for bootstrap intervals; default: 0",
     )
-    fit.add_argument(
-        "--level", metavar="P", type=CONFIDENCE.real, default=0.95, help="of every interval; default: %(default)s"
-    )
+    _add_level(fit)
     fit.add_argument(
         "--extrapolate",
         metavar="X",
         type=Range(least=1, most=1_000_000).real,
         default=10.0,
-        help="figures reach out to so many times the largest size; default: %(default)g",
+        help="figures extend to this multiple of the largest size; default: %(default)g",
+    )
+
+
+def _add_level(command: Parser) -> None:
+    command.add_argument(
+        "--level",
+        metavar="P",
+        type=CONFIDENCE.real,
+        default=0.95,
+        help="probability of the intervals; default: %(default)s",
     )
 
 
 def _add_plan(commands) -> None:
-    plan = _command(
-        commands,
+    plan = commands.add_parser(
         "plan",
-        "the size, steps and loss that a budget buys",
-        "The compute-optimal size for a budget, the nearest presets, their expected losses, and the command to start.",
+        help="size, steps and predicted loss for a compute budget",
+        description="The compute-optimal size for a budget, the nearest presets, their predicted losses, and the "
+        "training command.",
     )
-    plan.add_argument("--laws", metavar="FILE", type=Path, required=True, help="laws.json, or the folder it lies in")
+    plan.add_argument("--laws", metavar="FILE", type=Path, required=True, help="laws.json or its folder")
     budget = plan.add_mutually_exclusive_group(required=True)
     budget.add_argument(
         "--pflops", metavar="C", type=BUDGET.real, help="training compute, 1e15 floating-point operations"
@@ -97,78 +97,68 @@ def _add_plan(commands) -> None:
         "--target-loss",
         metavar="L",
         type=Range(above=0, most=1_000_000).real,
-        help="the compute that reaches this loss",
+        help="the least compute that reaches this loss",
     )
     budget.add_argument(
-        "--days", metavar="T", type=Range(above=0, most=36_525).real, help="what --gpus do in so many days at --mfu"
+        "--days", metavar="T", type=Range(above=0, most=36_525).real, help="compute of --gpus at --mfu in this time"
     )
+    plan.add_argument("--gpus", metavar="N", type=IMAGES.whole, default=8, help="default: %(default)s")
+    plan.add_argument("--gpu", metavar="NAME", default="H100", help="model, for its peak rate; default: %(default)s")
     plan.add_argument(
-        "--gpus", metavar="N", type=IMAGES.whole, default=8, help="processes of the run; default: %(default)s"
-    )
-    plan.add_argument("--gpu", metavar="NAME", default="H100", help="whose peak rate to take; default: %(default)s")
-    plan.add_argument(
-        "--mfu", metavar="X", type=UTILISATION.real, default=0.4, help="share of it in use; default: %(default)s"
+        "--mfu", metavar="X", type=UTILISATION.real, default=0.4, help="fraction of the peak rate; default: %(default)s"
     )
     plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default: %(default)s")
     plan.add_argument(
-        "--batch-size", metavar="B", type=IMAGES.whole, help="images per step; default: 32, or as many as GPUs"
+        "--batch-size", metavar="B", type=IMAGES.whole, help="images per step; default: 32 or a multiple of --gpus"
     )
     plan.add_argument("--crop", metavar="PX", type=CROP.whole, default=256, help="side of a crop; default: %(default)s")
-    plan.add_argument(
-        "--images-in-set",
-        metavar="N",
-        type=COUNT.whole,
-        help="photos in the data set, to count epochs",
-    )
-    plan.add_argument(
-        "--level", metavar="P", type=CONFIDENCE.real, default=0.95, help="of the intervals; default: %(default)s"
-    )
-    plan.add_argument("--json", action="store_true", help="for machines")
+    plan.add_argument("--images-in-set", metavar="N", type=COUNT.whole, help="images in the data set, to count epochs")
+    _add_level(plan)
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_publish(commands) -> None:
-    publish = _command(
-        commands,
+    publish = commands.add_parser(
         "publish",
-        "show what fit found as a wandb run beside those of the sweep",
-        "Add one wandb run with frontier, laws, tables, figures and report to the group of the sweep; called again, it "
-        "replaces that run.",
+        help="add the results of fit to the wandb group of the sweep",
+        description="Add one wandb run with frontier, laws, tables, figures and report to the group of the sweep; a "
+        "second call replaces the run.",
     )
-    publish.add_argument("folder", metavar="DIR", type=Path, help="what `hpcm scaling fit --out DIR` wrote")
+    publish.add_argument("folder", metavar="DIR", type=Path, help="output of `hpcm scaling fit --out DIR`")
     publish.add_argument("--project", help="default: that of the runs")
     publish.add_argument("--group", help="default: the sweep of the runs")
     publish.add_argument("--mode", choices=("online", "offline"), default="offline", help="default: %(default)s")
 
 
 def _add_collect(commands) -> None:
-    collect = _command(
-        commands,
+    collect = commands.add_parser(
         "collect",
-        "copy configurations and thinned journals, to share or commit",
-        "Copy configuration and thinned journal of each run, without paths of this machine; `fit` works on them.",
+        help="copy configurations and thinned journals, to share or commit",
+        description="Copy configuration and thinned journal of each run, without paths of this machine; `fit` accepts "
+        "the copy.",
     )
     _add_runs(collect)
-    collect.add_argument("--out", metavar="DIR", type=Path, required=True, help="a folder for a folder per run")
+    collect.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for one folder per run")
     size = collect.add_mutually_exclusive_group()
-    size.add_argument("--every", metavar="N", type=COUNT.whole, help="average so many training lines into one")
+    size.add_argument("--every", metavar="N", type=COUNT.whole, help="training lines that are averaged into one")
     size.add_argument(
         "--most-bytes",
         metavar="B",
         type=Range(least=1, most=10**15).whole,
         default=1_000_000,
-        help="of all files together; default: %(default)s",
+        help="largest total size; default: %(default)s",
     )
 
 
 def curves(chosen) -> None:
-    """`hpcm scaling curves`: one figure, and how far each run is."""
-    from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
-    from hpcm_scale.scaling.filters import TRAINING, end
+    """`hpcm scaling curves`: one figure, and a line on each run."""
+    from hpcm_scale.scaling.figures.compute import draw_loss_against_compute
+    from hpcm_scale.scaling.filters import EVALUATION, TRAINING, end
     from hpcm_scale.scaling.runs import Run, find_runs
 
     def summary(run: Run) -> str:
         compute, _ = run.curve(TRAINING)
-        evaluation = run.curve("eval/loss")[1]
+        evaluation = run.curve(EVALUATION)[1]
         state = f"{run.name}: step {run.step:,} of {run.config['train']['steps']:,}"
         if compute.size:
             state += f", {compute[-1]:,.4g} PFLOPs, training loss {end(run, TRAINING, run.step):.4f} (smoothed)"
@@ -189,9 +179,8 @@ def fit(chosen) -> None:
     from hpcm_scale.scaling.analysis import FILE_NAME, analyse, write_laws
     from hpcm_scale.scaling.figures import draw_figures
     from hpcm_scale.scaling.observations import study
-    from hpcm_scale.scaling.report import REPORT, report
+    from hpcm_scale.scaling.report import REPORT, print_summary, report
     from hpcm_scale.scaling.runs import find_runs
-    from hpcm_scale.scaling.verdict import print_summary
 
     check_length(chosen.out)
     found = study(find_runs(chosen.runs), chosen.metric, chosen.lmbda)
@@ -199,13 +188,13 @@ def fit(chosen) -> None:
     with writing(chosen.out):
         drawn = draw_figures(found, analysis, chosen.out, chosen.extrapolate)
         write_text(chosen.out / REPORT, report(analysis, drawn))
-        write_laws(analysis, chosen.out / FILE_NAME)  # last: where it lies, the rest is there
+        write_laws(analysis, chosen.out / FILE_NAME)  # last: a folder with laws.json is complete
     print_summary(analysis)
     print(f"written: {', '.join(str(chosen.out / name) for name in (REPORT, FILE_NAME))} and {len(drawn)} figures")
 
 
 def plan(chosen) -> None:
-    """`hpcm scaling plan`: what a budget buys."""
+    """`hpcm scaling plan`: size, steps and predicted loss for a budget."""
     from dataclasses import fields
 
     from hpcm_scale.scaling.analysis import read_laws
@@ -218,15 +207,14 @@ def plan(chosen) -> None:
 
 
 def publish(chosen) -> None:
-    """`hpcm scaling publish`: one wandb run beside those of the sweep."""
+    """`hpcm scaling publish`: one wandb run in the group of the sweep."""
     from hpcm_scale.scaling.publish import publish
 
-    where = publish(chosen.folder, project=chosen.project, group=chosen.group, mode=chosen.mode)
-    print(where)
+    print(publish(chosen.folder, project=chosen.project, group=chosen.group, mode=chosen.mode))
 
 
 def collect(chosen) -> None:
-    """`hpcm scaling collect`: a ladder to share."""
+    """`hpcm scaling collect`: a portable copy of runs."""
     from hpcm_scale.scaling.collect import collect
     from hpcm_scale.scaling.runs import find_runs
 
@@ -236,7 +224,7 @@ def collect(chosen) -> None:
     print(f"{len(runs)} runs, {size:,} bytes: {chosen.out}")
 
 
-@one_line
+@entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm scaling` and `python -m hpcm_scale.commands.scaling`."""
     chosen = parser().parse_args(arguments)

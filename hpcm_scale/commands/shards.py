@@ -9,7 +9,8 @@ from hpcm_scale.data.build import build_shards
 from hpcm_scale.data.index import load_index
 from hpcm_scale.data.processes import available_cores
 from hpcm_scale.data.verify import counted, describe, verify_shards
-from hpcm_scale.errors import Parser, UserError, one_line
+from hpcm_scale.errors import Parser, UserError, entry_point
+from hpcm_scale.files import without_secrets
 from hpcm_scale.limits import PROCESSES, Range
 from hpcm_scale.tracking.progress import progress
 
@@ -18,30 +19,30 @@ BYTES_PER_MB = 1_000_000
 
 def parser() -> Parser:
     """The command line."""
-    commands = Parser(prog="hpcm shards", description=__doc__.split(": ")[1])
+    commands = Parser(prog="hpcm shards", description="build, verify and describe sets of webdataset shards.")
     subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     building = subcommands.add_parser(
         "build",
-        help="from folders of photos to shards",
-        description="Store JPEG, PNG and WebP photos, byte for byte, in webdataset shards with an index. "
-        "Interrupted, it goes on when called again.",
+        help="store image files as shards",
+        description="Store JPEG, PNG and WebP images, byte for byte, in webdataset shards with an index. "
+        "An interrupted build continues when the command is run again.",
     )
-    building.add_argument("photos", nargs="+", metavar="PHOTOS", help="folders (and all below) or files")
+    building.add_argument("images", nargs="+", metavar="IMAGES", help="folders (with their subfolders) or files")
     building.add_argument("--out", required=True, metavar="DIR", help="folder for the set")
     building.add_argument(
         "--min-side",
         type=Range(least=0, most=1_000_000).whole,
         default=0,
         metavar="PIXELS",
-        help="skip photos with a smaller side",
+        help="skip images with a smaller side",
     )
     building.add_argument(
         "--shard-size", type=Range(least=0.001, most=1_000_000).real, default=256, metavar="MB", help="default: 256"
     )
     building.set_defaults(run=build)
 
-    verifying = subcommands.add_parser("verify", help="check every hash and decode every photo; exit code 1 on damage")
+    verifying = subcommands.add_parser("verify", help="check every hash and decode every image; exit code 1 on damage")
     verifying.add_argument("folder", metavar="DIR")
     verifying.set_defaults(run=verify)
 
@@ -51,10 +52,10 @@ def parser() -> Parser:
             type=PROCESSES.whole,
             default=available_cores(),
             metavar="N",
-            help="processes; default: every core",
+            help="processes; default: all cores",
         )
 
-    describing = subcommands.add_parser("info", help="number, size and histogram of the photos")
+    describing = subcommands.add_parser("info", help="number, size and histogram of the images")
     describing.add_argument("folder", metavar="DIR", help="folder or URL")
     describing.set_defaults(run=info)
     return commands
@@ -64,7 +65,7 @@ def build(arguments: argparse.Namespace) -> None:
     """`hpcm shards build`."""
     try:
         built = build_shards(
-            arguments.photos,
+            arguments.images,
             arguments.out,
             min_side=arguments.min_side,
             shard_size=round(arguments.shard_size * BYTES_PER_MB),
@@ -72,27 +73,32 @@ def build(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     except KeyboardInterrupt:
-        sys.stderr.write("hpcm: interrupted; the same command goes on from here\n")
+        sys.stderr.write("hpcm: interrupted; run the same command again to continue\n")
         raise
-    summary = f"{counted(len(built.index), 'photo')} in {counted(len(built.index.shards), 'shard')}"
+    summary = f"{counted(len(built.index), 'image')} in {counted(len(built.index.shards), 'shard')}"
     skipped = built.index.built["skipped"]
     summary += f", {skipped:,} skipped (see {built.report})" if skipped else ", none skipped"
     print(f"{arguments.out} is already finished: {summary}" if built.found_finished else summary)
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    """`hpcm shards verify`: exit code 1 on damage."""
+    """`hpcm shards verify`: exits with code 1 on damage."""
     if "://" in arguments.folder:
-        raise UserError("verify reads every byte: call it where the shards lie, with their folder")
+        raise UserError(
+            "verify-needs-folder",
+            "",
+            f"hpcm shards verify reads every byte and takes no URL such as {without_secrets(arguments.folder)}; run it "
+            "where the shards are stored",
+        )
     index = load_index(arguments.folder)
     damages = verify_shards(arguments.folder, index, workers=arguments.workers, progress=progress)
     for damage in damages:
         print(f"damaged: {damage}")
-    whole = f"{counted(len(index), 'photo')} in {counted(len(index.shards), 'shard')}"
+    whole = f"{counted(len(index), 'image')} in {counted(len(index.shards), 'shard')}"
     if damages:
         print(f"{counted(len(damages), 'problem')} in {whole}; restore from a copy or build again")
         sys.exit(1)
-    print(f"{whole}: every hash is right and every photo decodes")
+    print(f"{whole}: every hash matches and every image decodes")
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -100,7 +106,7 @@ def info(arguments: argparse.Namespace) -> None:
     print(describe(arguments.folder, load_index(arguments.folder)))
 
 
-@one_line
+@entry_point
 def main() -> None:
     """Entry point of `hpcm shards` and of `python -m hpcm_scale.commands.shards`."""
     arguments = parser().parse_args()

@@ -1,1 +1,1 @@
-"""What training costs: floating-point operations, memory, and what the hardware could do."""
+"""Compute: FLOPs, launches and memory of a step, peak rates of hardware."""

@@ -1,20 +1,20 @@
-"""Rates of known accelerators, from their makers' data sheets: arithmetic (dense, without sparsity) and links."""
+"""Peak rates of known accelerators, from data sheets: arithmetic (dense, without sparsity) and links."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # commands read the rates before they need torch, which takes seconds to import
+if TYPE_CHECKING:  # torch is slow to import
     import torch
 
 MFU = 0.4
-"""Assumed share of a device's peak rate that training uses."""
+"""Assumed model FLOPs utilisation of training."""
 LAUNCH_US = 7
-"""Between the 5 and 10 µs that eager PyTorch takes for an operation on common hosts, autograd included."""
+"""Assumed launch time of an operation, in µs; eager PyTorch with autograd takes 5 to 10 µs on common hosts."""
 
-# What torch.cuda.get_device_name says, fp32 with TF32 off, bf16 with fp32 sums; the rates in FLOP/s.
-# NVIDIA's data sheets give bf16 with sparsity, twice the rate here. B200, GB200: "Blackwell" data sheet, individual GPU
+# Pattern of torch.cuda.get_device_name; FLOP/s of fp32 without TF32, and of bf16 with fp32 sums.
+# NVIDIA's data sheets list bf16 with sparsity, twice the rate here. B200, GB200: "Blackwell" data sheet, individual GPU
 # of HGX B200 and GB200 NVL72. GH200, H20, H800: data sheets of the superchip and of the SXM boards. MI300X: AMD's data
 # sheet, matrices.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
@@ -40,20 +40,20 @@ class Links(NamedTuple):
     """Bandwidths in bytes/s, in one direction."""
 
     node: float
-    """Of one accelerator to the others of its machine."""
+    """From one accelerator to the others of its node."""
     network: float
-    """Of a whole machine to the others."""
+    """From a node to the others."""
 
     def ring(self, processes: int, per_node: int) -> float:
-        """Bytes/s that every process sends where rings through all of them, `per_node` a machine, carry the data.
+        """Bytes/s that each process sends in a ring of all processes, `per_node` per node.
 
-        What one process sends is what leaves its machine, on all network adapters together: every ring leaves it once.
+        Each ring leaves a node once, so its bandwidth is that of all network adapters of the node.
         """
         return self.node if processes <= per_node else min(self.node, self.network)
 
 
-# NVLink as a switch joins eight (half of what data sheets give for both directions); network adapters of the maker's
-# own machines: DGX H100 and H200 eight of 400 Gb/s, DGX A100 eight of 200 Gb/s.
+# NVLink of eight GPUs with a switch (half of the data sheets' bidirectional rate); network adapters of DGX nodes:
+# H100 and H200 eight of 400 Gb/s, A100 eight of 200 Gb/s.
 _LINKS: tuple[tuple[str, Links], ...] = (
     ("H200|H100( SXM5)?( 80GB HBM3)?", Links(450e9, 400e9)),
     ("A100(-SXM4(?!.*MIG).*)?", Links(300e9, 200e9)),
@@ -61,7 +61,7 @@ _LINKS: tuple[tuple[str, Links], ...] = (
 
 
 def peak_flops(device: torch.device, bf16: bool) -> float | None:
-    """FLOP/s the device could do at this precision; None if it is not known: then there is no MFU."""
+    """Peak FLOP/s of a device in bf16 or fp32; None if unknown, then there is no MFU."""
     if device.type != "cuda":
         return None
     import torch
@@ -70,9 +70,9 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
 
 
 def peak_of(name: str, bf16: bool) -> float | None:
-    """FLOP/s of an accelerator by its name, for example "NVIDIA H100 80GB HBM3"; None if unknown.
+    """Peak FLOP/s of an accelerator by name, for example "NVIDIA H100 80GB HBM3"; None if unknown.
 
-    The whole name counts: a laptop's, a "Ti" or a MIG slice of a known device is another, slower one.
+    The full name must match: laptop and "Ti" variants and MIG slices have other rates.
     """
     for pattern, fp32_peak, bf16_peak in _PEAKS:
         if re.fullmatch(f"(NVIDIA )?{pattern}", name):
@@ -81,7 +81,7 @@ def peak_of(name: str, bf16: bool) -> float | None:
 
 
 def links_of(name: str) -> Links | None:
-    """Bandwidths of an accelerator by its name, in the machines that its maker builds; None if not known."""
+    """Bandwidths of an accelerator by name, in a DGX node; None if unknown."""
     for pattern, links in _LINKS:
         if re.fullmatch(f"(NVIDIA )?({pattern})", name):
             return links

@@ -1,4 +1,4 @@
-"""Counts of FLOPs, launched operations and activation memory, and the FLOPs of a training."""
+"""Counters of FLOPs, kernel launches and memory; compute and speed of a run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-# Floating-point operations of a model, counted on the `meta` device: no memory, no arithmetic.
-
+# FLOPs, counted on the meta device.
 
 TRAINING_FACTOR = 3
-"""Model FLOPs of a training step per forward FLOPs: backward is taken as twice forward.
+"""Model FLOPs of a training step over those of the forward pass: backward counts as twice forward.
 
-torch's own count of the backward pass is not used: its formula for the weight gradient of a grouped
-convolution forgets the groups, which overstates this family by about 40 %. Counted right, backward is
-1.984 (68m) to 2.000 (1b) times forward.
+torch's formula for the weight gradient of a grouped convolution ignores groups, which overestimates these models by
+about 40 %. Counted correctly, backward is 1.984 (68m) to 2.000 (1b) times forward.
 """
 
 aten = torch.ops.aten
 _MOVEMENT = {aten.index_copy, aten.copy_, aten.embedding}
-_PRODUCTS = {aten.mv, aten.addmv, aten.dot, aten.vdot}  # of vectors; torch has no formula for them
+_PRODUCTS = {aten.mv, aten.addmv, aten.dot, aten.vdot}  # of vectors, without a formula in torch
 
 
 class _RefuseUnknown(TorchDispatchMode):
-    """An operation on several matrices, or a product, that has no formula must not count as nothing."""
+    """Raises for a product, or an operation on several matrices, without a FLOP formula."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         packet = func._overloadpacket
@@ -46,10 +44,10 @@ class _RefuseUnknown(TorchDispatchMode):
 
 
 def forward_flops(module: nn.Module, *inputs: Tensor) -> int:
-    """FLOPs (2 per multiply-accumulate) of one forward pass of a module built on `meta`.
+    """FLOPs (2 per multiply-accumulate) of a forward pass of a module on the meta device.
 
-    Convolutions, matrix products and attention count; element-wise operations do not. Raises
-    ValueError for an operation on several matrices that is neither known to be free nor has a formula.
+    Convolutions, matrix products and attention count, elementwise operations do not. Raises ValueError for an operation
+    on several matrices without a formula.
     """
     assert all(tensor.is_meta for tensor in inputs), "attention counts 0 on other devices"
     with torch.no_grad(), FlopCounterMode(display=False) as counter, _RefuseUnknown():
@@ -57,8 +55,7 @@ def forward_flops(module: nn.Module, *inputs: Tensor) -> int:
     return counter.get_total_flops()
 
 
-# How many operations a step launches: what the host has to do, however fast the device is.
-
+# Kernel launches and memory of a step; fake tensors suffice.
 
 _LAUNCH_NOTHING = (
     "_unsafe_view",
@@ -74,10 +71,10 @@ _LAUNCH_NOTHING = (
 
 
 class Launches(TorchDispatchMode):
-    """`by_kind`: operations within this context that launch a kernel, counted by name.
+    """Counts the operations in this context that launch a kernel, by name (`by_kind`).
 
-    Views do not, nor does what only allocates memory. Operations are those of aten, each counted once, though a
-    library may need several kernels for one (cuDNN a transposition, a split sum its last addition).
+    Views and allocations do not. Each aten operation counts once, although some launch several kernels (a transposition
+    in cuDNN, the last addition of a split sum).
     """
 
     def __init__(self) -> None:
@@ -86,7 +83,7 @@ class Launches(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Of all kinds."""
+        """Launches of all kinds."""
         return self.by_kind.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -96,14 +93,11 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Memory that operations take, followed tensor by tensor; on fake tensors it is that of a run that never was.
-
-
 class PeakMemory(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made by operations within this context took at a time.
+    """Tracks the peak memory of tensors that operations in this context allocate, in bytes (`peak`).
 
-    A storage counts once, from the operation that makes it until nothing refers to it any more. Tensors that were
-    there before do not count, nor does what a kernel takes and gives back within one operation.
+    A storage counts once, from its allocation until it is freed. Tensors from before the context and temporary memory
+    of kernels do not count.
     """
 
     def __init__(self) -> None:
@@ -114,10 +108,10 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        there = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in there:  # no view, nothing in place
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:  # no view, not in place
                 self._follow(leaf)
         self.peak = max(self.peak, self._live)
         return result
@@ -128,31 +122,30 @@ class PeakMemory(TorchDispatchMode):
         if key in self._storages:
             return
 
-        def gone(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             del self._storages[key]
             self._live -= size
 
-        self._storages[key] = weakref.ref(storage, gone)
+        self._storages[key] = weakref.ref(storage, freed)
         self._live += size
 
 
-# Counts what a run has spent and how fast it goes.
-
+# Compute and speed of a run.
 
 PETA = 1e15
 Costs = Mapping[int, float]
-"""Model FLOPs of a training image, forward and backward, by the global index of the first that costs so much."""
+"""Model FLOPs of a training image, forward and backward, by the global index of the first image with this cost."""
 
 
 def flops_of(costs: Costs, images: int) -> float:
-    """Model FLOPs of the first so many training images; exact where the costs are whole numbers."""
+    """Model FLOPs of the first `images` training images; exact if the costs are integers."""
     ends = [*list(costs)[1:], images]
     return sum(cost * max(0, min(end, images) - first) for (first, cost), end in zip(costs.items(), ends, strict=True))
 
 
 @dataclass
 class Window:
-    """The steps since rates were last told."""
+    """The steps since the last call of `ComputeTracker.rates`."""
 
     steps: int = 0
     images: int = 0
@@ -162,14 +155,12 @@ class Window:
 
 @dataclass
 class ComputeTracker:
-    """Cumulative compute, images and time of one run; goes on over resumes.
-
-    `peak`: FLOP/s of all devices together, None where it is not known.
-    """
+    """Cumulative compute, images and time of a run, also over resumes."""
 
     costs: Costs
     device: torch.device
     peak: float | None = None
+    """FLOP/s of all devices together; None if unknown."""
     images: int = 0
     seconds: float = 0.0
     """Training time so far, as of the last `step`."""
@@ -178,21 +169,21 @@ class ComputeTracker:
 
     @property
     def pflops(self) -> float:
-        """Model PFLOPs (1e15 floating-point operations) spent so far; recomputation is not counted."""
+        """Model PFLOPs (1e15 floating-point operations) so far, without recomputation."""
         return flops_of(self.costs, self.images) / PETA
 
     def start_clock(self) -> None:
-        """Training begins now; what went before is not counted."""
+        """Start the clock, at the beginning of training."""
         self._started = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Time since the last `step` was not training (evaluation, checkpoint): do not rate it."""
+        """Exclude the time since the last `step` (evaluation, checkpoint) from the rates."""
         now = time.perf_counter()
         self.seconds += now - self._started
         self._started = now
 
     def step(self, images: int, waited: float) -> None:
-        """One optimizer step over `images` (all processes) is done; `waited` seconds went by for data."""
+        """Record an optimizer step over `images` (of all processes) that waited `waited` seconds for data."""
         now = time.perf_counter()
         self.images += images
         self.seconds += now - self._started
@@ -204,7 +195,7 @@ class ComputeTracker:
         self._started = now
 
     def position(self) -> dict[str, float]:
-        """Where the run is: the keys every journal line has, but `step`."""
+        """The keys of every journal line except `step`."""
         return {
             "time": round(self.seconds, 3),
             "train/images": self.images,
@@ -212,11 +203,9 @@ class ComputeTracker:
         }
 
     def rates(self, to: str = "journal") -> dict[str, float]:
-        """Speed since the last call: seconds per step, images/s, seconds waited for data, GB, MFU.
+        """Rates since the last call for the same destination: seconds per step, images/s, data seconds, GB, MFU.
 
-        Calls for the "journal" and for the "log" do not know of each other.
-
-        On a GPU part of what is waited for goes by while the device is still at work on the step before.
+        On a GPU the wait for data may overlap with the previous step.
         """
         window, self._windows[to] = self._windows[to], Window()
         steps, seconds = max(window.steps, 1), max(window.seconds, 1e-9)
@@ -232,16 +221,16 @@ class ComputeTracker:
         return rates
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must keep."""
+        """State for a checkpoint."""
         return {"images": self.images, "seconds": self.seconds}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint's `state`."""
+        """Restore the `state` of a checkpoint."""
         self.images, self.seconds = int(state["images"]), state["seconds"]
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the device, or of this process where there is none."""
+    """Peak memory so far, in bytes: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

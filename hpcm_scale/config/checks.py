@@ -1,159 +1,57 @@
-"""Combinations that cannot work, refused before any process starts talking to another."""
+"""Checks of combinations of keys that cannot work; they run before any process group is initialized."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
-from hpcm_scale.config.phases import Phase, check_crops
+from hpcm_scale.config.deepspeed import check_options
 from hpcm_scale.config.schema import (
     Config,
     DataConfig,
     Distortion,
+    EngineConfig,
     EngineName,
     Fusion,
     ModelConfig,
     PreEditorConfig,
+    RunConfig,
     ScheduleConfig,
     Target,
+    TrainConfig,
 )
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import PIPE, check_no_secret
-from hpcm_scale.limits import Range, abbreviated, check_numbers
-
-# What a distortion asks of crops and λ.
-
+from hpcm_scale.limits import abbreviated, check_numbers
 
 MS_SSIM_SMALLEST_SIDE = 161
-"""Pixels. Five scales, four halvings apart, and a window of 11 pixels: MS-SSIM is not defined for shorter sides."""
+"""Pixels. Five scales with four halvings and a window of 11 pixels: MS-SSIM is not defined for shorter sides."""
 MS_SSIM_LEAST_LMBDA = 0.24
 """A tenth of the lowest public λ; the highest of MSE, 0.0483, is far below."""
-
-
-def check_distortion(config: Config) -> None:
-    """Raise UserError for an objective.distortion that does not go with the rest."""
-    objective, rate = config.objective, config.model.rate
-    if objective.distortion != Distortion.ms_ssim:
-        return
-    if objective.target == Target.vision_model:
-        raise UserError(
-            "objective.target=vision_model weighs tokens against MSE (machine.mse), not objective.distortion=ms_ssim; "
-            "leave one of the two out"
-        )
-    if rate.levels > 1 and min(rate.lowest, rate.highest, rate.reference) < MS_SSIM_LEAST_LMBDA:
-        raise UserError(
-            f"model.rate.lowest={rate.lowest:g}, highest={rate.highest:g} and reference={rate.reference:g} are not all "
-            "λ of MS-SSIM, which objective.distortion=ms_ssim needs; use model.rate.lowest=2.4 model.rate.highest=60.5 "
-            f"model.rate.reference={max(objective.lmbda, 2.4):g}"
-        )
-    if objective.lmbda < MS_SSIM_LEAST_LMBDA:
-        raise UserError(
-            f"objective.lmbda={objective.lmbda:g} is λ of MSE, and with objective.distortion=ms_ssim it would buy no "
-            "picture; use 2.4 to 60.5, or objective=ms_ssim, which brings its own"
-        )
-    for side in (config.data.crop, *config.schedule.crops):
-        if side < MS_SSIM_SMALLEST_SIDE:
-            key = "data.crop" if side == config.data.crop else "schedule.crops"
-            raise UserError(
-                f"objective.distortion=ms_ssim needs crops with sides from {MS_SSIM_SMALLEST_SIDE} pixels, and {key} "
-                f"has {side}; use 256"
-            )
-
-
-# What a key of DeepSpeed's own, given in engine.options, would set behind the back of a key of ours.
-_GENERATED = {
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.micro_batch_size",
-    "gradient_clipping": "train.clip_norm",
-    "optimizer": "train.betas and schedule",
-    "scheduler": "schedule",
-    "fp16": "engine.precision",
-    "bf16": "engine.precision",
-    "amp": "engine.precision",
-    "torch_autocast": "engine.precision",
-}
-
-
-ZERO_SIZES = {
-    "reduce_bucket_size",
-    "allgather_bucket_size",
-    "sub_group_size",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-}
-"""Numbers of parameters among the options of DeepSpeed's ZeRO."""
-_SIZE = Range(least=0, most=1e15)
-_OPTION = Range(least=-1e30, most=1e30)
 _MOST_PIXELS = 10**10
 """Of one forward pass: more than any device holds the activations of."""
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raise UserError, naming the key and the mend, for a configuration that cannot be trained."""
+    """Raise UserError, naming key and remedy, for a configuration that `world_size` processes cannot train."""
     check_numbers(config)
-    _check_source(config.data)
+    _check_data(config.data)
     check_model(config.model)
-    _check_batch(config, world_size)
-    _check_engine(config, world_size)
+    _check_batch(config.train, world_size)
+    _check_engine(config.engine, world_size)
     _check_schedule(config.schedule, config.train.steps)
-    _check_branch(config)
-    _check_machine(config)
-    check_distortion(config)
+    _check_cooldown(config.run, config.train.steps)
+    _check_vision_model(config)
+    _check_distortion(config)
+    _check_crops(config, world_size)
+    _check_train(config.train)
     rate, lmbda = config.model.rate, config.objective.lmbda
     if rate.levels > 1 and not rate.lowest <= lmbda <= rate.highest:
         raise UserError(
-            f"objective.lmbda={lmbda:g}, at which the model is evaluated while it trains, lies outside of "
-            f"model.rate.lowest={rate.lowest:g} … highest={rate.highest:g}; choose one within"
+            "lmbda-outside-rates",
+            "objective.lmbda",
+            f"objective.lmbda={lmbda:g}, used in evaluations while training, is outside "
+            f"model.rate.lowest={rate.lowest:g} … highest={rate.highest:g}; choose a value in this range",
         )
-    train, data = config.train, config.data
-    multiple = side_multiple(config.model)
-    if data.crop < multiple or data.crop % multiple:
-        mend = max(multiple, round(data.crop / multiple) * multiple)
-        raise UserError(
-            f"data.crop={data.crop} does not fit model={config.model.name}, whose inputs are multiples "
-            f"of {multiple} pixels; use data.crop={mend}"
-        )
-    images = micro_batch_size(config, world_size)
-    check_crops(config, multiple, images, world_size)
-    if images * data.crop**2 > _MOST_PIXELS:
-        raise UserError(
-            f"{images:,} images with data.crop={data.crop} are more than {_MOST_PIXELS:,} pixels of a forward pass; "
-            "lower train.micro_batch_size"
-        )
-    if train.stop_after is not None and train.stop_after > train.steps:
-        raise UserError(f"train.stop_after={train.stop_after} must lie between 1 and train.steps={train.steps}")
-    if not all(step <= train.steps for step in train.keep_at):
-        raise UserError(f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}")
-    profiled = train.profile_steps
-    if profiled and not (len(profiled) == 2 and profiled[0] < profiled[1] <= train.steps):
-        raise UserError(
-            f"train.profile_steps={abbreviated(profiled)} must be two ascending steps between 1 and "
-            f"train.steps={train.steps}, the first and the last one to profile, such as [100,103]"
-        )
-    if len(train.betas) != 2:
-        raise UserError(f"train.betas={train.betas} must be two numbers")
-    if len(set(train.ema)) < len(train.ema):
-        raise UserError(f"train.ema={train.ema} must be different lengths")
-
-
-def _check_source(data: DataConfig) -> None:
-    sources = [("data.shards", data.shards or ""), *(("data.more_shards", shards) for shards in data.more_shards)]
-    for key, shards in sources:
-        check_no_secret(shards, key)
-        if shards.startswith(PIPE) and not data.pipe:
-            raise UserError(f"{key}={PIPE}… runs a shell command; set data.pipe=true if that is meant")
-        if shards.startswith(PIPE) and data.cache is None:
-            raise UserError(f"{key}={PIPE}… gives whole shards; set data.cache to a folder that keeps them")
-    weights = data.weights
-    if weights and len(weights) != len(sources):
-        raise UserError(
-            f"data.weights has {len(weights)} entries for {len(sources)} sets, data.shards and each of "
-            "data.more_shards; give one for each, or none"
-        )
-    if weights and not any(weights):
-        raise UserError(f"data.weights={weights} are all 0; give one of the sets a weight")
 
 
 def side_multiple(model: ModelConfig) -> int:
@@ -161,148 +59,55 @@ def side_multiple(model: ModelConfig) -> int:
     return 256 if model.fusion == Fusion.attention else 128
 
 
-def micro_batch_size(config: Config, world_size: int, phase: Phase | None = None) -> int:
-    """Images per process and forward pass; in a `phase` with other crops, so many that it has as many pixels."""
-    images = config.train.micro_batch_size or config.train.batch_size // world_size
-    return images * phase.batch_size // config.train.batch_size if phase else images
-
-
-def accumulation(config: Config, world_size: int) -> int:
-    """Forward passes per process and optimizer step, the same in all phases."""
-    return config.train.batch_size // (world_size * micro_batch_size(config, world_size))
+def micro_batch_size(train: TrainConfig, world_size: int) -> int:
+    """Images per process and forward pass in the first phase."""
+    return train.micro_batch_size or train.batch_size // world_size
 
 
 def check_model(model: ModelConfig) -> None:
-    """Raise UserError for a model that cannot be built; one that still has a `size` has no widths yet."""
+    """Raise UserError for a model that cannot be built; one with a `size` has no widths yet."""
     if model.size is not None:
         raise UserError(
-            f"model.size={model.size} has not become widths and depths; leave it out, or give it on the command line"
+            "unresolved-size",
+            "model.size",
+            f"model.size={model.size} has not been resolved to widths and depths; omit it, or set it on the command "
+            "line",
         )
     check_numbers(model, "model.")
     lengths = {"channels": 3, "g_a_blocks": 4, "g_s_blocks": 4, "hyper_blocks": 2, "adaptor_blocks": 3}
     for key, length in lengths.items():
-        if len(getattr(model, key)) != length:
-            raise UserError(f"model.{key}={getattr(model, key)} must be a list of {length} numbers")
-    if model.latent_channels % 8:
-        raise UserError(f"model.latent_channels={model.latent_channels} must be a multiple of 8")
-    if model.fusion == Fusion.attention and 2 * model.latent_channels % model.attention_heads:
+        value = getattr(model, key)
+        if len(value) != length:
+            raise UserError(
+                "model-list-length", f"model.{key}", f"model.{key}={value} must be a list of {length} numbers"
+            )
+    latent, rate = model.latent_channels, model.rate
+    if latent % 8:
         raise UserError(
-            f"model.attention_heads={model.attention_heads} must divide twice "
-            f"model.latent_channels={model.latent_channels}"
+            "latent-channels-multiple",
+            "model.latent_channels",
+            f"model.latent_channels={latent} must be a multiple of 8",
+        )
+    if model.fusion == Fusion.attention and 2 * latent % model.attention_heads:
+        raise UserError(
+            "attention-heads-divisor",
+            "model.attention_heads",
+            f"model.attention_heads={model.attention_heads} must divide 2 × model.latent_channels={latent}",
         )
     if model.stem_kernel not in (2, 4):
-        raise UserError(f"model.stem_kernel={model.stem_kernel} must be 2 or 4")
-    rate = model.rate
+        raise UserError("stem-kernel", "model.stem_kernel", f"model.stem_kernel={model.stem_kernel} must be 2 or 4")
     if rate.lowest >= rate.highest:
-        raise UserError(f"model.rate.lowest={rate.lowest:g} must be less than model.rate.highest={rate.highest:g}")
-    smallest = min(*model.channels, model.latent_channels, model.hyper_channels)
+        raise UserError(
+            "empty-rate-range",
+            "model.rate.lowest",
+            f"model.rate.lowest={rate.lowest:g} must be less than model.rate.highest={rate.highest:g}",
+        )
+    smallest = min(*model.channels, latent, model.hyper_channels)
     if model.partial_ratio > smallest:
-        raise UserError(f"model.partial_ratio={model.partial_ratio} must be at most the smallest width, {smallest}")
-
-
-def _check_batch(config: Config, world_size: int) -> None:
-    train = config.train
-    share = world_size * (train.micro_batch_size or 1)
-    if train.batch_size % share:
-        unit = f"{world_size} processes"
-        if train.micro_batch_size:
-            unit += f" × train.micro_batch_size={train.micro_batch_size}"
-        near = max(share, round(train.batch_size / share) * share)
-        raise UserError(f"train.batch_size={train.batch_size} does not divide over {unit}; use train.batch_size={near}")
-
-
-def _check_engine(config: Config, world_size: int) -> None:
-    engine = config.engine
-    if engine.offload and engine.zero_stage != 3:
-        raise UserError(f"engine.offload needs engine.zero_stage=3, not {engine.zero_stage}")
-    if engine.compile and engine.zero_stage == 3:
         raise UserError(
-            "engine.compile needs whole weights, and engine.zero_stage=3 shards them; use engine=zero2, or "
-            "engine.compile=false"
-        )
-    if engine.name == EngineName.accelerate and engine.zero_stage:
-        raise UserError("engine.name=accelerate does not shard; use engine=accelerate or engine.zero_stage=0")
-    if engine.name == EngineName.accelerate and engine.options:
-        raise UserError("engine.options are DeepSpeed's; leave them out with engine=accelerate")
-    for key in engine.options:
-        if key in _GENERATED:
-            raise UserError(f"engine.options.{key} is generated from {_GENERATED[key]}; set that instead")
-    _check_options(engine.options, "engine.options")
-    _check_zero_options(engine.options.get("zero_optimization", {}))
-    if engine.world_size not in (None, world_size):
-        raise UserError(
-            f"engine.world_size={engine.world_size}, but the launcher started {world_size} processes; "
-            "leave the key out or start as many"
-        )
-
-
-def _check_options(options: Any, key: str) -> None:
-    """The numbers of DeepSpeed's own options, at any depth."""
-    if isinstance(options, dict | list):
-        for name, value in options.items() if isinstance(options, dict) else enumerate(options):
-            _check_options(value, f"{key}.{name}")
-    elif isinstance(options, int | float):
-        _OPTION.check(key, options)
-
-
-def _check_zero_options(options: Any) -> None:
-    if not isinstance(options, dict):
-        raise UserError(f"engine.options.zero_optimization={abbreviated(options)} must be a dictionary of options")
-    for key in ZERO_SIZES & options.keys():
-        value = options[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"engine.options.zero_optimization.{key}={abbreviated(value)} must be a number")
-        _SIZE.check(f"engine.options.zero_optimization.{key}", value)
-    if "stage" in options:
-        raise UserError("engine.options.zero_optimization.stage is generated from engine.zero_stage; set that instead")
-    for key in ("offload_optimizer", "offload_param"):
-        where = options.get(key)
-        if isinstance(where, dict) and where.get("device") == "nvme":
-            raise UserError(
-                f"engine.options.zero_optimization.{key}.device=nvme keeps weights where checkpoints do not find them; "
-                "use cpu"
-            )
-
-
-def _check_branch(config: Config) -> None:
-    trunk, step = config.run.cooldown_of, config.run.cooldown_at
-    if (trunk is None) != (step is None):
-        raise UserError("run.cooldown_of and run.cooldown_at belong together; start branches with `hpcm cooldown`")
-    if step is not None and step >= config.train.steps:
-        raise UserError(
-            f"run.cooldown_at={step} leaves nothing of train.steps={config.train.steps}; ask for more steps than that"
-        )
-
-
-def _check_machine(config: Config) -> None:
-    machine, target = config.machine, config.objective.target
-    editor = machine.pre_editor
-    for key in ("edit", "freeze_codec"):
-        if getattr(machine, key) and target != Target.vision_model:
-            raise UserError(f"machine.{key} needs objective.target=vision_model; set that, too")
-    if target != Target.vision_model:
-        return
-    if not machine.receivers:
-        raise UserError(
-            "objective.target=vision_model needs machine.receivers; name the networks that see the images, such as "
-            "[efficientnet-lite0]"
-        )
-    if machine.freeze_codec and not machine.edit:
-        raise UserError("machine.freeze_codec leaves nothing to train without machine.edit=true")
-    if machine.freeze_codec and config.init_from is None:
-        raise UserError("machine.freeze_codec needs a trained codec; name its run folder with init_from")
-    if len(set(machine.receivers)) < len(machine.receivers):
-        raise UserError(f"machine.receivers={machine.receivers} names one twice; name each once")
-    if not (machine.mse or machine.token_distortion_weight or machine.token_rank_weight):
-        raise UserError(
-            "machine.mse, machine.token_distortion_weight and machine.token_rank_weight are all 0; give one of them "
-            "a weight"
-        )
-    check_pre_editor(editor)
-    if machine.edit and editor.tokens not in (None, *machine.receivers):
-        raise UserError(
-            f"machine.pre_editor.tokens={editor.tokens} is not among machine.receivers={machine.receivers}; name one "
-            "of them, or null"
+            "partial-ratio-too-large",
+            "model.partial_ratio",
+            f"model.partial_ratio={model.partial_ratio} must be at most the smallest width, {smallest}",
         )
 
 
@@ -310,22 +115,275 @@ def check_pre_editor(editor: PreEditorConfig) -> None:
     """Raise UserError for a pre-editor that cannot be built."""
     check_numbers(editor, "machine.pre_editor.")
     if len(editor.channels) != 3:
-        raise UserError(f"machine.pre_editor.channels={editor.channels} must be three numbers")
+        raise UserError(
+            "pre-editor-channels",
+            "machine.pre_editor.channels",
+            f"machine.pre_editor.channels={editor.channels} must be three numbers",
+        )
+
+
+def _check_data(data: DataConfig) -> None:
+    check_no_secret(str(data.shards), "data.shards")
+    sets = data.sets
+    if any(each.path.startswith(PIPE) for each in sets):
+        if not data.pipe:
+            raise UserError(
+                "pipe-not-allowed",
+                "data.pipe",
+                f"data.shards={PIPE}… runs a shell command; set data.pipe=true to allow it",
+            )
+        if data.cache is None:
+            raise UserError(
+                "pipe-without-cache", "data.cache", f"data.shards={PIPE}… needs a cache; set data.cache to a folder"
+            )
+    if sets and not any(each.weight != 0 for each in sets):
+        raise UserError(
+            "zero-weights", "data.shards", "the weights of data.shards are all 0; give at least one set a weight"
+        )
+
+
+def _check_batch(train: TrainConfig, world_size: int) -> None:
+    share = world_size * (train.micro_batch_size or 1)
+    if train.batch_size % share:
+        unit = f"{world_size} processes"
+        if train.micro_batch_size:
+            unit += f" × train.micro_batch_size={train.micro_batch_size}"
+        near = max(share, round(train.batch_size / share) * share)
+        raise UserError(
+            "indivisible-batch",
+            "train.batch_size",
+            f"train.batch_size={train.batch_size} is not divisible by {unit}; use train.batch_size={near}",
+        )
+
+
+def _check_train(train: TrainConfig) -> None:
+    if train.stop_after is not None and train.stop_after > train.steps:
+        raise UserError(
+            "stop-after-end",
+            "train.stop_after",
+            f"train.stop_after={train.stop_after} must be between 1 and train.steps={train.steps}",
+        )
+    if not all(step <= train.steps for step in train.keep_at):
+        raise UserError(
+            "keep-after-end",
+            "train.keep_at",
+            f"train.keep_at={train.keep_at} must be steps between 1 and train.steps={train.steps}",
+        )
+    profiled = train.profile_steps
+    if profiled and not (len(profiled) == 2 and profiled[0] < profiled[1] <= train.steps):
+        raise UserError(
+            "profile-steps",
+            "train.profile_steps",
+            f"train.profile_steps={abbreviated(profiled)} must be two ascending steps between 1 and "
+            f"train.steps={train.steps}, the first and the last one to profile, such as [100,103]",
+        )
+    if len(train.betas) != 2:
+        raise UserError("betas-length", "train.betas", f"train.betas={train.betas} must be two numbers")
+    if len(set(train.ema)) < len(train.ema):
+        raise UserError("duplicate-ema", "train.ema", f"train.ema={train.ema} lists a length twice; remove it")
+
+
+def _check_engine(engine: EngineConfig, world_size: int) -> None:
+    if engine.offload and engine.zero_stage != 3:
+        raise UserError(
+            "offload-stage", "engine.offload", f"engine.offload needs engine.zero_stage=3, not {engine.zero_stage}"
+        )
+    if engine.compile and engine.zero_stage == 3:
+        raise UserError(
+            "compiled-shards",
+            "engine.compile",
+            "engine.compile does not support the sharded weights of engine.zero_stage=3; use engine=zero2 or "
+            "engine.compile=false",
+        )
+    if engine.name == EngineName.accelerate and engine.zero_stage:
+        raise UserError(
+            "accelerate-stage",
+            "engine.zero_stage",
+            "engine.name=accelerate does not shard; use engine=accelerate or engine.zero_stage=0",
+        )
+    if engine.name == EngineName.accelerate and engine.options:
+        raise UserError(
+            "accelerate-options",
+            "engine.options",
+            "engine.options apply only to DeepSpeed; omit them with engine=accelerate",
+        )
+    check_options(engine.options)
+    if engine.world_size not in (None, world_size):
+        raise UserError(
+            "other-world-size",
+            "engine.world_size",
+            f"engine.world_size={engine.world_size}, but the launcher started {world_size} processes; omit the key, "
+            "or start that many",
+        )
+
+
+def _check_cooldown(run: RunConfig, steps: int) -> None:
+    if (run.cooldown_of is None) != (run.cooldown_at is None):
+        raise UserError(
+            "incomplete-cooldown",
+            "run.cooldown_of",
+            "run.cooldown_of and run.cooldown_at belong together; start cooldowns with `hpcm cooldown`",
+        )
+    if run.cooldown_at is not None and run.cooldown_at >= steps:
+        raise UserError(
+            "cooldown-at-end",
+            "run.cooldown_at",
+            f"run.cooldown_at={run.cooldown_at} must be less than train.steps={steps}; raise train.steps",
+        )
+
+
+def _check_vision_model(config: Config) -> None:
+    machine, target = config.machine, config.objective.target
+    for key in ("edit", "freeze_codec"):
+        if getattr(machine, key) and target != Target.vision_model:
+            raise UserError(
+                "human-target", f"machine.{key}", f"machine.{key} needs objective.target=vision_model; set it as well"
+            )
+    if target != Target.vision_model:
+        return
+    if not machine.receivers:
+        raise UserError(
+            "no-receivers",
+            "machine.receivers",
+            "objective.target=vision_model needs machine.receivers; list vision models, such as [efficientnet-lite0]",
+        )
+    if machine.freeze_codec and not machine.edit:
+        raise UserError(
+            "nothing-to-train",
+            "machine.freeze_codec",
+            "machine.freeze_codec without machine.edit=true trains no parameters; set machine.edit=true",
+        )
+    if machine.freeze_codec and config.init_from is None:
+        raise UserError(
+            "no-frozen-codec",
+            "init_from",
+            "machine.freeze_codec needs a trained codec; set init_from to its run folder",
+        )
+    if len(set(machine.receivers)) < len(machine.receivers):
+        raise UserError(
+            "duplicate-receivers",
+            "machine.receivers",
+            f"machine.receivers={machine.receivers} lists a receiver twice; remove it",
+        )
+    if not (machine.mse or machine.token_distortion_weight or machine.token_rank_weight):
+        raise UserError(
+            "no-distortion",
+            "machine.mse",
+            "machine.mse, machine.token_distortion_weight and machine.token_rank_weight are all 0; give one of them a "
+            "weight",
+        )
+    check_pre_editor(machine.pre_editor)
+    tokens = machine.pre_editor.tokens
+    if machine.edit and tokens not in (None, *machine.receivers):
+        raise UserError(
+            "unknown-pre-editor-receiver",
+            "machine.pre_editor.tokens",
+            f"machine.pre_editor.tokens={tokens} is not among machine.receivers={machine.receivers}; choose one of "
+            "them, or null",
+        )
+
+
+def _check_distortion(config: Config) -> None:
+    objective, rate = config.objective, config.model.rate
+    if objective.distortion != Distortion.ms_ssim:
+        return
+    if objective.target == Target.vision_model:
+        raise UserError(
+            "ms-ssim-for-vision-model",
+            "objective.distortion",
+            "objective.target=vision_model weighs tokens against MSE (machine.mse), not "
+            "objective.distortion=ms_ssim; omit one of the two",
+        )
+    if rate.levels > 1 and min(rate.lowest, rate.highest, rate.reference) < MS_SSIM_LEAST_LMBDA:
+        raise UserError(
+            "mse-rates-with-ms-ssim",
+            "model.rate",
+            f"model.rate.lowest={rate.lowest:g}, highest={rate.highest:g} and reference={rate.reference:g} are not all "
+            "λ of MS-SSIM, which objective.distortion=ms_ssim needs; use model.rate.lowest=2.4 model.rate.highest=60.5 "
+            f"model.rate.reference={max(objective.lmbda, 2.4):g}",
+        )
+    if objective.lmbda < MS_SSIM_LEAST_LMBDA:
+        raise UserError(
+            "mse-lmbda-with-ms-ssim",
+            "objective.lmbda",
+            f"objective.lmbda={objective.lmbda:g} is a λ of MSE, too small for objective.distortion=ms_ssim; use 2.4 "
+            "to 60.5, or objective=ms_ssim, which sets it",
+        )
+    for key, sides in (("data.crop", [config.data.crop]), ("schedule.crops", config.schedule.crops)):
+        if min(sides, default=MS_SSIM_SMALLEST_SIDE) < MS_SSIM_SMALLEST_SIDE:
+            raise UserError(
+                "ms-ssim-crop",
+                key,
+                f"objective.distortion=ms_ssim needs crops with sides of at least {MS_SSIM_SMALLEST_SIDE} pixels, but "
+                f"{key} has {min(sides)}; use 256",
+            )
 
 
 def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
     if not schedule.decay <= max(steps, 1):
         raise UserError(
+            "decay-too-long",
+            "schedule.decay",
             f"schedule.decay={schedule.decay:g} is longer than train.steps={steps}; give a fraction of the run, or "
-            "fewer steps"
+            "fewer steps",
         )
     boundaries = schedule.boundaries
     if len(schedule.factors) != len(boundaries) + 1:
         raise UserError(
-            f"schedule.factors has {len(schedule.factors)} entries for {len(boundaries)} "
-            "schedule.boundaries; it needs one more than they are"
+            "factors-length",
+            "schedule.factors",
+            f"schedule.factors has {len(schedule.factors)} entries for {len(boundaries)} schedule.boundaries; it needs "
+            "one more",
         )
+    _check_boundaries("schedule.boundaries", boundaries, mixed=bool(boundaries) and boundaries[0] <= 1 < boundaries[-1])
+    boundaries = schedule.crop_boundaries
+    if len(schedule.crops) != len(boundaries):
+        raise UserError(
+            "crop-boundaries-length",
+            "schedule.crop_boundaries",
+            f"schedule.crops has {len(schedule.crops)} entries and schedule.crop_boundaries {len(boundaries)}; give "
+            "one boundary for each crop",
+        )
+    mixed = bool(boundaries) and boundaries[0] < 1 <= boundaries[-1]
+    _check_boundaries("schedule.crop_boundaries", boundaries, mixed)
+
+
+def _check_boundaries(key: str, boundaries: list[float], mixed: bool) -> None:
     if sorted(boundaries) != list(boundaries):
-        raise UserError(f"schedule.boundaries={boundaries} must rise")
-    if boundaries and boundaries[0] <= 1 < boundaries[-1]:
-        raise UserError(f"schedule.boundaries={boundaries} mixes fractions (≤ 1) and steps (> 1); use one of the two")
+        raise UserError("descending-boundaries", key, f"{key}={boundaries} must be ascending")
+    if mixed:
+        raise UserError(
+            "mixed-boundaries", key, f"{key}={boundaries} mixes fractions of the run and steps; use one of the two"
+        )
+
+
+def _check_crops(config: Config, world_size: int) -> None:
+    crop, crops, multiple = config.data.crop, config.schedule.crops, side_multiple(config.model)
+    for key, side in (("data.crop", crop), *(("schedule.crops", side) for side in crops)):
+        if side < multiple or side % multiple:
+            near = max(multiple, round(side / multiple) * multiple)
+            raise UserError(
+                "crop-multiple",
+                key,
+                f"{key} has a side of {side} pixels, but model={config.model.name} needs multiples of {multiple}; use "
+                f"{'data.crop=' if key == 'data.crop' else ''}{near}",
+            )
+    images = micro_batch_size(config.train, world_size)
+    unit = math.lcm(*(side**2 // math.gcd(side**2, crop**2) for side in crops))
+    if images % unit:
+        near = max(unit, round(images / unit) * unit)
+        accumulating = config.train.micro_batch_size is not None
+        key, value = ("train.micro_batch_size", near) if accumulating else ("train.batch_size", near * world_size)
+        raise UserError(
+            "crop-pixels",
+            key,
+            f"schedule.crops={crops} must keep the number of pixels of a forward pass, but {images} crops of {crop}² "
+            f"are not a multiple of {unit}; use {key}={value}",
+        )
+    if images * crop**2 > _MOST_PIXELS:
+        raise UserError(
+            "too-many-pixels",
+            "train.micro_batch_size",
+            f"{images:,} images with data.crop={crop} are more than {_MOST_PIXELS:,} pixels of a forward pass; lower "
+            "train.micro_batch_size",
+        )

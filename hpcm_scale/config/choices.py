@@ -1,4 +1,4 @@
-"""The choices of configuration keys that take one of a few words."""
+"""Enumerations of the configuration."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from enum import Enum
 
 
 class HyperPlacement(Enum):
-    """Where the hyper parameters land on the half-resolution grid (s2) of the context model."""
+    """Alignment of the hyperprior on the half-resolution grid (s2) of the context model."""
 
     aligned = "aligned"
-    """Where they belong."""
+    """Correct alignment."""
     upstream = "upstream"
     """Shifted as in the public implementation; needed for its checkpoints."""
 
 
 class Fusion(Enum):
-    """How the context network's output becomes the next step's context."""
+    """Update of the context after a step of the coding order."""
 
     attention = "attention"
     """Window cross-attention from the new parameters to the old context."""
@@ -24,14 +24,14 @@ class Fusion(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of convolutions and context networks; rates and distortions are fp32 always."""
+    """Arithmetic of convolutions and context networks; rates and distortions are always fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Checkpointing(Enum):
-    """Which activations are computed a second time in the backward pass instead of being kept."""
+    """Activation checkpointing: which activations are recomputed in the backward pass."""
 
     none = "none"
     """None: fastest."""
@@ -42,16 +42,16 @@ class Checkpointing(Enum):
 
 
 class Target(Enum):
-    """Receiver of the decoded images, which decides what counts as distortion."""
+    """Receiver of the decoded images, which determines the distortion."""
 
     human = "human"
     """255²·MSE."""
     vision_model = "vision_model"
-    """What happens to the tokens of machine.receivers, besides."""
+    """255²·MSE and the distortion of the tokens of machine.receivers."""
 
 
 class Distortion(Enum):
-    """How far a reconstruction is off, for people."""
+    """Distortion for human viewers."""
 
     mse = "mse"
     """255²·MSE; λ of the papers: 0.0018 to 0.0483."""
@@ -60,43 +60,43 @@ class Distortion(Enum):
 
 
 class Likelihood(Enum):
-    """How the probability of a symbol is worked out in training."""
+    """Computation of the probability of a symbol in training."""
 
     survival = "survival"
-    """From the tail's survival function: exact far out, too."""
+    """From the survival function: exact in the tails, too."""
     public = "public"
-    """As in the public implementation: a difference of two numbers near 1, bounded from below; to compare with."""
+    """As in the public implementation, for comparison: a difference of two numbers near 1, bounded from below."""
 
 
 class Parametrisation(Enum):
-    """How initial weights and learning rates follow the width of a network."""
+    """Scaling of initial weights and learning rates with the width of a network."""
 
     standard = "standard"
-    """One learning rate for all weights: the best one falls with the width."""
+    """One learning rate for all weights; the optimum decreases with the width."""
     mup = "mup"
-    """Maximal update (arXiv 2203.03466): schedule.learning_rate is that of 450k's widths, and right for all widths."""
+    """Maximal update (arXiv 2203.03466): schedule.learning_rate is that of the widths of 450k, and fits all widths."""
 
 
 class EngineName(Enum):
-    """Who runs the processes."""
+    """Library for distributed training."""
 
     deepspeed = "deepspeed"
     accelerate = "accelerate"
 
 
 class OnDivergence(Enum):
-    """What follows a step whose loss or gradient is not finite, or whose loss leaps."""
+    """Reaction to a step with a loss spike, or a loss or gradient that is not finite."""
 
     skip = "skip"
-    """The step is left out, and its images with it."""
+    """Skip the step and its images."""
     rollback = "rollback"
-    """Back to the last good checkpoint, and on from there without the images of that step."""
+    """Return to the last good checkpoint, and continue without the images of that step."""
     stop = "stop"
-    """The run ends."""
+    """End the run."""
 
 
 class WandbMode(Enum):
-    """Where the wandb view of the journal goes."""
+    """Mode of wandb."""
 
     online = "online"
     offline = "offline"

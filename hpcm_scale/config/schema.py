@@ -1,7 +1,4 @@
-"""The typed configuration: every key a run can be given, its type, unit and default, and of numbers the range.
-
-Hydra composes these dataclasses from `conf/`; nothing below `config/` knows about Hydra.
-"""
+"""The typed configuration: every key of a run with its type, unit, default and, for numbers, range."""
 
 from __future__ import annotations
 
@@ -21,19 +18,21 @@ from hpcm_scale.config.choices import (
     Target,
     WandbMode,
 )
-from hpcm_scale.limits import COUNT, COUNT_OR_NONE, CROP, LAMBDA, Range, number
+from hpcm_scale.errors import UserError
+from hpcm_scale.files import without_secrets
+from hpcm_scale.limits import COUNT, COUNT_OR_NONE, CROP, LAMBDA, Range, abbreviated, number
 
 WIDTH = Range(least=1, most=16_384)
 """Channels."""
 BLOCKS = Range(least=0, most=128)
 """Residual blocks in a row."""
 IMAGES = Range(least=1, most=1_000_000)
-"""Of a batch; processes have at least one each."""
+"""Of a batch."""
 WEIGHT = Range(least=0, most=1e9)
 PART_OR_STEP = Range(above=0, most=COUNT.most)
-"""Part of a run, or one of its steps."""
+"""Fraction of a run, or a step."""
 AVERAGE = Range(least=0.001, below=12**-0.5)
-"""Length of an average; at 1/√12 all weights so far count alike."""
+"""Length of a moving average; 1/√12 would weigh all steps equally."""
 LARGE = Range(above=0, most=1e30)
 YEAR_MINUTES = 525_600
 
@@ -43,7 +42,7 @@ class PriorConfig:
     """Depth of one prior network of the context model (residual blocks of depthwise convolutions)."""
 
     before: int = number(2, BLOCKS)
-    """Blocks before the step's channel scale q."""
+    """Blocks before the channel scale q of the step."""
     after: int = number(1, BLOCKS)
     """Blocks between q and the 1×1 convolution to scales and means."""
     refine: int = number(0, BLOCKS)
@@ -52,16 +51,16 @@ class PriorConfig:
 
 @dataclass
 class RateConfig:
-    """Variable rate: one model for a range of λ, at levels that are log-spaced over it."""
+    """Variable rate: one model for a range of λ, at log-spaced levels."""
 
     levels: int = number(1, Range(least=1, most=256))
-    """λ that the model has learned gains for, as many as a file's byte tells apart; 1: fixed rate, and none of this."""
+    """Levels with learned gains, up to the 256 of a file's byte; 1: fixed rate."""
     lowest: float = number(0.0018, LAMBDA)
-    """λ of level 0; that of the paper's smallest files."""
+    """λ of level 0; default: the smallest of the paper."""
     highest: float = number(0.0483, LAMBDA)
     """λ of the last level."""
     reference: float = number(0.013, LAMBDA)
-    """λ at which the gains start at 1: that of the fixed-rate model that training starts from."""
+    """λ at which the initial gains are 1: that of the fixed-rate model that training starts from."""
 
 
 @dataclass
@@ -70,11 +69,11 @@ class ModelConfig:
 
     name: str = "68m"
     family: str = "hpcm"
-    """What the transforms are made of: a file in hpcm_scale/model/families."""
+    """Blocks of the transforms: a file in hpcm_scale/model/families."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the family's own; the same file lists them."""
+    """Options of the family; its file lists them."""
     size: str | None = None
-    """Parameters, 100k to 10b: widths, depths and attention_heads follow from it by the family's rule."""
+    """Number of parameters, 100k to 10b, from which widths, depths and attention_heads follow."""
     channels: list[int] = number([96, 192, 384], WIDTH)
     """c1, c2, c3: channels of the transforms at 1/2, 1/4 and 1/8 resolution."""
     latent_channels: int = number(320, Range(least=8, most=16_384))
@@ -99,44 +98,80 @@ class ModelConfig:
     attention_heads: int = number(32, WIDTH)
     """Heads of the window cross-attention over 2M channels."""
     partial_ratio: int = number(4, WIDTH)
-    """r: the partial 3×3 convolution sees the first C/r channels."""
+    """r: the partial 3×3 convolution acts on the first C/r channels."""
     expansion: int = number(4, Range(least=1, most=64))
     """m: the residual blocks of the transforms widen C to mC."""
     hyper_placement: HyperPlacement = HyperPlacement.aligned
     rate: RateConfig = field(default_factory=RateConfig)
 
 
+@dataclass(frozen=True)
+class ShardSet:
+    """One entry of data.shards."""
+
+    path: str
+    """Folder, URL or `pipe:COMMAND`."""
+    weight: float | None = None
+    """Share in the training images, relative to the other weights. Sets without a weight count 1 on average, each in
+    proportion to its number of images."""
+
+
 @dataclass
 class DataConfig:
-    """Where the training photos come from and how they are cut."""
+    """Source of the training images and of their crops."""
 
-    shards: str | None = None
-    """Folder or URL (http, https, any fsspec scheme) that holds index.json and the shards."""
-    more_shards: list[str] = field(default_factory=list)
-    """Further such sets, mixed in."""
-    weights: list[float] = number([], WEIGHT)
-    """Shares of data.shards and of each of data.more_shards in what is trained on, relative; unset: by photos."""
+    shards: Any = None
+    """Folder or URL (http, https, any fsspec scheme) of index.json and the shards; or a list of sets to mix: folders,
+    URLs, or {path, weight}. Without weights, the sets are mixed by number of images; see `ShardSet`."""
     crop: int = number(256, CROP)
     """Side of the square training crop, pixels; a multiple of 128 (256 with fusion=attention)."""
     flip: bool = True
-    """Mirror half of the crops, seeded per image."""
+    """Flip half of the crops horizontally, seeded per image."""
     downscale: float = number(1.0, Range(above=0, most=1))
-    """Smallest factor by which JPEG photos are scaled down before the crop, seeded per image; it takes off what their
-    compression has left. 1: never."""
+    """Smallest factor by which JPEG images are downscaled before the crop, seeded per image, to remove compression
+    artifacts. 1: never."""
     workers: int = number(2, Range(least=0, most=1024))
-    """Data worker processes per training process; 0 decodes in the training process."""
+    """Data workers per training process; 0: decode in the training process."""
     prefetch: int = number(4, Range(least=1, most=1024))
-    """Micro-batches each worker keeps ready."""
+    """Micro-batches prefetched by each worker."""
     cache: str | None = None
-    """Folder that keeps whole shards fetched from a URL."""
+    """Folder that caches shards from a URL."""
     retries: int = number(5, Range(least=1, most=1000))
-    """Tries for one read from a URL, with exponential back-off, before the run ends."""
+    """Attempts for one read from a URL, with exponential back-off, before the run ends."""
     timeout: float = number(30.0, Range(above=0, most=86_400))
     """Seconds before one read from a URL counts as failed."""
     max_corrupt_samples: int = number(100, COUNT_OR_NONE)
-    """Photos that may turn out to be unreadable, each replaced by another, before the run ends."""
+    """Corrupt images, each replaced by another, before the run ends."""
     pipe: bool = False
-    """Whether shards may be `pipe:COMMAND`, a shell command that writes the file {} to its standard output."""
+    """Allow shards that are `pipe:COMMAND`, a shell command that writes the file {} to its standard output."""
+
+    @property
+    def sets(self) -> list[ShardSet]:
+        """`shards` as a list, empty if unset. Raises UserError if an entry is neither a path nor {path, weight}."""
+        entries = self.shards if isinstance(self.shards, list) else [] if self.shards is None else [self.shards]
+        return [_shard_set(entry) for entry in entries]
+
+
+def _shard_set(entry: Any) -> ShardSet:
+    if isinstance(entry, str | int | float):  # a folder may be named 2026
+        return ShardSet(str(entry))
+    if not (isinstance(entry, dict) and "path" in entry and entry.keys() <= {"path", "weight"}):
+        raise UserError(
+            "shards-entry",
+            "data.shards",
+            f"the entry {abbreviated(without_secrets(str(entry)))} of data.shards is neither a folder or URL nor "
+            "{path: FOLDER, weight: NUMBER}; correct it",
+        )
+    weight = entry.get("weight")
+    if isinstance(weight, bool | str | list | dict):
+        raise UserError(
+            "shards-weight",
+            "data.shards",
+            f"data.shards has the weight {abbreviated(weight)} for {without_secrets(str(entry['path']))}; give a "
+            "number, or omit it",
+        )
+    WEIGHT.check("data.shards.weight", weight)
+    return ShardSet(str(entry["path"]), weight)
 
 
 @dataclass
@@ -144,7 +179,7 @@ class ObjectiveConfig:
     """Rate-distortion trade-off: λ·distortion + bits per pixel."""
 
     lmbda: float = number(0.013, LAMBDA)
-    """With variable rate every image has a λ of its own, and this is the one of evaluations while training."""
+    """λ. With variable rate every image has its own λ, and this is the λ of evaluations while training."""
     target: Target = Target.human
     distortion: Distortion = Distortion.mse
     likelihood: Likelihood = Likelihood.survival
@@ -152,37 +187,37 @@ class ObjectiveConfig:
 
 @dataclass
 class PreEditorConfig:
-    """The network in front of a codec for machine receivers: a U-Net of three scales that edits the image."""
+    """The network in front of a codec for vision models: a U-Net of three scales that edits the image."""
 
     channels: list[int] = number([16, 32, 64], Range(least=4, most=16_384))
     """At 1/2, 1/4 and 1/8 resolution."""
     blocks: int = number(1, BLOCKS)
-    """Residual blocks at each scale, on the way down and on the way up."""
+    """Residual blocks at each scale of encoder and decoder."""
     tokens: str | None = None
-    """Which of machine.receivers tells it what the receiver sees in the image; unset: it sees the image alone."""
+    """The one of machine.receivers whose tokens are a second input; unset: the image is the only input."""
 
 
 @dataclass
 class MachineConfig:
-    """Training with objective.target=vision_model (after arXiv 2407.17060): distortion is what happens to tokens."""
+    """Training with objective.target=vision_model (after arXiv 2407.17060): the distortion of tokens."""
 
     receivers: list[str] = field(default_factory=list)
-    """Networks whose tokens are to survive (`hpcm_scale/machine/receivers.py` lists them)."""
+    """Vision models whose tokens are preserved (hpcm_scale/machine/receivers.py lists them)."""
     mse: float = number(1.0, WEIGHT)
     """Weight of 255²·MSE."""
     token_distortion_weight: float = number(100.0, WEIGHT)
     """Weight of the token distortion, averaged over the receivers."""
     token_rank_weight: float = number(10.0, WEIGHT)
-    """Weight of the difference in token rank, averaged over the receivers."""
+    """Weight of the difference of token rank, averaged over the receivers."""
     layers: dict[str, float] = number({}, WEIGHT)
-    """Weights of layers, `receiver/layer`, relative to each other; those not named: 1."""
+    """Relative weights of layers, by `receiver/layer`; default: 1."""
     edit: bool = False
-    """Whether there is a pre-editor in front of the codec."""
+    """Put a pre-editor in front of the codec."""
     pre_editor: PreEditorConfig = field(default_factory=PreEditorConfig)
     freeze_codec: bool = False
-    """Train the pre-editor alone: files are decoded by the codec as it was."""
+    """Train only the pre-editor: files are decoded with the original codec."""
     fixed_rate: str | None = None
-    """For conf/stage: run folder or weights of the fixed-rate model that the first stage starts from."""
+    """For conf/stage: run folder or weights of the fixed-rate model of the first stage."""
 
 
 @dataclass
@@ -191,27 +226,27 @@ class ScheduleConfig:
 
     learning_rate: float = number(1e-4, Range(least=1e-12, most=1000))
     boundaries: list[float] = number([0.8, 0.9, 0.95], PART_OR_STEP)
-    """Where the rate drops: fractions of train.steps (all ≤ 1) or steps (all > 1)."""
+    """Where the learning rate drops: fractions of train.steps (all ≤ 1) or steps (all > 1)."""
     factors: list[float] = number([1.0, 0.3, 0.1, 0.01], Range(least=0, most=1000))
     """Multiples of learning_rate before, between and after the boundaries."""
     warmup: int = number(0, COUNT_OR_NONE)
     """Steps of linear warm-up from 0."""
     decay: float = number(0.0, COUNT_OR_NONE)
-    """Length of the fall to zero, as 1 − √, at the end of the run: a fraction of train.steps (≤ 1) or steps (> 1)."""
+    """Length of the final decay to zero as 1 − √: a fraction of train.steps (≤ 1) or steps (> 1)."""
     crops: list[int] = number([], CROP)
-    """Sides of later crops, pixels, instead of data.crop; the batch shrinks so that a step costs the same."""
+    """Sides of later crops, pixels; the batch shrinks so that a step costs the same."""
     crop_boundaries: list[float] = number([], PART_OR_STEP)
-    """Where each of them begins: fractions of train.steps (all < 1) or steps (all ≥ 1)."""
+    """Where each of schedule.crops begins: fractions of train.steps (all < 1) or steps (all ≥ 1)."""
 
 
 @dataclass
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     steps: int = number(2_000_000, COUNT)
     """Optimizer steps of the whole schedule."""
     stop_after: int | None = number(None, COUNT)
-    """Stop, with a checkpoint, at this step; the schedule is still that of `steps`."""
+    """Stop, with a checkpoint, at this step; the schedule stays that of `steps`."""
     batch_size: int = number(32, IMAGES)
     """Images per optimizer step over all processes and accumulation rounds."""
     micro_batch_size: int | None = number(None, IMAGES)
@@ -220,34 +255,34 @@ class TrainConfig:
     betas: list[float] = number([0.9, 0.999], Range(least=0, below=1))
     parametrisation: Parametrisation = Parametrisation.standard
     ema: list[float] = number([], AVERAGE)
-    """Lengths of moving averages of the weights that are kept beside them, evaluated and exported: standard deviations
-    of their power-function profiles relative to the training so far, 0 to 0.28 (arXiv 2312.02696, section 3.1)."""
+    """Lengths of moving averages of the weights to evaluate and export: standard deviations of their power-function
+    profiles relative to the training so far, 0 to 0.28 (arXiv 2312.02696, section 3.1)."""
     clip_norm: float = number(1.0, LARGE)
     """Largest global gradient norm."""
     on_divergence: OnDivergence = OnDivergence.skip
-    """What to do with a step whose loss or gradient is not finite, or whose loss leaps."""
+    """Reaction to a step with a loss spike, or a loss or gradient that is not finite."""
     loss_spike_factor: float | None = number(10.0, LARGE)
-    """A loss leaps if it is more than so many times the median of the last 100; unset: never."""
+    """A loss greater than this multiple of the median of the last 100 is a spike; unset: never."""
     max_skipped: int = number(10, COUNT)
     """Steps skipped in a row before the run ends."""
     max_rollbacks: int = number(10, COUNT_OR_NONE)
-    """Rollbacks of the whole run before it ends."""
+    """Rollbacks after which another divergence stops the run."""
     checkpoint_every: int = number(5000, COUNT)
     """Steps between resumable checkpoints; one is always written when training ends or stops."""
     keep_checkpoints: int = number(2, COUNT)
-    """The newest so many are kept."""
+    """Newest checkpoints to keep."""
     keep_at: list[int] = number([], COUNT)
-    """Steps after which a checkpoint is left for good, for `hpcm cooldown`."""
+    """Steps whose checkpoints are never removed, for `hpcm cooldown`."""
     keep_every: int | None = number(None, COUNT)
-    """Checkpoints of every so many steps are kept for good, too."""
+    """Checkpoints at multiples of this step are never removed."""
     keep_best: bool = True
-    """Keep, besides, of the checkpoints at whose steps there was an evaluation, the one with the lowest loss."""
+    """Also keep the checkpoint with the lowest evaluation loss, among those at evaluated steps."""
     max_hours: float | None = number(None, Range(above=0, most=YEAR_MINUTES // 60))
-    """Hours from its start after which this command stops, with a checkpoint, as if it had been asked to."""
+    """Hours after which this command stops with a checkpoint, as on SIGTERM."""
     watchdog_timeout: float = number(30.0, Range(above=0, most=YEAR_MINUTES))
-    """Minutes without a step after which the run ends, with the stack traces of all its processes."""
+    """Minutes without a step after which the run ends, with stack traces of all processes."""
     profile_steps: list[int] = number([], COUNT)
-    """First and last step whose profile process 0 writes to the run folder (profile/), both included; unset: none."""
+    """First and last step that rank 0 profiles to profile/ in the run folder; unset: none."""
 
 
 @dataclass
@@ -257,11 +292,11 @@ class EvalConfig:
     images: str | None = None
     """Folder of images; unset: no evaluation."""
     every: int = number(5000, COUNT)
-    """Steps between evaluations; the last step is always evaluated."""
+    """Steps between evaluations; the last step is evaluated, too."""
     limit: int | None = number(None, COUNT)
-    """Use only the first so many images, in name order."""
+    """Number of images, the first in name order; unset: all."""
     max_failed: int = number(3, COUNT)
-    """Evaluations in a row that may fail, each of them skipped, before the run ends."""
+    """Consecutive failed evaluations, each skipped, before the run ends."""
 
 
 @dataclass
@@ -270,22 +305,22 @@ class EngineConfig:
 
     name: EngineName = EngineName.deepspeed
     zero_stage: int = number(2, Range(least=0, most=3))
-    """DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights sharded."""
+    """DeepSpeed ZeRO shards: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights."""
     offload: bool = False
     """Keep optimizer state and weights in host memory (stage 3)."""
     precision: Precision = Precision.fp32
     compile: bool = False
-    """Compile the parts of the network with torch.compile; minutes at the start of a run, faster steps."""
+    """Compile the parts of the network with torch.compile: faster steps after minutes at the start."""
     deterministic: bool = False
-    """Use deterministic algorithms only, so that a GPU, too, gives the same digits every time; slower steps."""
+    """Use only deterministic algorithms, bit-reproducible on a GPU, too; slower steps."""
     activation_checkpointing: Checkpointing = Checkpointing.none
-    """Activations to compute again in the backward pass; lets larger models or batches into a device's memory."""
+    """Activations to recompute in the backward pass, to save device memory."""
     world_size: int | None = number(None, IMAGES)
-    """Processes; training checks it against the launcher, `hpcm estimate` plans for it."""
+    """Processes: training checks it against the launcher, `hpcm estimate` assumes it."""
     init_timeout: float = number(10.0, Range(above=0, most=YEAR_MINUTES))
-    """Minutes that the processes of a run wait for each other at its start."""
+    """Minutes that processes wait for each other at the start."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Merged into DeepSpeed's own configuration, for what has no key here."""
+    """Merged into DeepSpeed's configuration, for options without a key here."""
 
 
 @dataclass
@@ -293,13 +328,13 @@ class LogConfig:
     """Journal and wandb."""
 
     every: int = number(1, COUNT)
-    """Steps per journal line; the line holds the mean over them."""
+    """Steps per journal line, which has their means."""
     print_seconds: float = number(30.0, Range(above=0, most=86_400))
-    """Seconds between lines on stderr while training, where it is no terminal."""
+    """Seconds between progress lines on stderr if it is not a terminal."""
     wandb: WandbMode = WandbMode.offline
     project: str = "hpcm_scale"
     images: int = number(4, Range(least=0, most=1000))
-    """Reconstructions shown in wandb at each evaluation."""
+    """Reconstructions in wandb per evaluation."""
 
 
 @dataclass
@@ -307,13 +342,13 @@ class RunConfig:
     """The run folder."""
 
     dir: str | None = None
-    """Unset: runs/<model.name>, or runs/<sweep>/<what was swept> in a multirun."""
+    """Unset: runs/<model.name>, or runs/<sweep>/<swept keys> in a multirun."""
     sweep: str | None = None
-    """Name of the sweep this run belongs to: wandb's group."""
+    """Name of the sweep of this run; wandb's group."""
     cooldown_of: str | None = None
-    """Folder of the run that this one branches off; `hpcm cooldown` sets it."""
+    """Folder of the constant-rate run that a cooldown starts from; `hpcm cooldown` sets it."""
     cooldown_at: int | None = number(None, COUNT)
-    """Step of the checkpoint it branches off at."""
+    """Step of the checkpoint that the cooldown starts from."""
 
 
 @dataclass
@@ -321,7 +356,7 @@ class Config:
     """One run."""
 
     init_from: str | None = None
-    """Run folder or weights.safetensors whose weights a new run starts from; its optimizer and schedule are new."""
+    """Run folder or weights.safetensors that a new run starts from, with a new optimizer and schedule."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -1,1 +1,1 @@
-"""Photos in: building, verifying and streaming shards, and plain image sets for evaluation."""
+"""Data: building, verifying and streaming shards, and image sets for evaluation."""

@@ -1,7 +1,7 @@
-"""From folders of photos to webdataset shards with an index; interrupted, it goes on when called again.
+"""Builds webdataset shards with an index from image files; an interrupted build continues when run again.
 
-Everything is written to a folder `unfinished` inside the set: each shard, when it is whole, and beside it
-a record of its photos. When all is there it moves up, the index last: an index means a finished set.
+Finished shards and records of their images are written to the folder `unfinished` of the set. At the end all files are
+moved to the set's folder, the index last, so a set with an index is finished.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from itertools import count
 from os import fsencode
 from pathlib import Path
 from zlib import crc32
 
-import webdataset as wds
+from webdataset.writer import TarWriter
 
 from hpcm_scale.data.images import EXTENSIONS, decode, extension_of
 from hpcm_scale.data.index import BLOCK, COLUMNS, INDEX, UNFINISHED, VERSION, Shard, ShardIndex, load_index
 from hpcm_scale.data.processes import parallel_map
 from hpcm_scale.data.sources import Source, find_sources
-from hpcm_scale.errors import SHOWN, UserError
-from hpcm_scale.files import check_length, read_file, sync_folder, whole_file, write_text
+from hpcm_scale.errors import ESCAPE, UserError
+from hpcm_scale.files import atomic_file, check_length, read_file, sync_folder, write_text
 
-# One tar written by webdataset: the same photos always give the same bytes.
+REPORT, PLAN, LOCK = "report.csv", "plan.json", "lock"
 
 
 def padding(length: int) -> int:
@@ -38,14 +37,14 @@ def padding(length: int) -> int:
 
 
 class ShardWriter:
-    """Writes one shard, and knows where each photo lies in it. A context manager."""
+    """Context manager that writes one shard; equal images give equal bytes."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         self.size = 0
-        """Bytes of the photos, with headers and padding."""
+        """Bytes of the images, with headers and padding."""
         self._file = HashingFile(path)
-        self._tar = wds.TarWriter(self._file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)
+        self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)  # pyright: ignore[reportArgumentType]
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -55,19 +54,19 @@ class ShardWriter:
         self._file.handle.close()
 
     def add(self, key: str, extension: str, data: bytes) -> int:
-        """Append one photo; returns the offset of its first byte."""
+        """Append one image; returns the offset of its first byte."""
         self._tar.write({"__key__": key, extension: data})
         offset = self.size + BLOCK
         self.size = offset + len(data) + padding(len(data))
         return offset
 
     def shard(self) -> Shard:
-        """What the index says of the shard, once it is closed."""
+        """The entry of the closed shard in the index."""
         return Shard(self.name, self._file.bytes, self._file.digest.hexdigest())
 
 
 class HashingFile:
-    """A file to write to that counts and hashes what passes."""
+    """A file that counts and hashes the bytes written to it."""
 
     def __init__(self, path: Path) -> None:
         self.handle = path.open("wb")
@@ -80,12 +79,9 @@ class HashingFile:
         return self.handle.write(data)
 
 
-REPORT, PLAN, LOCK = "report.csv", "plan.json", "lock"
-
-
 @dataclass(frozen=True)
-class Photo:
-    """A file that may be trained on."""
+class Image:
+    """An image file that goes into the shards, byte for byte."""
 
     data: bytes
     extension: str
@@ -99,13 +95,13 @@ class BuiltSet:
 
     index: ShardIndex
     report: Path
-    """The files that were skipped, with reasons."""
+    """CSV of the skipped files, with reasons."""
     found_finished: bool
-    """Whether there was nothing left to do."""
+    """Whether the set had been finished before."""
 
 
 def build_shards(
-    photos: Sequence[str | Path],
+    images: Sequence[str | Path],
     out: str | Path,
     *,
     min_side: int,
@@ -113,23 +109,27 @@ def build_shards(
     workers: int,
     progress: Callable,
 ) -> BuiltSet:
-    """Store the photos found in folders and files `photos` as shards in the folder `out`.
+    """Store the image files in the folders and files `images` as shards in the folder `out`, byte for byte.
 
-    A file is skipped, and reported with the reason, if it does not decode as JPEG, PNG or WebP or if its
-    smaller side is under `min_side` pixels. A shard is closed by the photo that brings it to `shard_size`
-    bytes. The bytes of the set depend on the photos and these two numbers only.
+    A file is skipped and reported if it cannot be decoded as JPEG, PNG or WebP, or if its smaller side is below
+    `min_side` pixels. A shard is closed once it has `shard_size` bytes. The bytes of the set depend on the images and
+    these two numbers only.
 
-    `progress` returns a bar with `update(n)`, such as `tracking.progress`. Raises
-    `UserError` for missing paths, for a set without a photo, and if `out` holds a different set.
+    `progress` returns a bar with `update(n)`, such as `tracking.progress`. Raises `UserError` for missing paths, for a
+    set without an image, and if `out` holds a different set.
     """
     out = Path(out)
     check_length(out)
-    sources = find_sources(photos, without=out)
+    sources = find_sources(images, without=out)
     fingerprint = fingerprint_of(sources, min_side, shard_size)
     if (out / INDEX).exists():
         index = load_index(str(out))
         if index.built["fingerprint"] != fingerprint:
-            raise UserError(f"{out} holds a finished set of other photos or options; choose another --out or remove it")
+            raise UserError(
+                "other-shards",
+                "--out",
+                f"{out} holds a finished set of other images or options; choose another --out or remove it",
+            )
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         return BuiltSet(index, out / REPORT, found_finished=True)
     try:
@@ -146,11 +146,15 @@ def build_shards(
             built = {"fingerprint": fingerprint, "min_side": min_side, "shard_size": shard_size}
             return BuiltSet(finish(out, records, built), out / REPORT, found_finished=False)
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}); mend that and call again to go on") from error
+        raise UserError(
+            "unwritable-shards",
+            "--out",
+            f"cannot write to {out} ({error}); correct the cause and run the command again",
+        ) from error
 
 
 def fingerprint_of(sources: list[Source], min_side: int, shard_size: int) -> str:
-    """What decides about the bytes of a set, short of opening the photos."""
+    """Hash of everything that determines the bytes of a set, without opening the images."""
     digest = sha256(f"{VERSION} {min_side} {shard_size}\n".encode())
     for source in sources:
         digest.update(fsencode(source.name) + f"\0{source.size}\n".encode())
@@ -159,37 +163,41 @@ def fingerprint_of(sources: list[Source], min_side: int, shard_size: int) -> str
 
 @contextmanager
 def sole_builder(out: Path) -> Iterator[None]:
-    """Hold the lock of an unfinished set."""
+    """Lock an unfinished set."""
     (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
     with (out / UNFINISHED / LOCK).open("w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is building {out}; wait, or choose another --out") from None
+            raise UserError(
+                "build-in-progress", "--out", f"another process is building {out}; wait, or choose another --out"
+            ) from None
         yield
 
 
 def finished_records(out: Path, fingerprint: str) -> list[dict]:
-    """The records of shards that an interrupted build of the same set left whole."""
+    """The records of shards that an interrupted build of the same set finished."""
     unfinished = out / UNFINISHED
     plan = unfinished / PLAN
     if not plan.exists() or json.loads(plan.read_text()) != {"fingerprint": fingerprint}:
         if any(out.glob("shard-*.tar")):
-            raise UserError(f"{out} holds shards without an index; choose another --out or remove them")
+            raise UserError(
+                "shards-without-index",
+                "--out",
+                f"{out} holds shards without an index; choose another --out or remove them",
+            )
         for left_behind in unfinished.iterdir():
             if left_behind.name != LOCK:
                 left_behind.unlink()
         write_text(plan, json.dumps({"fingerprint": fingerprint}))
     records = []
-    for number in count():
-        path = unfinished / record_name(number)
-        if not path.exists():
-            return records
+    while (path := unfinished / record_name(len(records))).exists():
         records.append(json.loads(path.read_text()))
+    return records
 
 
-def examine(source: Source, min_side: int) -> Photo | str:
-    """Decode one file; returns the photo or the reason why it is skipped."""
+def examine(source: Source, min_side: int) -> Image | str:
+    """Decode one file; returns the image or the reason why it is skipped."""
     try:
         data = read_file(source.path)
     except OSError as error:
@@ -203,17 +211,17 @@ def examine(source: Source, min_side: int) -> Photo | str:
     if min(width, height) < min_side:
         return f"too small: {width}×{height}, smaller side under {min_side}"
     suffix = source.path.suffix.lower().lstrip(".")
-    return Photo(data, suffix if suffix in EXTENSIONS else extension_of(data), width, height)
+    return Image(data, suffix if suffix in EXTENSIONS else extension_of(data), width, height)
 
 
 def write_shard(
-    folder: Path, number: int, examined: Iterable[tuple[Source, Photo | str]], shard_size: int, bar
+    folder: Path, number: int, examined: Iterable[tuple[Source, Image | str]], shard_size: int, bar
 ) -> dict:
-    """Write the next shard and its record. The last record of a set may be without a shard."""
+    """Write the next shard and its record, which it returns. The last record of a set may have no shard."""
     name = f"shard-{number:06d}.tar"
     samples = {column: [] for column in ("key", "extension", *COLUMNS)}
     skipped, files = [], 0
-    with whole_file(folder / name) as unfinished, ShardWriter(unfinished, name) as writer:
+    with atomic_file(folder / name) as unfinished, ShardWriter(unfinished, name) as writer:
         for source, found in examined:
             files += 1
             bar.update(1)
@@ -243,26 +251,26 @@ def write_shard(
 
 
 def record_name(number: int) -> str:
-    """The file that tells what a finished shard holds, while others are still being written."""
+    """Name of the record of a finished shard in an unfinished set."""
     return f"record-{number:06d}.json"
 
 
 def move_up(path: Path, out: Path) -> None:
-    """Move a file to the folder of the set, if it is there."""
+    """Move a file to the folder of the set, unless an interrupted call has moved it."""
     if path.exists():
         path.replace(out / path.name)
         sync_folder(out)
-    elif not (out / path.name).exists():  # else an interrupted call has moved it
-        raise UserError(f"{path} has vanished; remove {out} and build again")
+    elif not (out / path.name).exists():
+        raise UserError("shard-vanished", "--out", f"{path} has been removed; remove {out} and build it again")
 
 
 def finish(out: Path, records: list[dict], built: dict) -> ShardIndex:
-    """Write report and index, and move everything to its place, the index last."""
+    """Write report and index, and move everything to its place, the index last. Raises UserError without any image."""
     unfinished = out / UNFINISHED
     skipped = [row for record in records for row in record["skipped"]]
     with (
-        whole_file(unfinished / REPORT) as report,
-        report.open("w", newline="", encoding="utf-8", errors=SHOWN) as handle,
+        atomic_file(unfinished / REPORT) as report,
+        report.open("w", newline="", encoding="utf-8", errors=ESCAPE) as handle,
     ):
         csv.writer(handle).writerows([("file", "reason"), *skipped])
     samples = {
@@ -277,5 +285,9 @@ def finish(out: Path, records: list[dict], built: dict) -> ShardIndex:
         move_up(unfinished / INDEX, out)
     shutil.rmtree(unfinished)
     if not shards:
-        raise UserError(f"none of the {len(skipped)} files is a photo to train on; {out / REPORT} says why")
+        raise UserError(
+            "no-usable-images",
+            "--min-side",
+            f"none of the {len(skipped)} files is a usable image; {out / REPORT} lists the reasons",
+        )
     return index

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to 8-bit RGB, by one stated rule for every kind of image."""
+"""Decoding of JPEG, PNG and WebP files to 8-bit RGB, by one rule (docs/images.md), and training crops."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.Image import Transpose
 
-from hpcm_scale.data import images, jpeg, png
+from hpcm_scale.data import jpeg, png
 from hpcm_scale.data.mixture import AUGMENTATION, random_words
 
-# How an image is stored on its side or mirrored, as its EXIF block tells.
-
+# EXIF orientation.
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom, pixels; the last two lie outside."""
+"""Left, top, right, bottom, pixels; the last two are exclusive."""
 
 
 class Orientation(NamedTuple):
-    """What makes a stored image upright, and how it was stored: axes swapped, and then mirrored."""
+    """How an image is stored: axes swapped, then mirrored; `method` makes it upright."""
 
     method: Transpose | None = None
     swapped: bool = False
@@ -32,14 +31,15 @@ class Orientation(NamedTuple):
     mirrored_y: bool = False
 
     def upright(self, image: Image.Image) -> Image.Image:
+        """The upright image."""
         return image if self.method is None else image.transpose(self.method)
 
     def size(self, stored: tuple[int, int]) -> tuple[int, int]:
-        """Width and height of the upright image, of those of the stored one."""
-        return stored[::-1] if self.swapped else stored
+        """Width and height of the upright image, from those of the stored one."""
+        return (stored[1], stored[0]) if self.swapped else stored
 
     def stored(self, box: Box, size: tuple[int, int]) -> Box:
-        """Where a box of the upright image lies in the stored one, which is of `size`."""
+        """The box of the stored image, of `size`, that becomes `box` of the upright one."""
         (left, top, right, bottom), (width, height) = box, size
         if self.swapped:
             left, top, right, bottom = top, left, bottom, right
@@ -61,18 +61,16 @@ ORIENTATIONS = {
     8: Orientation(Transpose.ROTATE_90, swapped=True, mirrored_x=True),
 }
 """By the number in the EXIF block."""
-
-
 TAG = 0x0112
-"""Of the orientation in an EXIF block."""
+"""EXIF tag of the orientation."""
 _EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
-"""Of whole numbers, by the type in an EXIF block."""
+"""Struct formats of EXIF's integer types."""
 
 
 def orientation_of(exif: bytes) -> Orientation:
-    """What an EXIF block says, in its first directory; an empty or malformed one says nothing.
+    """The orientation in the first directory of an EXIF block; `AS_STORED` if the block is empty or malformed.
 
-    Nothing else turns an image: no XMP packet, and no EXIF of a thumbnail.
+    XMP packets and the EXIF block of a thumbnail are ignored.
     """
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
@@ -90,18 +88,17 @@ def orientation_of(exif: bytes) -> Orientation:
 
 # WebP files without metadata.
 
-
 USED = frozenset({b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"})
-"""Types of the chunks that decide about the pixels."""
+"""Types of the chunks that determine the pixels."""
 
 
 def is_webp(data: bytes) -> bool:
-    """By its first bytes."""
+    """Whether the first bytes are those of a WebP file."""
     return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
 
 
 def read_webp(data: bytes) -> tuple[bytes, bytes]:
-    """The same WebP with the chunks that decide about the pixels alone, and its EXIF block, if there is one."""
+    """A WebP file without the chunks that do not determine the pixels, and its EXIF block or b""."""
     whole = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
     at, kept, exif = 12, [], b""
     while at + 8 <= whole:
@@ -119,25 +116,24 @@ def read_webp(data: bytes) -> tuple[bytes, bytes]:
 FORMATS = ("JPEG", "PNG", "WEBP")
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 MAX_PIXELS = 170_000_000
-"""Of one image: photos of the largest cameras have 151 million. More is refused by the header, before it unfolds."""
+"""Largest image, above the 151 million of the largest cameras; checked in the header, before decoding."""
 Colour = tuple[int, int, int]
 BACKGROUND: Colour = (255, 255, 255)
-"""What shows through transparent pixels: white."""
+"""Colour behind transparent pixels: white."""
 
 
 class TransparentImage(ValueError):
-    """There is no background to lay a transparent image over."""
+    """The image has transparent pixels, and no background was given."""
 
 
 def to_rgb(
     image: Image.Image, background: Colour | None = BACKGROUND, orientation: Orientation = AS_STORED
 ) -> Image.Image:
-    """Convert any image, stored in some `orientation`, to 8-bit RGB, upright.
+    """Convert an image, stored in some `orientation`, to upright 8-bit RGB.
 
-    The rule, which `docs/images.md` describes: the EXIF orientation is applied (a malformed EXIF block counts as none,
-    and XMP never turns an image); of 16-bit samples the high byte is kept; transparent images are laid over
-    `background`; grey, palette and CMYK become RGB by Pillow's formulas; ICC profiles are ignored, pixels count as
-    sRGB; of an animation the first frame is taken.
+    The rule (docs/images.md): the EXIF orientation is applied, a malformed EXIF block and XMP are ignored; 16-bit
+    samples keep their high byte; transparent images are composited over `background`; grey, palette and CMYK become RGB
+    by Pillow's formulas; ICC profiles are ignored, pixels count as sRGB; of an animation the first frame is used.
     Without a background, an image with a pixel that is not opaque raises `TransparentImage`.
     """
     image = orientation.upright(image)
@@ -145,7 +141,7 @@ def to_rgb(
         image = png.high_byte(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        if background is None and layer.getextrema()[3][0] < 255:
+        if background is None and any(layer.getchannel("A").histogram()[:255]):
             raise TransparentImage("it has transparent pixels")
         behind = Image.new("RGBA", layer.size, (*(background or BACKGROUND), 255))
         return Image.alpha_composite(behind, layer).convert("RGB")
@@ -153,17 +149,17 @@ def to_rgb(
 
 
 class EncodedImage:
-    """A JPEG, PNG or WebP file in memory, of which the header has been read.
+    """A JPEG, PNG or WebP file in memory; only its header is decoded.
 
-    Metadata that is not used is left out first, so that it refuses no image. Everything raises `ValueError`, with the
-    reason as its text, for anything that is no such file, is truncated or broken as far as it is decoded, or has more
-    than `MAX_PIXELS`; and where `to_rgb` does.
+    Unused metadata is removed first, so that damage to it does not matter. All methods raise `ValueError`, with the
+    reason as text, for other files, for files that are truncated or broken in the decoded part or have more than
+    `MAX_PIXELS`, and as `to_rgb`.
     """
 
     orientation: Orientation
-    """How it is stored, by its EXIF block."""
+    """Orientation by its EXIF block."""
     is_jpeg: bool
-    """By its first bytes."""
+    """Whether its first bytes are those of a JPEG."""
 
     def __init__(self, data: bytes) -> None:
         self._png: png.Png | None = None
@@ -176,8 +172,8 @@ class EncodedImage:
             elif data.startswith(jpeg.START):
                 self._jpeg = jpeg.read_jpeg(data)
                 data, exif = self._jpeg.file, self._jpeg.exif
-            elif images.is_webp(data):
-                data, exif = images.read_webp(data)
+            elif is_webp(data):
+                data, exif = read_webp(data)
             self._image = _open(data)
             if self._image.width * self._image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -190,7 +186,7 @@ class EncodedImage:
         return self.orientation.size(self._image.size)
 
     def decode(self, background: Colour | None = BACKGROUND) -> Image.Image:
-        """All of it as 8-bit RGB, by the rule of `to_rgb`.
+        """The whole image as 8-bit RGB, by the rule of `to_rgb`.
 
         A JPEG with an end marker before the end of its coded data is broken; whole scans may be missing.
         """
@@ -203,23 +199,22 @@ class EncodedImage:
             return to_rgb(image, background, self.orientation)
 
     def decode_box(self, box: Box) -> Image.Image:
-        """The same as `decode().crop(box)`, without what lies below the box in the file, if it is a JPEG."""
+        """Equal to `decode().crop(box)`; of a JPEG, rows below the box are not decoded."""
         stored = self.orientation.stored(box, self._image.size)
         with reasons():
             return to_rgb(self._rows(stored[3]).crop(stored), orientation=self.orientation)
 
     def _stored(self) -> Image.Image:
-        """All of the image as stored."""
+        """The whole image as stored."""
         self._image.load()
-        has_colour = self._png is not None and self._png.colour is not None
-        return png.with_alpha(self._image, self._png) if has_colour else self._image
+        return png.with_alpha(self._image, self._png) if self._png else self._image
 
     def _rows(self, needed: int) -> Image.Image:
-        """The image as stored, or only its upper part with the rows that are needed."""
+        """The image as stored, or only its upper part with the needed rows."""
         if self._jpeg:
             fewer = jpeg.shortened(self._jpeg.file, needed)
             if fewer is not self._jpeg.file:
-                with suppress(Exception):  # an odd file may decode only wholly
+                with suppress(Exception):  # some unusual files decode only as a whole
                     part = _open(fewer)
                     part.load()
                     return part
@@ -231,31 +226,31 @@ def _open(data: bytes) -> Image.Image:
 
 
 def decode(data: bytes, background: Colour | None = BACKGROUND) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file wholly to 8-bit RGB by the rule of `to_rgb`; raises as `EncodedImage` does."""
+    """Decode a JPEG, PNG or WebP file to 8-bit RGB by the rule of `to_rgb`; raises as `EncodedImage`."""
     return EncodedImage(data).decode(background)
 
 
 @contextmanager
 def reasons() -> Iterator[None]:
-    """What Pillow raises on files that are no image, or a broken one, becomes a `ValueError` with the reason."""
+    """Convert what Pillow raises on broken files to a `ValueError` with the reason."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata and large images: neither is an error
+            warnings.simplefilter("ignore")  # unusual metadata and large images are no errors
             yield
     except Image.UnidentifiedImageError:
         raise ValueError("not a JPEG, PNG or WebP image") from None
     except Image.DecompressionBombError:
-        # Pillow's own limit is twice this number, or none; it matters where a program has lowered it.
+        # Pillow's limit is twice this number, or none; it matters if a program has lowered it.
         limit = min(MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
         raise ValueError(f"too many pixels: more than {limit:,}") from None
     except (MemoryError, TransparentImage):
         raise
-    except Exception as error:  # Pillow's readers raise nearly anything on broken files
+    except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"broken image: {error}") from error
 
 
 def extension_of(data: bytes) -> str:
-    """The usual extension of a file that `decode` takes, by its first bytes."""
+    """The usual extension of a JPEG, PNG or WebP file, by its first bytes."""
     return {b"\x89P": "png", b"RI": "webp"}.get(data[:2], "jpg")
 
 
@@ -264,15 +259,14 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
-# Training crops: square, seeded per image, never by the worker that happens to cut them.
+# Training crops: square, seeded per image, independent of the data worker.
 
-
-LANCZOS_REACH = 3
-"""Pixels of the scaled image that Pillow's Lanczos looks at on either side of the centre of one."""
+LANCZOS_SUPPORT = 3
+"""Pixels of the scaled image on either side of a pixel that Pillow's Lanczos filter reads."""
 
 
 class Place(NamedTuple):
-    """Where a crop lies in an image, and how."""
+    """The position of a crop in an image."""
 
     box: Box
     side: int
@@ -284,14 +278,14 @@ def place(
     size: tuple[int, int], crop: int, flip: bool, *, seed: int, epoch: int, sample: int, downscale: float = 1.0
 ) -> Place:
     """A random square in an image of `size` (width, height) for a crop of side `crop` pixels, mirrored half of the
-    time if `flip`.
+    time if `flip`. A pure function of its arguments.
 
-    Its side is crop / factor, rounded, for the image is to be scaled down by a factor drawn uniformly from
-    [`downscale`, 1], or from the part of it that leaves its smaller side at least `crop` pixels. Of an image with a
-    side shorter than the crop, the largest square that fits is taken. All is a pure function of (seed, epoch, sample).
+    Its side is crop / factor, rounded, with a factor drawn uniformly from [`downscale`, 1], or from the part of this
+    interval that leaves the smaller side at least `crop` pixels. In an image with a side shorter than the crop it is
+    the largest square that fits.
 
-    Scaling down by a random factor takes off what JPEG has left in the photos (Ballé et al., "Variational image
-    compression with a scale hyperprior", 2018: a smaller side of 640 to 1200 pixels, from 3000 to 5000).
+    Downscaling by a random factor reduces JPEG artefacts (Ballé et al., "Variational image compression with a scale
+    hyperprior", 2018: to a smaller side of 640 to 1200 pixels, from 3000 to 5000).
     """
     width, height = size
     words = [int(word) for word in random_words(seed, epoch, AUGMENTATION, sample, 4)]
@@ -312,19 +306,19 @@ def cut(
     sample: int,
     downscale: float = 1.0,
 ) -> tuple[Image.Image, bool]:
-    """The square that `place` says, scaled (Lanczos) to side `crop` pixels if it has another.
+    """Cut the square at `place` and scale it (Lanczos) to side `crop` pixels; returns it and whether it was scaled up.
 
-    An encoded image is decoded no further than the square needs, and gives the same pixels as the decoded one.
-    Raises `ValueError` as it does. Returns the crop and whether it was scaled up.
+    An encoded image is decoded only as far as needed and gives the same pixels as the decoded one. Raises `ValueError`
+    as `EncodedImage`.
     """
     box, side, mirrored = place(image.size, crop, flip, seed=seed, epoch=epoch, sample=sample, downscale=downscale)
-    if side < crop:  # Lanczos looks beyond the box
+    if side < crop:  # Lanczos reads beyond the box
         whole = image.decode() if isinstance(image, EncodedImage) else image
         square = whole.resize((crop, crop), Image.Resampling.LANCZOS, box=box)
     elif side == crop:
         square = _part(image, box)
     else:
-        around = _around(box, -(-LANCZOS_REACH * side // crop), image.size)
+        around = _around(box, -(-LANCZOS_SUPPORT * side // crop), image.size)
         left, top = box[0] - around[0], box[1] - around[1]
         inside = (left, top, left + side, top + side)
         square = _part(image, around).resize((crop, crop), Image.Resampling.LANCZOS, box=inside)
@@ -336,6 +330,6 @@ def _part(image: Image.Image | EncodedImage, box: Box) -> Image.Image:
 
 
 def _around(box: Box, margin: int, size: tuple[int, int]) -> Box:
-    """A box with `margin` pixels more on each side, as far as there are."""
+    """A box enlarged by `margin` pixels on each side, within the image."""
     left, top, right, bottom = box
     return max(left - margin, 0), max(top - margin, 0), min(right + margin, size[0]), min(bottom + margin, size[1])

@@ -1,7 +1,6 @@
-"""JPEG files as sequences of marker segments: without metadata, with fewer rows, and with coded data put in.
+"""JPEG files as sequences of marker segments: without metadata, truncated to fewer rows, or with added coded data.
 
-The rows of a JPEG are coded one after the other, so that decoding costs what lies above and left of the last pixel
-needed. The number of rows stands in the frame header, and a smaller one there ends decoding after so many rows.
+The rows of a JPEG are coded in order. The frame header holds their number: a smaller one there ends decoding early.
 """
 
 from __future__ import annotations
@@ -14,55 +13,55 @@ from typing import NamedTuple
 START = b"\xff\xd8"
 EXIF = b"Exif\0\0"
 SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1), 0xC2
-"""Markers of frames that are Huffman coded, of which alone the rest of this module knows."""
+"""Markers of Huffman-coded frames, the only ones that this module processes."""
 OTHER_FRAMES = frozenset({*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC})
 TEMPORARY, END, SCAN, COMMENT = 0x01, 0xD9, 0xDA, 0xFE
 APP0, APP1, APP14, APP15 = 0xE0, 0xE1, 0xEE, 0xEF
 RESTART_INTERVAL = b"\xff\xdd"
-"""Marker of the segment that says that there are restart markers."""
+"""Marker of the segment that announces restart markers."""
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
-"""Of a segment: no stuffed zero, restart marker or fill byte."""
+"""A segment marker: no stuffed zero, restart marker or fill byte."""
 SIDE = 8
 """Rows of a block of coefficients."""
 CONTEXT, SMOOTHING = 1, 2
-"""Rows of units below a pixel that decide about it: where colour is subsampled it is interpolated, and where scans of a
-progressive file are missing, libjpeg guesses coefficients from those of the blocks around."""
+"""Rows of units below a pixel that it depends on: subsampled colour is interpolated, and where scans of a progressive
+file are missing, libjpeg estimates coefficients from the surrounding blocks."""
 ONES = b"\xff\0" * 8
-"""Coded data that is in no Huffman code: 64 bits, the most that libjpeg reads ahead."""
+"""Coded data outside every Huffman code: 64 bits, the most that libjpeg reads ahead."""
 NOISE = b"".join(random.Random(n).randbytes(64).replace(b"\xff", b"") + bytes((0xFF, 0xD0 + n)) for n in range(8))
-"""Coded data with every restart marker, that holds coefficients whatever the Huffman code."""
+"""Coded data with every restart marker that decodes to coefficients under any Huffman code."""
 
 
 class Segment(NamedTuple):
-    """A marker and what belongs to it."""
+    """A marker and its content."""
 
     kind: int
     start: int
-    """Where its marker is."""
+    """Position of its marker."""
     stop: int
-    """Where its content ends. After a scan header, coded data follows up to the next segment."""
+    """End of its content. After a scan header, coded data follows up to the next segment."""
 
 
 class Jpeg(NamedTuple):
-    """What is used of a JPEG file."""
+    """The parts of a JPEG file that are used."""
 
     file: bytes
-    """The same image, without metadata; where `scans` is false, without an end."""
+    """The same image without metadata; without an end marker unless `scans`."""
     exif: bytes
-    """The EXIF block, if there is one."""
+    """The EXIF block, or b""."""
     scans: bool
-    """Whether it may have several scans, Huffman coded."""
+    """Whether it may have several scans, Huffman-coded."""
 
 
 def read_jpeg(data: bytes) -> Jpeg:
-    """Split a JPEG file; application data and comments before the first scan are left out.
+    """Split a JPEG file; application data and comments before the first scan are removed.
 
-    What tells the colour space is kept: JFIF and Adobe segments that are long enough for libjpeg to read them. Raises
-    `ValueError` if there is no scan, or if samples have other than 8 bits.
+    JFIF and Adobe segments, which determine the colour space, are kept if they are long enough for libjpeg. Raises
+    `ValueError` if there is no scan, or if samples do not have 8 bits.
 
-    Where coded data is missing before an end marker, decoders show grey blocks. A sequential JPEG with one scan gets
-    other bits in the place of the marker: enough to read ahead, too few for more than two blocks, so that a decoder
-    waits for more if data is missing, and not if all is there.
+    Where coded data is missing before an end marker, decoders fill in grey blocks without an error. In a sequential
+    JPEG with one scan, other bits replace the marker: enough to read ahead, too few for more than two blocks, so that
+    decoding fails if and only if data is missing.
     """
     kept, exif = [START], b""
     for kind, start, stop in segments(data):
@@ -91,42 +90,43 @@ def read_jpeg(data: bytes) -> Jpeg:
 
 
 def disturbed(data: bytes) -> bytes:
-    """The same JPEG with more coded data at the end of every scan: it decodes to other pixels if data was missing
-    there. Whole scans may be missing."""
+    """The same JPEG with coded data added to every scan: it decodes to other pixels if a scan's data was truncated.
+
+    Missing whole scans are not detected.
+    """
     parts, at, in_scan = [], 0, False
     for kind, start, _ in segments(data):
         if in_scan:
-            parts += data[at:start].rstrip(b"\xff"), NOISE  # fill bytes would make a marker of it
+            parts += data[at:start].rstrip(b"\xff"), NOISE  # fill bytes would turn it into a marker
             at = start
         in_scan = kind == SCAN
     return b"".join((*parts, data[at:]))
 
 
 def shortened(data: bytes, rows: int) -> bytes:
-    """The same JPEG with a header that promises fewer rows, at least `rows` and no more than there are.
+    """The same JPEG with fewer rows in its header, at least `rows`; its first `rows` rows decode to the same pixels.
 
-    Its first `rows` rows decode to the same pixels. Of what is no such JPEG, and of progressive ones with restart
-    markers, `data` itself.
+    Other files, and progressive JPEGs with restart markers, are returned unchanged.
     """
     frame = frame_of(data)
-    # Smoothing ends where coded data is missing, and restart markers let it begin again, at any row below.
+    # Smoothing ends where coded data is missing; after a restart marker it begins again, at any row below.
     if frame is None or (frame.kind == PROGRESSIVE and RESTART_INTERVAL in data):
         return data
     at = frame.start + 5
     height = int.from_bytes(data[at : at + 2], "big")
     unit = SIDE * max((sampling & 15 for sampling in data[frame.start + 11 : frame.stop : 3]), default=0)
     below = CONTEXT + (SMOOTHING if frame.kind == PROGRESSIVE else 0)
-    promised = unit and (-(-rows // unit) + below) * unit
-    if not 0 < promised < height:
+    kept_rows = unit and (-(-rows // unit) + below) * unit
+    if not 0 < kept_rows < height:
         return data
-    return data[:at] + promised.to_bytes(2, "big") + data[at + 2 :]
+    return data[:at] + kept_rows.to_bytes(2, "big") + data[at + 2 :]
 
 
 def frame_of(data: bytes) -> Segment | None:
-    """The frame header of a JPEG, if it is whole and Huffman coded.
+    """The frame header of a JPEG, or None if it is incomplete or not Huffman-coded.
 
-    After marker and length (2 bytes each) follow the bits of a sample (1 byte), height (2), width (2), number of
-    components (1), and of each its name, its sampling factors (horizontal · 16 + vertical) and its table, a byte each.
+    Layout: marker and length (2 bytes each), bits of a sample (1), height (2), width (2), number of components (1), and
+    per component its name, sampling factors (horizontal · 16 + vertical) and table (1 each).
     """
     if not data.startswith(START):
         return None
@@ -141,8 +141,7 @@ def frame_of(data: bytes) -> Segment | None:
 
 
 def segments(data: bytes) -> Iterator[Segment]:
-    """The segments of a JPEG up to its end marker, or to where there are no more. What lies between them is passed
-    over, as decoders do."""
+    """The segments of a JPEG up to its end marker or the end of data; bytes between them are skipped."""
     at = len(START)
     while marker := MARKER.search(data, at):
         start, at = marker.span()

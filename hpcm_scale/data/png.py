@@ -1,4 +1,4 @@
-"""PNG files: the chunks that decide about the pixels, and the transparent colour in the file's own bit depth."""
+"""PNG files: the chunks that determine the pixels, and the transparent colour in the file's own bit depth."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3
 """Colour types that may have a tRNS chunk."""
 SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
-"""Of a pixel, by colour type."""
+"""Samples of a pixel, by colour type."""
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""Of each pass of an interlaced image the first column and row, and the steps to the next."""
+"""First column, first row and their steps, per pass of an interlaced image."""
 RAW_EXIF = b"Raw profile type exif\0"
-"""Keyword of text chunks in which programs stored EXIF, as hexadecimal digits, before PNG had a chunk for it."""
+"""Keyword of text chunks with EXIF as hexadecimal digits, used before PNG had a chunk for it."""
 COMPRESSED = 1 << 16
-"""Bytes that are unfolded at once, to at most 1,032 times as many."""
+"""Bytes decompressed at once, to at most 1,032 times as many."""
 LONGEST_RAW_EXIF = 1 << 18
-"""Characters of such a text that are read."""
+"""Characters of such a text chunk that are read."""
 
 
 class Png(NamedTuple):
-    """What is used of a PNG file."""
+    """The parts of a PNG file that are used."""
 
     file: bytes
-    """The same image, without the other chunks."""
+    """The same image without the other chunks."""
     exif: bytes
-    """The EXIF block, if there is one."""
+    """The EXIF block, or b""."""
     depth: int
     """Bits of a sample."""
     colour: tuple[int, ...] | None
-    """The samples of the transparent colour, if it is grey or RGB and has one."""
+    """The samples of the transparent colour of a grey or RGB image, or None."""
 
 
 def read_png(data: bytes) -> Png:
-    """Split a PNG file; every chunk that does not decide about the pixels is left out, undecoded and unchecked.
+    """Split a PNG file; chunks that do not determine the pixels are removed without checks.
 
-    IHDR, PLTE, tRNS and IDAT are used, and EXIF. Of an animation the default image is kept. Raises `ValueError` if the
-    checksum of one of these four is wrong, if one is missing that must be there, or if tRNS is too short; and Pillow's
+    IHDR, PLTE, tRNS, IDAT and EXIF are used; of an animation, the default image. Raises `ValueError` if one of the
+    first four has a wrong checksum, if a required one is missing, or if tRNS is too short; Pillow's
     `UnidentifiedImageError` without a header.
     """
     used: dict[bytes, bytes] = {}
@@ -52,7 +52,7 @@ def read_png(data: bytes) -> Png:
     exif, raw_exif = b"", None
     for kind, at, end in _chunks(data):
         if kind == b"IDAT" or (kind in (b"IHDR", b"PLTE", b"tRNS") and kind not in used and not pixels):
-            if end + 4 <= len(data) and not _is_whole(data, at, end):  # Pillow says what is cut
+            if end + 4 <= len(data) and not _is_whole(data, at, end):  # Pillow reports truncated chunks
                 raise ValueError(f"its {kind.decode()} chunk is damaged")
             if kind == b"IDAT":
                 pixels.append(data[at - 8 : end + 4])
@@ -79,16 +79,16 @@ def read_png(data: bytes) -> Png:
         samples = 1 if kind == GREY else 3
         if len(transparency) < 2 * samples:
             raise ValueError("its tRNS chunk is too short")
-        # Only the low bits count, as many as a sample has.
+        # Only the low bits count, those of the bit depth.
         colour = tuple(int.from_bytes(transparency[2 * i : 2 * i + 2], "big") % (1 << depth) for i in range(samples))
     before = [_chunk(b"IHDR", header), *(_chunk(*item) for item in used.items())]
     return Png(b"".join((SIGNATURE, *before, *pixels)), exif or raw_exif or b"", depth, colour)
 
 
 def lacks_pixels(file: bytes) -> bool:
-    """Whether the coded data of a PNG that Pillow decodes ends before its last row; what is missing decodes to zeros.
+    """Whether the coded data of a PNG ends before its last row; Pillow decodes missing rows to zeros.
 
-    `file` is one that `read_png` gave.
+    `file` is that of `read_png`.
     """
     width, height, depth, kind, *_, interlaced = struct.unpack_from(">IIBBBBB", file, 16)
     missing = 0
@@ -106,14 +106,18 @@ def lacks_pixels(file: bytes) -> bool:
 
 
 def with_alpha(image: Image.Image, png: Png) -> Image.Image:
-    """Of a PNG whose transparent colour is known, the loaded `image` with an alpha channel: 0 where its samples are
-    that colour, 255 elsewhere. 8 bits a sample; of 16 the high byte."""
+    """The loaded `image` with an alpha channel: 0 where its samples equal `png.colour`, 255 elsewhere.
+
+    8 bits per sample; of 16 bits the high byte. The image itself if there is no such colour.
+    """
     values = png.colour
-    if png.depth < 8:  # Pillow has scaled the samples up
+    if values is None:
+        return image
+    if png.depth < 8:  # Pillow scaled the samples up
         image = image.convert("L")
         values = tuple(value * 255 // ((1 << png.depth) - 1) for value in values)
     planes = image.split()
-    if png.depth == 16 and len(values) == 3:  # Pillow has kept the high bytes
+    if png.depth == 16 and len(values) == 3:  # Pillow kept the high bytes
         planes += _low_bytes(png.file).split()
         values = (*(value >> 8 for value in values), *(value & 255 for value in values))
     matches = np.ones(image.size[::-1], bool)
@@ -125,12 +129,12 @@ def with_alpha(image: Image.Image, png: Png) -> Image.Image:
 
 
 def high_byte(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; with 16-bit colour Pillow itself does the like."""
+    """16-bit grey as 8-bit grey; Pillow itself converts 16-bit colour alike."""
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _low_bytes(file: bytes) -> Image.Image:
-    """Of a PNG of 16-bit RGB, the low bytes: those that are kept if the samples count as little-endian."""
+    """The low bytes of a PNG of 16-bit RGB: decoding the samples as little-endian keeps them."""
     image = Image.open(BytesIO(file), formats=("PNG",))
     image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
     image.load()
@@ -138,7 +142,7 @@ def _low_bytes(file: bytes) -> Image.Image:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Type, begin and end of the content of every chunk, up to IEND or where there are no more; the last may be cut."""
+    """Type, start and end of the content of every chunk before IEND; the last may be truncated."""
     at = len(SIGNATURE)
     while (kind := data[at + 4 : at + 8]) != b"IEND" and kind.isalpha() and len(kind) == 4:
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
@@ -147,7 +151,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _is_whole(data: bytes, at: int, end: int) -> bool:
-    """Whether a chunk with its content there has its checksum."""
+    """Whether the chunk with content at that range has the right checksum."""
     return zlib.crc32(memoryview(data)[at - 4 : end]) == int.from_bytes(data[end : end + 4], "big")
 
 
@@ -156,10 +160,10 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _raw_exif(kind: bytes, text: bytes) -> bytes:
-    """The EXIF block in a text chunk of that keyword; nothing if it is malformed."""
+    """The EXIF block in a text chunk of the keyword `RAW_EXIF`; b"" if it is malformed."""
     with suppress(zlib.error, ValueError):
-        if kind == b"zTXt":  # a byte for the method is first
+        if kind == b"zTXt":  # the first byte is the method
             text = zlib.decompressobj().decompress(text[1:], LONGEST_RAW_EXIF)
-        lines = text[:LONGEST_RAW_EXIF].split(b"\n")  # an empty one, the name and the length are first
+        lines = text[:LONGEST_RAW_EXIF].split(b"\n")  # the first three are empty, the name and the length
         return bytes.fromhex(b"".join(lines[3:]).decode("ascii"))
     return b""

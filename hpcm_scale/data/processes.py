@@ -1,4 +1,4 @@
-"""Worker processes that leave decisions to their parent and do not outlive it."""
+"""Worker processes that ignore stop signals and exit with their parent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,38 +21,40 @@ from hpcm_scale.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What terminals, launchers and Slurm send to a whole process tree; whether to stop is for the parent to decide."""
+"""Sent by terminals, launchers and Slurm to a whole process tree; the parent decides whether to stop."""
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """Number of cores this process may use."""
     return len(cores())
 
 
 def cores() -> set[int]:
-    """Their numbers; processes of one machine may share them."""
+    """Numbers of the cores this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def follow(stop: Connection | None = None) -> None:
-    """Make this worker ignore `STOP_SIGNALS`, and end with its parent or when `stop` can be read."""
+def follow_parent(stop: Connection | None = None) -> None:
+    """Make this worker ignore `STOP_SIGNALS` and exit when its parent exits or `stop` becomes readable."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    awaited = [multiprocessing.parent_process().sentinel, *([] if stop is None else [stop])]
-    threading.Thread(target=_end_after, args=(awaited,), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    awaited = [parent.sentinel, *([] if stop is None else [stop])]
+    threading.Thread(target=_exit_after, args=(awaited,), daemon=True).start()
 
 
-def _end_after(awaited: list) -> None:
+def _exit_after(awaited: list) -> None:
     wait(awaited)
-    for started in psutil.Process().children(recursive=True):  # the command of a pipe
+    for started in psutil.Process().children(recursive=True):  # such as the command of a pipe
         started.kill()
     os._exit(0)
 
 
 @contextmanager
-def sheltered() -> Iterator[None]:
-    """Start workers in here: no signal reaches them before they `follow`, and none is lost for this process."""
+def block_stop_signals() -> Iterator[None]:
+    """Block stop signals while workers start: in them until `follow_parent`, here until the end of the context."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -60,15 +62,17 @@ def sheltered() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map` over processes: results in order, and few of them waiting at any time.
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """`map` over processes: results in order, with at most 4 · workers results waiting.
 
     Raises `UserError` if a worker dies.
     """
     if workers == 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, initializer=follow)
+    pool = ProcessPoolExecutor(workers, initializer=follow_parent)
     try:
         waiting = deque()
         for item in items:
@@ -79,7 +83,9 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], work
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process died, most likely for want of memory; call again with fewer --workers"
+            "worker-killed",
+            "--workers",
+            "a worker process died, probably because memory ran out; run the command again with fewer --workers",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

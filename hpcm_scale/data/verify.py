@@ -1,4 +1,4 @@
-"""Checks of shards against their index, and a description of them."""
+"""Verifies shards against their index (hashes, tar members, decoding), and describes them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ from hpcm_scale.data.index import BLOCK, Shard, ShardIndex, is_plain
 from hpcm_scale.data.processes import parallel_map
 from hpcm_scale.files import sha256_of
 
-# Proving a set of shards whole: every hash, every member of every tar, every photo decoded.
-
-
-PHOTOS_PER_JOB = 32
+IMAGES_PER_JOB = 32
+HASH_DIFFERS = "its sha256 differs, although every image in it is intact"
+KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a named pipe",
+    tarfile.DIRTYPE: "a folder",
+}
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as the index says."""
+    """A difference between the shards and their index."""
 
     shard: str
     what: str
     sample: str | None = None
-    """Its key; None if it is not one sample that is damaged."""
+    """Its key; None if the damage is not that of one sample."""
 
     def __str__(self) -> str:
         return f"{self.shard}: " + (f"sample {self.sample}: " if self.sample else "") + self.what
@@ -40,7 +46,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index says of one sample."""
+    """The index entry of one sample."""
 
     key: str
     extension: str
@@ -52,7 +58,7 @@ class Entry:
 
 
 def verify_shards(folder: str | Path, index: ShardIndex, *, workers: int, progress: Callable) -> list[Damage]:
-    """Check every shard and every photo of a set in a local folder; returns all damage found.
+    """Check every shard and every image of a set in a local folder; returns all damage found.
 
     `progress` is as in `build_shards`.
     """
@@ -62,36 +68,36 @@ def verify_shards(folder: str | Path, index: ShardIndex, *, workers: int, progre
         Damage(path.name, "not in the index") for path in sorted(folder.glob("shard-*.tar")) if path.name not in listed
     ]
     checks = parallel_map(run, jobs(folder, index), workers)
-    with progress(total=len(index), description="verifying", unit="photo") as bar, closing(checks):
-        for photos, found in checks:
-            bar.update(photos)
+    with progress(total=len(index), description="verifying", unit="image") as bar, closing(checks):
+        for images, found in checks:
+            bar.update(images)
             damages += found
     return without_repetition(damages)
 
 
 def jobs(folder: Path, index: ShardIndex) -> Iterator[partial]:
-    """Checks of shards and of runs of samples, each returning (photos checked, damage found)."""
+    """Checks of shards and of groups of samples, each returning (images checked, damage found)."""
     for number, shard in enumerate(index.shards):
         samples = (index.shard == number).nonzero()[0]
         yield partial(check_shard, folder, shard, frozenset(index.offset[samples].tolist()))
-        for start in range(0, len(samples), PHOTOS_PER_JOB):
-            entries = [entry_of(index, sample) for sample in samples[start : start + PHOTOS_PER_JOB]]
+        for start in range(0, len(samples), IMAGES_PER_JOB):
+            entries = [entry_of(index, sample) for sample in samples[start : start + IMAGES_PER_JOB]]
             yield partial(check_samples, folder, shard, entries)
 
 
 def entry_of(index: ShardIndex, sample: int) -> Entry:
-    """What the index says of a sample."""
+    """The index entry of a sample."""
     numbers = (index.offset, index.length, index.width, index.height, index.crc32)
     return Entry(index.keys[sample], index.extensions[sample], *(int(column[sample]) for column in numbers))
 
 
 def run(job: partial) -> tuple[int, list[Damage]]:
-    """Call a job: what a pool of processes can be given."""
+    """Call a job; a pool of processes needs a named function."""
     return job()
 
 
 def check_shard(folder: Path, shard: Shard, offsets: frozenset[int]) -> tuple[int, list[Damage]]:
-    """Presence, size and hash of one shard, and that its tar holds nothing but the photos at `offsets`, in bytes."""
+    """Check one shard: presence, size, hash, and that its tar holds only the images at `offsets` (bytes)."""
     path = folder / shard.name
     if not path.is_file():
         return 0, [Damage(shard.name, "missing")]
@@ -105,33 +111,21 @@ def check_shard(folder: Path, shard: Shard, offsets: frozenset[int]) -> tuple[in
 
 
 def strangers(path: Path, offsets: frozenset[int]) -> Iterator[str]:
-    """What is in a tar beside plain files at `offsets`, up to where it is damaged, which the hash tells."""
+    """Members of a tar other than regular files at `offsets`, up to any damage, which the hash reports."""
     damage = suppress(tarfile.TarError, ValueError, OSError, EOFError, MemoryError, OverflowError)
     with damage, tarfile.open(path, "r:") as tar:
         for member in tar:
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                yield f"its member {member.name!r} is no plain file but {KINDS.get(member.type, 'of another kind')}"
+                kind = KINDS.get(member.type, "of an unknown kind")
+                yield f"its member {member.name!r} is {kind}, not a regular file"
             elif not is_plain(member.name):
-                yield f"its member {member.name!r} would lie outside of the folder that it is unpacked to"
+                yield f"its member {member.name!r} would be unpacked outside of the target folder"
             elif member.offset_data not in offsets:
                 yield f"its member {member.name!r} is not in the index"
 
 
-KINDS = {
-    tarfile.SYMTYPE: "a symbolic link",
-    tarfile.LNKTYPE: "a hard link",
-    tarfile.CHRTYPE: "a device",
-    tarfile.BLKTYPE: "a device",
-    tarfile.FIFOTYPE: "a named pipe",
-    tarfile.DIRTYPE: "a folder",
-}
-
-
-HASH_DIFFERS = "its sha256 differs, although every photo in it is whole"
-
-
 def check_samples(folder: Path, shard: Shard, entries: list[Entry]) -> tuple[int, list[Damage]]:
-    """Tar header, bytes, decoding and size of some samples of one shard."""
+    """Check tar header, bytes, decoding and size of some samples of one shard."""
     path = folder / shard.name
     if not path.is_file():
         return len(entries), []
@@ -141,7 +135,7 @@ def check_samples(folder: Path, shard: Shard, entries: list[Entry]) -> tuple[int
 
 
 def problem(handle: BinaryIO, entry: Entry) -> str | None:
-    """What is wrong with one sample in an open shard, or None."""
+    """The damage of one sample in an open shard, or None."""
     handle.seek(entry.offset - BLOCK)
     header, data = handle.read(BLOCK), handle.read(entry.length)
     zeros = handle.read(padding(entry.length))
@@ -154,7 +148,7 @@ def problem(handle: BinaryIO, entry: Entry) -> str | None:
     except tarfile.HeaderError as error:
         return f"its tar header is damaged ({error})"
     if (member.name, member.size) != (f"{entry.key}.{entry.extension}", entry.length):
-        return f"the tar has {member.name} of {member.size} bytes in its place"
+        return f"the tar holds {member.name} of {member.size} bytes there"
     if any(zeros):
         return "the padding after it is damaged"
     try:
@@ -167,24 +161,21 @@ def problem(handle: BinaryIO, entry: Entry) -> str | None:
 
 
 def without_repetition(damages: list[Damage]) -> list[Damage]:
-    """Leave out that a shard's hash differs where its damaged samples are named."""
+    """Drop the differing hash of shards whose damaged samples are named."""
     named = {damage.shard for damage in damages if damage.sample}
     return [damage for damage in damages if damage.what != HASH_DIFFERS or damage.shard not in named]
 
 
-# What is in a set of shards, in a few lines.
-
-
 EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 4096)
-"""Lower edges of the histogram of smaller sides, pixels; 256 and 512 are crops."""
+"""Lower edges of the histogram of smaller sides, pixels; 256 and 512 are usual crops."""
 
 
 def describe(location: str, index: ShardIndex) -> str:
-    """Count, megapixels, bytes, shards, smallest side and a histogram of smaller sides."""
+    """A summary for `hpcm shards info`: counts, megapixels, bytes, smallest side, histogram of smaller sides."""
     sides = index.smaller_sides
     smallest = int(sides.argmin())
     lines = [
-        f"{location}: {counted(len(index), 'photo')} in {counted(len(index.shards), 'shard')}",
+        f"{location}: {counted(len(index), 'image')} in {counted(len(index.shards), 'shard')}",
         f"  {index.pixels / 1e6:,.1f} megapixels, {index.bytes / 1e6:,.1f} MB"
         f" ({8 * index.length.sum() / index.pixels:.2f} bits per pixel)",
         f"  smallest side {sides[smallest]} pixels ({index.keys[smallest]})",
@@ -200,5 +191,5 @@ def describe(location: str, index: ShardIndex) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun: 1 photo, 1,234 photos."""
+    """A number with its noun: 1 image, 1,234 images."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,1 +1,1 @@
-"""The processes of a run: how they meet, and watch each other."""
+"""Start-up comparison and watchdog of the ranks of a run: `rendezvous.join` and `watchdog.Watchdog`."""

@@ -1,4 +1,4 @@
-"""Heartbeats over the store, and stack traces of all ranks."""
+"""Heartbeats of the ranks through the store, and stack traces of a run that stalls."""
 
 from __future__ import annotations
 
@@ -17,59 +17,10 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store
 
-from hpcm_scale.distributed.ranks import numbers
-
-# Where the processes of a run that goes on no more are.
-
-
-_FRAMES = 4
-_READ = re.compile(r"\.(_cuda_)?(tolist|item|cpu|synchronize)\(")
-"""Calls that wait for the device, which under NCCL waits for the other processes. They are C and have no frames."""
-_WAITING = re.compile(r"[^<]* at \.|.*\(distributed_c10d\.py:")
-"""The place of a process that waits for others."""
-
-
-def write_stacks(folder: Path, rank: int) -> Path:
-    """Write the stack traces of all threads of this process to `folder`/rank_00000.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"rank_{rank:05d}.txt"
-    with file.open("w", encoding="utf-8") as handle:
-        faulthandler.dump_traceback(file=handle, all_threads=True)
-    return file
-
-
-def main_thread() -> str:
-    """The innermost frames of the main thread, innermost first: `name (file:line) < name (file:line) < …`.
-
-    Where its line reads a value off the device, the innermost one is `name (file:line) at .tolist()`.
-    """
-    return place(traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident)))
-
-
-def place(stack: Sequence[traceback.FrameSummary]) -> str:
-    """The innermost frames of a stack, as `main_thread` has them."""
-    frames = [f"{entry.name} ({Path(entry.filename).name}:{entry.lineno})" for entry in stack[: -_FRAMES - 1 : -1]]
-    if read := _READ.search(stack[-1].line or ""):
-        frames[0] += f" at {read[0]})"
-    return " < ".join(frames)
-
-
-def summary(places: Mapping[int, str]) -> str:
-    """Who is where, in a few words: those who do not wait for others, if there are any."""
-    waiting = {rank for rank, place in places.items() if _WAITING.match(place)}
-    told = {rank: place for rank, place in places.items() if rank not in waiting} or dict(places)
-    innermost = {rank: place.partition(" < ")[0] for rank, place in told.items()}
-    groups = {place: [rank for rank in innermost if innermost[rank] == place] for place in innermost.values()}
-    return "; ".join(
-        f"{numbers(ranks)} {'are' if len(ranks) > 1 else 'is'} in {place}" for place, ranks in groups.items()
-    )
-
-
-# A process's line to the others: a thread that says that it lives, and hears whether others do.
-
+from hpcm_scale.distributed.ranks import format_ranks
 
 BEAT_SECONDS = 1.0
-_NOTHING_YET = "-"
+_NO_EVENT = "-"
 
 Answer = TypeVar("Answer")
 
@@ -81,91 +32,75 @@ class _Request:
     answer: Any = None
 
 
-class StoreLine:
-    """Talks to the store, so that nobody else hangs if its machine is gone.
+class Heartbeat:
+    """A thread that beats once a second and does all requests to the store, so that no other thread can hang in one.
 
-    Once a second it counts up a number of this process, looks at the one before it (together they watch each other in a
-    ring, which costs three requests a process and second) and reads what has happened, if anything.
+    The ranks form a ring: each rank counts up its own beats and reads those of the rank before it, and the event of
+    the run if there is one. That is three requests per rank and second.
     """
 
     def __init__(self, store: Store, name: str, rank: int, world_size: int) -> None:
-        self.news: dict[str, Any] | None = None
-        """What has happened to the run; None: nothing."""
-        self.restart_clocks()
+        self.event: dict[str, Any] | None = None
+        """What has happened to the run, the same on all ranks that are connected; it ends the run if it has a code."""
         self.broken = False
-        """Whether the connection is."""
+        """Whether the store is lost."""
+        self.reset_timers()
         self._store, self._name, self._rank = store, name, rank
-        self._before = (rank - 1) % world_size if world_size > 1 else None
-        self._before_count = 0
+        self._previous = (rank - 1) % world_size if world_size > 1 else None
+        self._previous_beats = 0
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="store line", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def restart_clocks(self) -> None:
-        """Take the store and the process before this one to have been heard of just now."""
-        self.answered = self.before_beat = time.monotonic()
+    def reset_timers(self) -> None:
+        """Count the silence of the store and of the previous rank from now on."""
+        self.last_answer = self.last_beat = time.monotonic()
 
-    def is_over(self) -> bool:
-        """Whether the news are an end, whose exit code they have."""
-        return self.news is not None and "code" in self.news
-
-    def cut(self) -> None:
-        """Take the store for gone: ask no more."""
-        self.broken = True
-
-    def ask(self, action: Callable[[Store], Answer], seconds: float = 5.0) -> Answer | None:
-        """What `action` gives of the store, None if that takes longer than `seconds` or the store is gone."""
+    def request(self, action: Callable[[Store], Answer], seconds: float = 5.0) -> Answer | None:
+        """The result of `action` on the store; None if it takes longer than `seconds` or the store is lost."""
         if self.broken:
             return None
         request = _Request(action, threading.Event())
         self._requests.put(request)
         return request.answer if request.answered.wait(seconds) else None
 
-    def post(self, news: dict[str, Any], instead_of: dict[str, Any] | None = None) -> None:
-        """Tell all what has happened, unless something else happened before; `news` has it then, here as well."""
-        expected = json.dumps(instead_of) if instead_of else _NOTHING_YET
+    def post(self, event: dict[str, Any], replaces: dict[str, Any] | None = None) -> None:
+        """Set the event of the run, for all ranks, unless another one than `replaces` was set before."""
+        expected = json.dumps(replaces) if replaces else _NO_EVENT
 
-        def tell(store: Store) -> None:
-            self._hear(store.compare_set(self._key("news"), expected, json.dumps(news)))
+        def set_event(store: Store) -> None:
+            self._receive(store.compare_set(self._key("event"), expected, json.dumps(event)))
 
-        self.ask(tell)
-        if self.news == instead_of:
-            self.news = news  # nobody hears it, but this process acts on it
+        self.request(set_event)
+        if self.event == replaces:
+            self.event = event  # the store is lost: only this rank acts on it
 
-    def mark(self, what: str) -> None:
-        """Tell all that this process is so far."""
-        self.ask(lambda store: store.set(self._key(f"{what}/{self._rank}"), "1"))
+    def count(self, name: str, increment: int) -> int | None:
+        """Add to a counter shared by all ranks; its value, None if the store is lost."""
+        return self.request(lambda store: store.add(self._key(name), increment))
 
-    def marked(self, what: str, rank: int) -> bool:
-        """Whether process `rank` is so far; also if there is no way to know any more."""
-        return bool(self.ask(lambda store: store.check([self._key(f"{what}/{rank}")]))) or self.broken
+    def put(self, name: str, text: str) -> None:
+        """Store a text for other ranks."""
+        self.request(lambda store: store.set(self._key(name), text))
 
-    def count(self, what: str, more: int) -> int | None:
-        """Add to a number that all share; the sum, None if the store is gone."""
-        return self.ask(lambda store: store.add(self._key(what), more))
-
-    def put(self, what: str, text: str) -> None:
-        """Leave a text for another process."""
-        self.ask(lambda store: store.set(self._key(what), text))
-
-    def get(self, what: str) -> str | None:
-        """A text that another process left, None if it has not."""
-        key = self._key(what)
-        return self.ask(lambda store: store.get(key).decode() if store.check([key]) else None)
+    def get(self, name: str) -> str | None:
+        """The text that a rank stored, None if there is none."""
+        key = self._key(name)
+        return self.request(lambda store: store.get(key).decode() if store.check([key]) else None)
 
     def close(self) -> None:
         """End the thread."""
         self._requests.put(None)
         self._thread.join(BEAT_SECONDS)
 
-    def _key(self, what: str) -> str:
-        return f"{self._name}/{what}"
+    def _key(self, name: str) -> str:
+        return f"{self._name}/{name}"
 
     def _run(self) -> None:
         try:
-            self._store.compare_set(self._key("news"), "", _NOTHING_YET)
+            self._store.compare_set(self._key("event"), "", _NO_EVENT)
             self._serve()
-        except RuntimeError:  # all errors of the store are
+        except RuntimeError:  # the base class of the store's errors
             self.broken = True
         while not self._requests.empty():
             if (request := self._requests.get()) is not None:
@@ -178,7 +113,7 @@ class StoreLine:
                 request = self._requests.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
                 due = time.monotonic() + BEAT_SECONDS
-                if not self.is_over():
+                if self.event is None or "code" not in self.event:
                     self._beat()
                 continue
             if request is None:
@@ -190,13 +125,54 @@ class StoreLine:
 
     def _beat(self) -> None:
         self._store.add(self._key(f"beat/{self._rank}"), 1)
-        self._hear(self._store.get(self._key("news")))
-        if self._before is not None:
-            count = self._store.add(self._key(f"beat/{self._before}"), 0)
-            if count != self._before_count:
-                self._before_count, self.before_beat = count, time.monotonic()
-        self.answered = time.monotonic()
+        self._receive(self._store.get(self._key("event")))
+        if self._previous is not None:
+            beats = self._store.add(self._key(f"beat/{self._previous}"), 0)
+            if beats != self._previous_beats:
+                self._previous_beats, self.last_beat = beats, time.monotonic()
+        self.last_answer = time.monotonic()
 
-    def _hear(self, news: bytes) -> None:
-        if news.decode() != _NOTHING_YET:
-            self.news = json.loads(news)
+    def _receive(self, event: bytes) -> None:
+        if event.decode() != _NO_EVENT:
+            self.event = json.loads(event)
+
+
+_FRAMES = 4
+_READ = re.compile(r"\.(_cuda_)?(tolist|item|cpu|synchronize)\(")
+"""Calls that wait for the device, and under NCCL so for other ranks. They are C functions without frames."""
+_WAITING = re.compile(r"[^<]* at \.|.*\(distributed_c10d\.py:")
+"""Location of a rank that waits for others."""
+
+
+def write_stacks(folder: Path, rank: int) -> None:
+    """Write the stack traces of all threads of this process to `folder`/rank_00000.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"rank_{rank:05d}.txt").open("w", encoding="utf-8") as handle:
+        faulthandler.dump_traceback(file=handle, all_threads=True)
+
+
+def main_thread_location() -> str:
+    """The innermost frames of the main thread (`location`)."""
+    return location(traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0)))
+
+
+def location(stack: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost frames of a stack: `name (file:line) < name (file:line) < …`.
+
+    If the innermost line reads a value off the device, its frame is `name (file:line) at .tolist()`.
+    """
+    frames = [f"{entry.name} ({Path(entry.filename).name}:{entry.lineno})" for entry in stack[: -_FRAMES - 1 : -1]]
+    if read := _READ.search(stack[-1].line or ""):
+        frames[0] += f" at {read[0]})"
+    return " < ".join(frames)
+
+
+def summarize(locations: Mapping[int, str]) -> str:
+    """Innermost frames by ranks; without the ranks that wait for others, unless all of them do."""
+    busy = {rank: text for rank, text in locations.items() if not _WAITING.match(text)} or locations
+    ranks_at: dict[str, list[int]] = {}
+    for rank, text in busy.items():
+        ranks_at.setdefault(text.partition(" < ")[0], []).append(rank)
+    return "; ".join(
+        f"{format_ranks(ranks)} {'are' if len(ranks) > 1 else 'is'} in {frame}" for frame, ranks in ranks_at.items()
+    )

@@ -1,4 +1,4 @@
-"""What the launcher told this process, and what it forgot."""
+"""Environment variables that launchers set, and those that are missing without one."""
 
 from __future__ import annotations
 
@@ -13,45 +13,46 @@ from hpcm_scale.devices import device_count, local_device
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Number of ranks of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_world_size() -> int:
-    """Processes of this run on this machine, as far as the launcher says: DeepSpeed's has a name of its own for it."""
-    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+def local_world_size(default: int | None = None) -> int:
+    """Number of ranks on this node; DeepSpeed and torchrun set variables of different names.
+
+    Without either, `default`, or the world size.
+    """
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", default or world_size())))
 
 
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
-    """The user's arguments: the DeepSpeed launcher adds --local_rank=N, which Hydra would refuse."""
+    """The user's arguments, without the --local_rank=N that DeepSpeed's launcher adds."""
     return [argument for argument in arguments if not argument.startswith("--local_rank")]
 
 
 def complete_environment() -> None:
-    """Fill in what a process started without a launcher lacks, so that every run looks alike."""
+    """Set the variables of a launcher for a single process that was started without one."""
     if "RANK" not in os.environ:
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(defaults, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
 
 
 def gpu_index() -> int | None:
-    """The index of this process's GPU, None on the CPU. Raises UserError if it cannot have one."""
+    """Index of this rank's GPU, None on the CPU. Raises UserError if there are fewer GPUs than local ranks."""
     count = device_count()
     if count == 0:
         return None
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_this_machine = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return local_device(local_rank, on_this_machine, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return local_device(local_rank, local_world_size(default=1), count, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def choose_device() -> None:
-    """Settle what this process trains on. Raises UserError for a GPU that it cannot have."""
+    """On the CPU set DeepSpeed's accelerator and the number of threads. Raises UserError as `gpu_index` does."""
     if gpu_index() is not None:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
-        # CPU processes of one machine share its cores instead of fighting for them.
-        torch.set_num_threads(max(1, available_cores() // local_world_size()))
+        torch.set_num_threads(max(1, available_cores() // local_world_size()))  # ranks of a node share its cores
 
 
 def _free_port() -> int:

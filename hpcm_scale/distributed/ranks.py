@@ -1,63 +1,48 @@
-"""What must be the same on all processes of a run, and where it is not."""
+"""Identity of each rank, and the launcher that started it."""
 
 from __future__ import annotations
 
 import os
-import platform
 import socket
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import psutil
 
-from hpcm_scale import __version__
-from hpcm_scale.config.compose import to_dict
-from hpcm_scale.config.schema import Config
-
-# The processes of a run as they know each other, and the launcher that started them.
-
-
 _LAUNCHERS = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.")
 _LAUNCHER_SCRIPTS = ("deepspeed", "torchrun", "accelerate", "accelerate-launch")
-_SAME_SECONDS = 5.0
-"""Two processes that read the start time of a third may be so far apart: the clock of the machine is set meanwhile."""
+_CLOCK_TOLERANCE = 5.0
+"""Seconds that two readings of one process's start time may differ: the node's clock may be set in between."""
 
 
-class Peer(NamedTuple):
-    """One process of a run."""
+class RankInfo(NamedTuple):
+    """Host and process of one rank."""
 
     rank: int
     host: str
     pid: int
     started: float
-    """When, in seconds since 1970: a number may be given to another process later."""
+    """Start time in seconds since 1970, since a pid may be reused."""
 
     @classmethod
-    def this(cls, rank: int) -> Peer:
-        """The process that asks."""
+    def of_this_process(cls, rank: int) -> RankInfo:
+        """The entry of the calling process."""
         process = psutil.Process()
         return cls(rank, socket.gethostname(), process.pid, process.create_time())
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Peer:
-        """What `_asdict` gave."""
-        return cls(**{name: values[name] for name in cls._fields})
-
     def __str__(self) -> str:
-        return f"process {self.rank} (pid {self.pid} on {self.host})"
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
 
-    def is_visible(self) -> bool:
-        """Whether this machine (and container) runs it, so that its end can be seen."""
+    def is_local(self) -> bool:
+        """Whether it runs on this node and in this container, so that its end is visible here."""
         return self.host == socket.gethostname() and not self.has_ended()
 
     def has_ended(self) -> bool:
-        """Whether there is no such process on this machine any more."""
+        """Whether this node no longer runs the process."""
         try:
             process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.started) > _SAME_SECONDS:
-                return True
-            return process.status() == psutil.STATUS_ZOMBIE
+            reused = abs(process.create_time() - self.started) > _CLOCK_TOLERANCE
+            return reused or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
         except psutil.AccessDenied:
@@ -65,24 +50,22 @@ class Peer(NamedTuple):
 
 
 class Launcher:
-    """The programs that started this process to train: `deepspeed` and the launch.py below it, torchrun, accelerate.
+    """The launchers above this process: `deepspeed` and its launch.py, torchrun, accelerate.
 
-    A shell, nohup or Slurm are none: training outlives them, or is told by them to stop.
+    A shell, nohup and Slurm do not count: training outlives them, or they signal it to stop.
     """
 
     def __init__(self) -> None:
         self._processes: list[psutil.Process] = []
-        above = None
-        for above in psutil.Process().parents():
-            if not _is_launcher(above):
+        for parent in psutil.Process().parents():
+            if not _is_launcher(parent):
                 break
-            self._processes.append(above)
+            self._processes.append(parent)
         by_deepspeed = "CROSS_RANK" in os.environ  # only its launch.py sets it
-        top = self._processes[-1] if self._processes else None
-        self._gone = by_deepspeed and (top is None or _was_orphaned(top))
+        self._gone = by_deepspeed and (not self._processes or _is_orphaned(self._processes[-1]))
 
     def is_gone(self) -> bool:
-        """Whether one of them has ended, before this process did."""
+        """Whether one of the launchers has ended before this process."""
         self._gone = self._gone or any(not _is_alive(process) for process in self._processes)
         return self._gone
 
@@ -98,8 +81,8 @@ def _is_launcher(process: psutil.Process) -> bool:
     )
 
 
-def _was_orphaned(launcher: psutil.Process) -> bool:
-    """Whether launch.py, which `deepspeed` or a shell at the end of ssh starts, has lost its parent already."""
+def _is_orphaned(launcher: psutil.Process) -> bool:
+    """Whether launch.py, which `deepspeed` or a remote shell starts, has already lost its parent."""
     try:
         return launcher.ppid() == 1 and "deepspeed.launcher.launch" in launcher.cmdline()
     except psutil.Error:
@@ -113,8 +96,8 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def numbers(ranks: Sequence[int]) -> str:
-    """For example `process 1` or `processes 2-7, 9`."""
+def format_ranks(ranks: Sequence[int]) -> str:
+    """Ranks as text, such as `rank 1` or `ranks 2-7, 9`."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and spans[-1][-1] == rank - 1:
@@ -122,53 +105,4 @@ def numbers(ranks: Sequence[int]) -> str:
         else:
             spans.append([rank])
     text = ", ".join("-".join(map(str, span)) for span in spans)
-    return f"process{'es' if len(ranks) > 1 else ''} {text}"
-
-
-Facts = Mapping[str, Mapping[str, Any]]
-"""Plain JSON values by name, by kind."""
-
-_MENDS = {
-    "version": "install the same versions on all machines",
-    "launch": "start all machines with the same hostfile and numbers",
-    "setting": "type the same command on all machines",
-    "photos": "give all machines the same shards",
-    "run folder": "put run.dir on a file system that all machines share",
-}
-
-
-def facts(config: Config, data_digest: str) -> dict[str, dict[str, Any]]:
-    """What a run's processes compare before they train; nothing of it may differ between machines."""
-    packages = {name: version(name) for name in ("torch", "deepspeed", "accelerate")}
-    return {
-        "version": {"Python": platform.python_version(), "hpcm_scale": __version__} | packages,
-        "launch": {"WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")},
-        "setting": to_dict(config),
-        "photos": {"digest": data_digest},
-    }
-
-
-def difference(peers: Sequence[Peer], all_facts: Sequence[Facts]) -> str | None:
-    """The first difference to the first process's facts, in one sentence with its mend; None if there is none.
-
-    Other kinds than those of `facts` may be compared, too: {"run folder": {"step": 40}}.
-    """
-    first = all_facts[0]
-    for peer, other in zip(peers[1:], all_facts[1:], strict=True):
-        for kind in first:
-            found = _differing(first[kind], other.get(kind))
-            if found:
-                name, here, there = found
-                return f"{peer} has {name}={there}, and {peers[0]} has {here}; {_MENDS[kind]}"
-    return None
-
-
-def _differing(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first entry that differs."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return None if one == other else (name, one, other)
-    for key in dict.fromkeys([*one, *other]):
-        found = _differing(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-        if found:
-            return found
-    return None
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -1,98 +1,145 @@
-"""Where the processes of a run meet: one key-value store, which tells all of them what keeps one of them away."""
+"""Start-up of a run: the ranks connect to one key-value store and compare configuration, versions and data."""
 
 from __future__ import annotations
 
 import atexit
 import json
 import os
+import platform
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore, distributed_c10d
 
+from hpcm_scale import __version__
 from hpcm_scale.devices import CUDA
-from hpcm_scale.distributed.processes import gpu_index
-from hpcm_scale.distributed.ranks import Facts, Launcher, Peer, difference, numbers
+from hpcm_scale.distributed.processes import gpu_index, world_size
+from hpcm_scale.distributed.ranks import Launcher, RankInfo, format_ranks
 from hpcm_scale.errors import Fault, UserError
 
 POLL_SECONDS = 0.05
 REFUSED_SECONDS = 10.0
-"""How long a process that cannot take part waits for the others, to tell them."""
+"""How long a rank that cannot take part waits for the others, to share its error."""
 READ_SECONDS = 5.0
-"""How long the process that keeps the store stays for others to read what it found."""
-_ANSWER_SECONDS = 30.0
-"""A store that answers at all answers within so long."""
+"""How long rank 0, which hosts the store, waits for the others to read a result."""
+_STORE_SECONDS = 30.0
+"""Time-out of a request to the store."""
 
-_group: Group | None = None
+Facts = Mapping[str, Mapping[str, Any]]
+"""JSON values by name, grouped by the keys of `_REMEDIES`."""
+_REMEDIES = {
+    "version": "install the same versions on all nodes",
+    "launch": "start all nodes with the same hostfile and numbers",
+    "setting": "run the same command on all nodes",
+    "images": "give all nodes the same shards",
+    "run folder": "put run.dir on a file system shared by all nodes",
+}
+
+
+def facts(settings: Mapping[str, Any], data_digest: str) -> dict[str, Mapping[str, Any]]:
+    """Versions, launch, configuration (`settings`) and data, which must be the same on all ranks."""
+    packages = {name: version(name) for name in ("torch", "deepspeed", "accelerate")}
+    return {
+        "version": {"Python": platform.python_version(), "hpcm_scale": __version__} | packages,
+        "launch": {"WORLD_SIZE": str(world_size())},
+        "setting": settings,
+        "images": {"digest": data_digest},
+    }
+
+
+def difference(ranks: Sequence[RankInfo], all_facts: Sequence[Facts]) -> UserError | None:
+    """The first difference from the facts of rank 0, as an error with a remedy; None if there is none."""
+    for rank, other in zip(ranks[1:], all_facts[1:], strict=True):
+        for kind, expected in all_facts[0].items():
+            if found := _first_difference(expected, other.get(kind)):
+                name, here, there = found
+                return UserError(
+                    "ranks-differ", name, f"{rank} has {name}={there}, but {ranks[0]} has {here}; {_REMEDIES[kind]}"
+                )
+    return None
+
+
+def _first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted name and both values of the first entry that differs."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return None if one == other else (name, one, other)
+    for key in dict.fromkeys([*one, *other]):
+        if found := _first_difference(one.get(key), other.get(key), f"{name}.{key}" if name else key):
+            return found
+    return None
 
 
 class Group:
-    """The processes of one launch, through a store that the first one keeps.
+    """The ranks of one launch, connected by a key-value store that rank 0 hosts.
 
-    Its methods are called by all processes, in the same order.
+    All ranks call the public methods in the same order.
     """
 
-    def __init__(self, deadline: float) -> None:
-        """Connect; `deadline` is in seconds of time.monotonic(). Raises UserError where there is no store."""
+    def __init__(self, address: tuple[str, int], seconds: float) -> None:
+        """Connect to the store at `address`, within `seconds`. Raises UserError if that fails."""
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.launcher = Launcher()
-        self.peers: list[Peer] = []
+        self.members: list[RankInfo] = []
         self.failed = False
-        """Whether a training ended in which the processes did not end together."""
-        self.address = _address()
+        """Whether a training has failed, so that other ranks may be gone."""
+        self._address = address
         self._exchanges = 0
-        # torchrun keeps the store of the processes that it starts again.
+        # torchrun keeps the store when it restarts the ranks.
         prefix = f"hpcm_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        self.store: Store = PrefixStore(prefix, self._connect(deadline))
-        self._take_seat()
+        self.store: Store = PrefixStore(prefix, self._connect(time.monotonic() + seconds))
+        me = json.dumps(RankInfo.of_this_process(self.rank))
+        if self.store.compare_set(f"rank/{self.rank}", "", me) != me.encode():
+            host, port = address
+            raise UserError(
+                "port-of-another-run",
+                "--master_port",
+                f"port {port} of {host} is used by another run; choose another with --master_port (or MASTER_PORT)",
+            )
 
-    def keeps_store(self, rank: int) -> bool:
-        """Whether the store is kept by process `rank`: the first one, unless torchrun keeps it."""
+    def hosts_store(self, rank: int) -> bool:
+        """Whether `rank` hosts the store: rank 0, unless torchrun does."""
         return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
-    def meet(self, facts: Facts, seconds: float, refusal: str | None = None) -> None:
-        """Wait for all processes, `seconds` at most, and compare their facts with the first one's.
+    def compare(self, facts: Facts, seconds: float = 60.0, error: UserError | None = None) -> None:
+        """Wait at most `seconds` for all ranks, then compare their facts with those of rank 0.
 
-        `refusal` is why this process does not take part. Raises UserError on all processes that came, in the same
-        words, unless all came, none refused, and the facts are the same.
+        `error`: why this rank cannot take part. Raises UserError, the same on all ranks that came, if a rank is
+        missing, has an error, or has different facts.
         """
-        entry = {"peer": Peer.this(self.rank)._asdict(), "facts": facts, "refusal": refusal}
-        name = self._next()
+        entry = {"rank": RankInfo.of_this_process(self.rank), "facts": facts, "error": error and _parts(error)}
+        name = self._begin_exchange()
         self.store.set(f"{name}/{self.rank}", json.dumps(entry))
-        if refusal:
+        if error:
             self.store.add(f"{name}/refused", 1)
         self.store.add(f"{name}/came", 1)
-        verdict = self._verdict(name, lambda: self._judge(name, seconds), seconds + 2 * REFUSED_SECONDS)
-        self.peers = [Peer.from_dict(values) for values in verdict["peers"]]
+        result = self._result(name, lambda: self._compare(name, seconds), seconds + 2 * REFUSED_SECONDS)
+        self.members = [RankInfo(*values) for values in result["members"]]
 
-    def agree(self, facts: Facts, seconds: float = 60.0) -> None:
-        """Compare more facts; see `meet`."""
-        self.meet(facts, seconds)
+    def on_rank_zero(self, action: Callable[[], None], seconds: float = 600.0) -> None:
+        """Run `action` on rank 0 while the others wait; its UserError is raised on all ranks."""
 
-    def first(self, action: Callable[[], None], seconds: float = 600.0) -> None:
-        """What the first process does while the others wait; its UserError is raised on all."""
-
-        def judge() -> dict[str, Any]:
+        def act() -> dict[str, Any]:
             try:
                 action()
             except UserError as error:
-                return {"refusal": str(error)}
+                return {"error": _parts(error)}
             return {}
 
-        name = self._next()
+        name = self._begin_exchange()
         self.store.add(f"{name}/came", 1)
-        self._verdict(name, judge, seconds)
+        self._result(name, act, seconds)
 
     def await_readers(self, name: str, readers: int) -> None:
-        """The first process, which keeps the store, may end after this, and speaks last."""
+        """Have rank 0, whose end closes the store, wait until `readers` ranks have called this."""
         with suppress(DistNetworkError, DistStoreError):
             read = self.store.add(f"{name}/read", 1)
             deadline = time.monotonic() + READ_SECONDS
@@ -100,150 +147,174 @@ class Group:
                 time.sleep(POLL_SECONDS)
                 read = self.store.add(f"{name}/read", 0)
 
-    def line(self) -> Store:
-        """Another connection to the store, for another thread."""
-        return self.store.clone()
-
     def _connect(self, deadline: float) -> TCPStore:
-        address, port = self.address
-        where = f"{address}:{port}"
-        keeps = self.keeps_store(self.rank)
-        if not keeps:
+        host, port = self._address
+        hosts = self.hosts_store(self.rank)
+        if not hosts:
             self._await_answer(deadline)
         try:
             return TCPStore(
-                address, port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=_ANSWER_SECONDS)
+                host, port, is_master=hosts, wait_for_workers=False, timeout=timedelta(seconds=_STORE_SECONDS)
             )
         except (DistNetworkError, DistStoreError) as error:
             if "EADDRINUSE" in str(error):
                 raise UserError(
-                    f"port {port} of this machine is in use; choose another with --master_port (or MASTER_PORT)"
+                    "port-in-use",
+                    "--master_port",
+                    f"port {port} of this node is in use; choose another with --master_port (or MASTER_PORT)",
                 ) from None
-            whose = "MASTER_ADDR must name the machine of process 0" if keeps else "another program may use the port"
-            raise _spoken(
-                f"process {self.rank} on {socket.gethostname()} finds no processes of a run at {where}: {whose}; "
-                "give another --master_addr or --master_port"
+            cause = "MASTER_ADDR must be the node of rank 0" if hosts else "another program may use the port"
+            raise UserError(
+                "no-store",
+                "--master_addr",
+                f"rank {self.rank} on {socket.gethostname()} finds no run at {host}:{port}: {cause}; give another "
+                "--master_addr or --master_port",
             ) from None
 
     def _await_answer(self, deadline: float) -> None:
-        """Wait until something listens; torch's own waiting fills the terminal."""
+        """Wait until the port accepts connections; torch's own waiting prints many lines."""
         while True:
             try:
-                socket.create_connection(self.address, timeout=5).close()
+                socket.create_connection(self._address, timeout=5).close()
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
-                    address, port = self.address
-                    raise _spoken(
-                        f"process {self.rank} on {socket.gethostname()} got no answer from process 0 at "
-                        f"{address}:{port} ({error.strerror or error}); start it, or mend --master_addr"
+                    host, port = self._address
+                    raise UserError(
+                        "no-answer",
+                        "--master_addr",
+                        f"rank {self.rank} on {socket.gethostname()} got no response from rank 0 at {host}:{port} "
+                        f"({error.strerror or error}); start it, or correct --master_addr",
                     ) from None
-            self._refuse_orphan()
+            self._check_launcher()
             time.sleep(4 * POLL_SECONDS)
 
-    def _take_seat(self) -> None:
-        """Two runs that were given one port by mistake must not mix."""
-        me = json.dumps(Peer.this(self.rank)._asdict())
-        if self.store.compare_set(f"seat/{self.rank}", "", me) != me.encode():
-            raise _spoken(
-                f"port {self.address[1]} of {self.address[0]} is used by another run; choose another with "
-                "--master_port (or MASTER_PORT)"
-            )
-
-    def _next(self) -> str:
+    def _begin_exchange(self) -> str:
         self._exchanges += 1
         return f"exchange{self._exchanges}"
 
-    def _judge(self, name: str, seconds: float) -> dict[str, Any]:
-        """By the first process: wait for all, and compare."""
+    def _compare(self, name: str, seconds: float) -> dict[str, Any]:
+        """On rank 0: wait for all ranks and compare what they sent."""
         deadline = time.monotonic() + seconds
         while (came := self.store.add(f"{name}/came", 0)) < self.world_size and time.monotonic() < deadline:
             if self.store.add(f"{name}/refused", 0):
                 deadline = min(deadline, time.monotonic() + REFUSED_SECONDS)
-            self._refuse_orphan()
+            self._check_launcher()
             time.sleep(POLL_SECONDS)
         ranks = range(self.world_size)
-        here = [rank for rank in ranks if came == self.world_size or self.store.check([f"{name}/{rank}"])]
-        entries = [json.loads(self.store.get(f"{name}/{rank}")) for rank in here]
-        peers = [Peer.from_dict(entry["peer"]) for entry in entries]
-        refusals = {entry["refusal"]: peer for entry, peer in zip(entries, peers, strict=True) if entry["refusal"]}
-        refusal = None
-        if refusals:
-            text, peer = next(iter(refusals.items()))
-            alike = len(refusals) == 1 and all(entry["refusal"] for entry in entries)
-            refusal = text if alike else f"{peer}: {text}"
-        elif len(here) < self.world_size:
-            missing = [rank for rank in ranks if rank not in here]
-            came_from = "; ".join(
-                f"{numbers([peer.rank for peer in peers if peer.host == host])} from {host}"
-                for host in dict.fromkeys(peer.host for peer in peers)
-            )
-            refusal = (
-                f"{numbers(missing)} of {self.world_size} did not come within {seconds / 60:g} minutes ({came_from} "
-                "did); start the missing machine, or raise engine.init_timeout"
-            )
+        present = [rank for rank in ranks if came == self.world_size or self.store.check([f"{name}/{rank}"])]
+        entries = [json.loads(self.store.get(f"{name}/{rank}")) for rank in present]
+        members = [RankInfo(*entry["rank"]) for entry in entries]
+        result = {"members": members, "came": len(members)}
+        errors = {tuple(entry["error"]): rank for entry, rank in zip(entries, members, strict=True) if entry["error"]}
+        if errors:
+            (code, key, sentence), rank = next(iter(errors.items()))
+            same = len(errors) == 1 and all(entry["error"] for entry in entries)
+            return result | {"error": [code, key, sentence if same else f"{rank}: {sentence}"]}
+        if len(members) < self.world_size:
+            error = self._missing([rank for rank in ranks if rank not in present], members, seconds)
         else:
-            refusal = difference(peers, [entry["facts"] for entry in entries])
-        return {"refusal": refusal, "peers": [peer._asdict() for peer in peers], "came": len(here)}
+            error = difference(members, [entry["facts"] for entry in entries])
+        return result | {"error": error and _parts(error)}
 
-    def _verdict(self, name: str, judge: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-        """What the first process says of an exchange. Raises UserError if it is a refusal."""
-        key = f"{name}/verdict"
+    def _missing(self, missing: Sequence[int], members: Sequence[RankInfo], seconds: float) -> UserError:
+        hosts = dict.fromkeys(rank.host for rank in members)
+        ranks_of = {host: format_ranks([rank.rank for rank in members if rank.host == host]) for host in hosts}
+        came = "; ".join(f"{ranks} from {host}" for host, ranks in ranks_of.items())
+        return UserError(
+            "missing-ranks",
+            "engine.init_timeout",
+            f"{format_ranks(missing)} of {self.world_size} did not connect within {seconds / 60:g} minutes ({came} "
+            "did); start the missing node, or raise engine.init_timeout",
+        )
+
+    def _result(self, name: str, work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+        """The result of `work`, which rank 0 does; every rank returns it, or raises its UserError."""
+        key = f"{name}/result"
         try:
             if self.rank == 0:
-                verdict = judge()
-                self.store.set(key, json.dumps(verdict))
+                result = work()
+                self.store.set(key, json.dumps(result))
             else:
                 self._await_key(key, seconds)
-                verdict = json.loads(self.store.get(key))
+                result = json.loads(self.store.get(key))
         except (DistNetworkError, DistStoreError):
-            raise Fault(f"process 0 at {self.address[0]} has gone while the others joined it") from None
-        if verdict.get("refusal"):
-            ignore_termination()
-        self.await_readers(name, verdict.get("came", self.world_size))
-        if verdict.get("refusal"):
-            raise UserError(verdict["refusal"])
-        return verdict
+            raise Fault(
+                "rank-zero-lost",
+                "",
+                f"rank 0 at {self._address[0]} exited during start-up; check its output and start again",
+            ) from None
+        if result.get("error"):
+            ignore_sigterm()
+        self.await_readers(name, result.get("came", self.world_size))
+        if result.get("error"):
+            raise UserError(*result["error"])
+        return result
 
     def _await_key(self, key: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not self.store.check([key]):
             if time.monotonic() > deadline:
-                raise Fault(f"process 0 at {self.address[0]} does not answer; see what it says, and start again")
-            self._refuse_orphan()
+                raise Fault(
+                    "rank-zero-silent",
+                    "",
+                    f"rank 0 at {self._address[0]} does not respond; check its output and start again",
+                )
+            self._check_launcher()
             time.sleep(POLL_SECONDS)
 
-    def _refuse_orphan(self) -> None:
+    def _check_launcher(self) -> None:
         if self.launcher.is_gone():
-            raise Fault("the launcher of these processes is gone; type the command again")
+            raise launcher_gone()
+
+
+def launcher_gone() -> Fault:
+    """The error of ranks whose launcher has ended."""
+    return Fault("launcher-gone", "", "the launcher of these processes has exited; run the same command again")
+
+
+_group: Group | None = None
+
+
+def _connected(seconds: float) -> Group:
+    global _group
+    if _group is None:
+        address = _address()
+        try:
+            _group = Group(address, seconds)
+        except UserError as error:  # rank 0 does not raise most of these: one rank of each node prints them
+            error.local = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ["RANK"] == "1"
+            raise
+    return _group
 
 
 def join(facts: Facts, minutes: float) -> Group:
-    """Meet the other processes of this launch, waiting for all at most `minutes`, and compare facts.
+    """Wait at most `minutes` for all ranks of this launch, compare their facts and return their group.
 
-    A further training of the same processes meets in the same group. Raises UserError, one sentence and the same on
-    all that can know, if one never comes, is refused (`telling_refusals`) or has other facts, and if the port is in
-    use or nobody answers there.
+    Further trainings of the same processes reuse the group. Raises UserError, the same on all reachable ranks, if a
+    rank is missing, has an error (`share_errors`) or different facts, if the port is in use, or rank 0 does not answer.
     """
     group = _connected(60 * minutes)
-    group.meet(facts, 60 * minutes)
+    group.compare(facts, 60 * minutes)
     return group
 
 
-def initialise(group: Group, watchdog_timeout: float) -> None:
-    """Initialise torch.distributed with the group's store, once; the engines reuse it. May hang as long as it may
-    take: guarded by a `Watch`."""
+def init_process_group(group: Group, watchdog_timeout: float) -> None:
+    """Initialize torch.distributed once, through the group's store; both engines reuse it.
+
+    It may block for long, so call it inside a `Watchdog`, whose time-out is `watchdog_timeout` minutes.
+    """
     if torch.distributed.is_initialized():
         return
     gpu = gpu_index()
     if gpu is not None:
-        os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed and accelerate take it for the index of the GPU
-    # Longer than a stall may last, which is to be explained first; never shorter than DeepSpeed's half an hour.
+        os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed and accelerate use it as the index of the GPU
+    # Longer than the watchdog's time-out, which explains a stall better; never shorter than DeepSpeed's 30 minutes.
     timeout = timedelta(minutes=max(30.0, watchdog_timeout + 5))
-    # Of the groups that DeepSpeed makes, too: it gives them none, and NCCL's own is ten minutes.
+    # Also for the groups that DeepSpeed creates without a time-out; NCCL's default is 10 minutes.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    store = group.line()
-    store.set_timeout(timeout)  # NCCL's processes wait for its id there
+    store = group.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    store.set_timeout(timeout)  # NCCL waits there for its id
     torch.distributed.init_process_group(
         "gloo" if gpu is None else "nccl",
         store=store,
@@ -256,70 +327,59 @@ def initialise(group: Group, watchdog_timeout: float) -> None:
 
 
 def _leave(group: Group) -> None:
-    """Close the connections before the process ends; the one that keeps the store ends last.
-
-    Not after a failure: then others may be gone, and the connections would wait for them.
-    """
+    """Close the connections; rank 0, which hosts the store, last. After a failure this would wait for lost ranks."""
     if torch.distributed.is_initialized() and not group.failed:
         torch.distributed.destroy_process_group()
         group.await_readers("end", group.world_size)
 
 
 @contextmanager
-def telling_refusals() -> Iterator[None]:
-    """A UserError of what is done in here, before `join`, ends the other processes too, within seconds.
+def share_errors() -> Iterator[None]:
+    """A UserError raised in here, before `join`, ends the other ranks within seconds, too.
 
-    All that were refused for the same reason say it once; what only some were refused for is said with their names.
+    An error of all ranks is printed once; an error of some ranks names the first of them.
     """
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _tell(error)
+        if world_size() > 1:
+            _share(error)
         raise
 
 
-def ignore_termination() -> None:
-    """The launcher, which sees others end, is not to cut short what this process has to say last."""
+def _share(error: UserError) -> None:
+    """Send an error to all ranks; raises a different one if rank 0 chose that."""
+    try:
+        group = _connected(REFUSED_SECONDS)
+    except UserError:
+        error.local = True  # no other rank knows of it
+        return
+    try:
+        group.compare({}, REFUSED_SECONDS, error)
+    except Fault:
+        error.local = True
+    except UserError as chosen:
+        if str(chosen) != str(error):
+            raise chosen from None
+
+
+def ignore_sigterm() -> None:
+    """Ignore SIGTERM, which the launcher sends once a rank has exited, so that this rank can print the cause."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _tell(error: UserError) -> None:
-    """Raises what is to be said in place of the error, if that is something else."""
-    try:
-        group = _connected(REFUSED_SECONDS)
-    except UserError:
-        error.local = True  # nobody else hears of it
-        return
-    try:
-        group.meet({}, REFUSED_SECONDS, refusal=str(error))
-    except Fault:
-        error.local = True
-    except UserError as verdict:
-        if str(verdict) != str(error):
-            raise verdict from None
-
-
-def _connected(seconds: float) -> Group:
-    global _group
-    if _group is None:
-        _group = Group(time.monotonic() + seconds)
-    return _group
+def _parts(error: UserError) -> list[str]:
+    return [error.code, error.key, str(error)]
 
 
 def _address() -> tuple[str, int]:
     try:
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except KeyError as error:
+        name = error.args[0]
         raise UserError(
-            f"RANK is set and {error.args[0]} is not; set it to where process 0 is, or start with deepspeed"
+            "no-master-address",
+            "",
+            f"RANK is set but {name} is not; set it to the same value for all ranks, or start with deepspeed",
         ) from None
-
-
-def _spoken(text: str) -> UserError:
-    """For the one process of a machine that says what the others of it meet as well; process 0 does not meet it."""
-    error = UserError(text)
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    error.local = local_rank == 0 or rank == 1
-    return error

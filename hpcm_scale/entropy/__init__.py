@@ -1,1 +1,1 @@
-"""Entropy models: how many bits a quantized latent costs."""
+"""Entropy models and range coding."""

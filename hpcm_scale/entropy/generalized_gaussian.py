@@ -1,49 +1,46 @@
 """Rate of a quantized latent under a generalized Gaussian with shape β = 1.5.
 
-The density of the normalised residual is f(t) = c·exp(−|t|^β), c = β/(2Γ(1/β)). A symbol with residual v
-and scale s costs −log2 of the likelihood of its unit bin, F((v+½)/s) − F((v−½)/s), F the distribution
-function. That difference cancels in the tails and for wide scales, so it is not what is computed here.
+The density of the normalized residual is f(t) = c·exp(−|t|^β), c = β/(2Γ(1/β)). A symbol with residual v and scale s
+costs −log2 of the likelihood of its unit bin, F((v+½)/s) − F((v−½)/s), F the cumulative distribution function. In fp32
+this difference cancels in the tails and for large scales, so the likelihood is computed as follows.
 
-By symmetry only |v| matters. Write Q for the survival function, H(t) = −ln 2Q(t) for its cumulative
-hazard, and a = (|v|−½)/s, b = (|v|+½)/s for the edges of the bin. Then
+By symmetry only |v| matters. Let Q be the survival function, H(t) = −ln 2Q(t) its cumulative hazard, and
+a = (|v|−½)/s, b = (|v|+½)/s the edges of the bin. Then
 
     likelihood = ½·exp(−H(|a|))·(1 − exp(−(H(b) − H(|a|))))  +  [a < 0]·(1 − exp(−H(|a|))),
 
-the part from |a| to b, and the part from a to |a| of a bin that holds the mode: a sum of positive terms,
-each accurate through `expm1` if H(b) − H(|a|) is. With u = √t, H(t) = u³ + h(u), where h is smooth and
-small, h(0) = h'(0) = 0. A polynomial in the compact variable y = u/(u + 1/κ) stands for h, and its
-difference is taken as y_b − y_a times a divided difference, never as a difference of values. All of it is
-elementwise and without branches; the accuracy does not depend on how wide the scale is.
+the mass from |a| to b, and that from a to |a| of a bin that contains the mode: a sum of positive terms, accurate with
+`expm1` if H(b) − H(|a|) is. With u = √t, H(t) = u³ + h(u), where h is smooth and small, h(0) = h'(0) = 0. h is
+approximated by a polynomial in the compact variable y = u/(u + 1/κ), and its difference is y_b − y_a times a divided
+difference, not a difference of values. All operations are elementwise without branches, and the accuracy does not
+depend on the scale.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-# Bounds that keep a value in range without cutting it off from training.
-
 
 class _LowerBound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, bound: float) -> Tensor:
+    def forward(ctx: Any, value: Tensor, bound: float) -> Tensor:
         ctx.save_for_backward(value >= bound)
         return value.clamp(min=bound)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (within,) = ctx.saved_tensors
         return torch.where(within | (gradient < 0), gradient, 0.0), None
 
 
 def lower_bound(value: Tensor, bound: float) -> Tensor:
-    """max(value, bound), with a gradient that can bring a value back.
+    """max(value, bound), with a gradient below the bound where descent would increase the value (gradient < 0).
 
-    Below the bound the gradient passes only where descent would raise the value (gradient < 0); a
-    plain clamp would leave such a value there for ever. Same shape and dtype as `value`.
+    With the gradient of `clamp` such a value would stay below the bound forever. Same shape and dtype as `value`.
     """
     return _LowerBound.apply(value, bound)
 
@@ -55,9 +52,9 @@ LIKELIHOOD_BOUND = 1e-9
 Formula = Literal["survival", "public"]
 
 DENSITY_AT_MODE = SHAPE / (2 * math.gamma(1 / SHAPE))
-# Beyond it the density is 0 even in float64; the clamp keeps what is multiplied by that 0 finite.
+# Beyond it the density is 0 even in float64; the clamp keeps its factors finite.
 FARTHEST = 1e4
-# Far below any root of a bin edge; makes 0/0 a 0 where a bin is narrower than the smallest number.
+# Far below the root of any bin edge; avoids 0/0 for bins narrower than the smallest number.
 TINY = 1e-30
 
 COMPACTION = 0.5  # κ
@@ -77,19 +74,21 @@ HAZARD_COEFFICIENTS = (
 
 
 def likelihood(residual: Tensor, scale: Tensor, formula: Formula = "survival") -> Tensor:
-    """Probability of the unit bin around `residual` for a generalized Gaussian of width `scale`.
+    """Probability of the unit bin around `residual` under a generalized Gaussian.
 
     Args:
-        residual: distance of the symbol from the mean, in quantization steps; any shape.
-        scale: same shape or one that broadcasts to it; taken as SCALE_BOUND where it is less, by the
-            rule of `lower_bound`.
-        formula: "survival" (default), within 3e-5 of the exact value and slope down to 1e-30; or
-            "public", the difference of distribution functions that the public implementation takes,
-            which in fp32 is 0 or noise below about 1e-7: only to compare with it.
+        residual: symbol minus mean, in quantization steps; any shape.
+        scale: broadcasts with `residual`; bounded below by SCALE_BOUND (`lower_bound`).
+        formula: "survival" (default): value and gradient within 3e-5 of the exact ones down to 1e-30; "public": the
+            difference of distribution functions of the public implementation, in fp32 0 or noise below about 1e-7,
+            only for comparison.
 
     Returns:
-        Probabilities without a lower bound, of the broadcast shape: float64 where an argument is,
-        fp32 otherwise, whatever autocast says. Values and gradients are finite for finite arguments.
+        Probabilities without a lower bound, of the broadcast shape: float64 if an argument is, else fp32, also under
+        autocast. Values and gradients are finite for finite arguments.
+
+    Raises:
+        ValueError: an unknown formula.
     """
     dtype = torch.promote_types(torch.promote_types(residual.dtype, scale.dtype), torch.float32)
     bounded = lower_bound(scale.to(dtype), SCALE_BOUND)
@@ -104,16 +103,15 @@ def likelihood(residual: Tensor, scale: Tensor, formula: Formula = "survival") -
 
 
 def bits(residual: Tensor, scale: Tensor, formula: Formula = "survival") -> Tensor:
-    """Bits each symbol costs: −log2 of its `likelihood`, that bounded below by LIKELIHOOD_BOUND.
+    """Bits of each symbol: −log2 of its `likelihood`, bounded below by LIKELIHOOD_BOUND (`lower_bound`).
 
-    Arguments, shape and dtype as in `likelihood`; values lie between 0 and 29.9. Under the bound the
-    gradient still pulls a symbol back towards likelier places (see `lower_bound`).
+    Arguments, shape and dtype as in `likelihood`; values are between 0 and 29.9.
     """
     return -torch.log2(lower_bound(likelihood(residual, scale, formula), LIKELIHOOD_BOUND))
 
 
 def _bin(residual: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """The bin around |residual|: a, b, √|a|, √b, and without cancellation √b − √|a| and b^1.5 − |a|^1.5."""
+    """The bin around |residual|: a, b, √|a|, √b and, without cancellation, √b − √|a| and b^1.5 − |a|^1.5."""
     magnitude = residual.abs()
     near = ((magnitude - 0.5) / scale).clamp(max=FARTHEST)
     far = ((magnitude + 0.5) / scale).clamp(max=FARTHEST)
@@ -126,10 +124,10 @@ def _bin(residual: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
 
 
 class _BinProbability(torch.autograd.Function):
-    """The likelihood as the module's docstring has it; keeps only its arguments for the backward pass."""
+    """The likelihood of the module's docstring; saves only its arguments for the backward pass."""
 
     @staticmethod
-    def forward(ctx, residual: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, residual: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(residual, scale)
         near, _, near_root, far_root, root_width, growth = _bin(residual, scale)
         near_rest = 1 / (1 + COMPACTION * near_root)  # 1 − y
@@ -138,7 +136,7 @@ class _BinProbability(torch.autograd.Function):
         y_far = COMPACTION * far_root * far_rest
         y_width = COMPACTION * root_width * near_rest * far_rest
 
-        # Horner's rule for h at y_near and, beside it, for its divided difference between y_near and y_far.
+        # Horner's rule for h at y_near, and for its divided difference between y_near and y_far.
         value = torch.full_like(y_near, HAZARD_COEFFICIENTS[-1])
         slope = torch.zeros_like(y_near)
         for coefficient in (*HAZARD_COEFFICIENTS[-2::-1], 0.0, 0.0):
@@ -151,26 +149,26 @@ class _BinProbability(torch.autograd.Function):
         return beyond + around_mode
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         residual, scale = ctx.saved_tensors
         near, far, near_root, _, _, growth = _bin(residual, scale)
         common = gradient * DENSITY_AT_MODE * torch.exp(-near_root * near.abs()) / scale
         decline = torch.expm1(-growth)  # f(b)/f(a) − 1
-        # (b·f(b) − a·f(a))/f(a), in the form that does not cancel: bins near the mode, and narrow ones.
+        # (b·f(b) − a·f(a))/f(a), without cancellation near the mode and for narrow bins.
         spread = torch.where(residual.abs() < 1.5, far * torch.exp(-growth) - near, 1 / scale + far * decline)
         return common * decline * residual.sign(), -common * spread
 
 
 class _Distribution(torch.autograd.Function):
-    """F(t) through the incomplete gamma function, whose own gradient is infinite at 0."""
+    """F(t) by the incomplete gamma function, whose gradient in torch is infinite at 0."""
 
     @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         ctx.save_for_backward(value)
         order = torch.full((), 1 / SHAPE, dtype=value.dtype, device=value.device)
         return 0.5 * (1 + value.sign() * torch.special.gammainc(order, value.abs().pow(SHAPE)))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (value,) = ctx.saved_tensors
         return gradient * DENSITY_AT_MODE * torch.exp(-value.abs().pow(SHAPE))

@@ -1,7 +1,7 @@
-"""Integers to bytes and back: range coding with one table per symbol, grouped by table.
+"""Range coding of integers, with one of 60 frequency tables per symbol.
 
-What is written is read by calls of the same kinds in the same order, with the same tables. Symbols beyond a
-table are escaped: the table's last entry, and after the group the number itself.
+The reader repeats the calls of the writer in the same order, with the same tables. Symbols are grouped by table. One
+beyond its table is escaped: the last entry of the table, and after the group the number itself.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Context, Decimal, localcontext
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
-from constriction import stream
+from constriction import stream  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 from torch import Tensor
 
-# The tables that entropy coding works with: a symbol is coded with the table of a scale near its own.
-#
-# The frequencies of a table are integers that come out alike on every machine and in every version of every
-# mathematics library: `decimal` rounds exp and ln correctly, and all else is rational arithmetic.
-
+# Tables. Their frequencies are integers that are equal on all machines and with all versions of mathematics libraries:
+# `decimal` rounds exp and ln correctly, and everything else is rational arithmetic.
 
 TABLE_SIZE = 60
 LOWEST, HIGHEST = 0.12, 64.0
 SPACING = math.log(HIGHEST / LOWEST) / (TABLE_SIZE - 1)
-"""Between two boundaries, in ln(scale)."""
+"""Between the bounds of a table, in ln(scale)."""
 PRECISION = 24
-"""Frequencies of a table sum to 2^24, the range coder's own precision."""
+"""Frequencies of a table sum to 2^24, the precision of the range coder."""
 
 _LIKELIHOOD_BOUND = Decimal("1e-9")
 _DIGITS = Context(prec=40)
@@ -35,13 +33,13 @@ _GAMMA = Decimal("1.354117939426400416945288028154513785519")  # Γ(2/3)
 
 
 def scale_table(device: torch.device | str | None = None) -> Tensor:
-    """The scales that bound the tables, log-spaced from 0.12 to 64: (60,) fp32, ascending."""
+    """The bounds of the tables, log-spaced scales from 0.12 to 64: (60,) fp32, ascending."""
     scales = [LOWEST * math.exp(SPACING * index) for index in range(TABLE_SIZE)]
     return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
 def table_index(scale: Tensor) -> Tensor:
-    """Table of each scale: how many entries of `scale_table`, the last left out, lie below it.
+    """The table of each scale: the number of entries of `scale_table`, except the last, below it.
 
     Any shape; compared in fp32. Returns int64 of the same shape, 0 to 59.
     """
@@ -50,16 +48,16 @@ def table_index(scale: Tensor) -> Tensor:
 
 @lru_cache(maxsize=TABLE_SIZE)
 def frequencies(table: int) -> tuple[int, ...]:
-    """How often in 2^24 each symbol comes up in a table: of −L … L, and last of all symbols beyond them.
+    """Frequencies in 2^24 of the symbols −L … L of a table and, last, of all symbols beyond them; each at least 1.
 
-    Table 0 serves scales up to 0.12, the last one scales from 57.5; the others take the geometric mean of
-    their bounds, which costs 0.03 to 0.06 % over tables without number. Beyond L a symbol's likelihood is
-    less than 1e-9, the bound of the estimated rate; every frequency is at least 1.
+    Table 0 is for scales up to 0.12, the last one for scales from 57.5; the others use the geometric mean of their
+    bounds, which costs 0.03 to 0.06 % of the rate. Beyond L the likelihood of a symbol is less than 1e-9, the bound of
+    the estimated rate.
     """
     with localcontext(_DIGITS):
         scale = _scale(table)
         total = 2**PRECISION
-        within = [_mass(Decimal(1) / (2 * scale))]  # of |v| < ½, 1½, …
+        within = [_mass(Decimal(1) / (2 * scale))]  # |v| < ½, 1½, …
         magnitudes: list[int] = []
         while True:
             within.append(_mass((2 * len(within) + 1) / (2 * scale)))
@@ -81,7 +79,7 @@ def _scale(table: int) -> Decimal:
 
 
 def _mass(t: Decimal) -> Decimal:
-    """Probability of less than t on either side of the mode: P(2/3, t^1.5), by its series."""
+    """Probability of |v| < t: P(2/3, t^1.5), by its series."""
     x = t * t.sqrt()
     order = Decimal(2) / 3
     term = summed = 1 / order
@@ -93,40 +91,37 @@ def _mass(t: Decimal) -> Decimal:
 
 
 LARGEST_SYMBOL = 2**22
-"""Magnitudes beyond it are not coded; fp32 latents hold whole numbers up to 2^24."""
+"""Largest magnitude; fp32 latents represent integers up to 2^24."""
 
 _LENGTHS = 32  # an escaped number is written as its bit length, then the bits below the first
 
 
 class CorruptStream(ValueError):
-    """Bytes that no encoder with these tables has written."""
+    """Bytes that `SymbolWriter` cannot have written with these tables."""
 
 
 class SymbolWriter:
-    """Writes integers; `bytes` is what they became."""
+    """Encodes integers to `bytes`."""
 
     def __init__(self) -> None:
         self._coder = stream.queue.RangeEncoder()
 
     def write(self, symbols: np.ndarray, tables: np.ndarray) -> None:
-        """Append `symbols` (n,) int32, each with its table, (n,) integers 0 to 59.
-
-        Magnitudes are at most LARGEST_SYMBOL.
-        """
+        """Append `symbols` (n,) int32, of magnitudes up to LARGEST_SYMBOL, with their tables (n,), 0 to 59."""
         order, counts = _groups(tables)
         grouped = symbols[order].astype(np.int32)
-        widest = _half_widths()[tables[order]]
-        escaped = np.abs(grouped) > widest
-        entries = np.where(escaped, 2 * widest + 1, grouped + widest)
+        limits = _half_widths()[tables[order]]
+        escaped = np.abs(grouped) > limits
+        entries = np.where(escaped, 2 * limits + 1, grouped + limits)
         start = 0
         for table, count in counts:
             self._coder.encode(entries[start : start + count], _table(table))
             start += count
         if escaped.any():
-            self._write_numbers(_to_unsigned(grouped[escaped], widest[escaped]))
+            self._write_numbers(_to_unsigned(grouped[escaped], limits[escaped]))
 
     def write_choices(self, choices: np.ndarray, probabilities: Sequence[float]) -> None:
-        """Append integers (n,) from 0, all with the same table of probabilities."""
+        """Append integers (n,) from 0, all with the same probabilities."""
         self._coder.encode(choices.astype(np.int32), _categorical(tuple(probabilities)))
 
     def _write_numbers(self, numbers: np.ndarray) -> None:
@@ -140,37 +135,37 @@ class SymbolWriter:
 
     @property
     def bytes(self) -> bytes:
-        """Everything written so far, little-endian; empty if that is nothing."""
+        """The stream so far, little-endian; empty before the first write."""
         return self._coder.get_compressed().astype("<u4").tobytes()
 
 
 class SymbolReader:
-    """Reads what `SymbolWriter` wrote. Every read raises `CorruptStream` where the bytes cannot be right."""
+    """Decodes what `SymbolWriter` wrote. Each method raises `CorruptStream` for bytes that it cannot have written."""
 
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:
-            raise CorruptStream("a stream is a whole number of 32-bit words")
+            raise CorruptStream("the length of the stream is not a multiple of 4 bytes")
         self._coder = stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
         self._bits_left = 8.0 * len(data)
 
     def read(self, tables: np.ndarray) -> np.ndarray:
-        """The symbols (n,) int32 that were written with these tables (n,)."""
+        """Read the symbols (n,) int32 that were written with these tables (n,)."""
         order, counts = _groups(tables)
         self._bits_left -= least_bits(tables)
-        if self._bits_left < 0:  # the coder itself would read on for ever
+        if self._bits_left < 0:  # constriction reads on beyond the end
             raise CorruptStream("the stream is too short for so many symbols")
         entries = np.concatenate([self._decode(_table(table), count) for table, count in counts])
-        widest = _half_widths()[tables[order]]
-        grouped = entries - widest
-        escaped = entries > 2 * widest
+        limits = _half_widths()[tables[order]]
+        grouped = entries - limits
+        escaped = entries > 2 * limits
         if escaped.any():
-            grouped[escaped] = _to_signed(self._read_numbers(int(escaped.sum())), widest[escaped])
+            grouped[escaped] = _to_signed(self._read_numbers(int(escaped.sum())), limits[escaped])
         symbols = np.empty_like(grouped)
         symbols[order] = grouped
         return symbols
 
     def read_choices(self, count: int, probabilities: Sequence[float]) -> np.ndarray:
-        """The integers (count,) that were written with these probabilities."""
+        """Read the integers (count,) that were written with these probabilities."""
         return self._decode(_categorical(tuple(probabilities)), count)
 
     def _read_numbers(self, count: int) -> np.ndarray:
@@ -184,37 +179,37 @@ class SymbolReader:
             numbers[long] = sizes + self._decode(stream.model.Uniform(), sizes)
         return numbers
 
-    def _decode(self, model, count_or_parameters) -> np.ndarray:
+    def _decode(self, model: Any, count_or_parameters: Any) -> np.ndarray:
         try:
             return self._coder.decode(model, count_or_parameters)
-        except (AssertionError, ValueError) as error:  # what constriction raises on impossible bytes
+        except (AssertionError, ValueError) as error:  # of constriction, for impossible bytes
             raise CorruptStream(str(error)) from error
 
 
 def least_bits(tables: np.ndarray) -> float:
-    """What any stream of symbols with these tables (n,) has at least: as if the likeliest came every time."""
+    """Least bits of a stream of symbols with these tables (n,): each symbol the most probable one."""
     return float(np.bincount(tables, minlength=TABLE_SIZE) @ _least_bits())
 
 
 def _groups(tables: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Positions sorted by table, and (table, how many) for every table that occurs."""
+    """Positions sorted by table, and (table, count) for each table that occurs."""
     tables = tables.astype(np.uint8)  # sorts in linear time
     counts = np.bincount(tables, minlength=TABLE_SIZE)
-    return np.argsort(tables, kind="stable"), [(t, int(counts[t])) for t in np.flatnonzero(counts)]
+    return np.argsort(tables, kind="stable"), [(t, int(counts[t])) for t in np.flatnonzero(counts).tolist()]
 
 
-def _to_unsigned(symbols: np.ndarray, widest: np.ndarray) -> np.ndarray:
-    """Symbols beyond ±widest as numbers from 1, the sign in the lowest bit."""
-    return 2 * (np.abs(symbols) - widest) - (symbols > 0)
+def _to_unsigned(symbols: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Symbols beyond ±limits as numbers from 1, with the sign in the lowest bit."""
+    return 2 * (np.abs(symbols) - limits) - (symbols > 0)
 
 
-def _to_signed(numbers: np.ndarray, widest: np.ndarray) -> np.ndarray:
-    magnitudes = (numbers + 1) // 2 + widest
+def _to_signed(numbers: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    magnitudes = (numbers + 1) // 2 + limits
     return np.where(numbers % 2 == 1, magnitudes, -magnitudes)
 
 
 def _bit_lengths(numbers: np.ndarray) -> np.ndarray:
-    """Of positive integers below 2^53."""
+    """Bit lengths of positive integers below 2^53."""
     return np.frexp(numbers.astype(np.float64))[1]
 
 
@@ -225,7 +220,7 @@ def _table(index: int):
 
 @lru_cache(maxsize=1)
 def _least_bits() -> np.ndarray:
-    """Of one symbol with every table: (60,). constriction may round a frequency up by two."""
+    """Least bits of one symbol of each table, (60,); constriction may round a frequency up by two."""
     return PRECISION - np.log2([max(frequencies(table)) + 2 for table in range(TABLE_SIZE)])
 
 
@@ -236,5 +231,5 @@ def _categorical(probabilities: tuple[float, ...]):
 
 @lru_cache(maxsize=1)
 def _half_widths() -> np.ndarray:
-    """L of every table: (60,) int32."""
+    """L of each table, (60,) int32."""
     return np.array([len(frequencies(table)) // 2 - 1 for table in range(TABLE_SIZE)], dtype=np.int32)

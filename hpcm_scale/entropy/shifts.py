@@ -1,11 +1,11 @@
-"""What lets another device decode: no scale stands near a table's bound.
+"""Scale shifts, which make files decodable on other devices.
 
-Two devices compute scales that differ in their last digits. Where a scale lies so near a table's bound that
-those digits decide, encoder and decoder may take different tables, and all that follows is garbage. Telling
-for each scale near a bound on which side it stood does not help: whether it is near is as uncertain. So the
-scales are cut into blocks; the encoder shifts each block in ln(scale), by as little as frees all its scales
-from the neighbourhood of every bound, and writes the shift. The decoder applies it and needs to know nothing
-else. A block is so long that about two of its scales lie near a bound, and one try in several frees them.
+Scales computed on two devices differ in the last digits. If a scale is within such a difference of the bound of a
+table, encoder and decoder may choose different tables, and all following symbols are wrong. Writing the side of each
+scale near a bound does not help, as whether it is near is uncertain as well. Instead, scales are divided into blocks;
+the encoder shifts each block in ln(scale) by the least amount after which no scale is near a bound, and writes the
+shift. The decoder only applies it. The block size is such that about two scales of a block are near a bound, so that
+a few shifts suffice.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hpcm_scale.entropy.range_coder import LOWEST, SPACING, TABLE_SIZE, SymbolRe
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far another device's scale may lie from ours: `relative`·scale + `absolute`.
+    """Largest difference between the scales of two devices: `relative`·scale + `absolute`.
 
-    The default is more than relative noise of 1e-6 on the output of every layer did to any scale, and nine
-    times what fp32 arithmetic in another order did (benchmarks/results/portable_decoding.md).
+    The default exceeds the effect of relative noise of 1e-6 on the output of every layer, and is nine times that of
+    fp32 arithmetic in another order (benchmarks/results/portable_decoding.md).
     """
 
     relative: float = 3e-5
@@ -33,33 +33,33 @@ class Tolerance:
 
 
 STEP = 3e-4
-"""Of a shift, in ln(scale)."""
+"""Unit of a shift, in ln(scale)."""
 CHOICES = 255
-"""A block is shifted by 0, 1, −1, 2, −2 … steps: by up to a third of the distance of two bounds."""
-_CROWD = 2.0  # scales near a bound in a block, on average: more are hard to free at once, fewer need more shifts
+"""A block is shifted by 0, 1, −1, 2, −2 … steps: up to a third of the distance between bounds."""
+_CROWD = 2.0  # average scales near a bound in a block: more are hard to shift at once, fewer need more shifts
 _BLOCK_SIZES = 24  # powers of two
-_FREE = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # how often a shift frees a block, in eight steps
+_FREE = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)  # probability that a shift is chosen, in eight steps
 
 
 @dataclass
 class Shifts:
-    """The shifts of an image: the block size, how they are coded, and for each step its blocks' choices."""
+    """The shifts of an image: block size, index of their probability in `_FREE`, and choices (blocks,) of each step."""
 
     block_bits: int
     freedom: int
     choices: list[np.ndarray]
 
     def bits(self) -> float:
-        """What they cost in the stream."""
+        """Bits of the shifts in the stream."""
         probabilities = np.array(_probabilities(self.freedom))
         chosen = np.concatenate(self.choices)
         return float(-np.log2(probabilities[chosen]).sum() + math.log2(_BLOCK_SIZES) + math.log2(len(_FREE)))
 
 
 def choose_shifts(steps: list[Tensor], tolerance: Tolerance) -> Shifts:
-    """The shifts for the scales of each step, each (n,) fp32.
+    """Choose the shifts for the scales (n,) fp32 of each step.
 
-    Where no shift frees a block, which takes hundreds of scales spread just so, it is left unshifted.
+    A block is not shifted if no shift moves all its scales away from bounds, which takes hundreds of scales.
     """
     near = math.fsum(_neighbourhood(scales, tolerance).sum().item() for scales in steps)
     total = sum(scales.numel() for scales in steps)
@@ -72,7 +72,7 @@ def choose_shifts(steps: list[Tensor], tolerance: Tolerance) -> Shifts:
 
 
 def shifted_tables(scales: Tensor, block_bits: int, choices: np.ndarray) -> np.ndarray:
-    """The table of each scale (n,) in blocks of 2^block_bits with these choices: (n,) int64."""
+    """The table of each shifted scale, (n,) int64, for blocks of 2^block_bits scales."""
     signed = torch.as_tensor((choices + 1) // 2 * np.where(choices % 2 == 1, 1, -1))
     factors = torch.exp(signed.double() * STEP).float().to(scales.device)
     if len(choices) > 1:
@@ -81,18 +81,18 @@ def shifted_tables(scales: Tensor, block_bits: int, choices: np.ndarray) -> np.n
 
 
 def write_head(writer: SymbolWriter, shifts: Shifts) -> None:
-    """Write what holds for all steps."""
+    """Write the block size and the probability of the shifts."""
     writer.write_choices(np.array([shifts.block_bits]), _uniform(_BLOCK_SIZES))
     writer.write_choices(np.array([shifts.freedom]), _uniform(len(_FREE)))
 
 
 def write_step(writer: SymbolWriter, shifts: Shifts, step: int) -> None:
-    """Write one step's choices."""
+    """Write the choices of one step."""
     writer.write_choices(shifts.choices[step], _probabilities(shifts.freedom))
 
 
 class ShiftReader:
-    """Reads what `write_head` and `write_step` wrote. Raises `CorruptStream`."""
+    """Reads what `write_head` and `write_step` wrote. Raises CorruptStream."""
 
     def __init__(self, reader: SymbolReader) -> None:
         self._reader = reader
@@ -100,46 +100,46 @@ class ShiftReader:
         self._probabilities = _probabilities(int(reader.read_choices(1, _uniform(len(_FREE)))[0]))
 
     def tables(self, scales: Tensor) -> np.ndarray:
-        """The tables of a step's scales (n,), as `shifted_tables` gave them to the encoder."""
+        """Read the choices of a step; the tables of its scales (n,)."""
         blocks = -(-scales.numel() // 2**self.block_bits)
         return shifted_tables(scales, self.block_bits, self._reader.read_choices(blocks, self._probabilities))
 
 
 def _neighbourhood(scales: Tensor, tolerance: Tolerance) -> Tensor:
-    """For every scale the chance that it stands near a bound, were it anywhere between its bounds."""
+    """The probability that each scale is near a bound, if it were uniform in ln(scale) between bounds."""
     return torch.where(_within_tables(scales), 2 / SPACING * (tolerance.relative + tolerance.absolute / scales), 0.0)
 
 
 def _within_tables(scales: Tensor) -> Tensor:
-    """Whether a scale can come near a bound at all, however its block is shifted."""
+    """Whether each scale, shifted by any amount, can be near a bound."""
     reach = math.exp(STEP * CHOICES)
     return (scales > LOWEST / reach) & (scales < LOWEST * math.exp(SPACING * (TABLE_SIZE - 2)) * reach)
 
 
 def _free_choices(scales: Tensor, block: int, tolerance: Tolerance) -> np.ndarray:
-    """The first choice of each block that leaves none of its scales near a bound: (blocks,) int64."""
+    """The first choice of each block with no scale near a bound: (blocks,) int64."""
     blocks = -(-scales.numel() // block)
     position = torch.nonzero(_within_tables(scales))[:, 0]
     scale = scales[position].double()
     place = torch.log(scale / LOWEST)
     bound = (place / SPACING).round().clamp(0, TABLE_SIZE - 2) * SPACING
     reach = tolerance.relative + tolerance.absolute / scale
-    # A shift of k steps is forbidden to a scale if |place + k·STEP − bound| is at most its reach.
+    # A scale excludes a shift of k steps if |place + k·STEP − bound| ≤ reach.
     first = torch.ceil((bound - place - reach) / STEP).long()
     last = torch.floor((bound - place + reach) / STEP).long()
     half = CHOICES // 2
-    forbidden = torch.zeros(blocks, CHOICES, dtype=torch.bool, device=scales.device)
+    excluded = torch.zeros(blocks, CHOICES, dtype=torch.bool, device=scales.device)
     for k in range(int((last - first).max()) + 1 if len(position) else 0):
         shift = first + k
-        meant = (shift <= last) & (shift.abs() <= half)
-        shift = shift[meant]
+        valid = (shift <= last) & (shift.abs() <= half)
+        shift = shift[valid]
         choice = torch.where(shift > 0, 2 * shift - 1, -2 * shift)
-        forbidden[position[meant] // block, choice] = True
-    return forbidden.logical_not().to(torch.uint8).argmax(dim=1).cpu().numpy()
+        excluded[position[valid] // block, choice] = True
+    return excluded.logical_not().to(torch.uint8).argmax(dim=1).cpu().numpy()
 
 
 def _probabilities(freedom: int) -> tuple[float, ...]:
-    """Geometric, by multiplications only, so that they are the same everywhere."""
+    """Geometric, by multiplications only: equal on all devices."""
     values = [_FREE[freedom]]
     while len(values) < CHOICES:
         values.append(values[-1] * (1 - _FREE[freedom]))

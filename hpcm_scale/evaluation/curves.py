@@ -1,8 +1,8 @@
-"""Rate-distortion curves: one per model or other codec, a point per λ or quality setting."""
+"""Rate-distortion curves: one per model or baseline codec, one point per λ or quality setting."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -10,24 +10,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hpcm_scale import __version__
 from hpcm_scale.config.schema import Distortion, ModelConfig, Precision, RateConfig
-from hpcm_scale.data.sources import ImageSet
-from hpcm_scale.errors import UserError, shown
-from hpcm_scale.evaluation.baselines import OtherCodec
-from hpcm_scale.evaluation.bd_rate import METRICS, labelled
-from hpcm_scale.evaluation.coders import Coder, Watcher, code_images, estimate_coder, file_coder, other_coder
+from hpcm_scale.errors import UserError, printable
+from hpcm_scale.evaluation.baselines import Baseline
+from hpcm_scale.evaluation.bd_rate import METRICS, RateCurve, labelled
+from hpcm_scale.evaluation.crops import Crops
 from hpcm_scale.evaluation.measures import Measured, mean
-from hpcm_scale.machine.codec import load_machine_codec
+from hpcm_scale.evaluation.runners import (
+    Images,
+    Runner,
+    Watcher,
+    baseline_runner,
+    code_images,
+    estimate_runner,
+    file_runner,
+)
 from hpcm_scale.model.parameters import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
 from hpcm_scale.model.variable_rate import byte_of, byte_of_quality, level_of_byte, lmbda_of, quality_of_byte
 from hpcm_scale.model.weights import load_weights
+from hpcm_scale.tasks import load_encoder
+from hpcm_scale.tracking.environment import environment
 from hpcm_scale.tracking.progress import progress
 
-Watch = Callable[[str], Watcher]
-"""Asked for a watcher of a codec at a setting, by their names."""
+Watchdog = Callable[[str], Watcher]
+"""Returns the watcher of a codec at a setting, given their names."""
 FILES, ESTIMATED = "files", "estimated"
+PACKAGES = ("torch", "numpy", "pillow", "pytorch-msssim")
+"""Packages that measurements depend on; codecs list their own."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +49,12 @@ class Point:
     setting: str
     images: list[Measured]
     weights: str | None = None
-    """The file they came from; like the two below, of a model of ours only."""
+    """The weights file; like the two below, None for a baseline."""
     facts: dict[str, Any] | None = None
     kmac_per_pixel: float | None = None
 
     @property
-    def mean(self) -> dict[str, float | None]:
+    def mean(self) -> dict[str, Any]:
         """Means over the images of each measure (`measures.mean`)."""
         return mean(self.images)
 
@@ -55,48 +67,48 @@ class Curve:
     codec: str
     """One line: library, version, fixed settings."""
     rate: str
-    """`FILES`: bits are those of files made and decoded again; or `ESTIMATED`."""
+    """`FILES`: bits of real files, which were decoded; or `ESTIMATED`."""
     points: list[Point]
 
     @property
     def label(self) -> str:
-        """The name as figures show it."""
+        """The name in tables and figures."""
         return labelled(self.name, self.codec)
 
 
 class Setting(NamedTuple):
-    """What weights code at: the one rate of their λ, or a level of several."""
+    """The rate of one λ, or one level of a variable-rate model."""
 
     label: str
     lmbda: float | None
     level: int | None = None
-    """The byte of its files, of a variable-rate model."""
+    """Level byte of a variable-rate model's files."""
 
 
 class Weights(NamedTuple):
-    """A weights file that was read and found sound; the tensors themselves are not kept."""
+    """A weights file that was read and checked; without its tensors."""
 
     path: str
     curve: str
-    """Name of the curve that it is of."""
+    """Name of its curve."""
     config: ModelConfig
     facts: dict[str, Any]
     settings: list[Setting]
 
     @property
     def distortion(self) -> Distortion:
-        """What they were trained for; facts that do not say it are older than MS-SSIM."""
+        """The distortion of the training; weights from before MS-SSIM do not record it."""
         return Distortion(self.facts.get("distortion", "mse"))
 
 
 def read_weights(names: Sequence[str], qualities: Sequence[float] | None = None) -> list[list[Weights]]:
     """The weights grouped by curve, both in the order named.
 
-    A name is PATH or CURVE=PATH. Files of fixed rate make a curve together, a point for each λ: those called the same,
-    or, where none is called anything, those of one architecture and one distortion. A file of variable rate makes a
-    curve alone, with a point at each of `qualities` (0 to 100), by default at each level that it has learned.
+    A name is PATH or CURVE=PATH. Fixed-rate files of one CURVE form a curve with a point for each λ; without a CURVE,
+    those of one architecture and one distortion do. A variable-rate file forms its own curve, with a point at each
+    of `qualities` (0 to 100), by default at each level of its training.
 
-    Raises UserError if a file cannot be used, or if a curve through the files of one name would mean nothing.
+    Raises UserError if a file cannot be used, and if the files of one curve do not belong together.
     """
     groups: dict[str, list[Weights]] = {}
     for name in names:
@@ -106,15 +118,19 @@ def read_weights(names: Sequence[str], qualities: Sequence[float] | None = None)
             _check_together(other, weights)
         group.append(weights)
     if qualities and all(weights.config.rate.levels == 1 for group in groups.values() for weights in group):
-        raise UserError("--qualities is for variable-rate weights, and these have one rate each; leave it out")
+        raise UserError(
+            "qualities-at-fixed-rate",
+            "--qualities",
+            "--qualities needs variable-rate weights, but these have a fixed rate; omit it",
+        )
     return list(groups.values())
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """CURVE and PATH of `--weights`; paths may have equals signs, too, as those of sweeps do."""
+    """CURVE and PATH of `--weights`; paths, such as those of sweeps, may contain equals signs."""
     curve, equals, path = name.partition("=")
-    called = equals and curve.strip() and "/" not in curve and not Path(name).exists()
-    return (curve.strip(), path) if called else (None, name)
+    named = equals and curve.strip() and "/" not in curve and not Path(name).exists()
+    return (curve.strip(), path) if named else (None, name)
 
 
 def _read(curve: str | None, path: str, qualities: Sequence[float] | None) -> Weights:
@@ -123,16 +139,16 @@ def _read(curve: str | None, path: str, qualities: Sequence[float] | None) -> We
     if config.rate.levels > 1:
         settings = [_at_level(config.rate, level) for level in _levels(config.rate, qualities)]
     else:
-        settings = [Setting(shown(Path(path).stem) if lmbda is None else f"λ = {lmbda:g}", lmbda)]
+        settings = [Setting(printable(Path(path).stem) if lmbda is None else f"λ = {lmbda:g}", lmbda)]
     usual = f"hpcm {config.name}" + " variable" * (config.rate.levels > 1)
-    weights = Weights(path, shown(curve or usual), config, facts, settings)
+    weights = Weights(path, printable(curve or usual), config, facts, settings)
     if curve is None and weights.distortion == Distortion.ms_ssim:
         return weights._replace(curve=f"{usual} ms-ssim")
     return weights
 
 
 def _levels(rate: RateConfig, qualities: Sequence[float] | None) -> list[int]:
-    """The bytes of files at these qualities, or at all rows of the model's tables."""
+    """Level bytes of these qualities, or of all levels of the training."""
     if qualities is None:
         return [byte_of(rate, level) for level in range(rate.levels)]
     return list(dict.fromkeys(byte_of_quality(quality) for quality in qualities))
@@ -144,57 +160,62 @@ def _at_level(rate: RateConfig, level: int) -> Setting:
 
 
 def _check_together(one: Weights, other: Weights) -> None:
-    """Raises UserError if a curve through both would mean nothing."""
-    mend = "tell their curves apart with --weights NAME=PATH"
-    same = f"{one.path} and {other.path} are both called {one.curve}"
+    """Raises UserError if the two do not form one curve."""
     if Path(one.path).resolve() == Path(other.path).resolve():
-        raise UserError(f"--weights names {other.path} twice; name it once")
+        raise UserError("duplicate-weights", "--weights", f"--weights lists {other.path} twice; remove one")
+    differs = None
     if one.config != other.config:
-        raise UserError(f"{same} but are built differently; {mend}")
-    if one.distortion != other.distortion:
-        raise UserError(f"{same}, one trained for MSE and one for MS-SSIM; {mend}")
-    if other.config.rate.levels > 1:
-        raise UserError(f"{same}, and each has a range of rates; {mend}")
-    if one.settings == other.settings:
-        raise UserError(f"{same} with {one.settings[0].label}; {mend}")
+        differs = "have different architectures"
+    elif one.distortion != other.distortion:
+        differs = "are trained for MSE and for MS-SSIM"
+    elif other.config.rate.levels > 1:
+        differs = "have several rates each"
+    elif one.settings == other.settings:
+        differs = f"both have {one.settings[0].label}"
+    if differs:
+        raise UserError(
+            "weights-of-two-curves",
+            "--weights",
+            f"{one.path} and {other.path} have one curve name, {one.curve}, but {differs}; give them different names "
+            "with --weights NAME=PATH",
+        )
 
 
 def model_curve(
     group: Sequence[Weights],
-    images: ImageSet,
+    images: Images,
     *,
     device: torch.device,
     estimate: bool,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
     metrics: Collection[str] = tuple(METRICS),
 ) -> Curve:
-    """Code the images with every one of a group of weights (`read_weights`), at all its settings.
+    """Code the images with each of a group of weights (`read_weights`) at all its settings.
 
-    Real files are made in fp32; an estimate is made in the precision of the training, so that the numbers of
-    its journal come again. `watch` is asked for a watcher of each setting, `metrics` are measured. The facts of a point
-    tell the λ of its level.
+    Real files are encoded in fp32; estimates use the precision of the training, as in its journal. `watch` returns the
+    watcher of a setting. The facts of each point contain the λ of its level.
     """
     name, config = group[0].curve, group[0].config
     kmac = kmac_per_pixel(forward_flops_per_image(on_meta(config), 256), 256)
     points = []
     for weights in group:
-        model = load_machine_codec(weights.path)
+        encoder = load_encoder(weights.path)
         if estimate:
-            model.set_precision(Precision(weights.facts["precision"]))
+            encoder.module.precision = Precision(weights.facts["precision"])  # pyright: ignore[reportArgumentType]
         for setting in weights.settings:
-            coder = (
-                estimate_coder(model, device, setting.lmbda, setting.level, weights.distortion)
+            runner = (
+                estimate_runner(encoder, device, setting.lmbda, setting.level, weights.distortion)
                 if estimate
-                else file_coder(model, device, setting.level)
+                else file_runner(encoder, device, setting.level)
             )
-            measured = _coded(coder, images, watch, f"{name} {setting.label}", metrics)
+            measured = _coded(runner, images, watch, f"{name} {setting.label}", metrics)
             facts = weights.facts | {"lmbda": setting.lmbda}
             points.append(Point(setting.label, measured, weights.path, facts, kmac))
     return Curve(name, _described(config, device, estimate), ESTIMATED if estimate else FILES, _in_order(points))
 
 
 def _described(config: ModelConfig, device: torch.device, estimate: bool) -> str:
-    """A model in one line."""
+    """One line about a model."""
     parts = [f"{parameter_count(on_meta(config)):,} parameters"]
     if config.rate.levels > 1:
         rate = config.rate
@@ -205,23 +226,109 @@ def _described(config: ModelConfig, device: torch.device, estimate: bool) -> str
     return f"HPCM {config.name}, {', '.join(parts)}; {', '.join(versions)}, on {device.type}"
 
 
-def other_curve(
-    codec: OtherCodec, images: ImageSet, watch: Watch | None = None, metrics: Collection[str] = tuple(METRICS)
+def baseline_curve(
+    codec: Baseline, images: Images, watch: Watchdog | None = None, metrics: Collection[str] = tuple(METRICS)
 ) -> Curve:
-    """Code the images with another codec at each of its settings."""
+    """Code the images with a baseline codec at each of its settings."""
     points = []
     for setting in codec.settings:
         label = codec.label(setting)
         name = f"{labelled(codec.name, codec.description)} {label}"
-        measured = _coded(other_coder(codec, setting), images, watch, name, metrics)
+        measured = _coded(baseline_runner(codec, setting), images, watch, name, metrics)
         points.append(Point(label, measured))
     return Curve(codec.name, codec.description, FILES, _in_order(points))
 
 
-def _coded(coder: Coder, images: ImageSet, watch: Watch | None, name: str, metrics: Collection[str]) -> list[Measured]:
+def _coded(
+    runner: Runner, images: Images, watch: Watchdog | None, name: str, metrics: Collection[str]
+) -> list[Measured]:
     bar = partial(progress, description=name, unit="image", report=True)
-    return code_images(coder, images, watch=watch and watch(name), progress=bar, metrics=metrics)
+    return code_images(runner, images, watch=watch and watch(name), progress=bar, metrics=metrics)
 
 
 def _in_order(points: list[Point]) -> list[Point]:
     return sorted(points, key=lambda point: point.mean["bpp"])
+
+
+@dataclass(frozen=True)
+class Results:
+    """Curves over one set of images."""
+
+    folder: str
+    set_name: str | None
+    """Name of the image set, if the folder was checked to be one."""
+    count: int
+    """Number of images."""
+    curves: list[Curve]
+    system: dict[str, Any]
+    """Versions and hardware (`system_info`)."""
+    given: tuple[RateCurve, ...] = ()
+    """Points that others measured, shown beside the curves."""
+
+    @property
+    def title(self) -> str:
+        """Set, or folder, and the number of images."""
+        name = self.set_name or printable(Path(self.folder).resolve().name)
+        return f"{name}, {self.count} image{'s' * (self.count > 1)}"
+
+    def points(self) -> Iterable[tuple[Curve, Point]]:
+        """All points, curve by curve."""
+        return ((curve, point) for curve in self.curves for point in curve.points)
+
+
+def system_info() -> dict[str, Any]:
+    """Versions and hardware (`tracking.environment`), and torch's number of threads."""
+    packages = {"hpcm_scale": __version__} | {name: version(name) for name in PACKAGES}
+    return environment() | {"packages": packages, "torch_threads": torch.get_num_threads()}
+
+
+@dataclass
+class Section:
+    """One set of images and its results; every codec codes each image once per setting."""
+
+    results: Results
+    images: Images
+
+    def prepare(self) -> None:
+        """Called before the first image is coded."""
+
+    def observe(self, index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
+        """Called after each image is decoded (`Watcher`)."""
+
+    def code(
+        self,
+        models: Sequence[Sequence[Weights]],
+        baselines: Sequence[Baseline],
+        *,
+        device: torch.device,
+        estimate: bool = False,
+        crops: Crops | None = None,
+        metrics: Collection[str] = tuple(METRICS),
+    ) -> Iterator[Curve]:
+        """Code the images with every model (`read_weights`) and baseline; adds each curve to the results.
+
+        `crops` are chosen from the first model.
+        """
+        for group in models:
+            watch = self._watch(crops.watch_model if crops and group is models[0] else None)
+            options = {"device": device, "estimate": estimate, "metrics": metrics}
+            self.results.curves.append(model_curve(group, self.images, watch=watch, **options))
+            yield self.results.curves[-1]
+        for codec in baselines:
+            watch = self._watch(crops.watch_baseline if crops else None)
+            self.results.curves.append(baseline_curve(codec, self.images, watch=watch, metrics=metrics))
+            yield self.results.curves[-1]
+
+    def _watch(self, also: Watchdog | None) -> Watchdog:
+        """The watchers of this section, followed by those of `also`."""
+
+        def watch(name: str) -> Watcher:
+            others = [also(name)] if also else []
+
+            def see(*image: Any) -> None:
+                for watcher in (self.observe, *others):
+                    watcher(*image)
+
+            return see
+
+        return watch

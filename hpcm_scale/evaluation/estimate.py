@@ -1,4 +1,4 @@
-"""Estimated rate and distortion from a forward pass, for one image or for a set shared out over the processes."""
+"""Estimated rate and distortion from a forward pass, for one image or for a set distributed over the processes."""
 
 from __future__ import annotations
 
@@ -15,62 +15,53 @@ from torch import Tensor
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.measures import peak_signal_to_noise
 from hpcm_scale.model.hpcm import Coded
-from hpcm_scale.objective import RateDistortion
+from hpcm_scale.objective import Objective, RateDistortion
 
 Result = TypeVar("Result")
 
 
 class Together(Protocol):
-    """Does work that may fail in one process: it fails in all of them or in none."""
+    """Runs work that may fail in one process, so that it fails in all processes or in none."""
 
     def __call__(self, work: Callable[[], Result], *, forward: bool = False) -> Result:
-        """What the work returns; in a `forward` pass processes with sharded weights communicate."""
+        """The result of the work; `forward`: it is a forward pass, in which sharded weights are gathered."""
+        ...
 
 
 def by_itself(work: Callable[[], Result], *, forward: bool = False) -> Result:
-    """The work of a sole process."""
+    """`Together` for a single process."""
     return work()
 
 
 Forward = Callable[..., Coded]
-"""A model's forward pass, or an engine's around it: of images, and with variable rate `level=…`."""
-
-
-class Objective(Protocol):
-    """What a model is trained for."""
-
-    fields: tuple[str, ...]
-    """Of what it gives: those of `RateDistortion` first."""
-
-    def __call__(self, x: Tensor, coded: Coded, level: Tensor | None = None) -> RateDistortion:
-        """Images (B, 3, H, W), what became of them, levels (B,) at variable rate; to the loss and its parts, (B,)."""
+"""A forward pass of a model or of an engine's module, given images and, at variable rate, `level=…`."""
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One image: rates per own pixel; PSNR on 8-bit rounded pixels; loss with the unrounded error."""
+    """One image; rates per image pixel, without padding."""
 
     name: str
     width: int
     height: int
     loss: float
-    """Of the objective, the reconstruction neither clamped nor rounded, as in training."""
+    """Training loss; the reconstruction is neither clamped nor rounded, as for `mse`."""
     bpp: float
     bpp_y: float
     bpp_z: float
     mse: float
     psnr: float
-    """dB, the reconstruction clamped and rounded to 8 bits."""
+    """dB; the reconstruction is clamped and rounded to 8 bits."""
     more: dict[str, float] = field(default_factory=dict)
-    """What else the objective tells."""
+    """Further fields of the objective."""
 
     def measures(self) -> dict[str, float]:
-        """All of it by name."""
+        """All measurements by name."""
         return {name: getattr(self, name) for name in RateDistortion._fields} | self.more
 
 
 class Reconstruction(NamedTuple):
-    """An image beside what the codec made of it, both uint8 (3, H, W)."""
+    """An image and its reconstruction, both uint8 (3, H, W)."""
 
     original: Tensor
     reconstruction: Tensor
@@ -79,13 +70,13 @@ class Reconstruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of a set, in its order, and the reconstructions this process kept."""
+    """The results of a set, in its order, and the reconstructions that this process keeps."""
 
     images: list[ImageResult]
     reconstructions: list[Reconstruction]
 
     def mean(self) -> dict[str, float]:
-        """Means over the images; the PSNR is the mean of the images' PSNRs, the field's habit."""
+        """Means over the images; the PSNR is the mean of the images' PSNRs."""
         measures = [image.measures() for image in self.images]
         return {key: math.fsum(image[key] for image in measures) / len(measures) for key in measures[0]}
 
@@ -106,20 +97,30 @@ def evaluate(
     keep: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Code every image once and measure it; every process calls it and gets all results.
+    """Code every image once and measure it; called by every process, and returns all results to each.
 
-    Images are padded at the right and bottom, by replication, to multiples of `multiple` pixels, and
-    counted by their own pixels. Each process takes every `world_size`-th image and calls the codec equally
-    often (a sharded model needs all of them at every call); `reduce` sums a tensor over the processes,
-    and `together` keeps an image that fails in one of them from leaving the others waiting. Up to `keep` of this
-    process's images come back with their reconstructions. `progress` is called after each image. `level`: of a
-    variable-rate model.
+    Process `rank` takes every `world_size`-th image; all processes call the codec equally often, as sharded weights
+    require.
+
+    Args:
+        codec: forward pass.
+        images: the set.
+        multiple: images are padded by replication to multiples of this; padding does not count as pixels.
+        objective: the loss.
+        device: where the codec is.
+        level: level of a variable-rate model.
+        rank: of this process.
+        world_size: number of processes.
+        reduce: sums a tensor over the processes.
+        together: see `Together`.
+        keep: most reconstructions to return, of this process's images.
+        progress: called after each image.
     """
     table = torch.zeros(len(images), 2 + len(objective.fields), dtype=torch.float64)
     kept: list[tuple[int, Tensor, Tensor]] = []
-    for turn in range(math.ceil(len(images) / world_size)):
-        index = turn * world_size + rank
-        surplus = index >= len(images)  # fewer images than processes in the last turn: code one for company
+    for block in range(math.ceil(len(images) / world_size)):
+        index = block * world_size + rank
+        surplus = index >= len(images)  # fewer images than processes are left: code the first one again
         pixels = together(partial(images.load, 0 if surplus else index))
         coded = partial(estimate, codec, pixels, multiple=multiple, objective=objective, device=device, level=level)
         measured, rounded = together(coded, forward=True)
@@ -134,7 +135,7 @@ def evaluate(
     own = len(RateDistortion._fields)
     more = objective.fields[own:]
     results = [
-        ImageResult(name, int(width), int(height), *values[:own], dict(zip(more, values[own:], strict=True)))
+        ImageResult(name, int(width), int(height), *values[:own], more=dict(zip(more, values[own:], strict=True)))
         for name, (width, height, *values) in zip(images.names, reduce(table).tolist(), strict=True)
     ]
     return Evaluation(results, [Reconstruction(x, x_hat, results[i]) for i, x, x_hat in kept])
@@ -149,10 +150,10 @@ def estimate(
     device: torch.device,
     level: float | None = None,
 ) -> tuple[RateDistortion, Tensor]:
-    """One forward pass over an image, uint8 (3, H, W): its loss, (1,) each, and what a decoder would show.
+    """One forward pass over an image, uint8 (3, H, W): its loss, (1,) each, and its reconstruction.
 
-    The loss is that of the reconstruction as it is; the second tensor is clamped and rounded to uint8
-    (3, H, W), on the CPU. The padding costs bits, but own pixels alone are counted. `level`: of a variable-rate model.
+    The loss is that of the unrounded reconstruction; the reconstruction returned is clamped and rounded to uint8
+    (3, H, W), on the CPU. Padding costs bits but does not count as pixels. `level`: level of a variable-rate model.
     """
     height, width = pixels.shape[1:]
     x = pixels.to(device)[None].float() / 255

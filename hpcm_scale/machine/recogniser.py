@@ -1,4 +1,4 @@
-"""Recognisers of text lines (PP-OCR, https://github.com/PaddlePaddle/PaddleOCR) as receivers."""
+"""Recognisers of lines of text (PP-OCR, https://github.com/PaddlePaddle/PaddleOCR) as receivers."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.machine.extractor import MEND, TokenExtractor, packaged_file, resized
+from hpcm_scale.machine.extractor import REMEDY, TokenExtractor, packaged_file, resized
 from hpcm_scale.machine.onnx_graph import OnnxGraph
 
 NETWORKS = {
     "pp-ocrv4": ("rapidocr-onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx"),
     "pp-ocrv6": ("rapidocr", "models/PP-OCRv6_rec_small.onnx"),
 }
-"""The packages that hold the networks, and the files in them; rapidocr-onnxruntime refuses Python 3.13."""
+"""Packages with the networks, and the files in them; rapidocr-onnxruntime does not support Python 3.13."""
 
 LINE = 48
-"""Height of a text line, in pixels: what these networks were trained with."""
+"""Height of a line of text in the networks' training, in pixels."""
 HIGHEST_LINE = 1.5 * LINE
 """Images up to this height are one line."""
 SHORTEST_LINE = 320
-"""Width to which shorter lines are filled up with grey for reading, as PP-OCR does."""
+"""Shorter lines are padded with grey to this width for reading, as in PP-OCR."""
 
 
 class TextRecogniser(TokenExtractor):
-    """Convolutions and attention over one line of text; sees Chinese, English, digits and punctuation.
+    """Convolutions and attention over one line of text: Chinese, English, digits and punctuation.
 
-    An image of up to 72 pixels in height is one line, and is resized to a height of 48. A higher one is cut into strips
-    of 48 rows, each a line, the last row repeated to fill the last of them. Tokens are the places along the lines, one
-    per 8 pixels, line after line: `backbone`, what the convolutions give, and `sequence`, what the class layer sees.
+    An image of up to 72 pixels in height is one line, resized to a height of 48. A higher one is cut into strips of 48
+    rows, each a line; the last is padded by replication. Tokens are the positions along the lines, one per 8 pixels,
+    line by line: `backbone`, the output of the convolutions, and `sequence`, the input of the class layer. There is no
+    posterior, since classes are characters.
 
-    There is no posterior: classes are characters, of every place, and no class is of the image. Compare what is read.
-
-    Raises UserError if a package or its file is missing or is not as expected.
+    Raises UserError if a package or its file is missing or not as expected.
     """
 
     def __init__(self, name: str) -> None:
         path = packaged_file(name, *NETWORKS[name])
         network = OnnxGraph(path, name)
-        self.places = _places(network)
+        self.values = _values(network)
         self.characters = ["", *network.metadata.get("character", "").splitlines(), " "]
-        """What the classes mean; the first is CTC's blank."""
+        """Characters of the classes; the first is the blank of CTC."""
         with torch.no_grad():
-            backbone, sequence, classes = network(torch.zeros(1, 3, LINE, LINE), tuple(self.places.values()))
+            backbone, sequence, classes = network(torch.zeros(1, 3, LINE, LINE), tuple(self.values.values()))
         if classes.shape[-1] != len(self.characters):
             raise UserError(
-                f"{path} has {classes.shape[-1]} classes for {len(self.characters)} characters; {MEND} again"
+                "classes-of-recogniser",
+                "machine.receivers",
+                f"{path} has {classes.shape[-1]} classes for {len(self.characters)} characters; {REMEDY} again",
             )
         super().__init__(name, network, {"backbone": backbone.shape[1], "sequence": sequence.shape[2]})
 
@@ -63,7 +64,7 @@ class TextRecogniser(TokenExtractor):
 
     @torch.no_grad()
     def read(self, x: Tensor) -> list[str]:
-        """The text in each image of (B, 3, H, W) in [0, 1], a line of it per strip; greedy, without a lexicon."""
+        """The text of each image of (B, 3, H, W) in [0, 1], a line per strip; greedy, without a lexicon."""
         lines = _lines(x.float())
         lines = F.pad(lines, (0, max(SHORTEST_LINE - lines.shape[3], 0)), value=0.5)
         (classes,) = self._outputs(lines, "classes")
@@ -72,27 +73,26 @@ class TextRecogniser(TokenExtractor):
 
     def _outputs(self, lines: Tensor, *names: str) -> list[Tensor]:
         blue_first = 2 * lines.flip(1) - 1
-        return self.network(blue_first, tuple(self.places[name] for name in names))
+        return self.network(blue_first, tuple(self.values[name] for name in names))
 
     def _decoded(self, classes: list[int]) -> str:
-        """CTC (Graves et al., 2006): of equal neighbours one, and no blanks."""
+        """CTC decoding (Graves et al., 2006): repeated classes once, without blanks."""
         kept = [new for old, new in zip([0, *classes], classes, strict=False) if new != old]
         return "".join(self.characters[i] for i in kept)
 
 
-def _places(network: OnnxGraph) -> dict[str, str]:
-    """The names in the graph of what the recogniser gives."""
-    (pooling,) = network.find("AveragePool")  # where a line's height becomes 1
+def _values(network: OnnxGraph) -> dict[str, str]:
+    """The recogniser's outputs, by their names in the graph."""
+    (pooling,) = network.find("AveragePool")  # reduces the height to 1
     *_, class_layer = network.find("MatMul")
     *_, probabilities = network.find("Softmax")
     return {"backbone": pooling.output, "sequence": class_layer.inputs[0], "classes": probabilities.output}
 
 
 def _lines(x: Tensor) -> Tensor:
-    """(B, 3, H, W) to lines (B·strips, 3, 48, width), the strips of an image one after the other."""
+    """Lines (B·strips, 3, 48, width) of images (B, 3, H, W), image by image."""
     height, width = x.shape[2:]
     if height <= HIGHEST_LINE:
-        # Antialiased, so that every pixel counts.
         size = (LINE, math.ceil(LINE * width / height))
         return resized(x, size, "bilinear")
     x = F.pad(x, (0, 0, 0, -height % LINE), mode="replicate")
@@ -100,5 +100,5 @@ def _lines(x: Tensor) -> Tensor:
 
 
 def _by_image(tokens: Tensor, images: int) -> Tensor:
-    """(B·strips, places, C) to (B, strips·places, C)."""
+    """(B·strips, T, C) to (B, strips·T, C)."""
     return tokens.unflatten(0, (images, -1)).flatten(1, 2)

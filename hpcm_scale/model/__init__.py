@@ -1,1 +1,1 @@
-"""HPCM: transforms, coding order, context model, and weights in and out."""
+"""The HPCM model: transforms, coding order, context model, sizes, and weights."""

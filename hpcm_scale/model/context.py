@@ -1,44 +1,44 @@
-"""The hierarchical progressive context model: hyper parameters and decoded values to scales and means."""
+"""The hierarchical progressive context model (arXiv 2507.19125, section III)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
-from hpcm_scale.model.arithmetic import memory_format_of
+from hpcm_scale.model.arithmetic import attend, memory_format_of
 from hpcm_scale.model.coding_order import CodingOrder, Positions, Scale, misplaced
-from hpcm_scale.model.layers import ChannelScale, Pointwise, attend, depthwise_block, recomputed, reduced
+from hpcm_scale.model.layers import ChannelScale, Pointwise, checkpointed, depthwise_block, reduced
 from hpcm_scale.model.transforms import start_scales
 from hpcm_scale.model.variable_rate import Gains
 
 
 class Place(NamedTuple):
-    """Where in the coding order a step is."""
+    """A step of the coding order."""
 
     step: int
-    """Of all steps."""
+    """Its number over all scales."""
     level: int
     """Its scale, 0 to 2: s1, s2, s3."""
     positions: Positions
-    """What it codes."""
+    """The positions that it codes."""
 
 
 Code = Callable[[Place, Tensor, Tensor], Tensor]
-"""(place, scales, means) to ŷ, all on the scale's grid, (B, M, …); ŷ counts at the place's positions alone."""
+"""(place, scales, means) to ŷ, all (B, M, …) on the grid of the scale; only ŷ at the place's positions is used."""
 
 PackedCode = Callable[[int, Tensor, Tensor], Tensor]
-"""(step, scales, means) to ŷ at the step's positions; all packed as `Positions` says."""
+"""(step, scales, means) to ŷ at the positions of the step; all packed (see `Positions`)."""
 
 
 class WindowFusion(nn.Module):
-    """Cross-attention from new parameters to the old context within non-overlapping windows.
+    """Cross-attention in non-overlapping windows: queries from new parameters, keys and values from the old context.
 
-    Both (B, 2M, H, W), H and W multiples of the window; a 1×1 convolution of the parameters is added.
+    Both are (B, 2M, H, W), H and W multiples of the window; a 1×1 convolution of the parameters is added.
     """
 
     def __init__(self, channels: int, heads: int, window: int) -> None:
@@ -47,11 +47,7 @@ class WindowFusion(nn.Module):
         self.query, self.key, self.value, self.skip = (Pointwise(channels, channels) for _ in range(4))
 
     def forward(self, parameters: Tensor, context: Tensor) -> Tensor:
-        return self.compute(parameters, context)
-
-    def compute(self, parameters: Tensor, context: Tensor) -> Tensor:
-        """`forward`, without the hooks that modules may have around it: what can be compiled."""
-        parameters, context = reduced(parameters), reduced(context)  # each is cast once for both of its products
+        parameters, context = reduced(parameters), reduced(context)  # one cast for two products
         query, key, value = self.query(parameters), self.key(context), self.value(context)
         attended = attend(*(self._to_windows(x) for x in (query, key, value)))
         return self._from_windows(attended, query) + self.skip(parameters)
@@ -73,38 +69,43 @@ class WindowFusion(nn.Module):
 
 
 class ContextModel(nn.Module):
-    """Walks the coding order: the one traversal that training, encoding and decoding share."""
+    """Walks the coding order: the one traversal of training, encoding and decoding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         latent = config.latent_channels
         self.order = CodingOrder()
         self.aligned = config.hyper_placement == HyperPlacement.aligned
-        self._without_network = (1, 0, 0)  # the very first step is coded with the hyper parameters alone
+        self._without_network = (1, 0, 0)  # the first step uses the hyper parameters
         networks = [
             len(scale.steps) - bare for scale, bare in zip(self.order.scales, self._without_network, strict=True)
         ]
-        self.adaptors = nn.ModuleList(
+        adaptors = nn.ModuleList(
             nn.ModuleList(_adaptor(3 * latent, blocks) for _ in range(count))
             for count, blocks in zip(networks, config.adaptor_blocks, strict=True)
         )
+        self.adaptors = cast("Sequence[nn.ModuleList]", adaptors)
         self.q = nn.ModuleList(ChannelScale(3 * latent, config.rate.levels) for _ in range(sum(networks)))
         self.gains = Gains(config.rate, latent) if config.rate.levels > 1 else None
-        self.prior_s1_s2 = _prior(latent, config.prior_s1_s2)
-        self.prior_s3 = _prior(latent, config.prior_s3)
+        self.prior_s1_s2 = _Prior(latent, config.prior_s1_s2)
+        self.prior_s3 = _Prior(latent, config.prior_s3)
         self.merge = nn.ModuleList(Pointwise(2 * latent, 2 * latent) for _ in range(2))
         self.fusion = nn.ModuleList()
         if config.fusion == Fusion.attention:
             self.fusion.extend(WindowFusion(2 * latent, config.attention_heads, window) for window in (4, 8, 8))
         self.recompute = False
-        """Whether the backward pass computes a step's networks again, instead of keeping what is within."""
+        """Whether the backward pass recomputes the networks of each step."""
 
     def traverse(self, hyper_parameters: Tensor, code: Code, mix: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Walk through y in coding order.
 
-        hyper_parameters: (B, 2M, H, W) fp32, scales then means. `code` is called once per step and answers ŷ:
-        by quantizing y, or from a stream. `mix`: (B, levels) of a variable-rate model.
-        Returns ŷ (B, M, H, W) fp32, and (B, 2M, H, W) fp32 the scales and means each position was coded with.
+        Args:
+            hyper_parameters: (B, 2M, H, W) fp32, scales then means.
+            code: called once per step; returns ŷ by quantizing y, or by reading a stream.
+            mix: (B, levels) of a variable-rate model.
+
+        Returns:
+            ŷ (B, M, H, W) fp32, and the scales and means that each position was coded with, (B, 2M, H, W) fp32.
         """
         hyper_grids = self.order.grids(hyper_parameters, parts=2)
         context = parameters = used = hyper_grids[0]
@@ -118,7 +119,7 @@ class ContextModel(nn.Module):
             for index, positions in enumerate(scale.steps):
                 if step > 0:
                     networks = partial(self._advance, level, index - self._without_network[level], step - 1, mix)
-                    advance = partial(recomputed, networks) if self.recompute else networks
+                    advance = partial(checkpointed, networks) if self.recompute else networks
                     parameters, context = advance(context, y_hat)
                 coded = code(Place(step, level, positions), *parameters.chunk(2, dim=1))
                 y_hat = positions.choose(coded, y_hat)
@@ -127,7 +128,7 @@ class ContextModel(nn.Module):
         return y_hat, used
 
     def traverse_packed(self, hyper_parameters: Tensor, code: PackedCode, mix: Tensor | None = None) -> Tensor:
-        """`traverse` for a `code` on packed values, as encoder and decoder have them; returns ŷ."""
+        """`traverse` with packed values, as encoder and decoder use them; returns ŷ."""
 
         def on_grid(place: Place, scales: Tensor, means: Tensor) -> Tensor:
             take = place.positions.take
@@ -138,21 +139,21 @@ class ContextModel(nn.Module):
     def _advance(
         self, level: int, index: int, number: int, mix: Tensor | None, context: Tensor, y_hat: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The parameters of a step, the network `index` of its scale, `number` of all, and the context after it."""
+        """The parameters of a step (network `index` of its scale, `number` of all) and the context after it."""
         prior = self.prior_s3 if level == 2 else self.prior_s1_s2
         adapted = self.adaptors[level][index](torch.cat([context, y_hat], dim=1))
         parameters = prior.after(self.q[number](prior.before(adapted), mix))
         return parameters, self.fusion[level](parameters, context) if self.fusion else parameters
 
     def _refine_context(self, scale: Scale, level: int, context: Tensor, hyper: Tensor) -> Tensor:
-        """The coarser context on its positions of this scale, hyper parameters on the others."""
+        """The context of the coarser scale on its positions, hyper parameters on the others."""
         if not self.aligned and level == 1:
             hyper = torch.cat([misplaced(half) for half in hyper.chunk(2, dim=1)], dim=1)
         return scale.refine(context.to(hyper.dtype), hyper, parts=2)
 
 
 def _zeros_of_half(parameters: Tensor) -> Tensor:
-    """Zeros for ŷ beside parameters (B, 2M, …), in their memory format: a slice's zeros would be in the plain one."""
+    """Zeros (B, M, …) for ŷ in the memory format of parameters (B, 2M, …)."""
     half = parameters[:, : parameters.shape[1] // 2]
     return torch.zeros_like(half, memory_format=memory_format_of(parameters))
 
@@ -163,17 +164,18 @@ def _adaptor(channels: int, blocks: int) -> nn.Module:
     return nn.Sequential(*(depthwise_block(channels) for _ in range(blocks)))
 
 
-def _prior(latent_channels: int, depth: PriorConfig) -> nn.Module:
-    """context and ŷ so far (3M channels) to the parameters (2M, fp32: scales, then means).
+class _Prior(nn.Module):
+    """Prior network: context and decoded ŷ (3M channels) to parameters (2M, fp32: scales, then means).
 
-    Two halves, `before` and `after` the step's channel scale q.
+    In two halves, `before` and `after` the channel scale q of the step.
     """
-    wide, narrow = 3 * latent_channels, 2 * latent_channels
-    halves = nn.Module()
-    halves.before = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.before)))
-    halves.after = nn.Sequential(
-        *(depthwise_block(wide) for _ in range(depth.after)),
-        start_scales(Pointwise(wide, narrow, fp32=True)),
-        *(depthwise_block(narrow) for _ in range(depth.refine)),
-    )
-    return halves
+
+    def __init__(self, latent_channels: int, depth: PriorConfig) -> None:
+        super().__init__()
+        wide, narrow = 3 * latent_channels, 2 * latent_channels
+        self.before = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.before)))
+        self.after = nn.Sequential(
+            *(depthwise_block(wide) for _ in range(depth.after)),
+            start_scales(Pointwise(wide, narrow, fp32=True)),
+            *(depthwise_block(narrow) for _ in range(depth.refine)),
+        )

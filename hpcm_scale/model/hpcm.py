@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
-from hpcm_scale.entropy.generalized_gaussian import bits
+from hpcm_scale.entropy.generalized_gaussian import Formula, bits
 from hpcm_scale.model.context import ContextModel, Place
-from hpcm_scale.model.layers import cast_once, full_precision, pointwise_layers, reduced_precision, set_ways
+from hpcm_scale.model.layers import cast_once, configure_layers, full_precision, pointwise_layers, reduced_precision
 from hpcm_scale.model.transforms import analysis, hyper_analysis, hyper_synthesis, synthesis
 from hpcm_scale.model.variable_rate import level_of, mix_of
 
 
 class Coded(NamedTuple):
-    """What a forward pass through the codec gives; all fp32."""
+    """The result of a forward pass; all fp32."""
 
     x_hat: Tensor
     """(B, 3, H, W) reconstruction, not clamped."""
@@ -35,63 +35,51 @@ class Noise(NamedTuple):
 
 
 def quantize(value: Tensor, mean: Tensor, gain: Tensor | None = None) -> Tensor:
-    """round((value − mean)·gain) / gain + mean; without a gain it is 1.
+    """round((value − mean)·gain) / gain + mean, with a straight-through gradient; `gain` defaults to 1.
 
-    Backward, rounding is taken for the identity: the gradient goes to `value` as if nothing had happened, none to
-    `mean`, and to the gain what it makes of the rounding error.
+    `value` gets the gradient of the result, `mean` none, and the gain that of the rounding error divided by it.
     """
-    return _Quantize.apply(value, mean) if gain is None else _QuantizeWithGain.apply(value, mean, gain)
+    return _Quantize.apply(value, mean, gain)
 
 
 def symbols_of(value: Tensor, mean: Tensor, gain: Tensor | None = None) -> Tensor:
-    """The whole numbers that are coded, fp32."""
+    """round((value − mean)·gain): the integers to code, as fp32."""
     residual = value - mean
     return (residual if gain is None else residual * gain).round()
 
 
 def value_of(symbols: Tensor, mean: Tensor, gain: Tensor | None = None) -> Tensor:
-    """What they stand for."""
+    """symbols / gain + mean: the inverse of `symbols_of` but for rounding."""
     return (symbols if gain is None else symbols / gain) + mean
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, mean: Tensor) -> Tensor:
-        return value_of(symbols_of(value, mean), mean)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _QuantizeWithGain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor, mean: Tensor, gain: Tensor) -> Tensor:
+    def forward(ctx, value: Tensor, mean: Tensor, gain: Tensor | None) -> Tensor:
         symbols = symbols_of(value, mean, gain)
-        ctx.save_for_backward((value - mean) * gain - symbols, gain)
+        if gain is not None:
+            ctx.save_for_backward((value - mean) * gain - symbols, gain)
         return value_of(symbols, mean, gain)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
-        rounded_off, gain = ctx.saved_tensors
-        return gradient, None, (gradient * rounded_off / gain.square()).sum_to_size(gain.shape)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        if not ctx.saved_tensors:
+            return gradient, None, None
+        error, gain = ctx.saved_tensors
+        return gradient, None, (gradient * error / gain.square()).sum_to_size(gain.shape)
 
 
 class Rate(nn.Module):
-    """Bits per image of a latent: of its symbols, or in training of what noise makes of them."""
+    """Bits per image of a latent: of its rounded values, or in training with additive uniform noise."""
 
-    def __init__(self, formula: str) -> None:
+    def __init__(self, formula: Formula) -> None:
         super().__init__()
-        self.formula = formula
+        self.formula: Formula = formula
 
     def forward(
         self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None, gain: Tensor | None = None
     ) -> Tensor:
-        """Latent (B, C, H, W) fp32; means, scales and gains of that shape or broadcast to it; noise or None: (B,)."""
-        return self.compute(value, mean, scale, noise, gain)
-
-    def compute(self, value: Tensor, mean: Tensor, scale: Tensor, noise: Tensor | None, gain: Tensor | None) -> Tensor:
-        """`forward`: what can be compiled."""
+        """Bits (B,) of a latent (B, C, H, W) fp32; means, scales, gains and noise broadcast to its shape."""
         residual = value - mean
         if gain is not None:
             residual, scale = residual * gain, scale * gain
@@ -100,7 +88,7 @@ class Rate(nn.Module):
 
 
 class HyperPrior(nn.Module):
-    """Mean and scale per channel of z."""
+    """Learned mean and scale per channel of z."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,18 +96,21 @@ class HyperPrior(nn.Module):
         self.scales = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, z: Tensor, noise: Tensor | None, rate: Rate) -> tuple[Tensor, Tensor]:
-        """z (B, N, h, w) fp32 to ẑ of the same shape and its bits per image (B,)."""
+        """ẑ and its bits per image (B,), of z (B, N, H/64, W/64) fp32."""
         return quantize(z, self.means), rate(z, self.means, self.scales, noise)
 
 
 class HPCM(nn.Module):
-    """The codec: `forward` estimates rate and reconstruction; nothing in it depends on data.
+    """The codec. `forward` estimates rates and reconstructions; its control flow does not depend on data.
 
-    `precision` is that of convolutions and context networks; weights, latents, rates and pictures are fp32.
-    `formula` picks the likelihood's arithmetic (`entropy.generalized_gaussian`); "public" is for
-    comparison with the public implementation only. `checkpoint` says which activations the backward pass computes
-    again. Images in channels-last memory format take the fast way, others the plain one; the results differ by
-    rounding only.
+    Args:
+        config: structure and widths.
+        precision: of convolutions and context networks; weights, latents, rates and images are fp32.
+        formula: of the likelihood (`entropy.generalized_gaussian`); "public" only for comparison with the public
+            implementation.
+        activation_checkpointing: which activations the backward pass recomputes.
+
+    Images in channels-last memory format are faster; results in the contiguous format differ only by rounding.
     """
 
     def __init__(
@@ -127,8 +118,8 @@ class HPCM(nn.Module):
         config: ModelConfig,
         *,
         precision: Precision = Precision.fp32,
-        formula: str = "survival",
-        checkpoint: Checkpointing = Checkpointing.none,
+        formula: Formula = "survival",
+        activation_checkpointing: Checkpointing = Checkpointing.none,
     ) -> None:
         super().__init__()
         self.config, self.precision = config, precision
@@ -137,27 +128,32 @@ class HPCM(nn.Module):
         self.h_a, self.h_s = hyper_analysis(config), hyper_synthesis(config)
         self.hyper_prior = HyperPrior(config.hyper_latent_channels)
         self.context = ContextModel(config)
-        again, steps = checkpoint != Checkpointing.none, checkpoint == Checkpointing.steps
-        # A step that is computed again takes its blocks along.
-        set_ways(self, precision, lambda name: again and not (steps and name.startswith("context.")))
+        recompute = activation_checkpointing != Checkpointing.none
+        steps = activation_checkpointing == Checkpointing.steps
+        # A recomputed step recomputes its blocks.
+        configure_layers(self, precision, lambda name: recompute and not (steps and name.startswith("context.")))
         self.context.recompute = steps
         self._pointwise = pointwise_layers(self)
 
     @property
     def multiple(self) -> int:
-        """Sides of the input must be multiples of this many pixels."""
+        """Heights and widths of inputs are multiples of this many pixels."""
         return side_multiple(self.config)
 
     def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Shapes (channels, rows, columns) of one image's y and z."""
+        """Shapes (channels, rows, columns) of y and z of one image of height×width pixels."""
         y = (self.config.latent_channels, height // 16, width // 16)
         z = (self.config.hyper_latent_channels, height // 64, width // 64)
         return y, z
 
     def mix(self, level: Tensor | float | None, images: int = 1) -> Tensor | None:
-        """What the tables of a variable-rate model take for a level (B,) fp32, or one for all images: (B, levels).
+        """Interpolation weights (B, levels) between the levels of a variable-rate model (`variable_rate.mix_of`).
 
-        No level means that of `rate.reference`; at fixed rate it is None, and so is the mix.
+        Args:
+            level: (B,) fp32, or one number for all `images`; None means the level of λ = `rate.reference`.
+            images: B, where `level` is no tensor.
+
+        Returns None for a fixed-rate model. Raises ValueError if a fixed-rate model is given a level.
         """
         rate = self.config.rate
         if rate.levels == 1:
@@ -170,10 +166,10 @@ class HPCM(nn.Module):
         return mix_of(level, rate.levels)
 
     def forward(self, x: Tensor, noise: Noise | None = None, level: Tensor | None = None) -> Coded:
-        """Code a batch of images (B, 3, H, W), fp32 in [0, 1], H and W multiples of `multiple`.
+        """Rates and reconstructions of images (B, 3, H, W), fp32 in [0, 1], H and W multiples of `multiple`.
 
-        With `noise` the likelihoods are those of training (additive uniform noise); without, those of
-        the rounded symbols. The values that go on are rounded in both. `level`: see `mix`.
+        With `noise` the likelihoods are those of training (additive uniform noise), without it those of the rounded
+        symbols. Latents are rounded in both cases. `level`: see `mix`.
         """
         with reduced_precision(x, self.precision), cast_once(self._pointwise, x):
             return self._code(x, noise, self.mix(level, len(x)))

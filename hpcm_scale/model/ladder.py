@@ -1,71 +1,82 @@
-"""Sizes at will: `model=hpcm model.size=30m`, from 0.1 million to 10 billion parameters, by one rule for all families.
+"""The size ladder: `model=hpcm model.size=30m`, from 0.1 million to 10 billion parameters, one rule for all families.
 
-The rule. The base of a family (`Family.base`; 68m for hpcm) gives the proportions. Up to the base's own number of
-parameters a size has its depths, and its widths times one factor: over sizes of one depth learning rates transfer.
-Above, depths grow as the square root of the number, and widths as what that leaves, about its fourth root; these are
-the shares of EfficientNet (arXiv 1905.11946: 1.2 times the depth with 1.1 times the width, exponents of 0.49 and 0.26).
+The base of a family (`Family.base`; 68m for hpcm) sets the proportions. Up to the number of parameters of the base, a
+size has the depths of the base, and its widths times one factor: learning rates transfer between sizes of one depth.
+Above, depths grow as the square root of the number of parameters and widths as about its fourth root, the compound
+scaling of EfficientNet (arXiv 1905.11946: exponents 0.49 and 0.26).
 
-M can only be a multiple of 8, and two thirds of all parameters go with its square. It is the multiple next to what the
-factor makes of it, or the one below where that would leave the other widths less than nine tenths of their proportion;
-they make up for the difference: a few percent, but up to twice their proportion in the smallest sizes.
-From 64 on they are multiples of 8, or of what suits the family's blocks, and the wider the rounder. The heads of the
-cross-attention have about 20 channels, as in 68m.
+M is a multiple of 8, and two thirds of all parameters are proportional to its square. It is rounded to the nearest
+multiple, or to the one below if the other widths would otherwise be less than 0.9 of their proportion. The other widths
+compensate for the rounding: by a few percent, up to a factor of two in the smallest sizes. From 64 on they are
+multiples of 8 or of `Family.multiple`, and of larger powers of two as they grow. Heads of the cross-attention have
+about 20 channels, as in 68m.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+from omegaconf import DictConfig, OmegaConf
 
 from hpcm_scale.config.checks import check_model
-from hpcm_scale.config.schema import ModelConfig, PriorConfig
+from hpcm_scale.config.compose import composed, config_folder, translated, typed
+from hpcm_scale.config.schema import Config, ModelConfig, PriorConfig
 from hpcm_scale.errors import UserError
 
 SMALLEST, LARGEST = 100_000, 10_000_000_000
 WITHIN = 0.02
-"""Largest relative difference between the size asked for and its exact number of parameters; half of it is aimed at."""
+"""Largest relative difference between the requested and the exact number of parameters; the search stops at half."""
 _UNITS = {"b": 10**9, "m": 10**6, "k": 10**3}
 _DEPTHS = ("g_a_blocks", "g_s_blocks", "hyper_blocks", "adaptor_blocks", "prior_s1_s2", "prior_s3")
 _WIDTHS = ("channels", "latent_channels", "hyper_latent_channels", "hyper_channels")
 _RULED = (*_DEPTHS, *_WIDTHS, "attention_heads")
 _GROUPS = 8
-"""M is a multiple of it: the coding order's channel groups."""
+"""M is a multiple of it: channel groups of the coding order."""
 _LEAST = 0.9
-"""The other widths keep so much of their proportion to M."""
+"""Least proportion of the other widths to M, relative to the base."""
 _HEAD = 20
-"""Channels of an attention head, about."""
-_LOOKS = 5
-"""Sizes that are tried, each with its exact number of parameters, before another kind of width is tuned."""
+"""Approximate channels of an attention head."""
+_TRIALS = 5
+"""Factors that `_tuned` tries, each with its exact number of parameters."""
 
 
 def parameters_of(size: str) -> int:
-    """The number that 300k, 0.3m, 30M, 1.5b or 30000000 stands for. Raises UserError for others, or out of range."""
+    """Parse a number of parameters: 300k, 0.3m, 30M, 1.5b or 30000000. Raises UserError if it is invalid."""
     text = size.strip().lower()
     unit = _UNITS.get(text[-1:], 1)
     try:
         number = unit * float(text if unit == 1 else text[:-1])
     except ValueError as error:
-        raise UserError(f"model.size={size} is no number of parameters; write 300k, 30m, 1.5b or 30000000") from error
+        raise UserError(
+            "malformed-size",
+            "model.size",
+            f"model.size={size} is not a number of parameters; write 300k, 30m, 1.5b or 30000000",
+        ) from error
     if not SMALLEST <= number <= LARGEST:
-        raise UserError(f"model.size={size} must lie between {size_name(SMALLEST)} and {size_name(LARGEST)} parameters")
+        raise UserError(
+            "size-out-of-range",
+            "model.size",
+            f"model.size={size} must lie between {size_name(SMALLEST)} and {size_name(LARGEST)} parameters",
+        )
     return round(number)
 
 
 def size_name(parameters: int) -> str:
-    """The number as people write it: 300k, 30m, 1.5b."""
+    """Format a number of parameters: 300k, 30m, 1.5b."""
     letter, unit = next(entry for entry in _UNITS.items() if parameters >= entry[1])
     return f"{parameters / unit:.10g}{letter}"
 
 
 def sized(config: ModelConfig) -> ModelConfig:
-    """The model of `config.size` parameters, within 2 %, by the rule above; `config` itself where it names no size.
+    """The configuration of `config.size` parameters within 2 %; `config` itself if it has no size.
 
-    Widths, depths and `attention_heads` are the rule's, all other keys stay. It is called after family and size, such
-    as hpcm_30m, and has no `size` any more. Raises UserError for a size that there is not, or
-    beside one of the keys that follow from it.
+    The rule sets widths, depths and `attention_heads`; other keys are kept. The result is named after family and size,
+    such as hpcm_30m, and has no `size`. Raises UserError for a size that is invalid or cannot be reached, or if a key
+    that the rule sets is set as well.
     """
     if config.size is None:
         return config
@@ -73,45 +84,77 @@ def sized(config: ModelConfig) -> ModelConfig:
     default = ModelConfig()
     for key in _RULED:
         if getattr(config, key) != getattr(default, key):
-            raise UserError(f"model.{key} follows from model.size={config.size}; leave one of the two out")
+            raise UserError(
+                "size-and-shape",
+                f"model.{key}",
+                f"model.{key} follows from model.size={config.size}; omit one of the two",
+            )
     found = _fitted(replace(config, name=f"{config.family}_{size_name(parameters)}", size=None), parameters)
     if abs(found.off) > WITHIN:
         raise UserError(
-            f"model.size={config.size} cannot be met within {WITHIN:.0%} with model.options and the other keys as they "
-            f"are, only {found.off:+.1%} off; leave those out, or choose another size"
+            "unreachable-size",
+            "model.size",
+            f"model.size={config.size} cannot be reached within {WITHIN:.0%} with these model.options and other keys; "
+            f"the nearest is {found.off:+.1%} off; omit them, or choose another size",
         )
     return found.model
 
 
+def compose_sized(overrides: Sequence[str]) -> Config:
+    """The configuration of one run, from Hydra overrides, with model.size resolved; see `config.compose.compose`."""
+    return typed(with_size(composed(overrides)))
+
+
+def with_size(config: DictConfig) -> DictConfig:
+    """Hydra's configuration with model.size resolved to widths and depths.
+
+    Keys that refer to them, such as a learning rate that follows from a width, are resolved later. Raises UserError
+    for a size of a preset that has widths of its own.
+    """
+    name, family, size = (config.model[key] for key in ("name", "family", "size"))
+    if size is None:
+        return config
+    preset = config_folder() / "model" / f"{name}.yaml"
+    if preset.is_file() and "size" not in OmegaConf.load(preset):
+        raise UserError(
+            "size-of-preset",
+            "model.size",
+            f"model={name} has widths and depths of its own, and model.size={size} would replace them; use "
+            f"model={family} model.size={size}, or omit model.size",
+        )
+    config.model = sized(translated(lambda: cast("ModelConfig", OmegaConf.to_object(config.model))))
+    return config
+
+
 class _Found(NamedTuple):
-    """A model near the size asked for."""
+    """A configuration near the requested size."""
 
     off: float
-    """Its relative difference from that."""
+    """Relative difference of its parameters from the request."""
     factor: float
-    """Of the widths that were tuned, to the base's."""
+    """Of the tuned widths to those of the base."""
     model: ModelConfig
 
 
 def _fitted(config: ModelConfig, parameters: int) -> _Found:
-    from hpcm_scale.model.families import family  # here and below: torch takes seconds to import
+    from hpcm_scale.model.families import family  # here and below: torch is slow to import
 
     chosen = family(config.family)
     base = replace(config, **{key: getattr(chosen.base, key) for key in _RULED})
-    check_model(base)  # what the user says besides
+    check_model(base)
     widened = partial(_widened, multiple=chosen.multiple)
     whole, half = _context_and_rest(widened(base, 1, 1)), _context_and_rest(widened(base, 0.5, 0.5))
     deep = _deepened(base, max(1.0, math.sqrt(parameters / sum(whole))))
     # Matrices grow with the square of a width, biases and depthwise kernels with the width itself.
     linear = [4 * of_half - of_whole for of_half, of_whole in zip(half, whole, strict=True)]
     square = [n - of_linear for n, of_linear in zip(_context_and_rest(widened(deep, 1, 1)), linear, strict=True)]
-    due = _root(sum(square), sum(linear), parameters)
+    factor = _root(sum(square), sum(linear), parameters)
 
     def rest(latent: float) -> float:
-        """Factor of the other widths, for what the context model leaves."""
+        """Factor of the other widths, whose parameters the context model leaves."""
         return _root(square[1], linear[1], max(1.0, parameters - square[0] * latent**2 - linear[0] * latent))
 
-    latent = _latent_channels(base, due) / base.latent_channels
+    latent = _latent_channels(base, factor) / base.latent_channels
     if rest(latent) < _LEAST * latent:
         latent = max(_GROUPS / base.latent_channels, latent - _GROUPS / base.latent_channels)
     factor = rest(latent)
@@ -123,14 +166,14 @@ def _fitted(config: ModelConfig, parameters: int) -> _Found:
 
 
 def _tuned(build: Callable[[float], ModelConfig], factor: float, parts: tuple[str, ...], parameters: int) -> _Found:
-    """The best of a few factors from the given one on; the `parts` of the network grow with its square."""
+    """The best of a few factors, starting with `factor`; parameters of the `parts` grow with its square."""
     below, above = 0.0, math.inf
-    looked: list[_Found] = []
-    while len(looked) < _LOOKS:
+    trials: list[_Found] = []
+    while len(trials) < _TRIALS:
         model = build(factor)
         counts = _counts(model)
         missing = parameters - sum(counts.values())
-        looked.append(_Found(-missing / parameters, factor, model))
+        trials.append(_Found(-missing / parameters, factor, model))
         if abs(missing) <= WITHIN / 2 * parameters:
             break
         below, above = (factor, above) if missing > 0 else (below, factor)
@@ -139,7 +182,7 @@ def _tuned(build: Callable[[float], ModelConfig], factor: float, parts: tuple[st
         if not below < factor < above or build(factor) == model:
             low, high = below or above / 1.2, above if above < math.inf else below * 1.2
             factor = math.sqrt(low * high)
-    return min(looked, key=lambda found: abs(found.off))
+    return min(trials, key=lambda found: abs(found.off))
 
 
 def _root(square: float, linear: float, value: float) -> float:
@@ -160,7 +203,7 @@ def _deepened(base: ModelConfig, factor: float) -> ModelConfig:
 def _widened(
     base: ModelConfig, latent: float, transforms: float, hyper: float | None = None, *, multiple: int
 ) -> ModelConfig:
-    """With factors of M, of the transforms' widths and, unless it is the same, of the hyper transforms' widths."""
+    """`base` with factors of M, of the widths of the transforms and of the hyper transforms (default: the same)."""
     hyper = transforms if hyper is None else hyper
     latent_channels = _rounded(latent * base.latent_channels, _GROUPS)
     return replace(
@@ -174,7 +217,7 @@ def _widened(
 
 
 def _latent_channels(base: ModelConfig, factor: float) -> int:
-    """A multiple of 8, of 16 from 512 on, of 32 from 1024 on, and so forth."""
+    """M rounded to a multiple of 8, of 16 from 512 on, of 32 from 1024 on, and so forth."""
     channels = factor * base.latent_channels
     return _rounded(channels, max(_GROUPS, _power_of_two(channels / 32)))
 
@@ -185,7 +228,7 @@ def _width(channels: float, least: int, multiple: int = 8) -> int:
 
 
 def _power_of_two(value: float) -> int:
-    """The largest up to `value`, at least 1."""
+    """The largest power of two up to `value`, at least 1."""
     return 2 ** max(0, math.floor(math.log2(value)))
 
 
@@ -194,7 +237,7 @@ def _rounded(value: float, step: int) -> int:
 
 
 def _heads(channels: int) -> int:
-    """The number of heads, each of `channels` / heads, that is nearest to 20 by ratio."""
+    """The number of heads whose width is nearest to 20 by ratio."""
     divisors = [heads for heads in range(1, channels + 1) if channels % heads == 0]
     return min(divisors, key=lambda heads: abs(math.log(channels / heads / _HEAD)))
 
@@ -205,13 +248,13 @@ def _context_and_rest(model: ModelConfig) -> tuple[int, int]:
 
 
 def _counts(model: ModelConfig) -> dict[str, int]:
-    """Exact parameters by part; a base is counted once."""
+    """Exact parameters by part, cached."""
     from hpcm_scale.model.parameters import on_meta, parameters_by_part
 
-    described = repr(replace(model, name=""))
-    if described not in _COUNTED:
-        _COUNTED[described] = parameters_by_part(on_meta(model))
-    return _COUNTED[described]
+    key = repr(replace(model, name=""))
+    if key not in _COUNTED:
+        _COUNTED[key] = parameters_by_part(on_meta(model))
+    return _COUNTED[key]
 
 
 _COUNTED: dict[str, dict[str, int]] = {}

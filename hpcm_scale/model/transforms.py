@@ -1,6 +1,6 @@
-"""Analysis and synthesis: image to latent y, y to hyper-latent z, and back.
+"""The transforms g_a, g_s, h_a and h_s (arXiv 2507.19125, figure 3).
 
-A layer gets all of its first values before the next one is made: then it may be sharded (`training.deepspeed_engine`).
+Each layer is fully initialized before the next one is made: ZeRO-3 may shard it then (`training.engines.deepspeed`).
 """
 
 from __future__ import annotations
@@ -13,47 +13,51 @@ from hpcm_scale.model.families import blocks
 from hpcm_scale.model.layers import down, up
 
 INITIAL_SPREAD = 8
-"""y of an untrained model is this much wider than the image, so that rounding leaves something of it."""
+"""Initial standard deviation of y over that of the image, so that y does not round to zero."""
 
 
-def start_scales(convolution: nn.Module) -> nn.Module:
-    """Let the first half of the outputs, the scales, start at 1: well above their bound, where rates have slopes."""
+def start_scales(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
+    """Initialize the biases of the first half of the outputs, the scales, to 1: well above their lower bound."""
+    assert convolution.bias is not None
     nn.init.ones_(convolution.bias[: len(convolution.bias) // 2])
     return convolution
 
 
-def _scale(convolution: nn.Module, factor: float) -> None:
+def _scale(convolution: nn.Conv2d | nn.ConvTranspose2d, factor: float) -> None:
     with torch.no_grad():
         convolution.weight.mul_(factor)
 
 
 def analysis(config: ModelConfig) -> nn.Sequential:
-    """g_a: image (B, 3, H, W) to y (B, M, H/16, W/16), fp32."""
+    """g_a: image x (B, 3, H, W) to y (B, M, H/16, W/16), fp32."""
     widths = [3, *config.channels, config.latent_channels]
     layers: list[nn.Module] = []
     for level, count in enumerate(config.g_a_blocks):
         inputs, outputs = widths[level], widths[level + 1]
         kernel = config.stem_kernel if level == 0 else 2
-        layers.append(down(inputs, outputs, kernel=kernel, fp32=level == 3))
+        convolution = down(inputs, outputs, kernel=kernel, fp32=level == 3)
         if level == 3:
-            _scale(layers[-1], INITIAL_SPREAD)
-        layers += blocks(config, outputs, level + 1, count)
+            _scale(convolution, INITIAL_SPREAD)
+        layers += [convolution, *blocks(config, outputs, level + 1, count)]
     return nn.Sequential(*layers)
 
 
 def synthesis(config: ModelConfig) -> nn.Sequential:
-    """g_s: ŷ (B, M, H/16, W/16) to the reconstruction (B, 3, H, W), fp32, not clamped."""
+    """g_s: ŷ (B, M, H/16, W/16) to x̂ (B, 3, H, W), fp32, not clamped."""
     widths = [config.latent_channels, *reversed(config.channels), 3]
     layers: list[nn.Module] = []
     for level, count in enumerate(config.g_s_blocks):
         inputs, outputs = widths[level], widths[level + 1]
         kernel = config.stem_kernel if level == 3 else 2
         layers += blocks(config, inputs, 4 - level, count)
-        layers.append(up(inputs, outputs, kernel=kernel, fp32=level == 3))
+        convolution = up(inputs, outputs, kernel=kernel, fp32=level == 3)
+        layers.append(convolution)
         if level == 0:
-            _scale(layers[-1], 1 / INITIAL_SPREAD)
-    _scale(layers[-1], 0.1)
-    nn.init.constant_(layers[-1].bias, 0.5)  # an untrained codec answers mid-grey, not black or noise
+            _scale(convolution, 1 / INITIAL_SPREAD)
+        elif level == 3:
+            _scale(convolution, 0.1)
+            assert convolution.bias is not None
+            nn.init.constant_(convolution.bias, 0.5)  # untrained, x̂ is mid-grey
     return nn.Sequential(*layers)
 
 

@@ -1,8 +1,8 @@
-"""Variable rate: one model for a range of λ, after gained codecs (arXiv 2003.02012) and arXiv 2407.17060.
+"""Variable rate: one model for a range of λ, after gain units (arXiv 2003.02012) and arXiv 2407.17060.
 
-Before rounding, the residual of y is multiplied by a gain per channel, and divided by it after. Gains, and the channel
-scales of the context model, are tables with a row per level; a level between two rows mixes them linearly, gains in
-their logarithms. Levels are numbers from 0 to `levels` − 1, log-spaced in λ.
+The residual of y is multiplied by a gain per channel before rounding and divided by it afterwards. Gains, and the
+channel scales of the context model, are tables with a row per level; rows are interpolated linearly, gains in the
+logarithm. Levels are real numbers from 0 to `levels` − 1, uniform in ln λ.
 """
 
 from __future__ import annotations
@@ -16,54 +16,58 @@ from hpcm_scale.config.schema import RateConfig
 from hpcm_scale.errors import UserError
 
 LARGEST_BYTE = 255
-"""A file's level is one byte: 0 for level 0, this for the last one, linear between."""
+"""A file stores its level in one byte: 0 for the first level, 255 for the last, linear between."""
 
 
 def lmbda_of(config: RateConfig, level: Tensor) -> Tensor:
-    """λ of levels, of any shape."""
+    """λ of levels; any shape."""
     step = math.log(config.highest / config.lowest) / (config.levels - 1)
     return config.lowest * torch.exp(step * level)
 
 
 def level_of(config: RateConfig, lmbda: float) -> float:
-    """The level of a λ; beyond the range of the model, the nearest that it has."""
+    """The level of a λ, clamped to the range of the model."""
     part = math.log(lmbda / config.lowest) / math.log(config.highest / config.lowest)
     return (config.levels - 1) * min(max(part, 0.0), 1.0)
 
 
 def level_of_byte(config: RateConfig, byte: int) -> float:
-    """The level of a file's byte."""
+    """The level that a byte stands for."""
     return (config.levels - 1) * byte / LARGEST_BYTE
 
 
 def byte_of(config: RateConfig, level: float) -> int:
-    """The byte whose level is nearest."""
+    """The byte of the nearest level."""
     return round(LARGEST_BYTE * level / (config.levels - 1))
 
 
 def check_level(config: RateConfig, byte: int | None) -> None:
-    """Raises UserError unless a file of a model with these levels can have this byte, or, at fixed rate, none."""
+    """Raise UserError if variable-rate weights get no level byte, or fixed-rate weights get one."""
     if config.levels == 1 and byte is not None:
-        raise UserError("these weights have one rate, that of the λ they were trained for; leave the quality out")
+        raise UserError(
+            "quality-at-fixed-rate",
+            "--quality",
+            "these weights have one rate, that of the λ they were trained for; omit the quality",
+        )
     if config.levels > 1 and byte is None:
-        raise UserError("these weights have a range of rates; name a quality")
+        raise UserError("no-quality", "--quality", "these weights have variable rate; give a quality")
 
 
 def mix_of(level: Tensor, levels: int) -> Tensor:
-    """Levels (B,) to the weights of a table's rows, (B, levels): two neighbours', or one's."""
+    """Linear interpolation weights (B, levels) of the rows of a table, for levels (B,)."""
     rows = torch.arange(levels, device=level.device, dtype=level.dtype)
     return (1 - (level[:, None] - rows).abs()).clamp(min=0)
 
 
 def mixed(table: Tensor, mix: Tensor) -> Tensor:
-    """Rows of a table (levels, C, 1, 1), mixed by (B, levels): (B, C, 1, 1). No matrix product: those may be bf16."""
-    return (mix[:, :, None, None, None] * table).sum(dim=1)
+    """Rows of a table (levels, C, 1, 1) interpolated by `mix` (B, levels): (B, C, 1, 1)."""
+    return (mix[:, :, None, None, None] * table).sum(dim=1)  # no matrix product: autocast would reduce it
 
 
 class Gains(nn.Module):
-    """Gain per level and channel of y, learned in its logarithm.
+    """Gain per level and channel of y, learned in the logarithm.
 
-    Starts at √(λ / reference): at high rate the best step of a quantizer is inverse to √λ.
+    Initially √(λ / reference): at high rate the optimal quantization step is proportional to 1/√λ.
     """
 
     def __init__(self, config: RateConfig, channels: int) -> None:
@@ -73,24 +77,24 @@ class Gains(nn.Module):
         self.log = nn.Parameter(start[:, None, None, None].repeat(1, channels, 1, 1))
 
     def forward(self, mix: Tensor) -> Tensor:
-        """(B, levels) to (B, channels, 1, 1), fp32."""
+        """Gains (B, channels, 1, 1) fp32, for `mix` (B, levels)."""
         return mixed(self.log, mix).exp()
 
 
-# How users name the level of a file: a quality from 0, the smallest file, to 100, the best picture.
+# Users give the level of a file as a quality from 0, the smallest file, to 100, the best image.
 
 
 def byte_of_quality(quality: float) -> int:
-    """The byte of a file's level, 0 to 255, that is nearest to a quality."""
+    """The byte nearest to a quality from 0 to 100."""
     return round(LARGEST_BYTE * quality / 100)
 
 
 def quality_of_byte(byte: int) -> float:
-    """The shortest number that leads to a file's byte: a whole one, or one with a decimal."""
+    """The shortest quality that gives this byte: an integer, or a number with one decimal."""
     quality = 100 * byte / LARGEST_BYTE
     return round(quality) if byte_of_quality(round(quality)) == byte else round(quality, 1)
 
 
-def usual_byte(rate: RateConfig) -> int | None:
-    """The byte where no quality is named: that of the λ at which the model's gains started; None at fixed rate."""
+def default_byte(rate: RateConfig) -> int | None:
+    """The byte of λ = `rate.reference`; None for a fixed-rate model."""
     return byte_of(rate, level_of(rate, rate.reference)) if rate.levels > 1 else None

@@ -1,1 +1,1 @@
-"""Checks of a cluster before a training: links, devices, data, one step."""
+"""`hpcm check`: measurements on the nodes of a job before a training."""

@@ -1,4 +1,4 @@
-"""What `hpcm check` measures, and what of it is wrong: figures to tables and sentences."""
+"""Measured figures of `hpcm check`, and the problems that follow from them."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ from hpcm_scale.compute.hardware import links_of
 
 GB = 1e9
 CLOCK_SECONDS = 5.0
-"""Clocks may differ by so much; the measurement itself is good to about a second."""
+"""Tolerated difference of clocks; it is measured to about a second."""
 FOREIGN_BYTES = 4 * GB
-"""More of a device in use before the model is there belongs to another program; CUDA and NCCL take less."""
+"""Memory in use before the model is created that belongs to another program; CUDA and NCCL take less."""
 SLOW_NODE = 0.5
-"""Of the bandwidth within the best node, or of the data sheet."""
+"""Fraction of the bandwidth within the best node, or of the data sheet."""
 SLOW_NETWORK = 0.1
-"""Of the bandwidth within a node."""
+"""Fraction of the bandwidth within a node."""
 SLOW_STEP = 2.0
-"""Times as long as estimated."""
+"""Multiple of the estimated time."""
 MEMORY_TOLERANCE = 0.15
 FULL = 0.95
-"""Of a device's memory: beyond it, little is left for evaluations and fragmentation."""
+"""Fraction of a device's memory; the rest is needed for evaluations and fragmentation."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on."""
+    """Device of one rank."""
 
     rank: int
     name: str
     memory: int | None
-    """Bytes; None where they are not known."""
+    """Bytes; None if unknown."""
     in_use: int | None
-    """Bytes of it in use before the model is there."""
+    """Bytes in use before the model is created."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine, as the first of its processes sees it."""
+    """One node, described by its first rank."""
 
     host: str
     ranks: Sequence[int]
     versions: Mapping[str, str | None]
-    """By name; None: not there."""
+    """By name; None if not installed."""
     driver_cuda: str | None
-    """The newest CUDA that the driver supports."""
+    """Newest CUDA version that the driver supports."""
     memory: float
-    """Bytes of the host."""
+    """Bytes of host memory."""
     clock: float
-    """Seconds that its clock is ahead of the first node's."""
+    """Seconds by which its clock is ahead of that of the first node."""
     disk: Sequence[int]
-    """Of the nearest folder above run.dir that exists: file system's size, inode; alike on nodes that share it."""
+    """Size of the file system and inode of the nearest existing folder of run.dir; equal on nodes that share it."""
     disk_free: int
-    """Bytes where run.dir lies."""
+    """Bytes free for run.dir."""
     disk_writable: bool
     devices: Sequence[Device] = ()
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """One size of all-reduce among some processes."""
+    """All-reduce of one size among some ranks."""
 
     among: str
     """`within HOST`, `between nodes`, or `all processes`."""
@@ -73,59 +73,59 @@ class AllReduce:
 
     @property
     def bandwidth(self) -> float:
-        """Bus bandwidth, bytes/s: what each process sends in a ring, 2(n − 1)/n · bytes, by the time."""
+        """Bus bandwidth in bytes/s: 2(n − 1)/n · bytes, which each of n ranks sends in a ring, per time."""
         return 2 * (self.processes - 1) / self.processes * self.bytes / self.seconds
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training data, read by all processes at the same time; a second, all together."""
+    """Throughput of the training data: sums over all ranks, which read at the same time, per second."""
 
-    photos: float
-    """Read from the shards by one reader in each process, and not decoded."""
+    images: float
+    """Read by one reader per rank, without decoding."""
     bytes: float
     crops: float
-    """By data.workers in each process, decoded and cropped."""
+    """Decoded and cropped by data.workers per rank."""
     workers: int
     cores: int
-    """Of one node, for each of its processes."""
+    """Cores per rank of one node."""
     bad: Sequence[str]
-    """What kept photos from being read."""
+    """Why images could not be read."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of all processes."""
+    """One training step of all ranks."""
 
     seconds: float
     images: int
-    """Over all processes."""
+    """Batch size over all ranks."""
     loss: float
     peak: int | None
-    """Bytes of device memory in use at the most, of the process that takes most; None on a CPU."""
+    """Peak bytes of allocated device memory, maximum over ranks; None on a CPU."""
     reserved: int | None
-    """The same with what torch holds back."""
+    """Peak bytes that torch has reserved."""
     estimated_peak: int | None
-    """By `hpcm estimate`; None where it does not apply."""
+    """Bytes by `hpcm estimate`; None if it does not apply."""
     utilisation: float | None
-    """Model FLOP/s by the peak of the devices; None where that is not known."""
+    """MFU; None if the peak of the devices is unknown."""
     estimated_seconds: float | None
-    """By `hpcm estimate` at its usual utilisation and the measured bandwidth; None where that is not known."""
+    """By `hpcm estimate` from the measured bandwidth; None if the peak of the devices is unknown."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a run writes."""
+    """Checkpoints of a run."""
 
     bytes: int
-    """Of one; each process keeps its share in host memory."""
+    """Of one checkpoint; each rank keeps its share in host memory."""
     most: int
-    """That are there at a time."""
+    """Largest number on disk at a time."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """All of it."""
+    """All figures of a check."""
 
     run_dir: str
     nodes: Sequence[Node]
@@ -136,7 +136,7 @@ class Figures:
 
 
 def fastest(figures: Sequence[AllReduce]) -> dict[str, AllReduce]:
-    """The size with the highest bandwidth, by the processes among which it is."""
+    """The all-reduce of highest bandwidth for each set of ranks."""
     best: dict[str, AllReduce] = {}
     for one in figures:
         if one.among not in best or one.bandwidth > best[one.among].bandwidth:
@@ -144,8 +144,8 @@ def fastest(figures: Sequence[AllReduce]) -> dict[str, AllReduce]:
     return best
 
 
-def sentences(figures: Figures) -> list[str]:
-    """One sentence for each thing that is wrong or suspicious."""
+def problems(figures: Figures) -> list[str]:
+    """One sentence per problem, with a remedy."""
     return [
         *_versions(figures.nodes),
         *_clocks(figures.nodes),
@@ -165,17 +165,17 @@ def _versions(nodes: Sequence[Node]) -> Iterator[str]:
         if others:
             theirs = others[0].versions.get(name)
             yield (
-                f"{others[0].host}{_more(others)} has {name} {theirs or 'missing'}, and {first.host} has "
-                f"{here or 'none'}; install the same on all nodes"
+                f"{others[0].host}{_more(others)} has {name} {theirs or 'not installed'}, and {first.host} has "
+                f"{here or 'not installed'}; install the same version on all nodes"
             )
     for node in nodes:
         build, driver = node.versions.get("CUDA"), node.driver_cuda
         if build and driver and _number(driver) < _number(build):
-            kernels = " (those of the same major version run, but compiled kernels may not)"
-            same_major = int(_number(driver)[0]) == int(_number(build)[0])
+            same_major = _number(driver)[0] == _number(build)[0]
+            note = " (the same major version, but compiled kernels may fail)" if same_major else ""
             yield (
-                f"the driver of {node.host} supports CUDA {driver}, and torch is built for CUDA {build}"
-                f"{kernels if same_major else ''}; install a newer driver, or a torch that is built for CUDA {driver}"
+                f"the driver of {node.host} supports CUDA {driver}, and torch is built for CUDA {build}{note}; install "
+                f"a newer driver, or a torch that is built for CUDA {driver}"
             )
 
 
@@ -198,16 +198,16 @@ def _devices(nodes: Sequence[Node]) -> Iterator[str]:
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         odd = [
-            f"process {device.rank} on {node.host} has {device.name}"
+            f"rank {device.rank} on {node.host} has {device.name}"
             for node, device in _all(nodes)
             if device.name != usual
         ]
-        yield f"not all devices are {usual}: {odd[0]}{_more(odd)}; the slowest one sets the pace of all"
+        yield f"not all devices are {usual}: {odd[0]}{_more(odd)}; the slowest device limits all of them"
     for node, device in _all(nodes):
         if device.in_use is not None and device.in_use > FOREIGN_BYTES:
             yield (
-                f"{device.in_use / GB:.1f} GB of the device of process {device.rank} on {node.host} are in use by "
-                "another program; end it"
+                f"{device.in_use / GB:.1f} GB of the device of rank {device.rank} on {node.host} are in use by "
+                "another program; stop it"
             )
 
 
@@ -233,7 +233,7 @@ def _bandwidths(figures: Figures) -> Iterator[str]:
     if within and links and max(within.values()) < SLOW_NODE * links.node:
         yield (
             f"all-reduce within a node reaches {max(within.values()) / GB:.3g} GB/s, less than half of the "
-            f"{links.node / GB:.3g} GB/s of the links of {name}; look at `nvidia-smi topo -m` and NCCL_DEBUG=INFO"
+            f"{links.node / GB:.3g} GB/s of the links of {name}; check `nvidia-smi topo -m` and NCCL_DEBUG=INFO"
         )
     between = best.get("between nodes")
     if between and within and between.bandwidth < SLOW_NETWORK * median(within.values()):
@@ -251,23 +251,23 @@ def _data(figures: Figures) -> Iterator[str]:
     needed = step.images / step.seconds
     if data.crops >= needed:
         return
-    if data.photos * max(data.workers, 1) < needed:
-        remedy = "the shards are read too slowly for that; bring them nearer (data.cache keeps a copy of a URL)"
+    if data.images * max(data.workers, 1) < needed:
+        remedy = "move the shards to faster storage (data.cache keeps a local copy of a URL)"
     elif data.workers < data.cores:
-        remedy = f"raise data.workers={data.workers} (there are {data.cores} cores for each process)"
+        remedy = f"raise data.workers={data.workers} (there are {data.cores} cores per process)"
     else:
-        remedy = f"there are no more cores than data.workers={data.workers}; store smaller photos"
-    yield f"the data gives {data.crops:,.4g} crops/s, and the step takes {needed:,.4g}; {remedy}"
+        remedy = f"use smaller images, since all cores are in use (data.workers={data.workers})"
+    yield f"the data provides {data.crops:,.4g} crops/s, and the step needs {needed:,.4g}; {remedy}"
 
 
 def _step(figures: Figures) -> Iterator[str]:
     step = figures.step
     if not math.isfinite(step.loss):
-        yield f"the loss of the step is {step.loss}; look at init_from, or lower schedule.learning_rate"
+        yield f"the loss of the step is {step.loss}; check init_from, or lower schedule.learning_rate"
     if step.estimated_seconds and step.seconds > SLOW_STEP * step.estimated_seconds:
         yield (
-            f"the step takes {step.seconds:.3g} s, and {step.estimated_seconds:.3g} s by `hpcm estimate`; see where "
-            "its time goes with train.profile_steps=[20,22]"
+            f"the step takes {step.seconds:.3g} s, and {step.estimated_seconds:.3g} s by `hpcm estimate`; profile it "
+            "with train.profile_steps=[20,22]"
         )
     if step.peak is None:
         return
@@ -275,12 +275,12 @@ def _step(figures: Figures) -> Iterator[str]:
         share = step.peak / step.estimated_peak - 1
         yield (
             f"the step takes {step.peak / GB:.2f} GB of a device, {abs(share):.0%} {'more' if share > 0 else 'less'} "
-            f"than the {step.estimated_peak / GB:.2f} GB of `hpcm estimate`; do not rely on it for other settings"
+            f"than the {step.estimated_peak / GB:.2f} GB of `hpcm estimate`; allow for this error with other settings"
         )
     memory = min((device.memory for _, device in _all(figures.nodes) if device.memory), default=None)
     if memory and step.reserved and step.reserved > FULL * memory:
         yield (
-            f"torch holds {step.reserved / GB:.2f} GB of the {memory / GB:.2f} GB of a device; lower "
+            f"torch reserves {step.reserved / GB:.2f} GB of the {memory / GB:.2f} GB of a device; lower "
             "train.micro_batch_size, or set engine.activation_checkpointing=blocks, to leave room"
         )
 
@@ -296,21 +296,21 @@ def _disks(figures: Figures) -> Iterator[str]:
         )
     for node in nodes:
         if not node.disk_writable:
-            yield f"run.dir={figures.run_dir} cannot be written on {node.host}; mend that, or name another place"
+            yield f"run.dir={figures.run_dir} cannot be written on {node.host}; choose another folder"
         share = checkpoints.bytes * len(node.ranks) / sum(len(each.ranks) for each in nodes)
         if share > node.memory:
             yield (
-                f"{node.host} has {node.memory / GB:.1f} GB of memory, and its processes keep {share / GB:.1f} GB of a "
-                "checkpoint there; take more nodes"
+                f"{node.host} has {node.memory / GB:.1f} GB of memory, and its processes need {share / GB:.1f} GB for "
+                "a checkpoint; use more nodes"
             )
     if first.disk_free < checkpoints.most * checkpoints.bytes:
         yield (
-            f"run.dir={figures.run_dir} has {first.disk_free / GB:.2f} GB free, and {checkpoints.most} checkpoints of "
-            f"{checkpoints.bytes / GB:.2f} GB will be there at a time; free some, or name another place"
+            f"run.dir={figures.run_dir} has {first.disk_free / GB:.2f} GB free, and the run keeps up to "
+            f"{checkpoints.most} checkpoints of {checkpoints.bytes / GB:.2f} GB; free some or choose another folder"
         )
 
 
-def plain(figures: Figures, found: Sequence[str]) -> dict[str, Any]:
-    """All of it as JSON values, and what was found to be wrong."""
+def to_json(figures: Figures, found: Sequence[str]) -> dict[str, Any]:
+    """All figures and the problems as JSON values."""
     bandwidths = [asdict(one) | {"bandwidth": one.bandwidth} for one in figures.all_reduces]
-    return asdict(figures) | {"all_reduces": bandwidths, "wrong": list(found)}
+    return asdict(figures) | {"all_reduces": bandwidths, "problems": list(found)}

@@ -1,1 +1,1 @@
-"""What scale buys: runs read back from their folders, and figures of loss against compute."""
+"""Scaling laws: runs are read, laws fitted to them, and the results reported, planned with and published."""

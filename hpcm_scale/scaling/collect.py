@@ -1,4 +1,4 @@
-"""A ladder to share or commit: of each run its configuration and a thinned journal, without paths of the machine."""
+"""A portable copy of runs: configurations and thinned journals, without paths of the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text
@@ -17,25 +17,24 @@ from hpcm_scale.scaling.runs import CONFIG_NAME, Run
 from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, read_journal
 from hpcm_scale.tracking.progress import progress
 
-PATHS = ("init_from", "run.dir", "run.cooldown_of", "machine.fixed_rate", "eval.images")
-PATHS += ("data.shards", "data.more_shards", "data.cache")
-"""Keys of a configuration that name places; of each the last component is kept."""
+PATHS = ("init_from", "run.dir", "run.cooldown_of", "machine.fixed_rate", "eval.images", "data.shards", "data.cache")
+"""Configuration keys with paths, of which the last component is kept."""
 WIDEST = DECADES
-"""Decades of compute over which training lines are averaged at most: one standard deviation of the smoothing."""
+"""Largest span of compute, in decades, of averaged training lines: one standard deviation of the smoothing."""
 STEEPEST = RATE / 2
-"""Change of the learning rate, as a part of its peak, over which they are."""
+"""Largest change of the learning rate between them, as a fraction of its peak."""
 FEWEST = 50
-"""Training lines that thinning leaves of every run: enough to smooth those of a branch, too."""
+"""Training lines that remain of every run, enough to smooth a cooldown."""
 DIGITS = 6
-"""Of a mean over training lines, whose losses are single precision."""
+"""Significant digits of a mean over training lines, whose losses are fp32."""
 
 
 def collect(runs: Sequence[Run], folder: Path, *, every: int | None = None, most_bytes: int = 1_000_000) -> int:
-    """Write `folder`/<run>/ with config.yaml and metrics.jsonl for each run; returns the bytes of all of them.
+    """Write `folder`/<run>/config.yaml and metrics.jsonl for each run; returns the total size in bytes.
 
-    Each training line becomes the mean over up to `every` lines; without it, over as few as keep everything
-    within `most_bytes`. Evaluations and the last training line stay as they are; perf/* goes. Files of runs
-    collected before are replaced. Raises UserError when a run has no journal, or `most_bytes` cannot be kept.
+    Training lines are averaged over up to `every` lines, by default over as few as keep the total within `most_bytes`.
+    Evaluations and the last training line are unchanged, and perf/* is dropped. Existing files are replaced. Raises
+    UserError if a run has no journal or `most_bytes` is too small.
     """
     configs = {run.name: portable(run.config) for run in runs}
     records = {run.name: read_journal(run.folder / FILE_NAME) for run in progress(runs, description="read", unit="run")}
@@ -48,23 +47,28 @@ def collect(runs: Sequence[Run], folder: Path, *, every: int | None = None, most
 
 
 def portable(config: dict[str, Any]) -> str:
-    """A run's configuration as YAML, with the last component of every path only."""
+    """A run's configuration as YAML, with only the last component of every path."""
     copy = OmegaConf.create(config)
     for key in PATHS:
-        value = OmegaConf.select(copy, key)
-        if isinstance(value, str):
-            OmegaConf.update(copy, key, PurePosixPath(value).name)
-        elif value is not None:
-            OmegaConf.update(copy, key, [PurePosixPath(each).name for each in value])
+        if value := OmegaConf.select(copy, key):
+            OmegaConf.update(copy, key, _last_component(value))
     return OmegaConf.to_yaml(copy)
 
 
-def thin(records: Sequence[dict[str, Any]], every: int, fewest: int = FEWEST) -> Iterator[dict[str, Any]]:
-    """Journal lines with training lines averaged, up to `every` of them while compute and learning rate hardly change.
+def _last_component(value: Any) -> Any:
+    """The last component of a path, or of every path of a list such as data.shards."""
+    if isinstance(value, ListConfig):
+        return [_last_component(each) for each in value]
+    if isinstance(value, DictConfig):
+        return {**value, "path": _last_component(value["path"])}
+    return PurePosixPath(str(value)).name
 
-    About `fewest` training lines are left at least.
-    A line that stands for several has the position of the middle one, the sums of their train/skipped, their
-    last learning rate, and the means of everything else, over the lines that have a finite value.
+
+def thin(records: Sequence[dict[str, Any]], every: int, fewest: int = FEWEST) -> Iterator[dict[str, Any]]:
+    """Journal lines with up to `every` training lines averaged, as long as compute and learning rate hardly change.
+
+    At least about `fewest` training lines remain. An averaged line has the position of the middle line, the sum of
+    train/skipped, the last learning rate, and the mean of every other finite value.
     """
     group: list[dict[str, Any]] = []
     peak = max((record.get("train/learning_rate") or 0.0 for record in records), default=0.0)
@@ -72,11 +76,11 @@ def thin(records: Sequence[dict[str, Any]], every: int, fewest: int = FEWEST) ->
     last = max((index for index, record in enumerate(records) if not _is_evaluation(record)), default=-1)
     for index, record in enumerate(records):
         kept = {key: value for key, value in record.items() if not key.startswith("perf/")}
-        alone = _is_evaluation(kept) or index == last
-        if group and (alone or len(group) == every or _differ(group[0], kept, peak)):
+        unchanged = _is_evaluation(kept) or index == last
+        if group and (unchanged or len(group) == every or _differ(group[0], kept, peak)):
             yield _mean(group)
             group = []
-        if alone:
+        if unchanged:
             yield kept
         else:
             group.append(kept)
@@ -88,7 +92,7 @@ def _is_evaluation(record: dict[str, Any]) -> bool:
 
 
 def _differ(first: dict[str, Any], last: dict[str, Any], peak: float) -> bool:
-    """Whether smoothing would tell these lines apart."""
+    """Whether smoothing would resolve these lines."""
     rates = [line.get("train/learning_rate") or 0.0 for line in (first, last)]
     decades = math.log10(last["compute/pflops"] / first["compute/pflops"])
     return decades > WIDEST or abs(rates[1] - rates[0]) > STEEPEST * peak
@@ -110,7 +114,7 @@ def _mean(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 Records = dict[str, list[dict[str, Any]]]
-"""Journal lines by the name of their run."""
+"""Journal lines by run name."""
 
 
 def _journals(records: Records, every: int) -> dict[str, str]:
@@ -118,13 +122,17 @@ def _journals(records: Records, every: int) -> dict[str, str]:
 
 
 def _within(records: Records, spare: int, most: int) -> dict[str, str]:
-    """The journals of the smallest `every` with which they need at most `spare` bytes."""
+    """The journals with the smallest `every` whose size is at most `spare` bytes."""
     too_small, every = 0, 1
     longest = max(map(len, records.values()))
     while _size(journals := _journals(records, every)) > spare:
         if every >= longest:
             least = math.ceil((_size(journals) + most - spare) / 1e4) * 10_000
-            raise UserError(f"{len(records)} runs need more than {most:,} bytes; allow --most-bytes {least}")
+            raise UserError(
+                "most-bytes-too-small",
+                "--most-bytes",
+                f"{len(records)} runs need more than {most:,} bytes; use --most-bytes {least}",
+            )
         too_small, every = every, 2 * every
     while every - too_small > 1:
         middle = (every + too_small) // 2

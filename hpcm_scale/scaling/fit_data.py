@@ -1,65 +1,205 @@
-"""Which trainings each law is fitted to."""
+"""The points that each law is fitted to: trainings, and the frontier of loss against compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from hpcm_scale.scaling.frontier import FrontierPoint
+from hpcm_scale.formatting import count
 from hpcm_scale.scaling.laws.law import CannotFit, Points
-from hpcm_scale.scaling.observations import Observation
-from hpcm_scale.scaling.wording import count
+from hpcm_scale.scaling.observations import Curve, Observation
+
+# The frontier: the lowest loss of any run at each compute; and slices at equal compute.
+
+
+SPACING = 0.0125
+"""Decades of compute per frontier point of one curve: a quarter of the smoothing window, below which points add
+nothing. A longer journal has no more weight."""
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One point of the frontier."""
+
+    run: str
+    model: str
+    parameters: int
+    pixels: float
+    pflops: float
+    loss: float
+    """Of the smoothed curve."""
+    annealed: bool
+
+
+def frontier(curves: Sequence[Curve], *, annealed_only: bool = False) -> list[FrontierPoint]:
+    """The lower envelope of the smoothed curves, ascending in compute and strictly descending in loss.
+
+    A point of a curve is on it if no other curve, interpolated linearly in log-log, is lower at that compute, and no
+    point with less compute is as low. With `annealed_only`, curves consist of their annealed points only. The order of
+    `curves` does not matter.
+
+    A minimum over noisy points is biased low; smoothing removes most of the bias. Measured on eight sizes with
+    deviation σ per line, as mean over the frontier: within 0.03 σ at 4,000 and at 400 lines a run, 0.13 σ at 100;
+    `running_minimum` of the same lines is 0.9 to 3 σ too low. Runs of one size, which only noise orders, are the worst
+    case: 0.07 σ too low for ten seeds of 4,000 lines, 0.4 σ for ten of 100.
+    """
+    curves = sorted(curves, key=lambda curve: (curve.parameters, curve.run, curve.pflops[-1]))
+    used = [np.flatnonzero(curve.annealed) if annealed_only else np.arange(curve.loss.size) for curve in curves]
+    lines = [
+        (np.log(curve.pflops[rows]), np.log(curve.smoothed[rows])) for curve, rows in zip(curves, used, strict=True)
+    ]
+    candidates = [rows[_spaced(curve.pflops[rows])] for curve, rows in zip(curves, used, strict=True)]
+    if not any(rows.size for rows in candidates):
+        return []
+    owner = np.repeat(np.arange(len(curves)), [rows.size for rows in candidates])
+    row = np.concatenate(candidates)
+    compute, loss = (
+        np.concatenate([getattr(curve, name)[rows] for curve, rows in zip(curves, candidates, strict=True)])
+        for name in ("pflops", "smoothed")
+    )
+    chosen = running_minimum(compute, loss)
+    lowest = np.full(chosen.size, np.inf)
+    for number, (log_compute, log_loss) in enumerate(lines):
+        if log_compute.size:
+            here = np.interp(np.log(compute[chosen]), log_compute, log_loss, left=np.inf, right=np.inf)
+            lowest = np.minimum(lowest, np.where(owner[chosen] == number, np.inf, here))
+    chosen = chosen[np.log(loss[chosen]) <= lowest]
+    return [_point(curves[one], index) for one, index in zip(owner[chosen], row[chosen], strict=True)]
+
+
+def _spaced(pflops: np.ndarray) -> np.ndarray:
+    """Indices of the last point in each SPACING of compute, on a grid common to all curves."""
+    return np.flatnonzero(np.diff(np.floor(np.log10(pflops) / SPACING), append=np.inf))
+
+
+def _point(curve: Curve, index: int) -> FrontierPoint:
+    return FrontierPoint(
+        run=curve.run,
+        model=curve.model,
+        parameters=curve.parameters,
+        pixels=float(curve.pixels[index]),
+        pflops=float(curve.pflops[index]),
+        loss=float(curve.smoothed[index]),
+        annealed=bool(curve.annealed[index]),
+    )
+
+
+def running_minimum(compute: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Indices of the points strictly below every point with less compute, ascending in compute.
+
+    Takes float64 (n,) arrays in any order; of points with equal compute the lowest counts. This is the usual frontier
+    over all checkpoints. Of k noisy points it takes the lowest: 1.5 (k = 10) to 2.5 (k = 100) deviations too low.
+    """
+    order = np.lexsort((loss, compute))
+    before = np.minimum.accumulate(np.append(np.inf, loss[order]))[:-1]
+    return order[loss[order] < before]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Loss of every size at one compute budget; arrays are float64 (m,), ascending in parameters."""
+
+    pflops: float
+    parameters: np.ndarray
+    loss: np.ndarray
+    curvature: float | None = None
+    """a of the least-squares parabola log L = a·(log N − log N*)² + log L*; None for fewer than three sizes."""
+    best_parameters: float | None = None
+    """N*; None if the parabola opens downwards or its minimum is outside the sizes of the slice."""
+    best_loss: float | None = None
+    """L*; None if N* is."""
+
+
+def isoflop_slices(curves: Sequence[Curve], budgets: Iterable[float]) -> list[Slice]:
+    """The loss of every size at each budget (PFLOPs), with the minimum of a parabola in log N.
+
+    A size's loss is that of the frontier of its own runs, interpolated in log-log; a size is in a slice if its points
+    span the budget. A budget that no size spans gives no slice.
+    """
+    sizes: dict[tuple[int, str], list[Curve]] = {}
+    for curve in sorted(curves, key=lambda curve: (curve.parameters, curve.model)):
+        sizes.setdefault((curve.parameters, curve.model), []).append(curve)
+    fronts = {size: np.array([(point.pflops, point.loss) for point in frontier(own)]).T for size, own in sizes.items()}
+    slices = []
+    for budget in budgets:
+        at = [
+            (parameters, np.exp(np.interp(np.log(budget), np.log(pflops), np.log(loss))))
+            for (parameters, _), (pflops, loss) in fronts.items()
+            if pflops[0] <= budget <= pflops[-1]
+        ]
+        if at:
+            slices.append(_slice(budget, *np.array(at, dtype=np.float64).T))
+    return slices
+
+
+def _slice(pflops: float, parameters: np.ndarray, loss: np.ndarray) -> Slice:
+    size = np.log(parameters)
+    if np.unique(size).size < 3:
+        return Slice(pflops, parameters, loss)
+    middle = size.mean()
+    curvature, tilt, level = (float(value) for value in np.polyfit(size - middle, np.log(loss), 2))
+    best = middle - tilt / (2 * curvature) if curvature > 0 else np.inf
+    if not size[0] <= best <= size[-1]:
+        return Slice(pflops, parameters, loss, curvature)
+    lowest = level - tilt**2 / (4 * curvature)
+    return Slice(pflops, parameters, loss, curvature, float(np.exp(best)), float(np.exp(lowest)))
+
+
+# Points of L(N), L(C) and L(N, D).
+
 
 SAME = 0.01
-"""Amounts of data within a hundredth count as one: batches rarely end on the very pixel."""
+"""Largest difference in log pixels of equal amounts of data: a batch rarely ends at the same pixel."""
+DEPENDENT = "cooldowns share their constant-rate run: points are dependent, and the interval is somewhat too narrow"
 
 
 def ordered(observations: Sequence[Observation]) -> list[Observation]:
-    """By parameters, pixels, seed and name: an order that does not depend on how the runs were named on a call."""
+    """Observations by parameters, pixels, seed and name."""
     return sorted(observations, key=lambda each: (each.parameters, each.pixels, each.seed, each.run))
 
 
-def trained(observations: Sequence[Observation]) -> tuple[list[Observation], tuple[str, ...]]:
-    """The annealed observations, or all of them with a warning where none is; in order."""
+def usable(observations: Sequence[Observation]) -> tuple[list[Observation], tuple[str, ...]]:
+    """The annealed observations, or all of them and a warning if none is annealed; ordered."""
     annealed = [each for each in ordered(observations) if each.annealed]
     if annealed or not observations:
         return annealed, ()
     return ordered(observations), (
-        "no run's learning rate had decayed at its end: the losses lie above what these sizes can reach, "
-        "by different amounts; train decay branches (hpcm cooldown)",
+        "no learning rate had decayed at the end of training: the losses are above what these sizes can reach, by "
+        "different amounts; train cooldowns (hpcm cooldown)",
     )
 
 
 def of_parameters(observations: Sequence[Observation]) -> Points:
     """Points of L(N): one annealed training of each size, model and seed, at the most data that all sizes share.
 
-    Where no amount of data is shared by all sizes, each size comes with its longest training, and a warning: such a
-    law mixes what size buys with what data buys. Unannealed trainings are used only if there are no others. Raises
-    CannotFit without any observation.
+    If no amount of data is shared by all sizes, the longest training of each size is used, with a warning: such a law
+    mixes the effects of size and data. Trainings that are not annealed are used only if there are no others. Raises
+    CannotFit without observations.
     """
-    usable, warnings = trained(observations)
-    if not usable:
+    trained, warnings = usable(observations)
+    if not trained:
         raise CannotFit("there is no trained model yet")
-    missing = sorted({each.model for each in observations} - {each.model for each in usable})
+    missing = sorted({each.model for each in observations} - {each.model for each in trained})
     if missing:
-        warnings += (f"left out of L(N), as their learning rate had not decayed: {', '.join(missing)}",)
-    sizes = sorted({each.parameters for each in usable})
-    amounts = sorted({each.pixels for each in usable}, reverse=True)
-    shared = next((at for at in amounts if all(_at(usable, size, at) for size in sizes)), None)
+        warnings += (f"excluded from L(N), since their learning rate had not decayed: {', '.join(missing)}",)
+    sizes = sorted({each.parameters for each in trained})
+    amounts = sorted({each.pixels for each in trained}, reverse=True)
+    shared = next((at for at in amounts if all(_at(trained, size, at) for size in sizes)), None)
     chosen = []
     for size in sizes:
-        longest = max(each.pixels for each in usable if each.parameters == size)
-        at = _at(usable, size, longest if shared is None else shared)
+        longest = max(each.pixels for each in trained if each.parameters == size)
+        at = _at(trained, size, longest if shared is None else shared)
         # The last of each model and seed, in order of pixels and name.
         chosen += {(each.model, each.seed): each for each in at}.values()
     kind = "annealed trainings" if chosen[0].annealed else "trainings, not annealed"
     if shared is None:
-        data = f"{kind}, each size's longest"
+        data = f"{kind}, the longest of each size"
         least, most = (pick(chosen, key=lambda each: each.pixels) for pick in (min, max))
         warnings += (
             f"the sizes share no amount of training data ({least.model} had {count(least.pixels)} pixels, {most.model} "
-            f"{count(most.pixels)}), so L(N) mixes what size and data buy; the joint law keeps them apart",
+            f"{count(most.pixels)}), so L(N) mixes the effects of size and data; L(N, D) separates them",
         )
     else:
         data = f"{kind} on {count(shared)} pixels" + (", the most that all sizes share" if shared < amounts[0] else "")
@@ -69,43 +209,40 @@ def of_parameters(observations: Sequence[Observation]) -> Points:
 def of_compute(frontier: Sequence[FrontierPoint], *, whole: bool) -> Points:
     """Points of L(C): the last point of each run on the frontier, so that degrees of freedom count trainings.
 
-    Raises CannotFit without any point.
+    Raises CannotFit without points.
     """
     if not frontier:
         raise CannotFit("no run is on the annealed frontier yet: no learning rate has decayed")
     last = {point.run: point for point in sorted(frontier, key=lambda point: (point.pflops, point.run))}
     chosen = sorted(last.values(), key=lambda point: (point.pflops, point.run))
-    warnings = (
-        "the points of a frontier are the best of several runs, and branches share their trunk: they are not "
-        "independent, and the interval is somewhat too narrow",
-    )
+    warnings = (f"frontier points are the best of several runs, and {DEPENDENT}",)
     if whole and not all(point.annealed for point in chosen):
-        warnings += ("learning rates had not decayed at some points: the whole frontier mixes two kinds of loss",)
+        warnings += ("the whole frontier mixes annealed points with points whose learning rate had not decayed",)
     if len({point.parameters for point in chosen}) == 1:
-        warnings += (f"{chosen[0].model} alone is on it: this law of compute says what more data buys one size",)
+        warnings += (f"only {chosen[0].model} is on the frontier: this L(C) gives the effect of data at one size",)
     kind = "the whole frontier" if whole else "the annealed frontier"
     data = f"each run's last point on {kind} ({len(frontier)} points in all)"
     of = "compute_whole" if whole else "compute"
     return _points(of, {"C": [point.pflops for point in chosen]}, chosen, data, warnings)
 
 
-def of_both(observations: Sequence[Observation]) -> Points:
-    """Points of L(N, D): every annealed training (every training, with a warning, if none is annealed).
+def of_parameters_and_data(observations: Sequence[Observation]) -> Points:
+    """Points of L(N, D): every annealed training, or every training, with a warning, if none is annealed.
 
-    Raises CannotFit without any observation.
+    Raises CannotFit without observations.
     """
-    usable, warnings = trained(observations)
-    if not usable:
+    trained, warnings = usable(observations)
+    if not trained:
         raise CannotFit("there is no trained model yet")
-    if any(each.cooldown_of for each in usable):
-        warnings += ("branches share their trunk: they are not independent, and the interval is somewhat too narrow",)
-    kind = "annealed trainings" if usable[0].annealed else "trainings, not annealed"
-    variables = {"N": [each.parameters for each in usable], "D": [each.pixels for each in usable]}
-    return _points("both", variables, usable, f"{len(usable)} {kind}", warnings)
+    if any(each.cooldown_of for each in trained):
+        warnings += (DEPENDENT,)
+    kind = "annealed trainings" if trained[0].annealed else "trainings, not annealed"
+    variables = {"N": [each.parameters for each in trained], "D": [each.pixels for each in trained]}
+    return _points("parameters_and_data", variables, trained, f"{len(trained)} {kind}", warnings)
 
 
 def costs(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters (n,) of each size, ascending, and its training FLOP per pixel (n,), mean over its runs; float64."""
+    """Parameters of each size, ascending, and its mean training FLOP per pixel over runs; float64 (n,) each."""
     sizes: dict[int, list[float]] = {}
     for each in ordered(observations):
         sizes.setdefault(each.parameters, []).append(each.flops_per_pixel)

@@ -1,4 +1,4 @@
-"""What a fit found, as one wandb run beside those of the sweep."""
+"""The results of a fit as one wandb run in the group of the sweep."""
 
 from __future__ import annotations
 
@@ -11,37 +11,40 @@ from typing import Any
 
 import numpy as np
 
-from hpcm_scale.errors import UserError, shown
+from hpcm_scale.errors import UserError, printable
 from hpcm_scale.files import utf_8_path, writing
 from hpcm_scale.scaling.analysis import FILE_NAME, Analysis, read_laws
 from hpcm_scale.scaling.figures import FIGURES
+from hpcm_scale.scaling.findings import compute_law, summary
 from hpcm_scale.scaling.report import REPORT
-from hpcm_scale.scaling.verdict import compute_law, doubts, headline
 from hpcm_scale.tracking.wandb_view import AXES, load_wandb, run_id, settings
 
 KEPT = (REPORT, FILE_NAME)
-"""Files that go along."""
+"""Files that are uploaded."""
 JOB = "scaling"
 EXTRAPOLATE = 10
+"""Multiple of the largest compute up to which the law is logged."""
 
 
 def publish(folder: Path, *, project: str | None = None, group: str | None = None, mode: str = "offline") -> str:
-    """Make, or make again, the wandb run of a fit; returns a sentence that says where it is.
+    """Create or replace the wandb run of a fit; returns a sentence with its location.
 
-    The run has the frontier as a curve of the runs' own metric over compute/pflops, so that it lies over theirs in
-    the group's panel; the law as law/loss, law/low and law/high; tables, figures, report.md and laws.json. Its id is
-    kept in `folder`: called again, the same run is replaced, offline its file, too. Raises UserError where there is
-    no fit, no project or group to put it in, or wandb refuses.
+    The run has the frontier as a curve of the runs' own metric over compute/pflops, so that it appears in the group's
+    panel; the law as law/loss, law/low and law/high; tables, figures, report.md and laws.json. Its id is kept in
+    `folder`, so that a second call replaces the run, and offline its file. Raises UserError if there is no fit, no
+    project or group, or if wandb fails.
     """
     analysis = read_laws(folder)
-    project, group = (shown(name or "") for name in (project or analysis.project, group or analysis.group))
+    project, group = (printable(name or "") for name in (project or analysis.project, group or analysis.group))
     if not project:
-        raise UserError("the runs do not share one wandb project; name it with --project")
+        raise UserError("no-common-project", "--project", "the runs have no common wandb project; give --project")
     if not group:
-        raise UserError("the runs do not share one sweep; name the wandb group with --group")
+        raise UserError(
+            "no-common-group", "--group", "the runs have no common sweep; give the wandb group with --group"
+        )
     wandb = load_wandb()
     with writing(folder / "wandb"):
-        (folder / "wandb").mkdir(exist_ok=True)  # where it cannot, wandb would quietly use the temporary folder
+        (folder / "wandb").mkdir(exist_ok=True)  # otherwise wandb silently uses the temporary folder
         identifier = run_id(folder)
     superseded = list((folder / "wandb").glob(f"offline-run-*-{identifier}*"))
     try:
@@ -54,15 +57,17 @@ def publish(folder: Path, *, project: str | None = None, group: str | None = Non
                 mode=mode,
                 project=project,
                 group=group,
-                notes=" ".join([headline(analysis), *(f"Doubt: {doubt}." for doubt in doubts(analysis))]),
+                notes=" ".join(summary(analysis)),
                 config=_config(analysis),
-                settings=settings(wandb, os.getpid()),  # not resumed: a run of this id is replaced as a whole
+                settings=settings(wandb, os.getpid()),  # not resumed: replaces the run with this id
             )
             _log(wandb, run, analysis, place)
             run.finish()
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"wandb refuses ({reason}); mend that, or use --mode offline") from error
+        raise UserError(
+            "wandb-failure", "--mode", f"wandb failed ({reason}); correct the cause or use --mode offline"
+        ) from error
     kept = Path(run.dir).parent
     for old in superseded:
         if old.name != kept.name:
@@ -78,7 +83,7 @@ def _config(analysis: Analysis) -> dict[str, Any]:
         "lmbda": analysis.lmbda,
         "distortion": analysis.distortion,
         "level": analysis.level,
-        "laws": {name: law.to_dict() for name, law in analysis.laws.items()},
+        "laws": {name: asdict(law) for name, law in analysis.laws.items()},
         "preferred": analysis.preferred,
         "refused": analysis.refused,
     }
@@ -93,7 +98,7 @@ def _log(wandb: Any, run: Any, analysis: Analysis, folder: Path) -> None:
     shown: dict[str, Any] = {f"tables/{name}": _table(wandb, rows) for name, rows in tables(analysis).items() if rows}
     for name, figure in FIGURES.items():
         if (folder / f"{name}.png").is_file():
-            shown[f"figures/{name}"] = wandb.Image(str(folder / f"{name}.png"), caption=figure.CAPTION)
+            shown[f"figures/{name}"] = wandb.Image(str(folder / f"{name}.png"), caption=figure.caption)
     run.log(shown)
     for name in KEPT:
         if (folder / name).is_file():
@@ -104,7 +109,7 @@ def _log(wandb: Any, run: Any, analysis: Analysis, folder: Path) -> None:
 
 
 def _curves(analysis: Analysis) -> list[dict[str, float]]:
-    """History rows, ascending in compute: the frontier in the runs' own metric, and the law with its interval."""
+    """History rows, ascending in compute: the frontier as the runs' own metric, and the law with its interval."""
     points = analysis.frontier_annealed or analysis.frontier
     rows = [{AXES[0]: point.pflops, analysis.metric: point.loss} for point in points]
     if law := compute_law(analysis):
@@ -117,7 +122,7 @@ def _curves(analysis: Analysis) -> list[dict[str, float]]:
 
 
 def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every table, by its name; the values are numbers, texts, truth values or None."""
+    """Rows of the published tables by name; values are numbers, strings, booleans or None."""
     laws = [
         {"law": law.name, "formula": law.formula, "parameter": name, "value": value}
         | {"standard_error": (law.standard_errors or {}).get(name), "aicc": law.aicc, "r": law.r}
@@ -127,14 +132,12 @@ def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
     held_out = [
         {"law": name, "held_out": kind, "run": held.run, "observed": held.observed, "predicted": held.predicted}
         | {"low": held.low, "high": held.high, "error": held.error}
-        for name, trust in analysis.trust.items()
-        for kind, points in (("one run", trust.leave_one_out), ("the largest", trust.largest))
+        for name, found in analysis.diagnostics.items()
+        for kind, points in (("one run", found.leave_one_out), ("the largest", found.largest))
         for held in points
     ]
-    observations = [asdict(point) for point in analysis.observations]
-    observations = [row | {f"parameters_{part}": n for part, n in row.pop("parts").items()} for row in observations]
     return {
-        "observations": observations,
+        "observations": [asdict(point) for point in analysis.observations],
         "frontier": [asdict(point) for point in analysis.frontier],
         "frontier_annealed": [asdict(point) for point in analysis.frontier_annealed],
         "laws": laws,

@@ -1,4 +1,4 @@
-"""Runs read back from their folders, while they live or after they ended."""
+"""Runs read from their folders or from wandb's files, finished or not."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hpcm_scale.errors import UserError, shown
+from hpcm_scale.errors import UserError, printable
 from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, new_records
 from hpcm_scale.tracking.progress import progress
 from hpcm_scale.tracking.wandb_view import RUN_ID_FILE
 
-# The lines of a journal as columns: a million lines in a tenth of the memory of a million dictionaries.
-
-
+CONFIG_NAME = "config.yaml"
 _CHUNK = 8192
+"""Journal lines that are parsed before they are turned into columns."""
 
 
 class Records(Sequence[dict[str, float]]):
-    """The numbers of journal lines, in the order they were written; an index gives that line's numbers.
+    """The numbers of journal lines as columns: a tenth of the memory of a list of dictionaries.
 
-    A number that is null (it was not finite) or missing is NaN in its column, and not in its line.
-    Anything but numbers is left out. Raises TypeError when a line is no dictionary.
+    An index gives the numbers of one line, in the order of the journal. A value that is null or missing is NaN in its
+    column and absent from its line. Values that are not numbers are dropped. Raises TypeError for a line that is not a
+    dictionary.
     """
 
     def __init__(self, lines: Iterable[dict[str, Any]] = ()) -> None:
         self.nulls: Counter[str] = Counter()
-        """How many lines hold null for a key."""
+        """Number of lines with null, by key."""
         chunks: list[dict[str, np.ndarray]] = []
         sizes: list[int] = []
         lines = iter(lines)
@@ -56,12 +56,12 @@ class Records(Sequence[dict[str, float]]):
 
     def _columns_of(self, lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         if not all(isinstance(line, dict) for line in lines):
-            raise TypeError("a line is no JSON object")
+            raise TypeError("a line is not a JSON object")
         columns = {}
         for key in dict.fromkeys(chain.from_iterable(lines)):
             try:
                 values = np.array([line.get(key, np.nan) for line in lines], dtype=np.float64)  # null becomes NaN
-            except (TypeError, ValueError):  # texts, lists
+            except (TypeError, ValueError):  # strings, lists
                 values = np.array([_number(line.get(key)) for line in lines])
             values[np.isinf(values)] = np.nan
             if np.isnan(values).any() and (nulls := sum(key in line and line[key] is None for line in lines)):
@@ -70,20 +70,20 @@ class Records(Sequence[dict[str, float]]):
         return columns
 
     def column(self, key: str) -> np.ndarray:
-        """float64 (lines,): the values of `key`, NaN where a line has none."""
+        """Values of `key`, float64 (lines,); NaN where a line has none."""
         return self._columns.get(key, np.full(self._length, np.nan))
 
     def rows(self, key: str) -> np.ndarray:
-        """Indices of the lines that hold a (finite) value of `key`, ascending in step.
+        """Indices of the lines with a finite value of `key`, ascending in step.
 
-        Of several lines of one step the last counts: a run that was taken back to a checkpoint went over
-        those steps again.
+        Of several lines with the same step the last one counts: a run that resumed from an earlier checkpoint repeats
+        steps.
         """
         held = self._holding(key)[::-1]
         return held[np.unique(self.column("step")[held], return_index=True)[1]]
 
     def repeated(self, key: str) -> int:
-        """How many lines with a value of `key` count no more, for a later one is of the same step."""
+        """Number of lines with a value of `key` that a later line with the same step replaces."""
         return self._holding(key).size - self.rows(key).size
 
     def _holding(self, key: str) -> np.ndarray:
@@ -105,15 +105,12 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else np.nan
 
 
-CONFIG_NAME = "config.yaml"
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
     """One run: its resolved configuration and its journal."""
 
     name: str
-    """The folder's name (`shown`), or the wandb run's; `find_runs` puts folders before it until no two are the same."""
+    """Name of the folder (`printable`), or of the wandb run; `find_runs` prepends folders until names are unique."""
     folder: Path
     config: dict[str, Any]
     records: Records
@@ -126,55 +123,84 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the schedule has been run to its end."""
+        """Whether the run has reached train.steps."""
         return self.step >= self.config["train"]["steps"]
 
     def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Cumulative PFLOPs and values of `metric`, float64, where the journal has a (finite) value."""
+        """Cumulative PFLOPs and values of `metric`, float64 (n,), where the journal has a finite value."""
         rows = self.records.rows(metric)
         return self.records.column("compute/pflops")[rows], self.records.column(metric)[rows]
 
+    def setting(self, key: str) -> Any:
+        """Value of a configuration key such as "data.crop"; None if the configuration lacks it."""
+        value: Any = self.config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
 
 def load_run(folder: str | Path) -> Run:
-    """Read one run folder. Raises UserError when its journal or configuration is missing or damaged."""
+    """Read a run folder. Raises UserError if its configuration or journal is missing or malformed."""
     folder = Path(folder).resolve()
-    if not (folder / CONFIG_NAME).is_file():
-        raise UserError(f"{folder} holds no {CONFIG_NAME}; name a folder that training has made")
+    config = folder / CONFIG_NAME
+    if not config.is_file():
+        raise UserError("not-a-run-folder", CONFIG_NAME, f"{folder} has no {CONFIG_NAME}; give a run folder")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_NAME))
+        values = OmegaConf.to_container(OmegaConf.load(config))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{folder / CONFIG_NAME} cannot be read; mend it, or leave this run out") from error
-    return Run(shown(folder.name), folder, described(config, folder / CONFIG_NAME), _journal(folder / FILE_NAME))
+        raise UserError(
+            "unreadable-run-config", CONFIG_NAME, f"{config} cannot be read; correct it or omit this run"
+        ) from error
+    return Run(printable(folder.name), folder, _described(values, config), _journal(folder / FILE_NAME))
 
 
-def described(config: Any, source: Path) -> dict[str, Any]:
-    """`config`, if it says what every run's does (UserError)."""
+def _described(config: Any, source: Path) -> dict[str, Any]:
+    """`config` if it has the keys that every run has."""
     for key, kind in (("model.name", str), ("objective.lmbda", (int, float)), ("train.steps", (int, float))):
         section, name = key.split(".")
         values = config.get(section) if isinstance(config, dict) else None
         if not isinstance(values, dict) or not isinstance(values.get(name), kind):
-            raise UserError(f"{source} does not say {key}; name runs that hpcm_scale has trained")
+            raise UserError(
+                "incomplete-run-config", key, f"{source} has no valid {key}; give runs trained by hpcm_scale"
+            )
     return config
 
 
-def find_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Load runs; a path is a run folder, or a folder that holds runs at any depth, or kept by wandb.
+def _journal(path: Path) -> Records:
+    try:
+        with path.open("rb") as journal:
+            return Records(new_records(journal))
+    except FileNotFoundError:
+        raise UserError(
+            "missing-journal", FILE_NAME, f"{path} does not exist; give a run folder with a {FILE_NAME}"
+        ) from None
+    except TypeError:
+        raise UserError(
+            "non-object-journal-line", FILE_NAME, f"{path} has a line that is not a JSON object; remove the line"
+        ) from None
 
-    Where a path holds no journal, runs are read from what wandb kept: the path is a `.wandb` file, or a
-    folder with such files at any depth (`wandb_runs`). Runs come in the order of `paths`, then of names,
-    each once, under names of their own. Raises UserError when a path does not exist or holds no run.
+
+def find_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """Load the runs in and below each path, in the order of `paths` and then of names, without duplicates.
+
+    A path without a journal is searched for `.wandb` files instead (`load_wandb_runs`). Raises UserError for a path
+    that does not exist or has no run.
     """
     folders: dict[Path, None] = {}
     logs: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"there is no folder {path}; name run folders, or a folder that holds some")
+            raise UserError("missing-run-path", "", f"{path} does not exist; give run folders or a folder of runs")
         with_journal = [file.parent for file in _files(path, FILE_NAME, set())]
-        kept_by_wandb = [] if with_journal else list(_files(path, "*.wandb", set()))
-        if not with_journal and not kept_by_wandb:
-            raise UserError(f"no run in {path}: a run folder holds {FILE_NAME}; has training started?")
+        of_wandb = [] if with_journal else list(_files(path, "*.wandb", set()))
+        if not with_journal and not of_wandb:
+            raise UserError(
+                "no-runs-found",
+                "",
+                f"{path} contains no {FILE_NAME} and no .wandb file; check that training has started",
+            )
         folders.update(dict.fromkeys(with_journal))
-        logs.update(dict.fromkeys(kept_by_wandb))
+        logs.update(dict.fromkeys(of_wandb))
     runs = [load_run(folder) for folder in progress(folders, description="reading", unit="run")]
     if logs:
         runs += load_wandb_runs(logs, known=runs)
@@ -182,9 +208,9 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def _files(path: Path, pattern: str, seen: set[Path]) -> Iterator[Path]:
-    """The file `path`, or files below it in order of their folders; nothing is looked for below one that is found.
+    """The file `path`, or the files below it in order of their folders; a folder with a match is not searched deeper.
 
-    Each folder is looked at once, whatever links lead to it.
+    Each folder is searched once, however many links lead to it.
     """
     if path.match(pattern) and path.is_file():
         yield path.resolve()
@@ -199,8 +225,8 @@ def _files(path: Path, pattern: str, seen: set[Path]) -> Iterator[Path]:
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:
-    """The runs under names of their own: those that share one get as many folders before it as it takes."""
-    parts = [tuple(map(shown, run.folder.parts)) for run in runs]
+    """The runs with unique names: duplicates get as many parent folders as needed."""
+    parts = [tuple(map(printable, run.folder.parts)) for run in runs]
     places = [own if own[-1] == run.name else (*own, run.name) for own, run in zip(parts, runs, strict=True)]
     lengths = [1] * len(runs)
     while True:
@@ -215,28 +241,16 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
         lengths = longer
 
 
-def _journal(path: Path) -> Records:
-    try:
-        with path.open("rb") as journal:
-            return Records(new_records(journal))
-    except FileNotFoundError:
-        raise UserError(f"there is no journal at {path}; name a run folder that holds {FILE_NAME}") from None
-    except TypeError:
-        raise UserError(f"{path} holds a line that is no JSON object; remove the line") from None
-
-
-# Runs read back from what wandb keeps on disk, for those whose journal is elsewhere.
-#
-# A `.wandb` file has no public description; it is read with wandb's own reader, the command `wandb leet inspect`.
+# Runs from wandb's files, for runs without a journal. The format is not documented, so the files are read
+# with wandb's own command `wandb leet inspect`.
 
 
 def load_wandb_runs(files: Iterable[str | Path], known: Sequence[Run] = ()) -> list[Run]:
-    """Runs from `.wandb` files, in the order of `files`; each is named as in wandb, its folder is the file's.
+    """Runs from `.wandb` files in the order of `files`; a run has the name it has in wandb and the folder of its file.
 
-    Files of one wandb run id are one run that was resumed: the lines of each follow those of the file before
-    it in name, and with it the time of its start. Runs whose journal is among `known` are left out, as it
-    holds more, and so are wandb runs that have no line of training, unless that leaves none at all: then, and for
-    a file that cannot be read, UserError.
+    Files with the same run id belong to one resumed run; their lines are joined in the order of the file names, which
+    is that of their start. Runs in `known` are skipped, since their journals hold more, and so are wandb runs without
+    training lines. Raises UserError if none is left, or for a file that cannot be read.
     """
     ids = {path.read_text(encoding="utf-8").strip() for run in known if (path := run.folder / RUN_ID_FILE).is_file()}
     files = list(map(Path, files))
@@ -247,13 +261,15 @@ def load_wandb_runs(files: Iterable[str | Path], known: Sequence[Run] = ()) -> l
             logs.setdefault(log.id, []).append(log)
     runs = [_run(parts) for id, parts in logs.items() if id not in ids]
     if not runs and not known:
-        raise UserError(f"{files[0]} holds no line of training; name what wandb kept of runs of hpcm_scale")
+        raise UserError(
+            "no-training-in-wandb-file", "", f"{files[0]} has no training lines; give wandb files of hpcm_scale runs"
+        )
     return runs
 
 
 @dataclass
 class _Log:
-    """What one `.wandb` file holds."""
+    """The contents of one `.wandb` file."""
 
     file: Path
     id: str
@@ -266,7 +282,7 @@ def _run(logs: Sequence[_Log]) -> Run:
     logs = sorted(logs, key=lambda log: log.file.parent.name)
     last = logs[-1]
     records = last.records if len(logs) == 1 else Records(chain.from_iterable(log.records for log in logs))
-    return Run(last.name, last.file.parent, described(last.config, last.file), records)
+    return Run(last.name, last.file.parent, _described(last.config, last.file), records)
 
 
 def _read(file: Path) -> _Log:
@@ -284,22 +300,16 @@ def _read(file: Path) -> _Log:
 
     log.records = Records(lines())
     if not log.id:
-        raise UserError(f"{file} holds no run that wandb {_wandb_version()} can read; leave it out")
+        raise UserError("unreadable-wandb-file", "", f"the installed wandb cannot read a run from {file}; omit it")
     return log
 
 
 def _entries(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a `.wandb` file that tell of the run, its configuration and its metrics."""
+    """Entries of a `.wandb` file with the run, its configuration or its metrics."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    environment = os.environ | {"WANDB_ERROR_REPORTING": "false"}  # or it looks up its maker's server
+    environment = os.environ | {"WANDB_ERROR_REPORTING": "false"}  # keeps wandb from contacting its error server
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as reader:
-        for line in reader.stdout:
-            # Most lines are summaries: as long as the metrics they repeat, and not worth parsing.
+        for line in reader.stdout or ():
+            # Most lines are summaries, as long as the metrics they repeat: not parsed.
             if any(kind in line for kind in (b'"history"', b'"run"', b'"config"')):
                 yield json.loads(line)
-
-
-def _wandb_version() -> str:
-    import wandb
-
-    return wandb.__version__

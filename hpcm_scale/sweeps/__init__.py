@@ -1,1 +1,5 @@
-"""Many runs at once: Hydra launchers that train them, and tables of how far they are."""
+"""Sweeps: Hydra launchers that train many runs, and tables of their progress.
+
+hydra-submitit-launcher is not used for Slurm: its jobs are pickled functions for whose results the command waits, while
+this one submits scripts that requeue themselves and can be edited, and exits.
+"""

@@ -1,4 +1,4 @@
-"""The jobs of a multirun: one configuration each, named, checked all before the first one starts."""
+"""The jobs of a multirun, which are all checked before the first one starts; their logs; sweep.json."""
 
 from __future__ import annotations
 
@@ -17,72 +17,73 @@ from typing import Any
 import psutil
 
 from hpcm_scale.config.compose import to_dict
-from hpcm_scale.config.schema import Config
+from hpcm_scale.config.schema import Config, RunConfig
+from hpcm_scale.config.spec import run_directory
 from hpcm_scale.config.sweeps import name_run, quoted, sweep_folder
 from hpcm_scale.data.index import load_index
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import STOPPED, UserError
 from hpcm_scale.files import write_text, writing
-from hpcm_scale.machine.receivers import receiver
-from hpcm_scale.scaling.filters import parameters_by_part
-from hpcm_scale.training.run_folder import RunFolder, run_directory
+from hpcm_scale.scaling.filters import parameters_of
+from hpcm_scale.tasks import receiver
+from hpcm_scale.training.run_folder import RunFolder
 from hpcm_scale.training.start import origin_folder, prepare
 
-# The log beside a run's folder: what its processes say, and lines of ours on when they started and ended.
+# The log beside a run folder: output of the run's processes, and marks of their start and end.
 
 
 MARK = "hpcm sweep: "
-"""What every line of ours begins with."""
+"""Prefix of a mark."""
 _MARKS = re.compile(
     rf"^{MARK}(?:(submitted|starting|started)\b(?: on (\S+) as process group (\d+)$)?"
     r"|(ended) with exit code (-?\d+)(, as asked)?$)",
     re.MULTILINE,
 )
 TAIL = 1 << 16
-"""Bytes at the end of a log that are looked at."""
+"""Bytes at the end of a log that are read."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The last line of ours in a log."""
+    """The last mark in a log."""
 
     kind: str
     """submitted, starting, started or ended."""
     code: int = 0
-    """What it ended with."""
+    """Exit code."""
     asked: bool = False
-    """Whether it had been asked to end."""
+    """Whether the launcher had stopped it."""
     group: int | None = None
-    """The process group it was started as, where that was on this machine."""
+    """Its process group, if it was started on this node."""
 
     @property
     def failed(self) -> bool:
-        """Whether it ended as it should not have."""
+        """Whether it exited with an error of its own."""
         return self.code not in (0, STOPPED) and not self.asked
 
 
 def log_of(folder: Path) -> Path:
-    """The log of the run in `folder` lies beside it."""
+    """The log of the run in `folder`, beside that folder."""
     return folder.with_name(folder.name + ".log")
 
 
 def starting(command: Sequence[str]) -> str:
-    """The line before a run's processes say anything."""
+    """The mark before a run's processes start."""
     return f"{MARK}starting {shlex.join(command)}\n"
 
 
 def started(group: int) -> str:
-    """The line for a run whose processes make up a process group of this machine."""
+    """The mark of a run whose processes are a process group of this node."""
     return f"{MARK}started on {socket.gethostname()} as process group {group}\n"
 
 
 def ended(code: int, *, asked: bool = False) -> str:
-    """The line for the end of all of a run's processes; `code` is negative for a signal."""
+    """The mark of the end of all processes of a run; `code` is negative for a signal."""
     return f"{MARK}ended with exit code {code}{', as asked' if asked else ''}\n"
 
 
 def tail(path: Path) -> str:
-    """The end of a log, empty where there is none."""
+    """The end of a log; empty without one."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
@@ -92,7 +93,7 @@ def tail(path: Path) -> str:
 
 
 def last_mark(text: str) -> Mark | None:
-    """The last line of ours in a log's text."""
+    """The last mark in the text of a log."""
     marks = list(_MARKS.finditer(text))
     if not marks:
         return None
@@ -102,27 +103,27 @@ def last_mark(text: str) -> Mark | None:
 
 
 def last_error(text: str) -> str:
-    """Why the processes whose log is `text` failed, in one line, as far as their last start tells."""
+    """The error in the log `text` since the last start, in one line."""
     text = re.split(rf"^{MARK}start(?:ing|ed in)", text, flags=re.MULTILINE)[-1]
     for pattern in (r"^hpcm: (.+)$", r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)$"):
         found = re.findall(pattern, text, re.MULTILINE)
         if found:
             return found[-1].strip()
     code = re.findall(r"exits with return code = (-?\d+)", text) or re.findall(r"exit code (-?\d+)$", text.strip())
-    return _in_words(int(code[-1])) if code else "it ended without a word"
+    return _described(int(code[-1])) if code else "it ended without an error message"
 
 
-def _in_words(code: int) -> str:
+def _described(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     try:
-        return f"a process was ended by {signal.Signals(-code).name}"
+        return f"a process was killed by {signal.Signals(-code).name}"
     except ValueError:
-        return f"a process was ended by signal {-code}"
+        return f"a process was killed by signal {-code}"
 
 
 def group_members(group: int) -> list[psutil.Process]:
-    """The living processes of a process group of this machine."""
+    """The living processes of a process group of this node."""
     return [process for process in psutil.process_iter() if _in_group(process, group)]
 
 
@@ -130,16 +131,16 @@ def _in_group(process: psutil.Process, group: int) -> bool:
     try:
         return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, psutil.Error):
-        return False  # it has ended by now
+        return False  # it has ended meanwhile
 
 
 def lives(mark: Mark | None) -> bool:
-    """Whether processes that a log's last mark tells of still run on this machine."""
+    """Whether processes of a log's last mark still run on this node."""
     return mark is not None and mark.group is not None and any(map(_trains, group_members(mark.group)))
 
 
 def _trains(process: psutil.Process) -> bool:
-    """Not another program, which got the number of a group that is no more."""
+    """Whether it is a process of this package; the number of an ended group may be in use by another program."""
     try:
         return any("hpcm_scale" in argument for argument in process.cmdline())
     except psutil.Error:
@@ -152,96 +153,99 @@ class Job:
 
     config: Config
     overrides: tuple[str, ...]
-    """The command line of `hpcm train` that gives this configuration by itself; empty for a branch, which has none."""
+    """Overrides of `hpcm train` for this run only; empty for a cooldown, which has none."""
 
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return run_directory(self.config)
+        return run_directory(self.config.run, self.config.model.name)
 
     @property
     def name(self) -> str:
-        """What the run is called among the others."""
+        """Name of the run folder."""
         return self.folder.name
 
     @property
     def log(self) -> Path:
-        """Where its processes write what they have to say."""
+        """Log of its processes."""
         return log_of(self.folder)
 
     @property
     def last_step(self) -> int:
-        """The step it is to be trained to."""
+        """The step at which training ends: train.stop_after or train.steps."""
         return self.config.train.stop_after or self.config.train.steps
 
     @property
     def reached(self) -> int:
-        """The step of its newest checkpoint; a journal need not have a line of that step."""
+        """Step of its newest checkpoint, which may be later than the last journal line."""
         return RunFolder(self.folder).checkpoints.reached()
 
 
 def make_job(config: Config, overrides: Sequence[str], swept: Sequence[str]) -> Job:
-    """Name a job that Hydra has composed from `overrides`; `swept` are the keys that the multirun varies."""
-    name_run(config, overrides, swept)
+    """A named job of the configuration that Hydra composed from `overrides`; `swept` are the keys that vary."""
+    name_run(config.run, overrides, swept)
     kept = [override for override in overrides if override.split("=")[0] not in ("run.dir", "run.sweep")]
-    kept += [f"run.{key}={quoted(value)}" for key, value in _named(config).items() if value is not None]
-    return Job(config, (*kept, "hydra.mode=RUN"))  # an experiment may ask for a multirun: this is one of its jobs
+    kept += [f"run.{key}={quoted(value)}" for key, value in _named(config.run).items() if value is not None]
+    return Job(config, (*kept, "hydra.mode=RUN"))  # overrides the multirun mode of an experiment
 
 
-def _named(config: Config) -> dict[str, str | None]:
-    return {"dir": config.run.dir, "sweep": config.run.sweep}
+def _named(run: RunConfig) -> dict[str, str | None]:
+    return {"dir": run.dir, "sweep": run.sweep}
 
 
 def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -> list[Job]:
-    """Those of the jobs that have not been trained to their end.
+    """The jobs that have training left.
 
-    Where they are trained `in_turn`, one may start from the weights of another before it. Raises UserError for what any
-    of them would be refused for when its `world_size` processes start: nothing has been started or written by then.
+    With `in_turn`, a job may start from the weights of an earlier one. Raises UserError for everything that a job would
+    be refused for at the start of its `world_size` processes; nothing has been started or written by then.
     """
     taken: dict[Path, Job] = {}
     for job in jobs:
         other = taken.setdefault(job.folder.absolute(), job)
-        if other is not job:
-            raise UserError(_clash(job, other))
+        if other is job:
+            continue
+        if job.config == other.config:
+            raise UserError(
+                "duplicate-job", "run.dir", f"the sweep trains {job.folder} twice; give each value only once"
+            )
+        raise UserError(
+            "shared-run-dir",
+            "run.dir",
+            f"two runs of the sweep share run.dir={job.folder}; omit run.dir (run.sweep=NAME puts the runs into "
+            "runs/NAME), or use the keys that differ in it, as in 'run.dir=runs/x/${model.name}_${train.seed}'",
+        )
     once = {"open_index": cache(load_index), "open_images": cache(ImageSet), "open_receiver": cache(receiver)}
     left: list[Job] = []
     for job in jobs:
         to_come = [other.folder.resolve() for other in left]
         try:
-            if not in_turn and origin_folder(job.config) in to_come:
+            if not in_turn and origin_folder(job.config.init_from) in to_come:
                 raise UserError(
-                    f"it starts from init_from={job.config.init_from}, which this command has yet to train; leave "
-                    "hydra/launcher out, so that one run follows the other"
+                    "init-from-unfinished-job",
+                    "init_from",
+                    f"it starts from init_from={job.config.init_from}, which this command trains too; omit "
+                    "hydra/launcher to train the runs in sequence",
                 )
             start = prepare(job.config, world_size, **once, to_come=to_come)
         except UserError as error:
-            raise UserError(_of(job, str(error))) from error
-        stopped = job.last_step <= start.resume.step < job.config.train.steps  # where train.stop_after asked for it
+            raise UserError(error.code, error.key, _with_folder(job, str(error))) from error
+        stopped = job.last_step <= start.resume.step < job.config.train.steps  # at train.stop_after
         if not (start.finished or stopped):
             left.append(job)
     return left
 
 
-def _clash(job: Job, other: Job) -> str:
-    if job.config == other.config:
-        return f"the sweep trains {job.folder} twice; give each value once"
-    return (
-        f"two runs of the sweep share run.dir={job.folder}; leave run.dir out (run.sweep=NAME puts the runs into "
-        "runs/NAME), or name in it the keys that differ, as in 'run.dir=runs/x/${model.name}_${train.seed}'"
-    )
-
-
-def _of(job: Job, refusal: str) -> str:
-    """A refusal of a job, with the job's folder, and with the way out where a sweep has chosen that folder."""
-    if str(job.folder) not in refusal:
-        refusal = f"{job.folder}: {refusal}"
+def _with_folder(job: Job, sentence: str) -> str:
+    """The sentence of a UserError with the job's folder and, if the sweep chose that folder, with another remedy."""
+    if str(job.folder) not in sentence:
+        sentence = f"{job.folder}: {sentence}"
     named = job.overrides and job.config.run.sweep and job.folder.parent == sweep_folder(job.config.run.sweep)
-    if named and "another run.dir" in refusal:
-        refusal += "; run.sweep=NAME puts the runs of this sweep into runs/NAME"
-    return refusal
+    if named and "another run.dir" in sentence:
+        sentence += "; run.sweep=NAME puts the runs of this sweep into runs/NAME"
+    return sentence
 
 
-# sweep.json beside the runs of a sweep: what belongs to it, also before it has begun.
+# sweep.json beside the runs of a sweep lists them, also those that have not started.
 
 
 FILE_NAME = "sweep.json"
@@ -249,30 +253,30 @@ FILE_NAME = "sweep.json"
 
 @dataclass(frozen=True)
 class Planned:
-    """A run as its configuration describes it."""
+    """A run according to its configuration."""
 
     model: str
     parameters: int | None
-    """None: the configuration is of another version and describes no model of this one."""
+    """None if this version cannot build the model."""
     lmbda: float
     steps: int
     overrides: tuple[str, ...] = ()
-    """What gives this run by itself, on the command line of `hpcm train`; empty for a branch."""
+    """`Job.overrides`."""
 
 
-def planned(config: dict[str, Any], overrides: Sequence[str] = ()) -> Planned:
-    """What a run's configuration says. Raises KeyError, TypeError or ValueError for what is no run's."""
+def planned(config: Any, overrides: Sequence[str] = ()) -> Planned:
+    """The plan of a run. Raises KeyError, TypeError or ValueError if `config` is not that of a run."""
     model, lmbda, steps = config["model"]["name"], config["objective"]["lmbda"], config["train"]["steps"]
     return Planned(str(model), _parameters(config), float(lmbda), int(steps), tuple(overrides))
 
 
 def plan_of(job: Job) -> Planned:
-    """What is planned for a job."""
+    """The plan of a job."""
     return planned(to_dict(job.config), job.overrides)
 
 
 def write_plans(jobs: Sequence[Job]) -> None:
-    """Add the jobs to the `sweep.json` of the folders that hold their run folders."""
+    """Add the jobs to sweep.json in the parents of their run folders."""
     for parent in dict.fromkeys(job.folder.parent for job in jobs):
         mine = [job for job in jobs if job.folder.parent == parent]
         runs = {name: asdict(plan) for name, plan in read_plan(parent).items()}
@@ -282,18 +286,22 @@ def write_plans(jobs: Sequence[Job]) -> None:
 
 
 def read_plan(folder: Path) -> dict[str, Planned]:
-    """The runs that belong to the sweep in `folder`, by name; empty where there is no plan."""
+    """The runs of sweep.json in `folder` by name; empty without the file. Raises UserError if it is malformed."""
     try:
         runs = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["runs"]
         return {name: Planned(**{**plan, "overrides": tuple(plan["overrides"])}) for name, plan in runs.items()}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / FILE_NAME} is damaged; remove it, the sweep's command writes it again") from error
+        raise UserError(
+            "malformed-sweep-json",
+            FILE_NAME,
+            f"{folder / FILE_NAME} is malformed; remove it and run the sweep's command again, which rewrites it",
+        ) from error
 
 
 def _parameters(config: dict[str, Any]) -> int | None:
     try:
-        return sum(parameters_by_part(config).values())
+        return parameters_of(config)
     except UserError:
         return None

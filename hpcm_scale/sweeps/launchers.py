@@ -1,15 +1,24 @@
-"""Hydra's launchers of sweeps: on this machine, and as jobs of Slurm."""
+"""Hydra's launchers of sweeps, `hydra/launcher=deepspeed` and `=slurm`, and its sweeper `hydra/sweeper=grids`.
+
+train.py imports this module before Hydra starts, which registers the plugins; heavy imports wait until one is used.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,88 +32,80 @@ from omegaconf import DictConfig, flag_override
 from hpcm_scale.config.compose import typed
 from hpcm_scale.config.sweeps import sweeper_grids, swept_keys
 from hpcm_scale.errors import UserError
+from hpcm_scale.files import write_text, writing
 from hpcm_scale.limits import PROCESSES, Range, check_numbers, number
-from hpcm_scale.model.ladder import sized
+from hpcm_scale.model.ladder import with_size
 
 if TYPE_CHECKING:
     from hpcm_scale.sweeps.jobs import Job
-import hashlib
-import re
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from hpcm_scale.files import write_text, writing
-from hpcm_scale.sweeps.jobs import MARK, Job, unfinished, write_plans
-
-# Hydra's plugins: `hydra/launcher=deepspeed`, `hydra/launcher=slurm` and `hydra/sweeper=grids`.
-#
-# Imported before Hydra starts, this module makes them known; heavy imports wait until one of them is used.
-
 
 PLUGIN_MODULE = "hydra_plugins.hpcm_scale"
-"""Hydra takes plugins only from modules below `hydra_plugins`: this one goes by such a name, too."""
-# Not imported: looking for plugins, Hydra runs their modules again, and classes imported before are not its own.
-_BasicSweeper = Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
+"""Second name of this module: Hydra accepts plugins only from modules below `hydra_plugins`."""
+# Not imported: Hydra executes the modules of its plugins again, so that imported classes would not be its own.
+_BasicSweeper = cast(
+    Any, Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"]
+)
 _GRACE = Range(least=0, most=65_535)
-"""Seconds, as many as Slurm takes."""
+"""Seconds, within the range of Slurm."""
 
 
 @dataclass
 class DeepSpeedOptions:
-    """`hydra.launcher.…` of the launcher `deepspeed`: several runs at a time on this machine."""
+    """`hydra.launcher.…` of the launcher `deepspeed`: concurrent runs on this node."""
 
     _target_: str = f"{PLUGIN_MODULE}.DeepSpeedLauncher"
     gpus_per_job: int = number(1, PROCESSES)
-    """GPUs of each run; on a machine without any, its processes."""
+    """GPUs of each run; on a node without GPUs, processes of each run."""
     gpus: list[int] | None = number(None, Range(least=0, most=1023))
-    """The GPUs to use, by number; unset: all that CUDA_VISIBLE_DEVICES leaves."""
+    """Indices of the GPUs to use; default: those in CUDA_VISIBLE_DEVICES, or all."""
     jobs_at_once: int | None = number(None, PROCESSES)
-    """Runs at a time; unset: as many as there are GPUs, or else processor cores, for."""
+    """Concurrent runs; default: as many as fit on the GPUs, or else on the processor cores."""
     grace: float = number(600.0, _GRACE)
-    """Seconds that a run has to write its checkpoint when it is asked to stop."""
+    """Seconds for the checkpoint of a run that is stopped; then it is killed."""
 
 
 @dataclass
 class SlurmOptions:
-    """`hydra.launcher.…` of the launcher `slurm`: one batch job a run."""
+    """`hydra.launcher.…` of the launcher `slurm`: one batch job per run."""
 
     _target_: str = f"{PLUGIN_MODULE}.SlurmLauncher"
     nodes: int = number(1, Range(least=1, most=100_000))
-    """Machines of each run."""
+    """Nodes of each run."""
     gpus_per_node: int = number(8, Range(least=0, most=1024))
-    """GPUs, and processes, of each run on each machine; 0: one process without a GPU."""
+    """GPUs and processes of each run on each node; 0: one process without a GPU."""
     cpus_per_task: int = number(8, Range(least=1, most=1024))
     """Processor cores of each process."""
     time: str = "24:00:00"
-    """Longest time before a run goes back into the queue, as Slurm writes it."""
+    """Time limit of a job, in Slurm's format; an unfinished run is requeued."""
     grace: int = number(600, _GRACE)
-    """Seconds before that at which it is asked to write its checkpoint."""
+    """Seconds before the time limit at which the run writes its checkpoint."""
     partition: str | None = None
     account: str | None = None
     options: list[str] = field(default_factory=list)
-    """More options of sbatch, such as ['--qos=long','--exclude=node7']."""
+    """Further options of sbatch, such as ['--qos=long','--exclude=node7']."""
     setup: list[str] = field(default_factory=list)
-    """Lines of shell before training, such as ['module load cuda']."""
+    """Shell commands before training, such as ['module load cuda']."""
     submit: bool = True
-    """False: only write the scripts."""
+    """False: write the scripts only."""
 
 
 class _JobsLauncher(Launcher):
-    """A launcher of whole runs: Hydra's overrides in, jobs out."""
+    """A launcher that turns Hydra's overrides into jobs."""
+
+    options: DeepSpeedOptions | SlurmOptions
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra."""
         self._context, self._config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Called by Hydra with the overrides of each job. Ends the program with another code than 0 unless all goes
-        well; raises UserError before anything is started."""
+        """Called by Hydra with the overrides of each job. Raises SystemExit unless all jobs succeed, and UserError
+        before anything is started."""
         if "RANK" in os.environ:
             raise UserError(
-                "hydra/launcher starts processes of its own; type `python -m hpcm_scale.train -m …`, without deepspeed"
+                "launcher-inside-launcher",
+                "hydra/launcher",
+                "hydra/launcher starts the processes itself; run `python -m hpcm_scale.train -m …` without deepspeed",
             )
         check_numbers(self.options, "hydra.launcher.")
         from hpcm_scale.sweeps.jobs import make_job
@@ -117,7 +118,7 @@ class _JobsLauncher(Launcher):
             composed = load(self._config, list(overrides))
             with flag_override(composed, ["struct", "readonly"], False):
                 del composed["hydra"]
-            jobs.append(make_job(typed(composed, sized), list(overrides), swept))
+            jobs.append(make_job(typed(with_size(composed)), list(overrides), swept))
         code = self.train(jobs)
         if code:
             raise SystemExit(code)
@@ -125,23 +126,24 @@ class _JobsLauncher(Launcher):
 
     @abstractmethod
     def train(self, jobs: Sequence[Job]) -> int:
-        """Train the jobs, or have them trained; returns the exit code."""
+        """Train or submit the jobs; returns the exit code."""
 
 
 class DeepSpeedLauncher(_JobsLauncher):
-    """Several runs at a time on this machine, each by a `deepspeed` of its own."""
+    """Concurrent runs on this node, each started by `deepspeed`."""
 
     __module__ = PLUGIN_MODULE
+    options: DeepSpeedOptions
 
     def __init__(self, **options: Any) -> None:
         self.options = DeepSpeedOptions(**options)
 
     def train(self, jobs: Sequence[Job]) -> int:
-        """Train the jobs; prints a table at the end."""
+        """Train the jobs and print a table; returns the exit code."""
         from hpcm_scale.data.processes import available_cores
         from hpcm_scale.sweeps.jobs import unfinished, write_plans
         from hpcm_scale.sweeps.local import AtOnce, shares, visible_gpus
-        from hpcm_scale.sweeps.table import summary
+        from hpcm_scale.sweeps.status import summary
 
         options = self.options
         gpus = visible_gpus() if options.gpus is None else list(options.gpus)
@@ -155,22 +157,22 @@ class DeepSpeedLauncher(_JobsLauncher):
 
 
 class SlurmLauncher(_JobsLauncher):
-    """One batch job a run, submitted to Slurm."""
+    """One Slurm job per run."""
 
     __module__ = PLUGIN_MODULE
+    options: SlurmOptions
 
     def __init__(self, **options: Any) -> None:
         self.options = SlurmOptions(**options)
 
     def train(self, jobs: Sequence[Job]) -> int:
-        """Write and submit the scripts."""
-
+        """Write and submit the scripts; returns the exit code."""
         submit(jobs, self.options)
         return 0
 
 
 class GridSweeper(_BasicSweeper):
-    """The runs of several grids (conf/hydra/sweeper/grids.yaml), each run once."""
+    """The distinct runs of several grids (conf/hydra/sweeper/grids.yaml)."""
 
     __module__ = PLUGIN_MODULE
 
@@ -179,7 +181,7 @@ class GridSweeper(_BasicSweeper):
         self._grids = grids
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """Batches of the jobs' overrides; what the command line says of a key replaces what a grid says."""
+        """Batches of the jobs' overrides; values on the command line replace those of a grid."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs: dict[tuple[str, ...], None] = {}
         for grid in self._grids or [{}]:
@@ -189,11 +191,11 @@ class GridSweeper(_BasicSweeper):
         return list(super().split_overrides_to_chunks([list(job) for job in jobs], max_batch_size))
 
 
-def _make_known() -> None:
+def _register() -> None:
     name, _, last = PLUGIN_MODULE.rpartition(".")
     try:
         parent = import_module(name)
-    except ImportError:  # no other plugin is installed
+    except ImportError:  # no plugin is installed
         parent = sys.modules[name] = ModuleType(name)
         parent.__path__ = []
     sys.modules[PLUGIN_MODULE] = sys.modules[__name__]
@@ -205,14 +207,14 @@ def _make_known() -> None:
     store(group="hydra/launcher", name="slurm", node=SlurmOptions, provider="hpcm_scale")
 
 
-_make_known()
+_register()
 
 
-# Trains the jobs of a sweep under Slurm, one batch job a run.
+# Slurm: one batch job per run.
 
 
 _BODY = r"""
-# Preempted, or before its time is up, the run writes a checkpoint, goes back into the queue and goes on from there.
+# Before its time limit or when preempted, the run writes a checkpoint and is requeued; the next start resumes it.
 set -euo pipefail
 cd -- @FOLDER@
 echo "@MARK@started in Slurm job $SLURM_JOB_ID"
@@ -224,13 +226,10 @@ under_slurm @PYTHON@ -m hpcm_scale.train @OVERRIDES@
 """
 
 
-def world_size(options: SlurmOptions) -> int:
-    """Processes of each run."""
-    return options.nodes * max(1, options.gpus_per_node)
-
-
 def script(job: Job, options: SlurmOptions) -> str:
-    """The batch script of a job: Slurm's options at its top, to be edited, then the same training as anywhere."""
+    """The batch script of a job: options of sbatch, then the training command."""
+    from hpcm_scale.sweeps.jobs import MARK
+
     parts = {
         "FOLDER": shlex.quote(str(Path.cwd())),
         "MARK": MARK,
@@ -248,7 +247,7 @@ def script(job: Job, options: SlurmOptions) -> str:
 def _header(job: Job, options: SlurmOptions) -> list[str]:
     lines = [
         f"--job-name={_job_name(job)}",
-        "--dependency=singleton",  # submitted twice, the second waits for the first and finds its work done
+        "--dependency=singleton",  # a second submission waits for the first
         f"--nodes={options.nodes}",
         f"--ntasks-per-node={max(1, options.gpus_per_node)}",
         f"--cpus-per-task={options.cpus_per_task}",
@@ -265,7 +264,7 @@ def _header(job: Job, options: SlurmOptions) -> list[str]:
 
 
 def _job_name(job: Job) -> str:
-    """The same for every submission of a run, and for no other run."""
+    """A name unique to the run, the same in every submission."""
     digest = hashlib.sha256(os.fsencode(job.folder.absolute())).hexdigest()
     return f"hpcm_{re.sub('[^a-zA-Z0-9.=_-]', '_', job.name)}_{digest[:8]}"
 
@@ -273,17 +272,23 @@ def _job_name(job: Job) -> str:
 def submit(jobs: Sequence[Job], options: SlurmOptions) -> None:
     """Write the script of each unfinished job beside its run folder, and submit it unless it is in the queue.
 
-    Raises UserError if a job would be refused when it starts, or Slurm cannot be asked; nothing is submitted then.
+    Raises UserError, before anything is submitted, if a job would be refused at its start or sbatch is missing; later
+    if sbatch fails.
     """
-    left = unfinished(jobs, world_size(options))
+    from hpcm_scale.sweeps.jobs import unfinished, write_plans
+
+    left = unfinished(jobs, options.nodes * max(1, options.gpus_per_node))
     if options.submit and shutil.which("sbatch") is None:
         raise UserError(
-            "there is no sbatch on this machine; type this where Slurm is, or add hydra.launcher.submit=false"
+            "no-sbatch",
+            "hydra.launcher.submit",
+            "sbatch is not installed on this node; run the command on a node with Slurm, or add "
+            "hydra.launcher.submit=false",
         )
     write_plans(jobs)
     for job in jobs:
         if job not in left:
-            print(f"{job.folder}: finished already")
+            print(f"{job.folder}: already finished")
             continue
         path = job.folder.with_name(job.name + ".sbatch")
         with writing(path):
@@ -292,13 +297,13 @@ def submit(jobs: Sequence[Job], options: SlurmOptions) -> None:
         if not options.submit:
             print(f"{job.folder}: sbatch {shlex.quote(str(path))}")
         elif queued:
-            print(f"{job.folder}: in the queue already, as Slurm job {queued}")
+            print(f"{job.folder}: already in the queue as Slurm job {queued}")
         else:
             print(f"{job.folder}: Slurm job {_sbatch(job, path)}, log: {job.log}", flush=True)
 
 
 def _queued(job: Job) -> str | None:
-    """The number of the Slurm job that trains this run, or waits to."""
+    """Id of the Slurm job of this run, pending or running; None without one."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--me", "--noheader", "--format=%i", f"--name={_job_name(job)}"]
@@ -307,10 +312,17 @@ def _queued(job: Job) -> str | None:
 
 
 def _sbatch(job: Job, path: Path) -> str:
+    """Submit a script; returns the id of the Slurm job."""
+    from hpcm_scale.sweeps.jobs import MARK
+
     with job.log.open("a", encoding="utf-8") as log:
         log.write(f"{MARK}submitted to Slurm\n")
     answer = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if answer.returncode:
-        said = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
-        raise UserError(f"sbatch refuses {path} ({said}); mend hydra.launcher.…, and type the same command again")
+        reason = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
+        raise UserError(
+            "sbatch-failure",
+            "hydra.launcher",
+            f"sbatch failed on {path} ({reason}); correct hydra.launcher.… and run the same command again",
+        )
     return answer.stdout.split(";")[0].strip()

@@ -1,4 +1,4 @@
-"""A sweep's runs side by side on the devices of this machine."""
+"""Runs of a sweep on this node: concurrently on its devices, or in sequence in this process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -21,29 +22,29 @@ from types import FrameType
 import psutil
 from rich.live import Live
 
-from hpcm_scale.devices import cpu_is_asked_for, device_count
-from hpcm_scale.errors import UserError
-from hpcm_scale.sweeps.jobs import Job, ended, group_members, plan_of, started, starting
-from hpcm_scale.sweeps.state import Follower, RunState
-from hpcm_scale.sweeps.table import at_end, console, sentence, table
+from hpcm_scale.devices import cpu_is_requested, device_count
+from hpcm_scale.distributed import processes
+from hpcm_scale.errors import STOPPED, UserError, is_first_process
+from hpcm_scale.sweeps.jobs import Job, ended, group_members, plan_of, started, starting, unfinished, write_plans
+from hpcm_scale.sweeps.status import Follower, RunState, at_end, console, sentence, summary, table
 
-# Which devices there are, and how the jobs of a sweep share them.
+# Devices and their division among concurrent jobs.
 
 
 PORTS = range(20000, 30000)
-"""Where processes of a job meet: below the ports that systems hand out by themselves."""
+"""Rendezvous ports, below the ephemeral ports of the system."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one job at a time runs on."""
+    """Devices of one job at a time."""
 
     processes: int
     gpus: tuple[int, ...]
-    """Empty: the CPU."""
+    """Indices; empty for the CPU."""
 
     def arguments(self) -> list[str]:
-        """What tells `deepspeed` so."""
+        """Arguments of `deepspeed`."""
         if self.gpus:
             return ["--include", f"localhost:{','.join(map(str, self.gpus))}"]
         return ["--num_gpus", str(self.processes)]
@@ -55,41 +56,55 @@ class Share:
 
 
 def visible_gpus() -> list[int]:
-    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, by their numbers on the machine.
+    """Indices of the GPUs in CUDA_VISIBLE_DEVICES, or of all; empty if DS_ACCELERATOR=cpu.
 
-    None if DS_ACCELERATOR=cpu. Raises UserError for names in place of numbers, and as `device_kind` does.
+    Raises UserError for names instead of indices, and as `devices.device_count` does.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or cpu_is_asked_for():
+    if visible is None or cpu_is_requested():
         return list(range(device_count()))
     try:
         return [number for number in map(int, filter(None, visible.split(","))) if number >= 0]
     except ValueError:
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES={visible} names devices in a way that deepspeed does not take; use their numbers"
+            "device-names",
+            "CUDA_VISIBLE_DEVICES",
+            f"deepspeed does not accept the device names in CUDA_VISIBLE_DEVICES={visible}; use indices",
         ) from None
 
 
 def shares(gpus: Sequence[int], per_job: int, at_once: int | None, cores: int) -> list[Share]:
-    """Disjoint parts of the machine, as many as jobs run at a time.
+    """Disjoint parts of the node, one per concurrent job.
 
-    `gpus` may be empty: then each job has `per_job` processes on the CPU, and `at_once` tells how many jobs; unset,
-    as many as `cores` give each process one. Raises UserError for more than the machine has.
+    Args:
+        gpus: indices; empty for the CPU.
+        per_job: GPUs, or processes on the CPU, of each job.
+        at_once: concurrent jobs; None for as many as fit on the GPUs, or as `cores` allow with one per process.
+        cores: processor cores.
+
+    Raises:
+        UserError: a GPU is listed twice, or there are too few.
     """
     if len(set(gpus)) < len(gpus):
-        raise UserError(f"hydra.launcher.gpus={list(gpus)} names a GPU twice; name each once")
+        raise UserError(
+            "duplicate-gpu", "hydra.launcher.gpus", f"hydra.launcher.gpus={list(gpus)} lists a GPU twice; remove it"
+        )
     if not gpus:
         return [Share(per_job, ())] * (at_once or max(1, cores // per_job))
     room = len(gpus) // per_job
     if per_job * (at_once or 1) > len(gpus):
         wanted = f"hydra.launcher.gpus_per_job={per_job}" + (f" × jobs_at_once={at_once}" if at_once else "")
-        raise UserError(f"{wanted} is more than the {len(gpus)} GPUs there are; ask for fewer")
+        raise UserError(
+            "too-few-gpus",
+            "hydra.launcher.gpus_per_job",
+            f"{wanted} is more than the {len(gpus)} GPUs of this node; lower it",
+        )
     starts = range(0, per_job * (at_once or room), per_job)
     return [Share(per_job, tuple(gpus[start : start + per_job])) for start in starts]
 
 
 def free_port(taken: Collection[int]) -> int:
-    """A port of this machine that nobody listens on, none of those in `taken`."""
+    """A free port of this node that is not in `taken`. Raises UserError if there is none."""
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         if port in taken:
             continue
@@ -99,21 +114,25 @@ def free_port(taken: Collection[int]) -> int:
             except OSError:
                 continue
         return port
-    raise UserError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on this machine; end what takes them")
+    raise UserError(
+        "no-free-port",
+        "",
+        f"no port from {PORTS.start} to {PORTS.stop - 1} is free on this node; stop the processes that use them",
+    )
 
 
-# The processes of one job: one `deepspeed` in a session of its own, which ends as a whole.
+# The processes of one job: `deepspeed` in its own session.
 
 
 _LAUNCHER = "deepspeed.launcher."
-"""In the command line of DeepSpeed's own two processes of a job."""
+"""Part of the command line of DeepSpeed's own two processes of a job."""
 
 
 class JobProcess:
-    """Starts `command`; what its processes say is appended to `log`.
+    """Starts `command` with its output appended to `log`.
 
-    Asked to end, they have `grace` seconds before they are killed. Raises BlockingIOError where processes that
-    another call started write this log still.
+    After `stop`, its processes have `grace` seconds before they are killed. Raises BlockingIOError if processes of
+    another command still write this log.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str], grace: float) -> None:
@@ -127,7 +146,7 @@ class JobProcess:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for us, who ask it to stop in good order
+            start_new_session=True,  # Ctrl-C reaches this process only, which stops the job
         )
         self._log.write(started(self._process.pid).encode())
         self._grace = grace
@@ -141,8 +160,8 @@ class JobProcess:
             self._kill()
         if code is None:
             return None
-        if group_members(self._process.pid):  # deepspeed itself was ended from outside: so is what it started
-            if self._asked is None:  # asked again, training ends without a checkpoint
+        if group_members(self._process.pid):  # deepspeed was killed from outside: its processes are stopped, too
+            if self._asked is None:  # a second signal would end training without a checkpoint
                 self._ask()
             return None
         if not self._log.closed:
@@ -151,17 +170,17 @@ class JobProcess:
         return code
 
     def stop(self) -> None:
-        """Ask the training processes to leave a checkpoint and end."""
+        """Stop the training processes, which write a checkpoint."""
         self._stopping = True
         self._ask()
 
     def kill(self) -> None:
-        """End all of the job's processes at once."""
+        """Kill all processes of the job."""
         self._stopping = True
         self._kill()
 
     def _lock(self) -> None:
-        """The lock on the log is this job's as long as any of its processes lives: they all inherit it."""
+        """Lock the log until the last process of the job has ended; all of them inherit the lock."""
         try:
             fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -171,9 +190,9 @@ class JobProcess:
             pass  # a file system without locks
 
     def _ask(self) -> None:
-        """SIGTERM to the training processes; DeepSpeed's own two then end with them.
+        """Send SIGTERM to the training processes; DeepSpeed's own two end with them.
 
-        Sent to DeepSpeed's launcher, it would have it kill after 30 s what still writes a checkpoint.
+        On SIGTERM, DeepSpeed's launcher would kill processes that still write a checkpoint after 30 s.
         """
         self._asked = self._asked or time.monotonic()
         members = group_members(self._process.pid)
@@ -194,13 +213,13 @@ def _is_launcher(process: psutil.Process) -> bool:
         return False
 
 
-# Trains the jobs of a sweep, several at a time on disjoint devices, each by a `deepspeed` of its own.
+# Concurrent jobs on disjoint devices, each started by `deepspeed`.
 
 
 POLL_SECONDS = 0.2
 DRAW_SECONDS = 1.0
 ONCE_SECONDS = 1.0
-"""Signals so close together are one: a terminal that closes sends several."""
+"""Signals within this time count as one: a terminal that closes sends several."""
 
 
 @dataclass
@@ -210,11 +229,11 @@ class _Running:
     port: int
     process: JobProcess
     extensions: str
-    """Where torch builds what this job needs: a build cut short would block others in a common place."""
+    """Build folder of torch extensions: an interrupted build in a common folder would block other jobs."""
 
 
 class AtOnce:
-    """One call of a sweep: `train` starts a job wherever a share of the machine is free, until all have ended."""
+    """Trains jobs on shares of the node; a job starts as soon as a share is free."""
 
     def __init__(self, jobs: Sequence[Job], shares: Sequence[Share], cores: int, grace: float) -> None:
         self._waiting = list(jobs)
@@ -224,10 +243,10 @@ class AtOnce:
         self._running: dict[Path, _Running] = {}
         self._followers = {job.folder: Follower(job.folder, plan_of(job)) for job in jobs}
         self._signals: list[tuple[int, float]] = []
-        self._obeyed = 0
+        self._handled = 0
 
     def train(self) -> int | None:
-        """Train all; returns the number of the signal that ended it at once, None if there was none."""
+        """Train all jobs; returns the number of the second signal, which kills them, or None."""
         on_terminal = sys.stderr.isatty()
         screen = Live(console=console(stderr=True), auto_refresh=False, transient=True)
         drawn = 0.0
@@ -235,13 +254,13 @@ class AtOnce:
             while self._running or (self._waiting and not self._signals):
                 while self._waiting and self._free and not self._signals:
                     self._start(self._waiting.pop(0))
-                self._obey()
+                self._handle_signals()
                 self._collect()
                 if on_terminal and time.monotonic() > drawn + DRAW_SECONDS:
                     screen.update(table(self._states(), self._stopping()), refresh=True)
                     drawn = time.monotonic()
                 time.sleep(POLL_SECONDS)
-        return self._signals[1][0] if self._obeyed > 1 else None
+        return self._signals[1][0] if self._handled > 1 else None
 
     def _start(self, job: Job) -> None:
         share = self._free[0]
@@ -249,24 +268,24 @@ class AtOnce:
         extensions = tempfile.mkdtemp(prefix="hpcm_torch_extensions_")
         environment = os.environ | {"TORCH_EXTENSIONS_DIR": extensions}
         if share.gpus:
-            environment.pop("CUDA_VISIBLE_DEVICES", None)  # deepspeed counts all GPUs of the machine
+            environment.pop("CUDA_VISIBLE_DEVICES", None)  # deepspeed numbers all GPUs of the node
         else:
             environment = {"OMP_NUM_THREADS": str(self._threads), "DS_ACCELERATOR": "cpu"} | environment
-        # No regular file: a list of other machines that may lie in its usual place is not for these jobs.
+        # No hostfile: one in its default place is not for these jobs.
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", os.devnull]
         where = [*share.arguments(), "--master_port", str(port), "--module", "hpcm_scale.train"]
         try:
             process = JobProcess([*launcher, *where, *job.overrides], job.log, environment, self._grace)
         except BlockingIOError:
             shutil.rmtree(extensions)
-            _tell(f"{job.folder} is being trained by processes of another call, and left to them: {job.log}")
+            _tell(f"{job.folder} is being trained by another command and is skipped here; log: {job.log}")
             return
         self._free.remove(share)
         self._running[job.folder] = _Running(job, share, port, process, extensions)
         _tell(f"{job.folder}: started on {share}; log: {job.log}")
 
     def _collect(self) -> None:
-        """Take leave of the jobs that have ended."""
+        """Report the jobs that have ended and free their shares."""
         for folder, running in list(self._running.items()):
             if running.process.poll() is not None:
                 del self._running[folder]
@@ -274,13 +293,13 @@ class AtOnce:
                 shutil.rmtree(running.extensions, ignore_errors=True)
                 _tell(sentence(running.job, at_end(running.job, self._followers[folder].look())))
 
-    def _obey(self) -> None:
-        """Asked to stop, end the jobs in good order; asked again, at once."""
-        if len(self._signals) == self._obeyed:
+    def _handle_signals(self) -> None:
+        """Stop the jobs at the first signal and kill them at the second."""
+        if len(self._signals) == self._handled:
             return
-        self._obeyed = len(self._signals)
+        self._handled = len(self._signals)
         for running in self._running.values():
-            if self._obeyed == 1:
+            if self._handled == 1:
                 running.process.stop()
             else:
                 running.process.kill()
@@ -289,10 +308,10 @@ class AtOnce:
     def _stopping(self) -> str:
         if not self._signals:
             return ""
-        return "stopping: " + ("the runs leave a checkpoint; Ctrl-C again: at once" if self._obeyed == 1 else "at once")
+        return "killing the runs" if self._handled > 1 else "stopping: runs write a checkpoint; Ctrl-C again kills them"
 
     def _states(self) -> list[RunState]:
-        """How far the jobs are, by their files and by what only the one who starts their processes knows."""
+        """States of the jobs, from their files and from the processes started here."""
         waiting = {job.folder for job in self._waiting}
         states = []
         for folder, follower in self._followers.items():
@@ -306,7 +325,7 @@ class AtOnce:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Note Ctrl-C, SIGTERM and the end of the terminal, but for what is ignored (nohup)."""
+        """Record SIGINT, SIGTERM and SIGHUP, except ignored ones (nohup)."""
 
         def note(number: int, frame: FrameType | None) -> None:
             now = time.monotonic()
@@ -325,6 +344,51 @@ class AtOnce:
 
 
 def _tell(text: str) -> None:
-    """A line where no terminal shows the table."""
+    """Print a line unless a terminal shows the table."""
     if not sys.stderr.isatty():
         print(text, flush=True)
+
+
+# Jobs one after the other, in this process and those launched with it.
+
+
+def train_in_turn(jobs: Sequence[Job]) -> int:
+    """Train the jobs one after the other, also after a failure; returns the exit code.
+
+    Raises UserError, before the first job starts, for everything that a job would be refused for. With several
+    processes, an error that is not raised by all of them is raised at once, since they could not continue together.
+    """
+    from hpcm_scale.training.run import run
+
+    world_size = processes.world_size()
+    left = unfinished(jobs, world_size, in_turn=True)
+    if is_first_process():
+        write_plans(jobs)
+    failures: dict[Path, str] = {}
+    stopped = False
+    for job in left:
+        try:
+            done, asked = run(job.config)
+        except Exception as error:
+            common = isinstance(error, UserError) and not error.local
+            if world_size > 1 and not common:
+                raise
+            failures[job.folder] = _report(job, error)
+            continue
+        stopped = asked and not (done and job is left[-1])
+        if stopped:
+            break
+    code = summary(jobs, left, failures) if is_first_process() else 0
+    if failures:
+        return 1
+    return STOPPED if stopped else code
+
+
+def _report(job: Job, error: Exception) -> str:
+    """Print an error of a job; returns it in one line."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error, file=sys.stderr)
+    line = " ".join(str(error).split()) or type(error).__name__
+    if is_first_process():
+        sys.stderr.write(f"hpcm: {job.folder}: {line}\n")
+    return line

@@ -1,1 +1,1 @@
-"""What a run tells while it trains: the journal, its view in wandb, progress bars, its environment."""
+"""Tracking: the journal, its wandb view, progress bars and the environment of a run."""

@@ -1,4 +1,4 @@
-"""What a run ran on: written to the run folder so that its numbers can be understood later."""
+"""Software and hardware of a run, recorded in its run folder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "wandb", "hydra-co
 def environment() -> dict[str, Any]:
     """Versions, git commit, command line and hardware, as plain JSON values.
 
-    Holds no environment variables, no user name and no secret of a URL; the home folder is written as `~`. `git`
-    is None unless the package is run from a git checkout; `dirty` tells of changes to tracked files.
+    Contains no environment variables, user names or secrets in URLs; the home folder is written as `~`. `git` is None
+    unless the package runs from a git checkout; `dirty`: tracked files have changes.
     """
     return {
         "python": platform.python_version(),
@@ -46,7 +46,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit and state of the checkout that tracks this very package (not of one that surrounds it)."""
+    """Commit and state of the checkout that tracks this package; a checkout around it does not count."""
     package = Path(__file__).resolve().parents[1]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
@@ -79,6 +79,6 @@ def _cpu_model() -> str:
 
 
 def _gpus() -> list[str]:
-    import torch  # here, not above: reading a journal should not wait for torch
+    import torch  # slow to import, and not needed to read a journal
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

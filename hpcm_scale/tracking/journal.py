@@ -1,6 +1,6 @@
-"""The journal of a run: one JSON object a line, appended whole, readable while the run lives or is dead.
+"""The journal of a run: one JSON object per line, append-only, readable at any time.
 
-It is the truth about a run; wandb and the figures are views of it.
+It is the record of a run; wandb and the figures are views of it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.files import whole_file
+from hpcm_scale.files import atomic_file
 
 FILE_NAME = "metrics.jsonl"
 REQUIRED = ("step", "time", "train/images", "compute/pflops")
-"""On every line: optimizer step, seconds of training, images seen, cumulative model PFLOPs (1e15)."""
+"""Keys of every line: optimizer step, training seconds, images, cumulative model PFLOPs (1e15)."""
 
 
 class Journal:
-    """Appends records to `path` (`metrics.jsonl` in the run folder); only the first process holds one.
+    """Appends records to `path` (`metrics.jsonl` in the run folder), on rank 0 only.
 
     Call `resume` before the first `append`, also when training starts from step 0.
     """
@@ -37,8 +37,11 @@ class Journal:
         self._lock = Lock()  # a checkpoint's thread syncs what the training loop appends
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one line. Numbers keep full precision (tensor and numpy scalars are taken as numbers);
-        NaN and infinities become null. Where the disk is full, lines wait in memory and are tried again next time."""
+        """Append one line.
+
+        Numbers, also of tensor and numpy scalars, keep full precision; NaN and infinities become null. While the disk
+        is full, lines are kept in memory and written at the next call.
+        """
         missing = [key for key in REQUIRED if key not in record]
         assert not missing, f"a journal line needs {', '.join(missing)}"
         values = {key: _plain(value) for key, value in record.items()}
@@ -50,12 +53,12 @@ class Journal:
 
     @property
     def waiting(self) -> int:
-        """Lines that could not be written yet."""
+        """Number of lines that are not written yet."""
         return len(self._waiting)
 
     def _write_waiting(self) -> None:
-        # One write of one line to a file opened with O_APPEND: a reader never sees lines mixed, and a
-        # killed process leaves at most its last line torn.
+        # One write per line to a file opened with O_APPEND: lines never mix, and a killed process leaves at most its
+        # last line incomplete.
         while self._waiting:
             end = os.fstat(self._descriptor).st_size
             if os.write(self._descriptor, self._waiting[0]) < len(self._waiting[0]):
@@ -64,12 +67,12 @@ class Journal:
             del self._waiting[0]
 
     def resume(self, step: int, *, unevaluated: bool = False) -> None:
-        """Go back to the checkpoint of `step`: drop a torn last line and every line of a later step.
+        """Go back to the checkpoint of `step`: drop an incomplete last line and all lines of later steps.
 
-        `unevaluated`: the checkpoint was written before the evaluation of its step, which is dropped, too.
+        `unevaluated`: the checkpoint was written before the evaluation of its step, whose line is dropped, too.
         """
         with (
-            whole_file(self.path) as unfinished,
+            atomic_file(self.path) as unfinished,
             unfinished.open("wb") as kept,
             self.path.open("rb") as journal,
         ):
@@ -81,16 +84,13 @@ class Journal:
         self._descriptor = self._open()
 
     def sync(self) -> None:
-        """Make all lines survive a power cut; called before a checkpoint is marked complete.
-
-        Raises OSError if it cannot, for a full disk among other reasons.
-        """
+        """Flush all lines to disk, before a checkpoint is marked complete. Raises OSError, e.g. for a full disk."""
         with self._lock:
             self._write_waiting()
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Sync and close; the journal cannot be appended to afterwards. Raises OSError if lines are lost by that."""
+        """Sync and close. Raises OSError if lines are lost."""
         try:
             self.sync()
         finally:
@@ -101,21 +101,23 @@ class Journal:
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a journal, in order; a torn last line of a living or dead run is left out.
+    """All complete lines of a journal, in order; an incomplete last line is ignored.
 
-    Raises UserError when there is no journal or a line is not a JSON object.
+    Raises UserError if there is no journal or a line is not JSON.
     """
     try:
         with Path(path).open("rb") as journal:
             return list(new_records(journal))
     except FileNotFoundError:
-        raise UserError(f"there is no journal at {path}; name a run folder that holds {FILE_NAME}") from None
+        raise UserError(
+            "no-journal", "", f"there is no journal at {path}; give a run folder with a {FILE_NAME}"
+        ) from None
 
 
 def new_records(journal: BinaryIO) -> Iterator[dict[str, Any]]:
-    """Records from the current position of a journal opened for reading to its last whole line.
+    """Records from the current position of an open journal to its last complete line.
 
-    Called again on the same file it goes on where it stopped: so a living journal is followed.
+    Call it again to read the lines appended since. Raises UserError for a line that is not JSON.
     """
     for line in _whole_lines(journal):
         yield _parsed(line, journal)
@@ -131,8 +133,11 @@ def _parsed(line: bytes, journal: BinaryIO) -> dict[str, Any]:
     try:
         return json.loads(line)
     except ValueError:
-        place = f"{journal.name} before byte {journal.tell()}"
-        raise UserError(f"{place} holds a line that is not JSON; remove the line") from None
+        raise UserError(
+            "damaged-journal",
+            "",
+            f"{journal.name} has a line before byte {journal.tell()} that is not JSON; remove the line",
+        ) from None
 
 
 def _plain(value: Any) -> Any:

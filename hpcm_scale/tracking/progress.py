@@ -1,4 +1,4 @@
-"""Progress of the first process: a bar on a terminal, a line now and then in a pipe or a log."""
+"""Progress of rank 0: a bar on a terminal, periodic lines in a pipe or a log file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tqdm import tqdm
 from hpcm_scale.errors import is_first_process
 
 PRINT_SECONDS = 30.0
-"""Between two lines."""
-_UNDER_WAY = "{desc}: {n_fmt}/{total_fmt} {unit}s, {rate_fmt}, {remaining} left"
+"""Interval between lines."""
+_RUNNING = "{desc}: {n_fmt}/{total_fmt} {unit}s, {rate_fmt}, {remaining} left"
 _DONE = "{desc}: {n_fmt}/{total_fmt} {unit}s in {elapsed}"
 
 
@@ -27,11 +27,14 @@ def progress(
     text: Callable[[], str] | None = None,
     report: bool = False,
 ) -> tqdm:
-    """A bar on stderr with rate and time left; where stderr is no terminal, a line every `seconds`.
+    """A tqdm bar on stderr; if stderr is not a terminal, a line every `seconds`. Silent on other ranks.
 
-    Iterate over it, or call its `update(n)`; `initial` is where a resumed count starts. Silent on other processes.
-    What takes less than `seconds` has no line, unless it is to `report` its end. `text` is asked for what a line says,
-    in place of count, rate and time left.
+    Iterate over it, or call `update(n)`.
+
+    Args:
+        initial: start of a resumed count.
+        text: returns the text of a line, instead of count, rate and time left.
+        report: print a last line also if the work took less than `seconds`.
     """
     common = {"total": total, "initial": initial, "desc": description, "unit": unit, "file": sys.stderr}
     if not is_first_process():
@@ -42,15 +45,15 @@ def progress(
 
 
 class _Lines(tqdm):
-    """Writes whole lines; nothing is overwritten."""
+    """A bar that writes whole lines and overwrites nothing."""
 
-    monitor_interval = 0  # no thread: each update looks at the clock
+    monitor_interval = 0  # no monitor thread: each update checks the clock
 
     def __init__(
         self, iterable: Iterable[Any] | None, text: Callable[[], str] | None, report: bool, **options: Any
     ) -> None:
         self._text, self._report = text, report
-        super().__init__(iterable, bar_format=_UNDER_WAY, **options)
+        super().__init__(iterable, bar_format=_RUNNING, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write a line."""
@@ -58,19 +61,19 @@ class _Lines(tqdm):
         self.fp.flush()
 
     def clear(self, nolock: bool = False) -> None:
-        """Nothing is in the way of another line."""
+        """Nothing to clear."""
 
     @classmethod
     def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
-        """Write something else, by default to stdout, without repeating a line."""
+        """Print other text, by default to stdout, without repeating a line."""
         print(s, file=file or sys.stdout, end=end, flush=True)
 
     def close(self) -> None:
-        """Report the end of what has had a line before, or is to have one."""
+        """Print the last line if there was one before, or if `report`."""
         if self.disable:
             return
         if self._report or (self.last_print_t > self.start_t and not self._text):
             self.bar_format = _DONE
             self.display()
         self.disable = True
-        self._decr_instances(self)
+        self._decr_instances(self)  # pyright: ignore[reportAttributeAccessIssue]

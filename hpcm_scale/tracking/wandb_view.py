@@ -1,8 +1,15 @@
-"""wandb as a view of the journal, kept by a process of its own.
+"""wandb as a view of the journal, in a separate process.
 
-The training process never calls wandb: it starts a follower (`wandb_follower`) that reads the journal
-and mirrors it. So a wandb that fails, hangs or uploads slowly costs the view and nothing else (inside
-the training process, a stopped wandb service blocks `run.log` and the end of the program for ever).
+The training process never calls wandb: it starts a follower (this module's `main`) that reads the journal and logs it
+to wandb. A wandb that fails, hangs or uploads slowly does not affect training; in the training process, a stopped wandb
+service blocks `run.log` and the exit of the program forever.
+
+wandb 0.31 starts a new file for every resumed offline run, and `wandb sync` lets the last file replace the others;
+online, points logged after the checkpoint cannot be removed. Therefore:
+
+- offline, a resumed run is logged from its first line to a new file with the same run id, and the files that it
+  replaces are removed: one run, one file, one continuous curve;
+- online, the server is asked for the last logged step, and only later lines are logged.
 """
 
 from __future__ import annotations
@@ -17,7 +24,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from json import loads
 from pathlib import Path
 from threading import Event, Thread
 from time import sleep
@@ -28,52 +34,44 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hpcm_scale.config.schema import LogConfig, RunConfig, WandbMode
-from hpcm_scale.errors import SHOWN, is_first_process, shown
+from hpcm_scale.errors import ESCAPE, is_first_process, printable
 from hpcm_scale.files import utf_8_path, write_text
 from hpcm_scale.tracking.journal import FILE_NAME, new_records
 
-# The process that mirrors a journal to wandb; started by `WandbView`, told what to do on its stdin.
-#
-# wandb 0.31 starts a new file for every resumed offline run, and `wandb sync` lets the last one replace the
-# others; online, points logged after the checkpoint cannot be taken back. As the journal is the truth:
-#
-# - offline, a resumed run is mirrored from its first line into a fresh file of the same run id, and the
-#   files that this supersedes are removed: one run, one file, one unbroken curve, on disk and when synced;
-# - online, the server is asked how far it got, and only what comes after is logged.
-
-
-PICTURES = "reconstructions"
-"""Folder in the run folder: one folder a step, PNG files with their caption as `Description`."""
+RECONSTRUCTIONS = "reconstructions"
+"""Folder in the run folder: a folder per step with PNG files, their caption as `Description`."""
 AXES = ("compute/pflops", "train/images")
-"""What curves are read against; the first unless the reader chooses."""
+"""x axes of the curves; the first is the default."""
 POLL_SECONDS = 1.0
 FINISH_SECONDS = 3600
-"""Longest life of this process after training."""
+"""Longest time that the follower outlives training."""
+RUN_ID_FILE = "wandb_id"
+LONGEST_STEM = 50
+"""Characters of an image's name, at most 4 bytes each, in the name of its reconstruction."""
 
 
-def picture_folder(run_dir: Path, step: int) -> Path:
-    """Where the pictures of the evaluation of `step` are kept."""
-    return run_dir / PICTURES / f"{step:08d}"
+def reconstruction_folder(run_dir: Path, step: int) -> Path:
+    """The folder of the reconstructions of the evaluation at `step`."""
+    return run_dir / RECONSTRUCTIONS / f"{step:08d}"
 
 
-def off(error: BaseException, terminal: TextIO) -> None:
-    """Say once, in one line, that there is no view from now on."""
+def disable(error: BaseException, terminal: TextIO) -> None:
+    """Report in one line that the view is disabled from now on."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    terminal.write(f"hpcm: wandb is off for the rest of this run ({reason}); the journal goes on\n")
+    terminal.write(f"hpcm: wandb is disabled for the rest of this run ({reason}); the journal continues\n")
     terminal.flush()
 
 
 class Trainer(Thread):
-    """The training process, seen from here: it lives as long as the other end of stdin is open.
+    """Waits for the end of the training process, which closes the other end of stdin.
 
-    A thread of its own, for wandb can block every other one for ever: then nothing outlives training by
-    more than FINISH_SECONDS.
+    A separate thread, because wandb may block the others forever: the follower then exits after FINISH_SECONDS.
     """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.exit_code = 1
-        """What training ended with; 1 when it was killed and could not tell."""
+        """Exit code of training; 1 if it was killed."""
         self.ended = Event()
 
     def run(self) -> None:
@@ -84,10 +82,10 @@ class Trainer(Thread):
 
 
 def mirror(order: dict[str, Any], run_dir: Path, trainer: Trainer) -> None:
-    """Mirror the journal until training has ended and its last whole line is shown."""
+    """Log the journal to wandb until training has ended and its last complete line is logged."""
     wandb = load_wandb()
     offline = order["mode"] == "offline"
-    (run_dir / "wandb").mkdir(exist_ok=True)  # where it cannot, wandb would quietly use the temporary folder
+    (run_dir / "wandb").mkdir(exist_ok=True)  # otherwise wandb silently uses the temporary folder
     superseded = list((run_dir / "wandb").glob(f"offline-run-*-{order['id']}*"))
     run = wandb.init(
         dir=str(run_dir),
@@ -97,43 +95,42 @@ def mirror(order: dict[str, Any], run_dir: Path, trainer: Trainer) -> None:
         project=order["project"],
         group=order["group"],
         config=order["config"],
-        resume=None if offline else "allow",  # a file marked as resumed would be appended when synced
+        resume=None if offline else "allow",  # `wandb sync` appends a file marked as resumed
         settings=settings(wandb, order["trainer"]),
     )
     for axis in AXES:
         run.define_metric(axis)
-    defined = set(AXES)
-    shown = dict(run.summary) if run.resumed else {}
+    defined: set[str] = set(AXES)
+    logged = dict(run.summary) if run.resumed else {}
 
     with (run_dir / FILE_NAME).open("rb") as journal:
         ended = False
         while not ended:
             ended = trainer.ended.wait(POLL_SECONDS)
-            for record in unseen(new_records(journal), shown):
+            for record in unseen(new_records(journal), logged):
                 row = {key: value for key, value in record.items() if value is not None}
                 if "eval/loss" in record:
-                    row |= _pictures(wandb, run_dir, record["step"])
+                    row |= _reconstructions(wandb, run_dir, record["step"])
                 for metric in sorted(row.keys() - defined):
                     if metric.startswith(("train/", "eval/", "eval_", "perf/")):
                         run.define_metric(metric, step_metric=AXES[0])
                         defined.add(metric)
-                run.log(row)  # never with wandb's own step: it drops what goes back
+                run.log(row)  # without wandb's own step, which drops rows that go back
             while superseded:
                 shutil.rmtree(superseded.pop(), ignore_errors=True)
     run.finish(exit_code=trainer.exit_code)
 
 
-def unseen(records: Iterator[dict[str, Any]], shown: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Records beyond `shown`, the last values that the server holds: those of later steps, and of its last
-    step an evaluation that an interruption kept from it."""
+def unseen(records: Iterator[dict[str, Any]], logged: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Records after `logged`, the last values on the server: later steps, and a missing evaluation of its last step."""
     for record in records:
-        step, evaluation = shown.get("step", -1), shown.get("eval/loss")
+        step, evaluation = logged.get("step", -1), logged.get("eval/loss")
         if record["step"] > step or (record["step"] == step and record.get("eval/loss", evaluation) != evaluation):
             yield record
 
 
 def load_wandb() -> Any:
-    """The package, which without this looks up its maker's telemetry server even when offline (wandb 0.31)."""
+    """Import wandb without its error reporting, which contacts a server even offline (wandb 0.31)."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -141,9 +138,9 @@ def load_wandb() -> Any:
 
 
 def settings(wandb: Any, trainer: int) -> Any:
-    """Of a wandb run: silent; no code, no package list, no machine description: the journal's own facts are enough.
+    """Settings of a wandb run: silent; no code, package list or machine description.
 
-    `trainer` is the id of the process whose use of the machine is watched.
+    `trainer`: id of the process whose resource use wandb records.
     """
     return wandb.Settings(
         silent=True,
@@ -157,29 +154,29 @@ def settings(wandb: Any, trainer: int) -> Any:
     )
 
 
-def _pictures(wandb: Any, run_dir: Path, step: int) -> dict[str, Any]:
-    paths = sorted(picture_folder(run_dir, step).glob("*.png"))
+def _reconstructions(wandb: Any, run_dir: Path, step: int) -> dict[str, Any]:
+    paths = sorted(reconstruction_folder(run_dir, step).glob("*.png"))
     if not paths:
         return {}
-    shown = []
+    logged = []
     for path in paths:
-        with Image.open(path) as picture:
-            shown.append(wandb.Image(str(path), caption=picture.text["Description"]))
-    return {"eval/reconstructions": shown}
+        with Image.open(path) as image:
+            logged.append(wandb.Image(str(path), caption=image.text["Description"]))
+    return {"eval/reconstructions": logged}
 
 
 def main() -> None:
-    """Read the order from stdin, leave the training process's family, and mirror."""
+    """Entry point of the follower: read the order from stdin, detach from the training process, and mirror."""
     with open(0, "rb", buffering=0, closefd=False) as stdin:
-        order = loads(stdin.readline())
-    # A launcher that stops a run signals every descendant of it; wandb's service would die of that before
-    # the last lines are shown. So the follower is nobody's child; stdin tells it that training has ended,
-    # and its hold on stdout tells the training process that it lives.
+        order = json.loads(stdin.readline())
+    # A launcher that stops a run signals all its descendants, which would kill wandb's service before the last lines
+    # are logged. So the follower detaches; the end of stdin signals that training has ended, and the open stdout tells
+    # the training process that the follower is alive.
     if os.fork():
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    terminal, life = os.fdopen(os.dup(2), "w", errors=SHOWN), os.dup(1)
+    terminal, alive = os.fdopen(os.dup(2), "w", errors=ESCAPE), os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -190,22 +187,13 @@ def main() -> None:
             mirror(order, run_dir, trainer)
     except Exception as error:
         with suppress(OSError):
-            off(error, terminal)
-    os.close(life)
+            disable(error, terminal)
+    os.close(alive)
     sys.exit()
 
 
-if __name__ == "__main__":
-    main()
-
-
-RUN_ID_FILE = "wandb_id"
-LONGEST_STEM = 50
-"""Characters of an image's name, 4 bytes each at most, in the name of its picture."""
-
-
 class WandbView:
-    """The follower of one run; on other processes, and when wandb is disabled or broken, it does nothing."""
+    """The follower of one run; does nothing on other ranks and when wandb is disabled or broken."""
 
     def __init__(self, run_dir: str | Path, follower: subprocess.Popen[bytes] | None = None) -> None:
         self._run_dir = Path(run_dir)
@@ -219,13 +207,13 @@ class WandbView:
         run: RunConfig,
         *,
         config: dict[str, Any],
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
     ) -> WandbView:
-        """Start mirroring the journal of `run_dir`; open the journal and `resume` it first.
+        """Start the follower of `run_dir`; open and `resume` the journal first.
 
-        `config` is the resolved configuration and `facts` what else describes the run (parameter count,
-        git commit, …), both plain JSON values; they become the wandb run's configuration. The run id is
-        made once and kept in the run folder. Never raises: a failure is told in one line on stderr.
+        `config` is the resolved configuration and `metadata` other values that describe the run (parameter count, git
+        commit, …), both plain JSON values; both go to the wandb run's configuration. The run id is created once and
+        kept in the run folder. Never raises: a failure is one line on stderr.
         """
         if log.wandb is WandbMode.disabled or not is_first_process():
             return cls(run_dir)
@@ -236,65 +224,68 @@ class WandbView:
                 "mode": log.wandb.value,
                 "project": log.project,
                 "group": run.sweep,
-                "config": config | facts,
+                "config": config | metadata,
                 "trainer": os.getpid(),
             }
             return cls(run_dir, _start_follower(_utf_8(order) | {"run_dir": str(Path(run_dir).resolve())}))
         except Exception as error:
-            off(error, sys.stderr)
+            disable(error, sys.stderr)
             return cls(run_dir)
 
-    def images(self, step: int, pictures: Iterable[tuple[str, Any, str]]) -> None:
-        """Show (name, picture, caption) triples with the evaluation of `step`.
+    def images(self, step: int, images: Iterable[tuple[str, Any, str]]) -> None:
+        """Log (name, image, caption) triples with the evaluation of `step`.
 
-        Call it before that evaluation's line is appended to the journal. A picture is a Pillow image, a
-        (3, H, W) tensor or an (H, W, 3) array; uint8, or floating point from 0 to 1. They are kept as PNG
-        files in the run folder, so that a resumed run shows them again.
+        Call it before that evaluation's line is appended to the journal. An image is a Pillow image, a (3, H, W) tensor
+        or an (H, W, 3) array; uint8, or floating point from 0 to 1. They are stored as PNG files in the run folder, so
+        that a resumed run logs them again.
         """
         if self._follower is None or self._has_ended(within=0):
             return
         try:
-            folder = picture_folder(self._run_dir, step)
+            folder = reconstruction_folder(self._run_dir, step)
             unfinished = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            for index, (name, picture, caption) in enumerate(pictures):
+            for index, (name, image, caption) in enumerate(images):
                 description = PngInfo()
                 description.add_itxt("Description", caption)
-                _image(picture).save(unfinished / f"{index}_{Path(name).stem[:LONGEST_STEM]}.png", pnginfo=description)
+                _as_image(image).save(unfinished / f"{index}_{Path(name).stem[:LONGEST_STEM]}.png", pnginfo=description)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         except Exception as error:
-            off(error, sys.stderr)
+            disable(error, sys.stderr)
             self._leave()
 
     def close(self, exit_code: int = 0, timeout: float = 60.0) -> None:
-        """Let the follower mirror the last lines and end, and wait for it at most `timeout` seconds.
+        """Let the follower log the last lines and end; wait at most `timeout` seconds for it.
 
-        An upload that takes longer goes on in the background. A training process that dies without
-        closing leaves a run that wandb shows as failed, whole up to the last journal line.
+        A longer upload continues in the background. If the training process dies without closing, wandb shows the run
+        as failed, complete up to the last journal line.
         """
         if self._follower is None:
             return
-        with suppress(OSError):  # a follower that has ended has said why
+        assert self._follower.stdin is not None
+        with suppress(OSError):  # a follower that has ended has reported why
             self._follower.stdin.write(str(exit_code).encode())
         if not self._has_ended(within=timeout):
-            sys.stderr.write(f"hpcm: wandb needs more than {timeout:.0f} s; it goes on in the background\n")
+            sys.stderr.write(f"hpcm: wandb needs more than {timeout:.0f} s; it continues in the background\n")
         self._leave()
 
     def _has_ended(self, within: float) -> bool:
-        """Whether the follower's end of the pipe is closed, at the latest `within` seconds from now."""
-        self._follower.poll()  # takes leave of the process that only started the follower
+        """Whether the follower closes its end of the pipe within that many seconds."""
+        assert self._follower is not None and self._follower.stdout is not None
+        self._follower.poll()  # reaps the process that forked the follower
         return bool(select.select([self._follower.stdout], [], [], within)[0])
 
     def _leave(self) -> None:
+        assert self._follower is not None and self._follower.stdin is not None and self._follower.stdout is not None
         self._follower.stdin.close()
         self._follower.stdout.close()
         self._follower = None
 
 
 def run_id(run_dir: Path) -> str:
-    """The wandb run id of a folder; made once and kept there."""
+    """The wandb run id of a run folder, created once and kept there."""
     path = run_dir / RUN_ID_FILE
     if not path.exists():
         write_text(path, secrets.token_hex(4) + "\n")
@@ -312,25 +303,30 @@ def _start_follower(order: dict[str, Any]) -> subprocess.Popen[bytes]:
         start_new_session=True,
         bufsize=0,
     )
+    assert follower.stdin is not None
     follower.stdin.write(json.dumps(order).encode() + b"\n")
     return follower
 
 
 def _utf_8(value: Any) -> Any:
-    """Plain JSON values with every text as it is shown: wandb takes no other than UTF-8."""
+    """Plain JSON values with every text as valid UTF-8, which wandb requires."""
     if isinstance(value, dict):
-        return {shown(key): _utf_8(each) for key, each in value.items()}
+        return {printable(key): _utf_8(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_utf_8(each) for each in value]
-    return shown(value) if isinstance(value, str) else value
+    return printable(value) if isinstance(value, str) else value
 
 
-def _image(picture: Any) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
-    if hasattr(picture, "detach"):  # a tensor; numpy has no bfloat16
-        picture = picture.detach().cpu()
-        picture = (picture.float() if picture.is_floating_point() else picture).numpy().transpose(1, 2, 0)
-    if picture.dtype != np.uint8:
-        picture = (picture.clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(picture)
+def _as_image(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if hasattr(image, "detach"):  # a tensor; numpy has no bfloat16
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy().transpose(1, 2, 0)
+    if image.dtype != np.uint8:
+        image = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(image)
+
+
+if __name__ == "__main__":
+    main()

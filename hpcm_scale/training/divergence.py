@@ -1,4 +1,4 @@
-"""Telling a step that would do harm: a loss or gradient that is not finite, or a loss that leaps."""
+"""Detection of steps that diverge: a non-finite loss or gradient, or a loss spike."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from hpcm_scale.errors import UserError
 
-REMEMBERED = 100
-"""Losses of past steps that a new one is compared with."""
-LEAST = 20
-"""With fewer than so many, no loss is called a leap."""
+WINDOW = 100
+"""Number of past losses that a new one is compared with."""
+MIN_LOSSES = 20
+"""With fewer past losses there are no spikes."""
 
 
 class Diverged(Exception):
-    """A step that asks for going back to the last good checkpoint; raised by all processes alike."""
+    """A step after which the run goes back to the last checkpoint; raised on all ranks."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"step {step}: {reason}")
@@ -25,53 +25,54 @@ class Diverged(Exception):
 
 
 class Divergence(NamedTuple):
-    """A step that a run has been taken back for."""
+    """A step for which a run was rolled back."""
 
     step: int
     reason: str
     first: int
-    """Global indices of the images that it goes on without: from this one …"""
+    """First global index of the images that are skipped from then on."""
     last: int
-    """… to this one."""
+    """Last global index of these images."""
 
 
-def culprits(
+def images_to_skip(
     step: int, checkpoint: int, before: Sequence[Divergence], images_at: Callable[[int], int]
 ) -> tuple[int, int]:
-    """First and last global index of the images to go on without; `images_at`: images trained on before a step.
+    """First and last global index of the images to skip after a rollback to `checkpoint`.
 
-    They are those of the step itself; where the run has failed before since the same checkpoint, the harm may have
-    been done earlier: twice as many steps every time, but none before the checkpoint.
+    These are the images of the step that diverged, and, with every rollback to the same checkpoint, those of twice as
+    many steps before it, down to the checkpoint. `images_at` gives the number of images before a step.
     """
     again = sum(divergence.step > checkpoint for divergence in before)
     return images_at(max(checkpoint, step - 2**again)), images_at(step) - 1
 
 
 class LossHistory:
-    """The losses of the last steps; finite ones only."""
+    """Finite losses of the last steps."""
 
     def __init__(self, losses: list[float] | None = None) -> None:
         self.losses = list(losses or [])
 
     def verdict(self, loss: float, spike: float | None) -> str:
-        """What is wrong with the loss of a step, empty if nothing is; `spike` as `train.loss_spike_factor`."""
+        """Why the loss of a step diverges, "" if it does not; `spike` is `train.loss_spike_factor`."""
         if not math.isfinite(loss):
             return "its loss is not finite"
-        if spike is not None and len(self.losses) >= LEAST:
+        if spike is not None and len(self.losses) >= MIN_LOSSES:
             usual = median(self.losses)
             if loss > spike * usual > 0:
                 return f"its loss of {loss:.4g} is {loss / usual:.3g} times the usual {usual:.4g}"
         return ""
 
     def add(self, loss: float) -> None:
-        """Remember the loss of a step that was taken."""
-        self.losses = [*self.losses[1 - REMEMBERED :], loss]
+        """Add the loss of an applied step."""
+        self.losses = [*self.losses[1 - WINDOW :], loss]
 
 
 def limit_reached(steps: int, step: int) -> UserError:
-    """What ends a run that skips and skips."""
+    """The error of a run with too many skipped steps in a row."""
     return UserError(
-        f"{steps} steps in a row, up to step {step}, had no finite loss and gradient, or a loss that leaps; go on "
-        "from an earlier checkpoint with train.on_divergence=rollback, or start anew with a lower "
-        "schedule.learning_rate"
+        "too-many-skipped-steps",
+        "train.max_skipped",
+        f"{steps} steps in a row, up to step {step}, had a non-finite loss or gradient, or a loss spike; resume from "
+        "an earlier checkpoint with train.on_divergence=rollback, or start again with a lower schedule.learning_rate",
     )

@@ -1,70 +1,67 @@
-"""A training step without a device: memory, launches and ZeRO-3's gathering are counted on the meta device."""
+"""A training step without a device: memory, launches and the gathers of ZeRO-3, counted on fake tensors."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from hpcm_scale.compute.tracker import Launches, PeakMemory
 from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
-from hpcm_scale.model import arithmetic, layers
+from hpcm_scale.model.arithmetic import Kernels, use_kernels
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.objective import rate_distortion_loss
 
-# What ZeRO-3 gathers of the weights, and keeps, in one forward and backward pass.
+# ZeRO-3 gather model: which weights one forward and backward pass gathers and keeps.
 #
-# Follows DeepSpeed 0.19.8 (runtime/zero/partitioned_param_coordinator.py) once it knows the order of the layers, which
-# is from the third step on; two real processes send as much, within 1.5 % (tests/training).
+# Follows DeepSpeed 0.19.8 (runtime/zero/partitioned_param_coordinator.py) from the third step on, when it has recorded
+# the order of the layers; agrees with the traffic of two real processes within 1.5 % (tests/training).
 
 
-class Use(NamedTuple):
-    """One use of a layer that has weights of its own."""
+class LayerUse(NamedTuple):
+    """One use of a layer with weights."""
 
     backward: bool
     weights: tuple[tuple[str, int], ...]
-    """Names, and numbers of elements."""
+    """Names and numbers of elements."""
 
 
-class Limits(NamedTuple):
-    """DeepSpeed's settings, all in elements."""
+class GatherLimits(NamedTuple):
+    """DeepSpeed's limits, in elements."""
 
     kept: int
-    """Every process keeps tensors up to this size whole (stage3_param_persistence_threshold)."""
+    """Tensors up to this size are not sharded (stage3_param_persistence_threshold)."""
     reuse: int
-    """A layer stays that is used again before so many others (stage3_max_reuse_distance)."""
+    """A layer whose next use is nearer than this is kept (stage3_max_reuse_distance)."""
     live: int
-    """Nothing is fetched ahead beyond so many (stage3_max_live_parameters)."""
+    """No prefetching beyond this number (stage3_max_live_parameters)."""
     ahead: int
-    """Fetched ahead at a time (stage3_prefetch_bucket_size)."""
+    """Prefetched at a time (stage3_prefetch_bucket_size)."""
 
 
-class Gathered(NamedTuple):
-    """Elements per process, whole tensors."""
+class GatherCost(NamedTuple):
+    """Elements of whole tensors, per process."""
 
     elements: int
-    """Gathered in all during one forward and backward pass; without those that are always there."""
+    """Gathered during one forward and backward pass, without persistent ones."""
     most: int
-    """There at a time; without those that are always there."""
+    """Peak of gathered elements, without persistent ones."""
     always: int
-    """Kept whole; gathered once per optimizer step."""
+    """Persistent: not sharded, gathered once per optimizer step."""
 
 
-def gather(uses: list[Use], limits: Limits) -> Gathered:
-    """Walk through the layers in the order in which they are used, fetching and giving back as DeepSpeed does."""
+def gather_cost(uses: list[LayerUse], limits: GatherLimits) -> GatherCost:
+    """Simulate DeepSpeed's fetches and releases along the uses of the layers in one forward and backward pass."""
     sizes = {name: size for use in uses for name, size in use.weights}
     always = {name for name, size in sizes.items() if size <= limits.kept}
     here, elements, live, most = set(always), 0, 0, 0
     queue = deque((name, index) for index, use in enumerate(uses) for name, _ in use.weights)
-    fetched_for = dict.fromkeys(sizes, -1)  # the last use that a tensor was fetched for, or found there
+    fetched_for = dict.fromkeys(sizes, -1)  # last use that a tensor was fetched for, or present at
     since_forward: dict[tuple, int] = {}
     for index, use in enumerate(uses):
         names = [name for name, _ in use.weights]
@@ -86,21 +83,21 @@ def gather(uses: list[Use], limits: Limits) -> Gathered:
         come = _count(missing | early, sizes)
         elements, live = elements + come, live + come
         most = max(most, live)
-        # After the backward pass of a layer that is used several times it gives back only once, until its next forward.
+        # DeepSpeed releases a layer only once per forward pass, after its first backward pass.
         since_forward[use.weights] = since_forward.get(use.weights, 0) + 1 if use.backward else 0
         if since_forward[use.weights] <= 1:
             going = {name for name in names if name not in always and fetched_for[name] <= index + 1}
             going -= _used_soon(uses, index + 1, limits.reuse)
             here -= going
             live -= _count(going, sizes)
-    return Gathered(elements, most, _count(always, sizes))
+    return GatherCost(elements, most, _count(always, sizes))
 
 
 def _count(names: set[str], sizes: dict[str, int]) -> int:
     return sum(sizes[name] for name in names)
 
 
-def _used_soon(uses: list[Use], start: int, distance: int) -> set[str]:
+def _used_soon(uses: list[LayerUse], start: int, distance: int) -> set[str]:
     soon: set[str] = set()
     passed = 0
     for use in uses[start:]:
@@ -111,56 +108,30 @@ def _used_soon(uses: list[Use], start: int, distance: int) -> set[str]:
     return soon
 
 
-# The ways that layers take on a GPU, for tensors that are on none: to count there what a GPU would do.
+# Dry run of a training step on fake tensors: memory, launches and the order in which weights are read.
 
 
-@contextmanager
-def gpu_ways() -> Iterator[None]:
-    """Within it layers choose what they choose on an NVIDIA GPU, as far as it is theirs to choose; for fake tensors."""
-    ways = [
-        patch.object(layers, "product_is_faster", lambda x, layer: layers.channels_last(x)),
-        patch.object(layers, "products_are_faster", lambda query: False),
-        patch.object(arithmetic, "sums_are_kept", lambda x: True),
-        patch.object(F, "scaled_dot_product_attention", attention),
-    ]
-    with ExitStack() as stack:
-        for way in ways:
-            stack.enter_context(way)
-        yield
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Attention as one operation, as torch computes it on a GPU; on a CPU fake tensors would take it apart."""
-    bias = None if bias is None else bias.expand(*query.shape[:-1], key.shape[-2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[0]
-
-
-# A training step on fake tensors: the memory it would take, what it would launch, and in which order it would read the
-# weights.
-
-
-class Rehearsal(NamedTuple):
-    """What a forward and backward pass over one micro-batch would do."""
+class DryRun(NamedTuple):
+    """Needs of a forward and backward pass over one micro-batch."""
 
     activations: int
-    """Most bytes in use at a time, without weights and their gradients: what is kept for the backward pass, and at
-    the peak also what is being computed, or computed again."""
-    uses: list[Use]
-    """In their order: forward, then backward, where layers that are computed again are used forward once more."""
+    """Peak bytes without weights and their gradients: saved for the backward pass, and temporary at the peak."""
+    uses: list[LayerUse]
+    """In order, forward and backward; recomputed layers have another forward use in the backward pass."""
     launches: int
-    """Operations, as `Launches` counts them; those of the optimizer and of communication come on top."""
+    """Operations as `Launches` counts them, without optimizer and communication."""
 
 
-def rehearse(
+def dry_run(
     config: ModelConfig, precision: Precision, checkpoint: Checkpointing, side: int, images: int, gpu: bool = False
-) -> Rehearsal:
-    """Rehearse a step over side×side crops, eager, channels last; takes seconds and no memory.
+) -> DryRun:
+    """Dry run of an eager, channels-last step over `images` crops of side×side pixels; takes seconds and no memory.
 
-    `gpu`: as on a GPU, whose layers take other ways to the same result (`model.gpu_ways`); else as on this CPU.
+    `gpu`: with the kernels of a GPU (`Kernels.cuda`), else with those of this CPU.
     """
-    # Fake tensors, unlike those on `meta`, know autocast.
-    with FakeTensorMode(), gpu_ways() if gpu else nullcontext():
-        model = HPCM(config, precision=precision, checkpoint=checkpoint)
+    # Fake tensors, unlike those on `meta`, support autocast.
+    with FakeTensorMode(), use_kernels(Kernels.cuda) if gpu else nullcontext():
+        model = HPCM(config, precision=precision, activation_checkpointing=checkpoint)
         x = torch.empty(images, 3, side, side).to(memory_format=torch.channels_last)
         noise = Noise(*(torch.empty(images, *shape) for shape in model.latent_shapes(side, side)))
         uses = _record_uses(model)
@@ -169,25 +140,25 @@ def rehearse(
         with PeakMemory() as memory, Launches() as launches:
             coded = model(x, noise)
             rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).loss.mean().backward()
-    return Rehearsal(memory.peak, uses, launches.total)
+    return DryRun(memory.peak, uses, launches.total)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None  # counted apart, and given away at once with ZeRO-2 and ZeRO-3
+    parameter.grad = None  # counted separately, and released at once with ZeRO-2 and ZeRO-3
 
 
-def _record_uses(model: nn.Module) -> list[Use]:
-    """A list that grows with every use of a layer that has weights of its own."""
-    uses: list[Use] = []
+def _record_uses(model: nn.Module) -> list[LayerUse]:
+    """A list that grows with every use of a layer with weights."""
+    uses: list[LayerUse] = []
 
     def follow(layer: nn.Module, weights: tuple[tuple[str, int], ...]) -> None:
-        def forward(layer: nn.Module, inputs: object) -> None:  # before it: recomputation leaves its last layer early
-            uses.append(Use(False, weights))
+        def forward(layer: nn.Module, inputs: object) -> None:  # a pre-hook: recomputation stops within its last layer
+            uses.append(LayerUse(False, weights))
 
         def backward(layer: nn.Module, inputs: object, output: object) -> None:
             first = tree_leaves(output)[0]
             if first.requires_grad:
-                first.register_hook(lambda gradient: uses.append(Use(True, weights)))
+                first.register_hook(lambda gradient: uses.append(LayerUse(True, weights)))
 
         layer.register_forward_pre_hook(forward)
         layer.register_forward_hook(backward)

@@ -9,70 +9,67 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from hpcm_scale.errors import STOPPED
 
-# Being asked to stop: by a signal, a file, or the clock.
-
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONCE_SECONDS = 2.0
-"""Signals so close together are one: launchers pass on to each process what its whole group has got already."""
-LOOK_SECONDS = 1.0
-"""Least time between two looks for the stop file."""
+"""Signals so close together count once: launchers forward signals that the whole process group has received."""
+FILE_CHECK_SECONDS = 1.0
+"""Interval between checks for the stop file."""
 
 
 class StopRequest:
-    """Whether this process has been asked to stop; the loop agrees on it with the others.
+    """Whether this process is asked to stop; the loop sums the requests over all ranks.
 
-    By SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm), of which a second one ends the process at once, and so does the
-    first one before `listen` is called, for there is nothing to be saved; by `file`, looked for by the first process
-    and removed when it is obeyed; or by the time: `hours` after `began`, in seconds since 1970, which is the start of
-    this process unless given.
+    A request is SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm), the file `file`, which rank 0 checks for and removes, or
+    the end of `hours` after `began` (seconds since 1970; default: the start of this process). A second signal ends
+    the process at once, as does any signal before `listen`, when there is nothing to save.
     """
 
     def __init__(self, file: Path, hours: float | None = None, first: bool = True, began: float | None = None) -> None:
         self.reason = ""
-        """Empty: it has not."""
+        """Why it is asked to stop; "" if it is not."""
         self._file = file if first else None
-        self._looked = 0.0
+        self._checked = 0.0
         age = time.time() - (psutil.Process().create_time() if began is None else began)
         self._end = time.monotonic() + hours * 3600 - age if hours else None
         self._hours = hours
         self._listening = False
         self._signalled: float | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def listen(self) -> None:
-        """From now on signals are noted: there is a loop that asks for them."""
+        """From now on signals are requests to stop, since a loop checks for them."""
         self._listening = True
 
     def request(self, reason: str) -> None:
-        """Ask it to."""
+        """Ask this process to stop."""
         self.reason = self.reason or reason
 
     def received(self) -> bool:
-        """Whether it has been asked to by now."""
+        """Whether this process has been asked to stop."""
         now = time.monotonic()
         if self._end is not None and now > self._end:
-            self.request(f"train.max_hours={self._hours:g} are over")
-        if self._file is not None and now > self._looked + LOOK_SECONDS:
-            self._looked = now
+            self.request(f"train.max_hours={self._hours:g} have passed")
+        if self._file is not None and now > self._checked + FILE_CHECK_SECONDS:
+            self._checked = now
             if self._file.exists():
-                self.request(f"{self._file} is there")
+                self.request(f"{self._file} exists")
         return bool(self.reason)
 
     def close(self) -> None:
-        """Give the signals back; a stop file that was obeyed goes."""
+        """Restore the signal handlers and remove an obeyed stop file."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._file is not None and self.reason:
             self._file.unlink(missing_ok=True)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         if not self._listening:
             raise SystemExit(STOPPED)
         now = time.monotonic()
@@ -83,23 +80,20 @@ class StopRequest:
         self.request(f"{signal.Signals(number).name}")
 
 
-# Python's garbage collection between steps, not within them: there it would keep one process, and so all, waiting.
-
-
-EVERY = 100
-"""Steps from one collection to the next; every tenth is of everything."""
+COLLECT_EVERY = 100
+"""Steps between garbage collections; every tenth collection is a full one."""
 
 
 @contextmanager
 def collecting_between_steps() -> Iterator[Callable[[int], None]]:
-    """Within it nothing is collected but by what it gives: a function to call after each step, with its number.
+    """Disable automatic garbage collection; yields a function to call after each step with its number.
 
-    All processes call it at the same steps, and so wait together.
+    All ranks collect at the same steps, so that none waits for another's collection within a step.
     """
 
     def after(step: int) -> None:
-        if step % EVERY == 0:
-            gc.collect(2 if step % (10 * EVERY) == 0 else 1)
+        if step % COLLECT_EVERY == 0:
+            gc.collect(2 if step % (10 * COLLECT_EVERY) == 0 else 1)
 
     enabled = gc.isenabled()
     gc.disable()
@@ -110,32 +104,30 @@ def collecting_between_steps() -> Iterator[Callable[[int], None]]:
             gc.enable()
 
 
-# torch's deterministic algorithms, for the length of one run.
-
-
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""Environment variable of cuBLAS, without one of two values of which torch refuses its products."""
+"""Environment variable that deterministic cuBLAS needs."""
 
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Within, use algorithms that give the same result every time, if `enabled`; restore all settings afterwards.
+    """Use torch's deterministic algorithms inside the context if `enabled`.
 
-    On CUDA that covers cuDNN, cuBLAS, attention and torch's own kernels. An operation that has no such algorithm raises
-    RuntimeError. It must not only warn: attention looks for its deterministic backward pass in the strict mode alone.
-    Enter it before the first operation on a GPU, since cuBLAS reads the environment then.
+    On CUDA this covers cuDNN, cuBLAS, attention and torch's own kernels. An operation without a deterministic
+    algorithm raises RuntimeError; in warn-only mode attention would use its nondeterministic backward pass. Enter the
+    context before the first operation on a GPU, when cuBLAS reads the environment.
     """
     if not enabled:
         yield
         return
-    cudnn, filling = torch.backends.cudnn, torch.utils.deterministic
+    cudnn: Any = torch.backends.cudnn
+    filling: Any = torch.utils.deterministic
     mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get(WORKSPACE)
     before = cudnn.deterministic, cudnn.benchmark, filling.fill_uninitialized_memory
     os.environ[WORKSPACE] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     cudnn.deterministic, cudnn.benchmark = True, False
-    filling.fill_uninitialized_memory = False  # nothing reads memory before it is written
+    filling.fill_uninitialized_memory = False  # no kernel reads uninitialized memory
     try:
         yield
     finally:

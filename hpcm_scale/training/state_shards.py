@@ -1,6 +1,6 @@
-"""What training changes, in pieces that belong to no engine: parts of named parameters and of their Adam moments.
+"""Engine-independent training state: parts of named parameters, of their Adam moments and of their EMAs.
 
-So a checkpoint that one engine wrote with any number of processes is read by another with any other number.
+So a checkpoint can be resumed with another engine and another number of ranks.
 """
 
 from __future__ import annotations
@@ -20,118 +20,122 @@ from hpcm_scale.devices import CUDA
 from hpcm_scale.files import utf_8_path
 
 ALIGNMENT = 64
-"""Elements, of fp32: where a copy of a piece may begin in host memory."""
+"""fp32 elements to which copies in host memory are aligned."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""A parameter, and Adam's running means of its gradient and of the gradient's square."""
+"""A parameter, and Adam's running means of its gradient and squared gradient."""
 
 
-class Piece(NamedTuple):
-    """A part of one flattened tensor."""
+def ema_kind(length: float) -> str:
+    """The kind of shards of the EMA of that length, which also names files and metrics."""
+    return f"ema_{length}"
+
+
+class StateShard(NamedTuple):
+    """A contiguous part of one flattened tensor."""
 
     kind: str
-    """One of KINDS, or an average of the weights (`averages.kind_of`)."""
+    """One of KINDS, or `ema_kind`."""
     name: str
-    """The parameter's name in the model."""
+    """Name of the parameter in the model."""
     start: int
-    """Where it begins in the flattened parameter."""
+    """First element in the flattened parameter."""
     values: Tensor
-    """The living fp32 values (n,): written to, they are trained on."""
+    """fp32 (n,), a view of the state: training continues from values written to it."""
 
     @property
     def key(self) -> str:
-        """What it is called in a file."""
+        """Name of the tensor in a file."""
         return f"{self.kind}/{self.name}@{self.start}"
 
 
-def share(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
-    """Of pieces that every process holds alike, the part that process `rank` writes: an even one of their elements."""
-    total = sum(piece.values.numel() for piece in pieces)
+def partition(shards: Sequence[StateShard], rank: int, world_size: int) -> list[StateShard]:
+    """The part of replicated state that `rank` writes: an even share of the elements."""
+    total = sum(shard.values.numel() for shard in shards)
     first, last = total * rank // world_size, total * (rank + 1) // world_size
     part, position = [], 0
-    for piece in pieces:
-        start, stop = (min(max(edge - position, 0), piece.values.numel()) for edge in (first, last))
+    for shard in shards:
+        start, stop = (min(max(edge - position, 0), shard.values.numel()) for edge in (first, last))
         if start < stop:
-            part.append(piece._replace(start=piece.start + start, values=piece.values[start:stop]))
-        position += piece.values.numel()
+            part.append(shard._replace(start=shard.start + start, values=shard.values[start:stop]))
+        position += shard.values.numel()
     return part
 
 
 class HostCopy:
-    """A copy of pieces in one buffer in host memory, which is used again for the next copy of the same pieces."""
+    """Copies of state shards in one host buffer, which is reused for the next copy of the same shards."""
 
     def __init__(self, pin: bool) -> None:
-        """`pin`: whether the buffer is pinned, for pieces on a CUDA device; `close` gives it back.
-
-        Where the system does not let it be pinned, copies take longer.
-        """
+        """`pin`: pin the buffer, for state on a CUDA device. If that fails, copies take longer."""
         self._pin, self._pinned = pin, False
         self._buffer: Tensor | None = None
         self._tensors: dict[str, Tensor] = {}
 
-    def take(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
-        """Copy the pieces; the copies, by `Piece.key`, are valid until the next call."""
+    def copy(self, shards: Sequence[StateShard]) -> dict[str, Tensor]:
+        """Copy the shards; the copies, by `StateShard.key`, are valid until the next call."""
         if self._buffer is None:
-            self._reserve(pieces)
-        for piece in pieces:
-            self._tensors[piece.key].copy_(piece.values, non_blocking=True)
+            self._allocate(shards)
+        for shard in shards:
+            self._tensors[shard.key].copy_(shard.values, non_blocking=True)
         if self._pin:
             torch.cuda.synchronize()
         return self._tensors
 
-    def _reserve(self, pieces: Sequence[Piece]) -> None:
-        sizes = [piece.values.numel() for piece in pieces]
-        rooms = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-        self._buffer = torch.empty(sum(rooms), dtype=torch.float32)
-        self._pinned = self._pin and _pinned(self._buffer)
-        parts = self._buffer.split(rooms)
-        self._tensors = {piece.key: part[:size] for piece, part, size in zip(pieces, parts, sizes, strict=True)}
+    def _allocate(self, shards: Sequence[StateShard]) -> None:
+        sizes = [shard.values.numel() for shard in shards]
+        aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        self._buffer = torch.empty(sum(aligned), dtype=torch.float32)
+        self._pinned = self._pin and _pin_memory(self._buffer)
+        parts = self._buffer.split(aligned)
+        self._tensors = {shard.key: part[:size] for shard, part, size in zip(shards, parts, sizes, strict=True)}
 
     def close(self) -> None:
         """Free the buffer."""
-        if self._pinned:  # where that fails, the device has failed before, which is what is to be told
-            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+        if self._buffer is not None and self._pinned:  # an error here would only follow an earlier one of the device
+            cudart: Any = torch.cuda.cudart()
+            cudart.cudaHostUnregister(self._buffer.data_ptr())
         self._buffer, self._tensors, self._pinned = None, {}, False
 
 
-def _pinned(buffer: Tensor) -> bool:
-    """Pin a buffer in place, for torch's own pinned memory comes in powers of two; whether that could be done."""
+def _pin_memory(buffer: Tensor) -> bool:
+    """Pin a buffer in place, since torch rounds its own pinned memory up to powers of two; whether it succeeded."""
     if not buffer.nbytes:
         return False
-    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)) == 0:
+    cudart: Any = torch.cuda.cudart()
+    if int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)) == 0:
         return True
-    with suppress(RuntimeError):  # CUDA reports it once more, to whatever launches a kernel next
+    with suppress(RuntimeError):  # CUDA reports the error again at the next kernel launch
         torch.zeros(1, device=CUDA)
     return False
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write copied pieces to a safetensors file. Raises OSError, for a full disk among others."""
+    """Write copied shards to a safetensors file. Raises OSError, for example for a full disk."""
     try:
         save_file(tensors, path)
-    except Exception as error:  # the library wraps the system's errors in one of its own
+    except Exception as error:  # safetensors wraps OSError in an error of its own
         raise OSError(f"{error}") from error
 
 
-def fill(files: Sequence[Path], pieces: Sequence[Piece]) -> None:
-    """Read the values of `pieces` from files that `write` wrote, whatever the pieces in them.
+def load(files: Sequence[Path], shards: Sequence[StateShard]) -> None:
+    """Read the values of `shards` from files of `write`, which may be sharded differently.
 
-    Raises ValueError if they do not hold all of them.
+    Raises ValueError if the files lack some of the values.
     """
-    with opened(files) as stored:
-        for piece in pieces:
-            stored.fill(piece)
+    with open_state(files) as stored:
+        for shard in shards:
+            stored.load(shard)
 
 
 @contextmanager
-def opened(files: Sequence[Path]) -> Iterator[Stored]:
-    """The pieces in files that `write` wrote; they are read one by one, when they are asked for."""
+def open_state(files: Sequence[Path]) -> Iterator[StoredState]:
+    """Open files of `write`; tensors are read on demand."""
     with ExitStack() as stack:
-        plain = [stack.enter_context(utf_8_path(path)) for path in files]
-        yield Stored([stack.enter_context(safe_open(path, framework="pt")) for path in plain])
+        paths = [stack.enter_context(utf_8_path(path)) for path in files]
+        yield StoredState([stack.enter_context(safe_open(path, framework="pt")) for path in paths])
 
 
-class Stored:
-    """Pieces in open files."""
+class StoredState:
+    """State in open files."""
 
     def __init__(self, files: Sequence[Any]) -> None:
         self._parts: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
@@ -142,19 +146,14 @@ class Stored:
                 self._parts[tensor].append((int(start), int(start) + values.get_shape()[0], values))
 
     @torch.no_grad()
-    def fill(self, piece: Piece) -> None:
-        """Read the values of a piece. Raises ValueError if they are not all there."""
-        missing = piece.values.numel()
-        for first, last, part in self._overlaps(piece):
-            piece.values[first - piece.start : last - piece.start].copy_(part)
-            missing -= last - first
-        if missing:
-            raise ValueError(f"{piece.key} is not all there")
-
-    def _overlaps(self, piece: Piece) -> Iterator[tuple[int, int, Tensor]]:
-        """What of a piece there is: from where to where in the flattened parameter, and its values."""
-        end = piece.start + piece.values.numel()
-        for start, stop, values in self._parts[f"{piece.kind}/{piece.name}"]:
-            first, last = max(start, piece.start), min(stop, end)
+    def load(self, shard: StateShard) -> None:
+        """Read the values of a shard. Raises ValueError if some are missing."""
+        end = shard.start + shard.values.numel()
+        missing = shard.values.numel()
+        for start, stop, values in self._parts[f"{shard.kind}/{shard.name}"]:
+            first, last = max(start, shard.start), min(stop, end)
             if first < last:
-                yield first, last, values[first - start : last - start]
+                shard.values[first - shard.start : last - shard.start].copy_(values[first - start : last - start])
+                missing -= last - first
+        if missing:
+            raise ValueError(f"{shard.key} lacks {missing} of its values")

@@ -1,7 +1,7 @@
-"""Families of transforms: what g_a, g_s, h_a and h_s are made of.
+"""Families of transforms: the residual blocks of g_a, g_s, h_a and h_s.
 
-A family is one file in this folder that holds `FAMILY`; convolutions between resolutions and the entropy model are
-common to all. docs/families.md says what a family must honour.
+A family is one file in this folder with a `FAMILY`. All families share the convolutions between resolutions and the
+entropy model. docs/families.md lists the requirements.
 """
 
 from __future__ import annotations
@@ -23,63 +23,68 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.limits import check_numbers
 from hpcm_scale.model.layers import Block
 
-BlockOf = Callable[[ModelConfig, Any, int, int, int], Block]
+BlockFactory = Callable[[ModelConfig, Any, int, int, int], Block]
 """(config, options, channels, stage, index) to a residual block, (B, channels, H, W) to the same shape.
 
-`options` are the family's own settings; the block's grid is 1/2^stage of the image, stage 1 to 5; `index` counts the
-blocks of a stage from 0. Raises UserError for settings of which there is no such block.
+`options` are those of the family; the resolution is 1/2^stage of the image, stage 1 to 5; `index` counts the blocks of
+a stage from 0. Raises UserError for invalid options.
 """
 
 
 @dataclass
 class NoOptions:
-    """Of a family that has no settings of its own."""
+    """Options of a family without any."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's file says."""
+    """A family of transforms."""
 
-    block: BlockOf
+    block: BlockFactory
     """Of g_a and g_s, at stages 1 to 4."""
-    hyper_block: BlockOf
+    hyper_block: BlockFactory
     """Of h_a and h_s, at stages 4 and 5."""
     options: type = NoOptions
-    """Dataclass of its own settings: every field has a default, numbers a range (`limits.number`)."""
+    """Dataclass of its own options; every field has a default, numbers a range (`limits.number`)."""
     base: ModelConfig = field(default_factory=ModelConfig)
-    """Whose widths and depths other sizes follow from (`model.ladder`)."""
+    """Configuration whose widths and depths other sizes are derived from (`model.ladder`)."""
     multiple: int = 8
-    """Channels of the transforms are multiples of it where they are many."""
+    """Channels of the transforms are multiples of it from 64 on."""
 
 
 def names() -> list[str]:
-    """All families."""
+    """Names of all families."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
 
 
 @cache
 def family(name: str) -> Family:
-    """The family of that name; raises UserError if there is none."""
+    """The family called `name`. Raises UserError if there is none."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names())}."
-        raise UserError(f"model.family={name} is none of the families of transforms; {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names())}"
+        raise UserError("unknown-family", "model.family", f"there is no model.family={name}; {hint}")
     return import_module(f"{__name__}.{name}").FAMILY
 
 
 def options_of(config: ModelConfig) -> Any:
-    """The family's own settings, defaults filled in; raises UserError for one that it has not, or out of its range."""
+    """The options of a family, with defaults. Raises UserError for one that is unknown, or of a wrong type or value."""
     kind = family(config.family).options
     known = [field.name for field in fields(kind)]
     for key, value in config.options.items():
         if key not in known:
-            mend = f"it has {', '.join(known)}" if known else "leave model.options out"
-            raise UserError(f"model.options.{key} is no setting of model.family={config.family}; {mend}")
+            remedy = f"its options are {', '.join(known)}" if known else "omit model.options"
+            raise UserError(
+                "unknown-option",
+                f"model.options.{key}",
+                f"model.options.{key} is not an option of model.family={config.family}; {remedy}",
+            )
         try:
             OmegaConf.merge(OmegaConf.structured(kind), {key: value})
         except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"model.options.{key}={value} is of the wrong type; {str(error).splitlines()[0]}"
+                "option-type", f"model.options.{key}", f"model.options.{key}={value} has the wrong type; {reason}"
             ) from error
     options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config.options))
     check_numbers(options, "model.options.")
@@ -87,14 +92,14 @@ def options_of(config: ModelConfig) -> Any:
 
 
 def blocks(config: ModelConfig, channels: int, stage: int, count: int, *, hyper: bool = False) -> list[Block]:
-    """The residual blocks of a stage, (B, channels, H, W) to the same shape; raises UserError as `BlockOf` says."""
+    """The residual blocks of a stage, (B, channels, H, W) to the same shape. Raises UserError for invalid options."""
     chosen, options = family(config.family), options_of(config)
     kind = chosen.hyper_block if hyper else chosen.block
     return [kind(config, options, channels, stage, index) for index in range(count)]
 
 
 def check(config: ModelConfig) -> None:
-    """Raise UserError, naming the key and the mend, for a family or settings of one that cannot be built."""
+    """Raise UserError for an unknown family or invalid options, before a model is built."""
     y, middle = config.latent_channels, config.hyper_channels
     with torch.device("meta"):
         for stage, channels in enumerate([*config.channels, y], start=1):

@@ -16,17 +16,17 @@ from hpcm_scale.model.layers import Block, ChannelNorm, ResidualBlock
 
 @dataclass
 class Options:
-    """model.options of model.family=convnext."""
+    """`model.options` of `model.family=convnext`."""
 
     kernel: int = number(7, Range(least=1, most=255))
-    """Side of the depthwise convolutions; odd."""
+    """Kernel size of the depthwise convolutions; odd."""
 
 
 class ConvNeXtBlock(ResidualBlock):
     """x + reduce(GELU(expand(norm(spatial(x))))), `spatial` a depthwise convolution with a large kernel.
 
-    Without ConvNeXt's layer scale, whose 1e-6 would keep a block silent for long: branches start at a fraction of
-    the stream by torch's own initial weights.
+    There is no layer scale, which would start at 1e-6: with torch's default initialization a branch already adds only
+    a fraction of the stream's variance.
     """
 
     def __init__(self, channels: int, kernel: int, expansion: int) -> None:
@@ -41,8 +41,10 @@ class ConvNeXtBlock(ResidualBlock):
 def block(config: ModelConfig, options: Options, channels: int, stage: int, index: int) -> Block:
     """ConvNeXt's block, the same at every stage."""
     if options.kernel % 2 == 0:
-        raise UserError(f"model.options.kernel={options.kernel} must be odd; use 7")
+        raise UserError(
+            "even-kernel", "model.options.kernel", f"model.options.kernel={options.kernel} must be odd; use 7"
+        )
     return ConvNeXtBlock(channels, options.kernel, config.expansion)
 
 
-FAMILY = Family(block=block, hyper_block=block, options=Options, base=swin.FAMILY.base)  # so that the two compare
+FAMILY = Family(block=block, hyper_block=block, options=Options, base=swin.FAMILY.base)  # for comparison

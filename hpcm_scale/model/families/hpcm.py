@@ -1,4 +1,4 @@
-"""HPCM's own transforms (arXiv 2507.19125, figure 3): partial 3×3 convolutions."""
+"""The transforms of HPCM (arXiv 2507.19125, figure 3): partial 3×3 convolutions."""
 
 from __future__ import annotations
 

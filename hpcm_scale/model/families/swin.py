@@ -1,7 +1,7 @@
-"""Swin transforms: attention within windows, shifted in every other block.
+"""Swin transforms: attention in windows, shifted in every second block.
 
 After SwinT-ChARM (Zhu et al., "Transformer-based transform coding", ICLR 2022) and STF (arXiv 2203.08450); the block is
-that of arXiv 2103.14030. Patches are merged and split by the strided convolutions that all families have.
+that of arXiv 2103.14030. The strided convolutions of all families replace patch merging and splitting.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import ModelConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.limits import Range, number
+from hpcm_scale.model.arithmetic import attend
 from hpcm_scale.model.families import Family, hpcm
-from hpcm_scale.model.layers import Block, ChannelNorm, Pointwise, attend
+from hpcm_scale.model.layers import Block, ChannelNorm, Pointwise
 
 _WINDOW = Range(least=2, most=128)
 
 
 @dataclass
 class Options:
-    """model.options of model.family=swin."""
+    """`model.options` of `model.family=swin`."""
 
     window: int = number(8, _WINDOW)
     """Side of the windows of g_a and g_s: a power of two."""
     head_channels: int = number(32, Range(least=1, most=1024))
-    """Channels of an attention head; where they do not divide a width, the number next to it that does."""
+    """Channels of an attention head; for widths that it does not divide, the nearest number that does."""
     hyper: bool = False
-    """Whether h_a and h_s have such blocks, too; they have HPCM's otherwise."""
+    """Whether h_a and h_s have Swin blocks, too; otherwise they have PConvRB."""
     hyper_window: int = number(4, _WINDOW)
-    """Side of their windows: a power of two."""
+    """Side of the windows of h_a and h_s: a power of two."""
 
 
 class SwinBlock(Block):
-    """Attention within windows, then a network of two layers at every position; each is added to the stream."""
+    """Window attention, then a two-layer MLP at every position, each with a residual connection."""
 
     def __init__(self, channels: int, heads: int, window: int, shift: int, expansion: int) -> None:
         super().__init__()
@@ -49,23 +50,23 @@ class SwinBlock(Block):
         self.norm = ChannelNorm(channels)
         self.expand = Pointwise(channels, expansion * channels)
         self.reduce = Pointwise(expansion * channels, channels)
-        self.grid = window
-        self.widest = max(expansion * channels, 3 * channels, heads * window**2)
+        self.alignment = window
+        self.peak_channels = max(expansion * channels, 3 * channels, heads * window**2)
 
     def compute(self, x: Tensor) -> Tensor:
         x = self.attention(self.attention_norm(x), onto=x)
         return self.reduce(F.gelu(self.expand(self.norm(x))), onto=x)
 
-    def spoilt(self, depth: int) -> int:
-        """Whole windows."""
+    def halo(self, depth: int) -> int:
+        """A window with one wrong position is wrong as a whole."""
         window, shift = self.attention.window, self.attention.shift
         return shift + math.ceil((depth - shift) / window) * window
 
 
 class WindowAttention(nn.Module):
-    """Self-attention within windows of (B, C, H, W), H and W multiples of the window.
+    """Self-attention in windows of (B, C, H, W), H and W multiples of the window.
 
-    Windows are shifted by `shift`, half a window or none, down and to the right; at the border they are smaller.
+    Windows are shifted down and right by `shift`, half a window or 0; those at the border are smaller.
     """
 
     def __init__(self, channels: int, heads: int, window: int, shift: int) -> None:
@@ -76,25 +77,27 @@ class WindowAttention(nn.Module):
         self.project = Pointwise(channels, channels)
 
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """What the positions of `x` make of each other, added to `onto`; all of one shape."""
+        """Attention of `x`, added to `onto`; all of one shape."""
         height, width = x.shape[2:]
         windows = (height // self.window, width // self.window)
         query, key, value = self._to_windows(self.query_key_value(self._rolled(x, -self.shift)))
         bias = self.position_bias()
         if self.shift:
-            beside = _beside(*windows, self.window, self.shift, x.device)
-            bias = bias.masked_fill(~beside[:, None], -math.inf).flatten(0, 1)
+            adjacent = _adjacent(*windows, self.window, self.shift, x.device)
+            bias = bias.masked_fill(~adjacent[:, None], -math.inf).flatten(0, 1)
         attended = attend(query, key, value, bias)
         return onto + self._rolled(self.project(self._from_windows(attended, *windows)), self.shift)
 
     @staticmethod
     def _rolled(x: Tensor, by: int) -> Tensor:
-        """Rows and columns moved on round and round. As (B, H, W, C): torch.roll on a GPU knows no other layout."""
+        """Cyclic shift of rows and columns, as (B, H, W, C): on a GPU torch.roll loses other layouts."""
         return x.permute(0, 2, 3, 1).roll((by, by), (1, 2)).permute(0, 3, 1, 2) if by else x
 
-    def _to_windows(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3·heads·d, H, W) to three of (B·windows, heads, window², d), or of (B, windows·heads, window², d) if
-        shifted: so the bias, of all windows or of each, is broadcast over the rest."""
+    def _to_windows(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3·heads·d, H, W) to three of (B·windows, heads, window², d), or (B, windows·heads, …) if shifted.
+
+        The bias, common to all windows or one for each, broadcasts in both cases.
+        """
         batch, channels, height, width = x.shape
         w, d = self.window, channels // (3 * self.heads)
         x = x.permute(0, 2, 3, 1).reshape(batch, height // w, w, width // w, w, 3, self.heads, d)
@@ -102,44 +105,46 @@ class WindowAttention(nn.Module):
         return (x.flatten(2, 3) if self.shift else x.flatten(1, 2)).unbind(0)
 
     def _from_windows(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """The inverse of it, for one of the three: (B, heads·d, H, W), channels last."""
+        """The inverse for one of the three: (B, heads·d, H, W), channels-last."""
         w, d = self.window, x.shape[-1]
         x = x.reshape(-1, rows, columns, self.heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6)
         return x.reshape(-1, rows * w, columns * w, self.heads * d).permute(0, 3, 1, 2)
 
 
 class PositionBias(nn.Module):
-    """A learned number per head for every way from one position of a window to another.
+    """Learned relative position bias per head.
 
-    It starts as a Gaussian of the distance, so that attention begins near, as a convolution does (arXiv 2103.10697),
-    and not with the mean of a whole window. A module of its own so that ZeRO-3 gathers it where it is read; one row of
-    numbers, since it is no matrix product's.
+    Initially the logarithm of a Gaussian of the distance, so that attention is local as a convolution is
+    (arXiv 2103.10697), not the mean of a window. A module of its own so that ZeRO-3 gathers it where it is read; one-
+    dimensional, since it is not a factor of a matrix product.
     """
+
+    offset: Tensor
 
     def __init__(self, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
-        ways, nearness = _ways(window)
-        self.weight = nn.Parameter(torch.tensor(nearness).repeat(heads))
-        self.register_buffer("way", torch.tensor(ways), persistent=False)
+        offsets, log_gaussian = _offsets(window)
+        self.weight = nn.Parameter(torch.tensor(log_gaussian).repeat(heads))
+        self.register_buffer("offset", torch.tensor(offsets), persistent=False)
 
     def forward(self) -> Tensor:
         """(heads, window², window²)."""
-        return self.weight.view(self.heads, -1)[:, self.way]
+        return self.weight.view(self.heads, -1)[:, self.offset]
 
 
-@cache  # every block asks, of every model whose parameters are counted
-def _ways(window: int) -> tuple[np.ndarray, np.ndarray]:
-    """From each position of a window to each, the number of the way, (window², window²); and of each way a Gaussian's
-    logarithm, fp32 ((2·window − 1)²,)."""
+@cache  # called by every block of every model whose parameters are counted
+def _offsets(window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The index of the relative offset of each pair of positions, (window², window²), and for each offset the logarithm
+    of a Gaussian, fp32 ((2·window − 1)²,)."""
     row, column = np.divmod(np.arange(window**2), window)
     down, right = (place[:, None] - place + window - 1 for place in (row, column))
     squares = np.arange(1 - window, window, dtype=np.float32) ** 2
     return down * (2 * window - 1) + right, -(squares[:, None] + squares).ravel() / 2
 
 
-def _beside(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Which positions of rolled windows lie beside each other in the picture, too: (windows, window², window²)."""
+def _adjacent(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Which pairs of positions of shifted windows are in one part of the image: (windows, window², window²) bool."""
     down, right = (
         (torch.arange(count * window, device=device) >= count * window - shift).view(count, window)
         for count in (rows, columns)
@@ -149,9 +154,9 @@ def _beside(rows: int, columns: int, window: int, shift: int, device: torch.devi
 
 
 def heads_of(channels: int, head_channels: int) -> int:
-    """Heads whose width divides the channels and is, by its ratio, nearest to the one that is asked for.
+    """Number of heads whose width divides the channels and is nearest, by ratio, to `head_channels`.
 
-    Widths that are multiples of 8, as attention on GPUs wants them, come first.
+    Widths that are multiples of 8, which attention on GPUs requires to be fast, are preferred.
     """
     small = [heads for heads in range(1, math.isqrt(channels) + 1) if channels % heads == 0]
     divisors = [*small, *(channels // heads for heads in small)]
@@ -165,20 +170,22 @@ def _swin(
     window, side = getattr(options, setting), side_multiple(config) >> stage
     if side % window:
         raise UserError(
+            "window-size",
+            f"model.options.{setting}",
             f"model.options.{setting}={window} does not fit at 1/{2**stage} of the image, where sides are multiples of "
-            f"{side}; use a power of two up to {side}"
+            f"{side}; use a power of two up to {side}",
         )
     heads = heads_of(channels, options.head_channels)
     return SwinBlock(channels, heads, window, window // 2 if index % 2 else 0, config.expansion)
 
 
 def block(config: ModelConfig, options: Options, channels: int, stage: int, index: int) -> Block:
-    """Swin's block; the windows of every second one are shifted."""
+    """The Swin block; every second one has shifted windows."""
     return _swin(config, options, channels, stage, index)
 
 
 def hyper_block(config: ModelConfig, options: Options, channels: int, stage: int, index: int) -> Block:
-    """Swin's block with windows of its own, or HPCM's."""
+    """The Swin block with `hyper_window`, or PConvRB."""
     if not options.hyper:
         return hpcm.FAMILY.hyper_block(config, hpcm.FAMILY.options(), channels, stage, index)
     return _swin(config, options, channels, stage, index, "hyper_window")

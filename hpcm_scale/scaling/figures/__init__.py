@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib import figure
 
 from hpcm_scale.formatting import save
 from hpcm_scale.scaling.analysis import Analysis
-from hpcm_scale.scaling.figures import (
-    isoflop,
-    learning_curves,
-    loss_against_parameters,
-    parts,
-    residuals,
-)
+from hpcm_scale.scaling.figures import compute, laws
 from hpcm_scale.scaling.figures.style import paper
 from hpcm_scale.scaling.observations import Study
 from hpcm_scale.tracking.progress import progress
 
+
+class Entry(NamedTuple):
+    """A figure of a fit."""
+
+    draw: Callable[[figure.Figure, Study, Analysis, float], bool]
+    """Draws on an empty figure, with laws up to a multiple of the largest size; False if there is nothing to draw."""
+    caption: str
+
+
 FIGURES = {
-    "learning_curves": learning_curves,
-    "loss_against_parameters": loss_against_parameters,
-    "residuals": residuals,
-    "isoflop": isoflop,
-    "parts": parts,
+    "learning_curves": Entry(compute.draw_learning_curves, compute.LEARNING_CURVES),
+    "loss_against_parameters": Entry(laws.draw_loss_against_parameters, laws.LOSS_AGAINST_PARAMETERS),
+    "residuals": Entry(laws.draw_residuals, laws.RESIDUALS),
+    "isoflop": Entry(laws.draw_isoflop, laws.ISOFLOP),
 }
-"""By the name of the file: modules with `draw(figure, study, analysis, extrapolate)` and `CAPTION`."""
+"""By file name without suffix."""
 SUFFIXES = (".png", ".svg")
 
 
 def draw_figures(study: Study, analysis: Analysis, folder: Path, extrapolate: float = 10) -> Sequence[str]:
-    """Draw every figure for which there is something to show, as PNG (300 dpi) and SVG, into `folder`.
+    """Draw every figure that has data as PNG (300 dpi) and SVG into `folder`; returns their names.
 
-    Laws are drawn out to `extrapolate` times the largest size and compute. Returns the names drawn (keys of
-    FIGURES); files of those that are not are removed, for they would belong to other runs. The same study
-    gives the same bytes.
+    Laws extend to `extrapolate` times the largest size and compute. Files of figures without data are removed. The
+    same study gives the same bytes.
     """
     drawn = []
     for name in progress(FIGURES, description="draw", unit="figure"):
         paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-        with paper() as figure:
-            if FIGURES[name].draw(figure, study, analysis, extrapolate):
+        with paper() as canvas:
+            if FIGURES[name].draw(canvas, study, analysis, extrapolate):
                 for path in paths:
-                    save(figure, path)
+                    save(canvas, path)
                 drawn.append(name)
             else:
                 for path in paths:

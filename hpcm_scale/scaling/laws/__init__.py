@@ -1,1 +1,1 @@
-"""Laws of the loss: over parameters, over compute, over both, and along the cheapest path."""
+"""Laws of the loss: L(N), L(C), L(N, D), and the compute-optimal law that follows from L(N, D)."""

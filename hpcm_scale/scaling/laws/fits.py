@@ -1,9 +1,10 @@
-"""Fits of the laws: power law, power law with a floor, L(N, D), and how they compare."""
+"""Fits of the laws: power law, saturating power law and L(N, D), and the comparison of the first two."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 from scipy import stats
@@ -11,19 +12,19 @@ from scipy.special import erf
 
 from hpcm_scale.scaling.laws.law import EXPONENTS, TERMS, CannotFit, Law, Points, SumOfPowers, fit_sum_of_powers
 
-# How sure a fit is: AICc, and the covariance of its parameters.
+# AICc and the covariance of the parameters.
 
 
 DETERMINED = 1e-7
-"""Ratio of smallest to largest singular value of the scaled Jacobian under which a parameter is not determined."""
+"""Least ratio of smallest to largest singular value of the scaled Jacobian; below it a parameter is not determined."""
 
 
 def aicc(residuals: np.ndarray, parameters: int) -> float | None:
-    """Akaike's information criterion for few points, of normal residuals with unknown variance.
+    """Corrected Akaike information criterion for normal residuals of unknown variance; None unless n > K + 1.
 
-    n·log(Σr²/n) + 2K + 2K(K + 1)/(n − K − 1) with K = `parameters` + 1, the variance being estimated, too
-    (Hurvich and Tsai 1989; Burnham and Anderson 2002, section 7.4). None unless n > K + 1. Comparable between
-    laws of the same points only. Residuals of log L below rounding count as rounding.
+    n·log(Σr²/n) + 2K + 2K(K + 1)/(n − K − 1) with K = `parameters` + 1, which counts the variance (Hurvich and Tsai
+    1989; Burnham and Anderson 2002, section 7.4). Comparable only between laws of the same points. Residuals below
+    rounding error count as rounding error.
     """
     n, count = residuals.size, parameters + 1
     if n <= count + 1:
@@ -33,9 +34,9 @@ def aicc(residuals: np.ndarray, parameters: int) -> float | None:
 
 
 def huber_inflation(delta: float | None, deviation: float) -> float:
-    """Variance of a Huber estimate over that of least squares, for normal residuals of this deviation.
+    """Variance of a Huber estimate relative to least squares for normal residuals: E[ψ²]/E[ψ′]² (Huber 1964).
 
-    E[ψ²]/E[ψ′]² (Huber 1964): 1 for a threshold far above the residuals, π/2 for one far below.
+    1 for a threshold far above the residuals, π/2 for one far below.
     """
     if delta is None:
         return 1.0
@@ -49,10 +50,10 @@ def huber_inflation(delta: float | None, deviation: float) -> float:
 
 
 def covariance(fit: SumOfPowers, deviation: float, delta: float | None = None) -> np.ndarray | None:
-    """Covariance of (E, A, α, …) of L = E + Σ A·x^−α, x as it is: (p, p) float64.
+    """Covariance of (E, A, α, …) of L = E + Σ A·x^−α, float64 (p, p); None if a parameter is not determined.
 
-    σ²(JᵀJ)⁻¹ in centred coordinates, taken to x itself. A parameter at its bound of zero counts as free, which widens
-    the intervals. None where the points do not determine every parameter.
+    σ²(JᵀJ)⁻¹ in centred coordinates, transformed to those of x. A parameter at its bound of zero counts as free, which
+    widens the intervals.
     """
     norms = np.linalg.norm(fit.jacobian, axis=0)
     if np.any(norms == 0):
@@ -72,27 +73,28 @@ def covariance(fit: SumOfPowers, deviation: float, delta: float | None = None) -
     return deviation**2 * huber_inflation(delta, deviation) * (root @ root.T)
 
 
-# The papers' law: a straight line through log L against log x.
+# Power law: a straight line through log L against log x.
 
 
 def fit_power_law(points: Points) -> Law:
-    """L = A·x^−α by ordinary least squares of log L on log x: `scipy.stats.linregress` itself.
+    """L = A·x^−α by ordinary least squares of log L on log x (`scipy.stats.linregress`).
 
-    Its prediction intervals are exact for independent normal residuals of log L: 95 % hold 95 % of the time. They know
-    nothing of a floor: where there is one, the law promises too much, however close to −1 its Pearson r.
+    Its prediction intervals are exact for independent normal residuals of log L if there is no irreducible loss.
+    Otherwise the law overestimates the gain, however close Pearson's r is to −1.
 
     Args:
         points: of one variable, N or C.
 
     Raises:
-        CannotFit: fewer than two different x, or losses that are all equal.
+        CannotFit: fewer than two different x, or all losses are equal.
     """
     ((variable, x),) = points.variables.items()
     if points.different(variable) < 2:
-        there = f"there is {min(len(points), 1)}{points.origin}"
-        raise CannotFit(f"a power law needs two different {variable}, and {there}")
+        raise CannotFit(
+            f"a power law needs two different {variable}, and there is {min(len(points), 1)} among {points.data}"
+        )
     points.require_different_losses()
-    line = stats.linregress(np.log(x), np.log(points.loss))
+    line = cast(Any, stats.linregress(np.log(x), np.log(points.loss)))
     amplitude, alpha = float(np.exp(line.intercept)), -float(line.slope)
     residuals = np.log(points.loss) - (line.intercept + line.slope * np.log(x))
     freedom = len(points) - 2
@@ -129,58 +131,59 @@ def fit_power_law(points: Points) -> Law:
     )
 
 
-# A power law above a floor, and what the floors of all laws share.
+# Saturating power law: a power law with irreducible loss E.
 
 
 FEWEST = 3
-"""Different sizes (or budgets) without which a floor is refused."""
+"""Least number of different x for an irreducible loss."""
 ENOUGH = 6
-"""Different sizes under which a floor is warned of: AICc against a power law needs as many points."""
+"""Different x below which a law with irreducible loss has a warning: AICc needs as many points."""
 
 
-def fit_floor(points: Points) -> Law:
+def fit_saturating_power_law(points: Points) -> Law:
     """L = E + A·x^−α with E, A ≥ 0, by least squares of the residuals of log L (`fit_sum_of_powers`).
 
-    Its prediction intervals at nominal 95 %, simulated at ten times the largest of 4 to 10 sizes with noise of
-    0.3 % and 2 %, held 93–97 % of the time where the form was right; nothing guards against a wrong form.
+    Simulated coverage of its prediction intervals at nominal 95 %, at ten times the largest of 4 to 10 sizes with noise
+    of 0.3 % and 2 %: 93–97 % if the form is right.
 
     Args:
         points: of one variable, N or C.
 
     Raises:
-        CannotFit: fewer than `FEWEST` different x, or losses that are all equal.
+        CannotFit: fewer than `FEWEST` different x, or all losses are equal.
     """
     ((variable, _),) = points.variables.items()
     different = points.different(variable)
     if different < FEWEST:
-        there = f"there are {different}{points.origin}"
-        raise CannotFit(f"a floor needs {FEWEST} different {variable} at least, and {there}")
+        raise CannotFit(
+            f"an irreducible loss needs {FEWEST} different {variable}, and there are {different} among {points.data}"
+        )
     points.require_different_losses()
     warnings = list(points.warnings)
     if different < ENOUGH:
         warnings.append(
-            f"{different} different {variable} say little about a floor: the interval is wide, "
-            f"and under {ENOUGH} points AICc cannot tell it from a power law"
+            f"{different} different {variable} hardly determine an irreducible loss: the interval is wide, and below "
+            f"{ENOUGH} points AICc cannot distinguish it from zero"
         )
     fit = fit_sum_of_powers(list(points.variables.values()), points.loss)
-    return law_with_floor(f"floor_of_{points.of}", f"L = E + A·{variable}^−α", points, fit, warnings)
+    return _law(f"saturating_power_law_of_{points.of}", f"L = E + A·{variable}^−α", points, fit, warnings)
 
 
-def law_with_floor(
+def _law(
     name: str, formula: str, points: Points, fit: SumOfPowers, warnings: list[str], delta: float | None = None
 ) -> Law:
-    """A law from the fit of a sum of powers, with its covariance and what there is to warn of.
+    """The law of a fitted sum of powers, with covariance and warnings.
 
     `delta` is Huber's threshold of the fit; a robust fit has no AICc.
     """
-    parameters = {"E": fit.floor}
+    parameters = {"E": fit.irreducible}
     for index, (coefficient, exponent) in enumerate(TERMS[: len(fit.exponents)]):
         alpha = float(fit.exponents[index])
         parameters[coefficient] = float(fit.coefficients[index] * fit.centres[index] ** alpha)
         parameters[exponent] = alpha
     freedom = len(points) - len(parameters)
     deviation = spread = None
-    warnings = [*warnings, *_boundaries(points, fit)]
+    warnings = [*warnings, *_at_zero(points, fit)]
     if freedom > 0:
         deviation = float(np.sqrt(np.sum(fit.residuals**2) / freedom))
         spread = covariance(fit, deviation, delta)
@@ -211,11 +214,24 @@ def law_with_floor(
     return replace(law, warnings=(*warnings, *_exponents(law)))
 
 
+def _at_zero(points: Points, fit: SumOfPowers) -> list[str]:
+    """Warnings on parameters at their bound of zero."""
+    warnings = []
+    if fit.irreducible == 0:
+        warnings.append("the best irreducible loss is E = 0: these points show none, which does not prove that E is 0")
+    warnings += [
+        f"the loss does not fall with {variable}: its coefficient is 0"
+        for variable, coefficient in zip(points.variables, fit.coefficients, strict=True)
+        if coefficient == 0
+    ]
+    return warnings
+
+
 def _exponents(law: Law) -> list[str]:
-    """Sentences on exponents that these points do not tell."""
-    if law.at_edge:
+    """Warnings on exponents that the points do not determine."""
+    if law.at_bound:
         low, high = EXPONENTS
-        return [f"an exponent ended at the edge of its range ({low:g} to {high:g}): do not use this law"]
+        return [f"an exponent is at a bound of its range ({low:g} to {high:g}): do not use this law"]
     return [
         f"the points hardly determine {name}, {law.parameters[name]:.2g} ± {error:.2g}"
         for _, name in TERMS
@@ -223,113 +239,98 @@ def _exponents(law: Law) -> list[str]:
     ]
 
 
-def _boundaries(points: Points, fit: SumOfPowers) -> list[str]:
-    """Sentences on parameters that ended at a bound."""
-    told = []
-    if fit.floor == 0:
-        told.append("the best floor is E = 0: these points show none, which does not mean that there is none")
-    told += [
-        f"the loss does not fall with {variable}: its coefficient is 0"
-        for variable, coefficient in zip(points.variables, fit.coefficients, strict=True)
-        if coefficient == 0
-    ]
-    return told
-
-
-# The joint law of parameters and data.
+# L(N, D).
 
 
 HUBER = 1e-3
-"""Threshold of Huber's loss in log L, as Hoffmann et al. 2022 (arXiv 2203.15556, appendix D.3) have it."""
+"""Threshold of Huber's loss in log L (Hoffmann et al. 2022, arXiv 2203.15556, appendix D.3)."""
 PARAMETERS = 5
 
 
-def fit_joint(points: Points, delta: float = HUBER) -> Law:
+def fit_parameters_and_data(points: Points, delta: float = HUBER) -> Law:
     """L = E + A·N^−α + B·D^−β with E, A, B ≥ 0, by Huber's loss of the residuals of log L (`fit_sum_of_powers`).
 
-    Its intervals take the variance that Huber's estimate has for normal residuals, π/2 of least squares' for a
-    threshold far below them. At nominal 95 %, simulated at three times the largest size and data of grids of 4 × 3 to
-    6 × 6 with noise of 0.3 % and 1 %, they held 96–97 % of the time where the form was right.
+    Its intervals use the variance of Huber's estimate for normal residuals: π/2 of least squares for a threshold far
+    below them. Simulated coverage at nominal 95 %, at three times the largest size and data of grids of 4 × 3 to 6 × 6
+    with noise of 0.3 % and 1 %: 96–97 % if the form is right.
 
     Args:
         points: variables N (parameters) and D (pixels).
-        delta: Huber's threshold; the objective is summed over the points.
+        delta: Huber's threshold; the objective is a sum over points.
 
     Raises:
-        CannotFit: fewer than `FEWEST` sizes or amounts of data, fewer than five points, or losses that are all
-            equal.
+        CannotFit: fewer than `FEWEST` sizes or amounts of data, fewer than five points, or all losses are equal.
     """
     sizes, amounts = points.different("N"), points.different("D")
     if min(sizes, amounts) < FEWEST or len(points) < PARAMETERS:
         raise CannotFit(
-            f"the joint law needs {FEWEST} sizes, {FEWEST} amounts of training data and {PARAMETERS} trainings; "
+            f"L(N, D) needs {FEWEST} sizes, {FEWEST} amounts of training data and {PARAMETERS} trainings; "
             f"there are {sizes}, {amounts} and {len(points)}"
         )
     points.require_different_losses()
     warnings = list(points.warnings)
-    for count, what in ((sizes, "sizes"), (amounts, "amounts of training data")):
-        if count < ENOUGH:
-            warnings.append(f"{count} {what} say little about the floor E and the exponents beside it")
+    for number, what in ((sizes, "sizes"), (amounts, "amounts of training data")):
+        if number < ENOUGH:
+            warnings.append(f"{number} {what} hardly determine the irreducible loss E and the exponents")
     fit = fit_sum_of_powers([points.variables["N"], points.variables["D"]], points.loss, delta)
-    return law_with_floor("joint", "L = E + A·N^−α + B·D^−β", points, fit, warnings, delta)
+    return _law("law_of_parameters_and_data", "L = E + A·N^−α + B·D^−β", points, fit, warnings, delta)
 
 
-# Which of two laws of the same trainings the data prefer: the power law alone, or with a floor.
+# Which of two laws of the same points is preferred: the power law or the saturating one.
 
 
 REJECTED = 0.05
-"""Probability under which an F test rejects the power law."""
+"""Probability below which an F test rejects the power law."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A power law and the same with a floor, through the same points."""
+    """A power law and a saturating power law of the same points."""
 
     preferred: str
-    """Name of the law with the lower AICc; but where few points leave the floor none, or too little (`contested`), of
-    the law that `f_probability` favours."""
+    """Name of the law with the lower AICc; that of the F test where AICc is undefined or `criteria_disagree`."""
     reason: str
-    """A sentence."""
     aicc_difference: float | None
-    """AICc of the law with a floor less that of the power law; None where either has none."""
+    """AICc of the saturating law minus that of the power law; None if either is None."""
     f_probability: float | None
-    """Probability of so much better a fit by the floor if there were none; None without degrees of freedom."""
-    contested: bool
-    """AICc prefers the power law, but the F test rejects it, and decides: on six trainings AICc charges 30 for a floor,
-    and overlooked nine in ten floors, simulated, that the F test saw in all."""
+    """Probability of an equal or larger improvement if E = 0; None without degrees of freedom."""
+    criteria_disagree: bool
+    """AICc prefers the power law but the F test rejects it, and decides: with six trainings the AICc penalty of E is
+    30. In simulations it missed nine of ten irreducible losses, and the F test none."""
 
 
-def compare(power_law: Law, floor: Law | None) -> Comparison:
-    """Compare by AICc, with an F test beside it, since AICc says nothing, or little, of a floor on few trainings.
+def compare(power_law: Law, saturating: Law | None) -> Comparison:
+    """Compare two laws of the same points by AICc and by an F test, since AICc is undefined or weak for few points.
 
-    The F test (extra sum of squares) weighs Σr² of log L of both laws at 1 and n − 3 degrees of freedom. It is exact
-    for linear laws only; simulated on 4 to 10 sizes, it rejected power laws that were true 2–5 % of the time.
+    The F test (extra sum of squares) compares Σr² of log L at 1 and n − 3 degrees of freedom. It is exact for linear
+    models only; in simulations with 4 to 10 sizes it rejected true power laws in 2–5 % of the cases.
     """
-    if floor is None:
+    if saturating is None:
         return Comparison(power_law.name, "only the power law could be fitted", None, None, False)
-    probability = _f_probability(power_law, floor)
+    probability = _f_probability(power_law, saturating)
     rejected = probability is not None and probability < REJECTED
-    by_f = f"an F test {'rejects' if rejected else 'does not reject'} the power law without a floor"
+    by_f = f"an F test {'rejects' if rejected else 'does not reject'} E = 0"
     by_f = "" if probability is None else f"{by_f} (p = {probability:.2g})"
-    if power_law.aicc is None or floor.aicc is None:
-        best = floor if rejected else power_law
-        reason = f"AICc needs six trainings to weigh a floor and there are {power_law.points}"
-        by_f = by_f or "nothing else can tell, and the power law stands for want of better"
+    if power_law.aicc is None or saturating.aicc is None:
+        best = saturating if rejected else power_law
+        reason = f"AICc needs six trainings to judge an irreducible loss, and there are {power_law.points}"
+        by_f = by_f or "no other criterion is defined, so the power law is the default"
         return Comparison(best.name, f"{reason}; {by_f}", None, probability, False)
-    difference = floor.aicc - power_law.aicc
-    best = floor if difference < 0 or rejected else power_law
-    contested = difference >= 0 and rejected
-    kind = "with" if difference < 0 else "without"
-    reason = f"AICc is lower by {abs(difference):.1f} for the power law {kind} a floor"
-    reason += f", but on {power_law.points} trainings it can overlook one, and {by_f}" if contested else f", and {by_f}"
-    return Comparison(best.name, reason, difference, probability, contested)
+    difference = saturating.aicc - power_law.aicc
+    best = saturating if difference < 0 or rejected else power_law
+    disagree = difference >= 0 and rejected
+    kind = "saturating power law" if difference < 0 else "power law without irreducible loss"
+    reason = f"AICc is lower by {abs(difference):.1f} for the {kind}"
+    reason += f", but with {power_law.points} trainings it can miss one, and {by_f}" if disagree else f", and {by_f}"
+    return Comparison(best.name, reason, difference, probability, disagree)
 
 
-def _f_probability(power_law: Law, floor: Law) -> float | None:
-    if not floor.degrees_of_freedom or floor.residual_deviation is None or power_law.residual_deviation is None:
+def _f_probability(power_law: Law, saturating: Law) -> float | None:
+    noise, least = power_law.residual_deviation, saturating.residual_deviation
+    if not saturating.degrees_of_freedom or noise is None or least is None:
         return None
-    alone, beside = (law.residual_deviation**2 * law.degrees_of_freedom for law in (power_law, floor))
-    if beside <= 0:
-        return 0.0 if alone > 0 else 1.0
-    ratio = max(alone - beside, 0.0) / (beside / floor.degrees_of_freedom)
-    return float(stats.f.sf(ratio, 1, floor.degrees_of_freedom))
+    restricted, full = noise**2 * power_law.degrees_of_freedom, least**2 * saturating.degrees_of_freedom
+    if full <= 0:
+        return 0.0 if restricted > 0 else 1.0
+    ratio = max(restricted - full, 0.0) / (full / saturating.degrees_of_freedom)
+    return float(stats.f.sf(ratio, 1, saturating.degrees_of_freedom))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from hpcm_scale.config.schema import Config, EngineName
+from hpcm_scale.config.schema import EngineConfig, EngineName, TrainConfig
+from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.training.engines.base import Engine
 
 
-def create_engine(config: Config) -> Engine:
-    """The engine that the configuration names; joins the process group."""
-    # The two libraries are slow to import and each brings its own logging: load only the one in use.
-    if config.engine.name == EngineName.deepspeed:
+def create_engine(engine: EngineConfig, train: TrainConfig, spec: RunSpec) -> Engine:
+    """Create the engine that the configuration names."""
+    # Both libraries are slow to import and set up logging: import only the one in use.
+    if engine.name == EngineName.deepspeed:
         from hpcm_scale.training.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config)
+        return DeepSpeedEngine(engine, train, spec.deepspeed)
     from hpcm_scale.training.engines.accelerate import AccelerateEngine
 
-    return AccelerateEngine(config)
+    return AccelerateEngine(train, spec.accumulation)

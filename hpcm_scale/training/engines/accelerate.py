@@ -1,4 +1,4 @@
-"""accelerate: one device, or data parallel on several; for laptops and for debugging."""
+"""The accelerate engine: one device, or DistributedDataParallel on several."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import warnings
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from hpcm_scale.config.checks import accumulation
-from hpcm_scale.config.schema import Config
+from hpcm_scale.config.schema import TrainConfig
 from hpcm_scale.devices import CPU, device_kind
-from hpcm_scale.training.engines.base import Engine, Stepped, poisoned
-from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, whole_pieces
-from hpcm_scale.training.state_shards import Piece
+from hpcm_scale.training.engines.base import Engine, StepResult, propagate_non_finite
+from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, unsharded_state
+from hpcm_scale.training.state_shards import StateShard
 
 
 class AccelerateEngine(Engine):
@@ -20,53 +19,53 @@ class AccelerateEngine(Engine):
 
     replicated = True
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        # The only buffers are constants, the same everywhere.
-        how = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        # The number of threads that it chooses on CPUs where the user has not.
+    def __init__(self, train: TrainConfig, accumulation: int) -> None:
+        self._train = train
+        # The buffers are constants.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # accelerate chooses the number of threads on CPUs.
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
-        self._accelerator = Accelerator(cpu=device_kind() == CPU, mixed_precision="no", kwargs_handlers=[how])
+        self._accelerator = Accelerator(cpu=device_kind() == CPU, mixed_precision="no", kwargs_handlers=[ddp])
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
-        self._rounds = accumulation(config, self.world_size)
-        self._done = 0  # rounds of this step
+        self._rounds = accumulation
+        self._done = 0  # of these micro-batches
 
     def prepare(self, model: nn.Module) -> None:
-        # Said of kernels of one channel, whose strides mean nothing; from a depth that no logger of torch reaches.
+        # For kernels of one channel, whose strides are irrelevant.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-        # Its successor is not there in the torch versions before this one, nor among what accelerate hands on.
+        # Older versions of torch, and accelerate, lack its successor.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._model = model.to(self.device)
         self.module = self._accelerator.prepare_model(self._model)
-        self._optimizer = create_optimizer(self.module.parameters(), self._config.train)
-        self._send_gradients_of_last_round()
+        self._optimizer = create_optimizer(self.module.parameters(), self._train)
+        self._sync_gradients_in_last_round()
 
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(poisoned(loss) / self._rounds)
+        self._accelerator.backward(propagate_non_finite(loss) / self._rounds)
         self._done += 1
-        self._send_gradients_of_last_round()
+        self._sync_gradients_in_last_round()
 
-    def _send_gradients_of_last_round(self) -> None:
-        """Have DDP add up gradients over the processes in the last round only; it asks before each forward pass."""
-        self.module.require_backward_grad_sync = self._done + 1 == self._rounds
+    def _sync_gradients_in_last_round(self) -> None:
+        """Have DDP all-reduce gradients only for the last micro-batch; DDP reads this before each forward pass."""
+        self.module.require_backward_grad_sync = self._done + 1 == self._rounds  # pyright: ignore[reportArgumentType]
 
     def clip(self) -> Tensor:
-        return clip(self._optimizer, self._config.train.clip_norm)
+        return clip(self._optimizer, self._train.clip_norm)
 
-    def step(self, learning_rate: float, norm: float, leave_out: bool = False) -> Stepped:
+    def step(self, learning_rate: float, norm: float, skip: bool = False) -> StepResult:
         set_learning_rate(self._optimizer, learning_rate)
-        guard(self._optimizer, norm, leave_out)
+        guard(self._optimizer, norm, skip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._done = 0
-        self._send_gradients_of_last_round()
-        return Stepped(norm, self._optimizer.overflow)
+        self._sync_gradients_in_last_round()
+        return StepResult(norm, self._optimizer.overflow)
 
-    def pieces(self) -> list[Piece]:
-        return whole_pieces(self._optimizer, self._model.named_parameters())
+    def state_shards(self) -> list[StateShard]:
+        return unsharded_state(self._optimizer, self._model.named_parameters())
 
-    def take_over(self, updates: int) -> None:
+    def load_master_weights(self, updates: int) -> None:
         self._optimizer.set_updates(updates)
 
     @property
@@ -74,7 +73,7 @@ class AccelerateEngine(Engine):
         return self._optimizer.updates
 
     def reduce(self, values: Tensor) -> Tensor:
-        return self._accelerator.reduce(values.to(self.device, copy=True), reduction="sum")
+        return self._accelerator.reduce(values.to(self.device, copy=True), reduction="sum")  # pyright: ignore[reportReturnType]
 
     def weights(self) -> dict[str, Tensor] | None:
         if self.rank != 0:

@@ -1,86 +1,86 @@
-"""The engine: the only thing that knows about processes. The loop reads the same with either of them."""
+"""Interface of the engines, the only part of training that communicates between ranks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
-from hpcm_scale.errors import Fault, UserError, in_a_line
-from hpcm_scale.training.state_shards import Piece
+from hpcm_scale.errors import Fault, UserError, first_line
+from hpcm_scale.training.state_shards import StateShard
 
 Result = TypeVar("Result")
 FAILURES = (UserError, OSError, MemoryError, RuntimeError)
-"""What files, network drives and memory raise; torch's out-of-memory errors are RuntimeErrors."""
+"""Errors of files, network drives and memory; torch's out-of-memory errors are RuntimeErrors."""
 
 
-class FailedTogether(Exception):
-    """Work that failed in one process or more; raised in all of them, with the same reason."""
+class CollectiveError(Exception):
+    """Work that failed on at least one rank; raised on all ranks with the same reason."""
 
 
-class Stepped(NamedTuple):
-    """What an optimizer step did."""
+class StepResult(NamedTuple):
+    """Result of an optimizer step."""
 
     grad_norm: float
     """Global 2-norm of the gradients before clipping."""
     skipped: bool
-    """Whether the step was left out, on all processes together."""
+    """Whether the step was skipped, on all ranks."""
 
 
 class Engine(ABC):
-    """Processes, sharding and the optimizer of one training."""
+    """Processes, sharding and optimizer of one training."""
 
     rank: int
     world_size: int
     device: torch.device
     module: nn.Module
-    """The prepared model: call it as the model itself, on all processes alike."""
+    """The prepared model; all ranks call it together."""
     replicated: bool
-    """Whether every process holds all of the weights and moments."""
+    """Whether every rank holds all weights and Adam moments."""
     sharded: bool = False
-    """Whether a forward pass gathers weights from all processes: one that fails in a single process blocks the others.
-    """
+    """Whether a forward pass gathers weights (ZeRO-3), so that one that fails on a single rank blocks the others."""
 
     def building(self) -> AbstractContextManager[None]:
-        """Where a model is made that may be sharded while it is made; every process makes the same, layer by layer."""
+        """Context in which all ranks create the same model, which ZeRO-3 shards layer by layer."""
         return nullcontext()
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
-        """Take over a model (same weights on every process): place, wrap or shard it."""
+        """Place, wrap or shard a model with the same weights on every rank, and create its optimizer."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's mean loss, a scalar.
+        """Accumulate the gradients of one micro-batch's mean loss, a scalar.
 
-        A loss that is not finite makes every gradient not finite, so that the step is skipped.
+        A loss that is not finite makes all gradients NaN, so that the step is skipped.
         """
 
     @abstractmethod
     def clip(self) -> Tensor:
-        """Clip the accumulated gradients; returns their norm before, a scalar on the device, never looked at.
+        """Clip the accumulated gradients; pre-clip gradient norm as a device tensor (no host sync).
 
-        NaN if there is none yet: DeepSpeed clips sharded gradients within the step.
+        NaN with ZeRO 1 to 3, where DeepSpeed clips within the step.
         """
 
     @abstractmethod
-    def step(self, learning_rate: float, norm: float, leave_out: bool = False) -> Stepped:
-        """Apply the clipped gradients, or skip them if told to or if they are not finite; clear them.
+    def step(self, learning_rate: float, norm: float, skip: bool = False) -> StepResult:
+        """Apply the clipped gradients and clear them; no update if `skip` or if they are not finite.
 
-        `norm`: what `clip` returned.
+        `norm` is the result of `clip`.
         """
 
     @abstractmethod
-    def pieces(self) -> list[Piece]:
-        """What this process holds of weights and Adam moments, all of it where nothing is sharded (`replicated`)."""
+    def state_shards(self) -> list[StateShard]:
+        """Master weights and Adam moments that this rank holds, or all of them if `replicated`."""
 
     @abstractmethod
-    def take_over(self, updates: int) -> None:
-        """Go on from what has been written to the pieces, as after `updates` steps; every process calls it."""
+    def load_master_weights(self, updates: int) -> None:
+        """Update the model from values written to `state_shards`, as after `updates` steps; called by all ranks."""
 
     @property
     @abstractmethod
@@ -89,54 +89,52 @@ class Engine(ABC):
 
     @abstractmethod
     def reduce(self, values: Tensor) -> Tensor:
-        """The sum over all processes of a tensor, which itself stays as it is."""
+        """Sum of a tensor over all ranks, as a new tensor on the device."""
 
-    def gather(self, text: str) -> list[str]:
-        """What every process says, in order of rank; each calls it with a text of its own, often empty."""
-        said = text.encode(errors="surrogateescape")  # names of files need not be UTF-8
-        lengths = torch.zeros(self.world_size, dtype=torch.float64)
-        lengths[self.rank] = len(said)
-        lengths = [int(length) for length in self.reduce(lengths).tolist()]
-        letters = torch.zeros(self.world_size, max(lengths), dtype=torch.float32)
-        letters[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.float32)
-        rows = self.reduce(letters).to(torch.uint8).tolist() if max(lengths) else letters.tolist()
-        return [bytes(row[:length]).decode(errors="surrogateescape") for row, length in zip(rows, lengths, strict=True)]
+    def gather(self, value: Any) -> list[Any]:
+        """One value of each rank, in order of rank; called by all ranks with values that can be pickled."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
-    def together(self, work: Callable[[], Result], *, forward: bool = False) -> Result:
-        """What `work` returns, in every process; a `forward` pass is the only work that may communicate.
+    def run_collectively(self, work: Callable[[], Result], *, forward: bool = False) -> Result:
+        """The result of `work`, which all ranks do; only a `forward` pass may communicate.
 
-        Raises FailedTogether in all processes if the work fails in one, for any of FAILURES. A forward pass through
-        sharded weights, in which the others wait for this process, raises a Fault in this one.
+        Raises CollectiveError on all ranks if the work raises one of FAILURES on any rank. In a forward pass through
+        sharded weights the other ranks wait for this one, so it raises Fault instead.
         """
         result, reason = None, ""
         try:
             result = work()
         except FAILURES as error:
-            reason = in_a_line(error)
+            reason = first_line(error)
             if forward and self.sharded:
                 raise Fault(
-                    f"an evaluation failed ({reason}), and with sharded weights (engine.zero_stage=3) the run "
-                    "cannot go on; leave out large images (eval.images, eval.limit), and the same command goes on"
+                    "sharded-evaluation-failed",
+                    "eval.images",
+                    f"an evaluation failed ({reason}), after which a run with sharded weights (engine.zero_stage=3) "
+                    "cannot continue; remove large images (eval.images, eval.limit), and the same command resumes",
                 ) from error
-        for told in self.gather(reason):
-            if told:
-                raise FailedTogether(told)
-        return result
+        if reasons := [reason for reason in self.gather(reason) if reason]:
+            raise CollectiveError(reasons[0])
+        return cast(Result, result)
 
     def barrier(self) -> None:
-        """Wait for all processes."""
-        self.reduce(torch.zeros(1)).tolist()  # NCCL makes the device wait; reading the sum makes the host wait, too
+        """Wait for all ranks."""
+        self.reduce(torch.zeros(1)).tolist()  # under NCCL only reading the sum makes the host wait
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor] | None:
-        """The whole fp32 state dict in host memory on rank 0, None elsewhere; every process calls it."""
+        """The whole fp32 state dict in host memory on rank 0, None elsewhere; called by all ranks."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the model. The process group stays for another run of the same processes."""
+        """Release the model. The process group stays for another run of the same processes."""
 
 
-def poisoned(loss: Tensor) -> Tensor:
-    """The loss, or, where it is not finite, one whose gradients are all NaN; needs no look at its value."""
+def propagate_non_finite(loss: Tensor) -> Tensor:
+    """The loss; if it is not finite, all its gradients become NaN (no host sync)."""
     value = loss.detach()
     return loss * torch.where(value.isfinite(), torch.ones_like(value), torch.full_like(value, torch.nan))

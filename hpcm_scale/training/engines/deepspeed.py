@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO stages 0 to 3, with or without offload, on clusters."""
+"""The DeepSpeed engine: ZeRO stages 0 to 3, with or without offload."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -15,35 +16,37 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from hpcm_scale.config.deepspeed import deepspeed_dictionary
-from hpcm_scale.config.schema import Config
+from hpcm_scale.config.schema import EngineConfig, TrainConfig
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.engines.base import Engine, Stepped, poisoned
-from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, whole_pieces
-from hpcm_scale.training.state_shards import Piece
+from hpcm_scale.training.engines.base import Engine, StepResult, propagate_non_finite
+from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, unsharded_state
+from hpcm_scale.training.state_shards import StateShard
 
-OF_BARRIERS = r"barrier\(\): using the device under current context"
-"""How a warning of torch begins."""
+BARRIER_WARNING = r"barrier\(\): using the device under current context"
+"""Start of a warning of torch."""
 
 
 class DeepSpeedEngine(Engine):
     """See `Engine`."""
 
-    def __init__(self, config: Config) -> None:
+    _engine: Any
+    """DeepSpeed's; its optimizer is of another class in each stage."""
+
+    def __init__(self, engine: EngineConfig, train: TrainConfig, dictionary: dict[str, Any]) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        # Said of stage 3's barriers where one process on a GPU is a group without a device of its own.
-        warnings.filterwarnings("ignore", OF_BARRIERS, UserWarning)
-        # Which of its compiled operators could be built here; asked for them, it would look for compilers and warn of
-        # each that it misses. It wants to know of a shared-memory all-reduce for CPUs alone, which takes minutes to
-        # compile, and a build cut short hangs the next run. An operator that is used is built in any case, or fails.
-        deepspeed.ops.__compatible_ops__ = {}
+        # For ZeRO-3's barriers on a single GPU, whose process group has no device id.
+        warnings.filterwarnings("ignore", BARRIER_WARNING, UserWarning)
+        # DeepSpeed would probe which operators it can compile, warn about each missing compiler, and compile a
+        # shared-memory all-reduce for CPUs, which takes minutes; an interrupted build hangs the next run. Operators in
+        # use are compiled without the probe.
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(verbose=False)
-        self._config = config
-        self._stage = config.engine.zero_stage
+        self._train, self._options, self._dictionary = train, engine.options, dictionary
+        self._stage = engine.zero_stage
         self.replicated, self.sharded = self._stage == 0, self._stage == 3
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-        accelerator = get_accelerator()
+        accelerator: Any = get_accelerator()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device(accelerator.device_name(local_rank))
         if self.device.type == "cuda":
@@ -51,12 +54,11 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """With stage 3 every layer is sharded when the next one is made, so that no process holds the whole model."""
+        """With ZeRO-3 every layer is sharded when the next one is created, so that no rank holds the whole model."""
         if self._stage < 3:
             yield
             return
-        dictionary = deepspeed_dictionary(self._config, self.world_size)
-        zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=dictionary)
+        zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self._dictionary)
         layer, parameters = None, []
 
         def shard() -> None:
@@ -80,59 +82,58 @@ class DeepSpeedEngine(Engine):
             hook.remove()
 
     def prepare(self, model: nn.Module) -> None:
-        model.to(self.device)  # where it is sharded already, DeepSpeed leaves buffers where they are
-        self._optimizer = create_optimizer(model.parameters(), self._config.train)
+        model.to(self.device)  # also moves the buffers, which ZeRO-3's sharding does not
+        self._optimizer = create_optimizer(model.parameters(), self._train)
         groups = enumerate(self._optimizer.param_groups)
         self._group_of = {parameter: number for number, group in groups for parameter in group["params"]}
-        dictionary = deepspeed_dictionary(self._config, self.world_size)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=dictionary)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=self._dictionary)
         self.module = self._engine
-        self._check_pieces()
+        self._check_state_shards()
 
     def backward(self, loss: Tensor) -> None:
         boundary = self._engine.is_gradient_accumulation_boundary()
-        self._engine.backward(poisoned(loss))
+        self._engine.backward(propagate_non_finite(loss))
         if not boundary:
             self._engine.step()  # only counts the micro-batch
 
     def clip(self) -> Tensor:
         if self._stage > 0:
             return torch.full((), torch.nan, device=self.device)
-        return clip(self._optimizer, self._config.train.clip_norm)
+        return clip(self._optimizer, self._train.clip_norm)
 
-    def step(self, learning_rate: float, norm: float, leave_out: bool = False) -> Stepped:
+    def step(self, learning_rate: float, norm: float, skip: bool = False) -> StepResult:
         set_learning_rate(self._engine.optimizer, learning_rate)
-        guard(self._optimizer, norm if self._stage == 0 else 0.0, leave_out)
+        guard(self._optimizer, norm if self._stage == 0 else 0.0, skip)
         before = self._engine.skipped_steps
         self._engine.step()
         if self._stage > 0:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return Stepped(norm, leave_out or self._engine.skipped_steps > before)
+        return StepResult(norm, skip or self._engine.skipped_steps > before)
 
-    def pieces(self) -> list[Piece]:
+    def state_shards(self) -> list[StateShard]:
         if self._stage == 0:
-            return whole_pieces(self._optimizer, self._engine.module.named_parameters())
+            return unsharded_state(self._optimizer, self._engine.module.named_parameters())
         held = self._held_by_stage_3 if self._stage == 3 else self._held_by_stages_1_and_2
         return [
-            piece
+            shard
             for name, parameter in self._engine.module.named_parameters()
             for part in held(parameter)
-            for piece in self._optimizer.pieces(name, *part)
+            for shard in self._optimizer.state_shards(name, *part)
         ]
 
     def _held_by_stages_1_and_2(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
-        """Start in the flattened parameter, the flat tensor that is optimized, offset in it, number of elements."""
+        """Start in the flattened parameter, flat optimized tensor, offset in it, number of elements."""
         group = self._group_of[parameter]
         held = self._engine.optimizer.single_partition_of_fp32_groups[group]
-        # The parameters of a group lie one after the other in one tensor (DeepSpeed's own map of it is wrong where
-        # round_robin_gradients changes their order), of which every process optimizes a part.
+        # The parameters of a group are contiguous in one tensor, of which every rank optimizes a part. DeepSpeed's own
+        # map of it is wrong if round_robin_gradients changes their order.
         begin = parameter.storage_offset() - self.rank * held.numel()
         first, last = max(begin, 0), min(begin + parameter.numel(), held.numel())
         if first < last:
             yield first - begin, held, first, last - first
 
-    def _held_by_stage_3(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
-        """The same of stage 3, which cuts every parameter into as many parts as there are processes."""
+    def _held_by_stage_3(self, parameter: Any) -> Iterator[tuple[int, Tensor, int, int]]:
+        """The same for stage 3, which splits every parameter into one part per rank."""
         zero = self._engine.optimizer
         group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = self.rank * parameter.ds_tensor.ds_numel
@@ -140,26 +141,28 @@ class DeepSpeedEngine(Engine):
         if size > 0:
             yield start, zero.fp32_partitioned_groups_flat[group], int(offset), size
 
-    def _check_pieces(self) -> None:
-        """Raises UserError, on all processes, unless the pieces are the model: what DeepSpeed moves is not for ever."""
-        right, held = True, 0
+    def _check_state_shards(self) -> None:
+        """Raise UserError on all ranks unless the shards are the model, since DeepSpeed's layout may change."""
+        matches, held = True, 0
         parameters = dict(self._engine.module.named_parameters())
-        for kind, name, start, values in self.pieces():
+        for kind, name, start, values in self.state_shards():
             if kind == "weight":
                 parameter, held = parameters[name], held + values.numel()
                 begin = self.rank * parameter.ds_tensor.ds_numel if self._stage == 3 else 0
                 whole = (parameter.ds_tensor if self._stage == 3 else parameter).detach().view(-1)
                 part = whole[start - begin :][: values.numel()]
-                right = right and torch.equal(part.to(values.device), values)
+                matches = matches and torch.equal(part.to(values.device), values)
         total = sum(parameter.ds_numel if self._stage == 3 else parameter.numel() for parameter in parameters.values())
-        wrong, held = self.reduce(torch.tensor([not right, held], dtype=torch.float64)).tolist()
-        if wrong or held != total * (self.world_size if self.replicated else 1):
+        mismatches, held = self.reduce(torch.tensor([not matches, held], dtype=torch.float64)).tolist()
+        if mismatches or held != total * (self.world_size if self.replicated else 1):
             raise UserError(
-                f"with engine.options={self._config.engine.options} DeepSpeed lays out the weights in a way that "
-                "checkpoints do not follow; leave out what has to do with it"
+                "unknown-weight-layout",
+                "engine.options",
+                f"with engine.options={self._options} DeepSpeed lays out the weights in a way that checkpoints do not "
+                "support; remove the options that affect it",
             )
 
-    def take_over(self, updates: int) -> None:
+    def load_master_weights(self, updates: int) -> None:
         self._optimizer.set_updates(updates)
         zero = self._engine.optimizer
         if self._stage in (1, 2):
@@ -168,7 +171,7 @@ class DeepSpeedEngine(Engine):
             zero.checkpoint_event_prologue()
             for flat, held in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
                 flat.data.copy_(held.data)
-            zero.checkpoint_event_epilogue()  # gathers anew the small parameters that every process keeps whole
+            zero.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
 
     @property
     def updates(self) -> int:
@@ -182,7 +185,7 @@ class DeepSpeedEngine(Engine):
     def weights(self) -> dict[str, Tensor] | None:
         state = {}
         for name, parameter in self._engine.module.named_parameters():
-            # One at a time: a sharded model need not fit on one device.
+            # One at a time, since a sharded model may not fit on one device.
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
                 if self.rank == 0:
                     state[name] = parameter.detach().to("cpu", torch.float32, copy=True)

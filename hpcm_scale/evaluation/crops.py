@@ -1,4 +1,4 @@
-"""Crops where a codec errs most, beside the originals and the nearest other codec."""
+"""visual.png: the crops with the largest error of a model, beside the originals and the nearest baseline."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hpcm_scale.evaluation.coders import Watcher
 from hpcm_scale.evaluation.measures import Estimated, Measured
+from hpcm_scale.evaluation.runners import Watcher
 from hpcm_scale.formatting import label, new_figure, save
 
 CROP = 256
-"""Sides of a crop in pixels of the image; smaller images are shown whole."""
+"""Side of a crop in pixels; smaller images are shown whole."""
 STRIDE = 32
-"""Crops are tried at multiples of so many pixels."""
+"""Positions of crops are multiples of this many pixels."""
 RULE = (
-    "Of each image the crop with the largest squared error, then the images where it is largest.\n"
-    "Rates and PSNR are those of the whole image."
+    "The crop with the largest squared error of each image, for the images where it is largest.\n"
+    "Rates and PSNR are of the whole image."
 )
-NEAREST = " Right: of the other codecs and settings, the one whose rate is nearest to ours."
+NEAREST = " Right: the baseline codec and setting with the nearest rate."
 
-# In pixels of the picture: pixels of a crop become squares of a whole number.
+# In pixels of the figure; each pixel of a crop is a square of several pixels.
 SIDE = 512
 CAPTION_HEIGHT = 52
 TITLE_HEIGHT = 92
@@ -35,7 +35,7 @@ DPI = 100
 
 
 class Window(NamedTuple):
-    """A place in an image, in pixels."""
+    """A rectangle in an image, in pixels."""
 
     top: int
     left: int
@@ -43,51 +43,51 @@ class Window(NamedTuple):
     width: int
 
     def cut(self, pixels: Tensor) -> Tensor:
-        """Copy this place out of (3, H, W)."""
+        """A copy of this part of (3, H, W)."""
         return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width].clone()
 
 
 class Panel(NamedTuple):
-    """What one codec made of a crop."""
+    """A crop as one codec decodes it."""
 
     codec: str
     pixels: Tensor
     """uint8 (3, height, width)."""
     measured: Measured
-    """Of the whole image."""
+    """For the whole image."""
 
 
 @dataclass
 class Crop:
-    """One place in one image."""
+    """One crop of one image."""
 
     window: Window
     error: float
-    """Mean squared error of ours in it, in 8-bit levels."""
+    """Mean squared error of the model, in 8-bit levels."""
     original: Tensor
-    ours: Panel
+    model: Panel
     nearest: Panel | None = None
-    """The other codec, at the setting whose bpp of this image is nearest to ours; the first of equals."""
+    """The baseline and setting with the nearest bpp on this image; the first of equals."""
 
 
 class Crops:
-    """Chooses crops while codecs are at work: first `ours`, on every image, then any number of `other`s.
+    """Chooses crops while images are coded: first by the model, then by any number of baselines.
 
-    One crop per image: the `CROP`×`CROP` window with the largest squared error of ours (the first of equals, by
-    rows); of all images the `number` where it is largest (the first of equals).
+    One crop per image, the `CROP`×`CROP` window with the largest squared error of the model, for the `number` images
+    where it is largest; the first of equals.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
         self._chosen: dict[int, Crop] = {}
-        self._ours: str | None = None
+        self._model: str | None = None
 
-    def ours(self, codec: str) -> Watcher:
-        """The watcher of our codec, under the name that is written above its crops: the first that is asked for."""
-        self._ours = self._ours or codec
+    def watch_model(self, codec: str) -> Watcher:
+        """The watcher of the model, titled `codec`; later calls with another title watch nothing."""
+        self._model = self._model or codec
 
         def watch(index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
-            if codec != self._ours:
+            if codec != self._model:
                 return
             window, error = worst_window(original, decoded)
             self._chosen[index] = Crop(window, error, window.cut(original), Panel(codec, window.cut(decoded), measured))
@@ -96,8 +96,8 @@ class Crops:
 
         return watch
 
-    def other(self, codec: str) -> Watcher:
-        """The watcher of another codec, under the name that is written above its crops."""
+    def watch_baseline(self, codec: str) -> Watcher:
+        """The watcher of a baseline, titled `codec`."""
 
         def watch(index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
             crop = self._chosen.get(index)
@@ -112,8 +112,8 @@ class Crops:
 
 
 def worst_window(original: Tensor, decoded: Tensor) -> tuple[Window, float]:
-    """Where two images, uint8 (3, H, W), differ most, and the mean squared error there in 8-bit levels."""
-    errors = (original.double() - decoded.double()).square().sum(dim=0)  # whole numbers: the sums are exact
+    """The window where two images, uint8 (3, H, W), differ most, and its mean squared error in 8-bit levels."""
+    errors = (original.double() - decoded.double()).square().sum(dim=0)  # integers: the sums are exact
     height, width = (min(CROP, side) for side in errors.shape)
     tops, lefts = (_starts(side, window) for side, window in zip(errors.shape, (height, width), strict=True))
     sums = F.pad(errors, (1, 0, 1, 0)).cumsum(0).cumsum(1)
@@ -125,19 +125,19 @@ def worst_window(original: Tensor, decoded: Tensor) -> tuple[Window, float]:
 
 
 def _starts(side: int, window: int) -> Tensor:
-    """Multiples of the stride, and the last place where a window fits."""
+    """Multiples of the stride, and the last position where a window fits."""
     last = side - window
     return torch.tensor(sorted({*range(0, last + 1, STRIDE), last}))
 
 
 def _distance(crop: Crop, measured: Measured) -> float:
-    return abs(measured.bpp - crop.ours.measured.bpp)
+    return abs(measured.bpp - crop.model.measured.bpp)
 
 
 def draw_crops(crops: Sequence[Crop], path: str | Path, images: str) -> None:
-    """One row per crop: the original, ours and, where there is one, the nearest other codec at its rate.
+    """Draw one row per crop: the original, the model and, if there is one, the nearest baseline.
 
-    `images` says which they come from; `path` ends in .png, .jpg, .webp or another suffix of a picture.
+    `images`: title of the set; the suffix of `path` sets the format.
     """
     columns = 3 if any(crop.nearest for crop in crops) else 2
     rows = [_panels(crop)[:columns] for crop in crops]
@@ -145,7 +145,7 @@ def draw_crops(crops: Sequence[Crop], path: str | Path, images: str) -> None:
     width = columns * (SIDE + GAP) + GAP
     height = TITLE_HEIGHT + sum(heights) + len(rows) * (CAPTION_HEIGHT + GAP)
     with new_figure(figsize=(width / DPI, height / DPI), dpi=DPI) as figure:
-        title = f"Where {label(crops[0].ours.codec)} errs most: {label(images)}"
+        title = f"Largest errors of {label(crops[0].model.codec)}: {label(images)}"
         rule = RULE + (NEAREST if columns == 3 else "")
         figure.text(0.5, 1 - 26 / height, title, fontsize=14, fontweight="bold", ha="center", va="center")
         figure.text(0.5, 1 - 64 / height, rule, fontsize=10, color="0.3", ha="center", va="center", linespacing=1.4)
@@ -165,11 +165,11 @@ def draw_crops(crops: Sequence[Crop], path: str | Path, images: str) -> None:
 
 
 def _panels(crop: Crop) -> list[tuple[Image.Image, str]]:
-    """The pictures of one row and what is written above each."""
-    window, measured = crop.window, crop.ours.measured
+    """The images of one row and their captions."""
+    window, measured = crop.window, crop.model.measured
     place = f"{window.width}×{window.height} of {measured.width}×{measured.height}, at ({window.left}, {window.top})"
     panels = [(_shown(crop.original), f"{label(measured.name)}\n{place}")]
-    for panel in (crop.ours, crop.nearest):
+    for panel in (crop.model, crop.nearest):
         if panel:
             estimated = " (estimated)" if isinstance(panel.measured, Estimated) else ""
             rate = f"{panel.measured.bpp:.3f} bpp{estimated}"
@@ -180,7 +180,7 @@ def _panels(crop: Crop) -> list[tuple[Image.Image, str]]:
 
 
 def _shown(pixels: Tensor) -> Image.Image:
-    """A crop, uint8 (3, H, W), its pixels magnified to squares."""
+    """A crop, uint8 (3, H, W), with magnified pixels."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     times = SIDE // max(image.size)
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

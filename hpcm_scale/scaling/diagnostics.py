@@ -1,4 +1,4 @@
-"""How far a law may be trusted: what it says of trainings it has not seen."""
+"""Diagnostics of a law: residuals, held-out predictions, bootstrap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fit = Callable[[Points], Law]
 
 @dataclass(frozen=True)
 class Residual:
-    """One point of a fit and how far it lies from the law."""
+    """Residual of one point of a fit."""
 
     run: str
     model: str
@@ -30,7 +30,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A point the law was not fitted to, and what the law says of it."""
+    """Prediction at a point that was held out of the fit."""
 
     run: str
     model: str
@@ -38,7 +38,7 @@ class HeldOut:
     observed: float
     predicted: float
     low: float | None
-    """None, like `high` and `inside`, where the law fitted to the rest has no interval."""
+    """None, like `high` and `inside`, if the law of the other points has no interval."""
     high: float | None
     inside: bool | None
     error: float
@@ -47,65 +47,65 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Percentile intervals over resampled trainings: narrower than they should be for few of them.
+    """Percentile intervals over resampled trainings, which are too narrow for few trainings.
 
-    Resampling pairs held 90 % at nominal 95 % through five sizes, where Student's t held 95.5 %.
+    Simulated coverage at nominal 95 % with five sizes: 90 %, against 95.5 % of Student's t.
     """
 
     resamples: int
     failed: int
-    """Resamples that carried no law (too few different sizes); not in the intervals."""
+    """Resamples without a law (too few different sizes), which the intervals leave out."""
     unit: str
-    """What was resampled: "runs", or "seeds within each size"."""
+    """Resampled unit: "runs" or "seeds within each size"."""
     level: float
     parameters: dict[str, tuple[float, float]]
     at: tuple[float, ...]
-    """Ten times the largest of each variable."""
+    """Ten times the largest value of each variable."""
     at_ten_times: tuple[float, float]
-    """The law's loss there, without the noise of one new training."""
+    """Interval of the law's loss there, without the noise of one new training."""
 
 
 @dataclass(frozen=True)
-class Trust:
-    """What speaks for and against one law."""
+class Diagnostics:
+    """Diagnostics of one law."""
 
     residuals: tuple[Residual, ...]
     leave_one_out: tuple[HeldOut, ...]
-    """Each training left out in turn, but for those without which there is no law."""
+    """Each training held out in turn, except those without which there is no law."""
     largest: tuple[HeldOut, ...]
-    """The trainings of the largest size (over compute: the one with most), predicted from all others."""
+    """Trainings of the largest size (for L(C), the one with most compute), predicted from all others."""
     largest_refused: str | None
-    """Why the other trainings carry no law, where there is no `largest`."""
+    """Why the other trainings determine no law, if `largest` is empty."""
     bootstrap: Bootstrap | None
     bootstrap_refused: str | None
 
 
-def examine(fit: Fit, points: Points, law: Law, *, level: float = 0.95) -> Trust:
-    """Residuals, leave-one-out and hold-out-largest of a law; `fit` is what made `law` of `points`."""
+def diagnose(fit: Fit, points: Points, law: Law, *, level: float = 0.95) -> Diagnostics:
+    """Residuals, leave-one-out and largest-held-out predictions of `law`, which is `fit(points)`."""
     first = next(iter(points.variables.values()))
     each_out = [_held_out(fit, points, np.arange(len(points)) == index, level)[0] for index in range(len(points))]
     leave_one_out = tuple(chain.from_iterable(each_out))
     largest, refused = _held_out(fit, points, first == first.max(), level)
-    return Trust(_residuals(law, points), leave_one_out, largest, refused, None, None)
+    return Diagnostics(_residuals(law, points), leave_one_out, largest, refused, None, None)
 
 
 def bootstrap(
     fit: Fit, points: Points, resamples: int, *, level: float = 0.95, advance: Callable[[], object] = lambda: None
 ) -> Bootstrap:
-    """Refit to trainings drawn with replacement, never checkpoints of one; deterministic (seed 0).
+    """Refit to trainings drawn with replacement; deterministic (seed 0).
 
-    Where each place (size, or size and data) has two trainings or more, they are drawn within each place, so that the
-    spread is that over seeds; otherwise all are drawn together.
+    If every size (or size and amount of data) has at least two trainings, they are drawn within each, which measures
+    the spread over seeds; otherwise all trainings are drawn together.
 
     Args:
-        fit: what makes a law of points.
+        fit: fits a law to points.
         points: the trainings.
-        resamples: how often.
+        resamples: number of resamples.
         level: probability of the percentile intervals.
         advance: called after each resample.
 
     Raises:
-        CannotFit: fewer than half of the resamples carried a law.
+        CannotFit: fewer than half of the resamples have a law.
     """
     generator = np.random.default_rng(0)
     places, place = np.unique(np.stack(list(points.variables.values())), axis=1, return_inverse=True)
@@ -145,7 +145,7 @@ def _x(points: Points, index: int) -> tuple[float, ...]:
 
 
 def _predict(law: Law, x: tuple[float, ...], level: float = 0.95) -> Prediction:
-    return law.predict(x if len(x) > 1 else x[0], level)
+    return law.predict(x[0] if len(x) == 1 else x, level)
 
 
 def _residuals(law: Law, points: Points) -> tuple[Residual, ...]:
@@ -158,13 +158,13 @@ def _residuals(law: Law, points: Points) -> tuple[Residual, ...]:
 
 
 def _held_out(fit: Fit, points: Points, out: np.ndarray, level: float) -> tuple[tuple[HeldOut, ...], str | None]:
-    """What the law of the other points says of those in `out`, bool (n,); nothing, and why, if they carry no law."""
+    """Predictions at the points `out`, bool (n,), from the others; or none and the reason if those have no law."""
     try:
         law = fit(points.take(np.flatnonzero(~out)))
     except CannotFit as refusal:
         return (), str(refusal)
     held = []
-    for index in np.flatnonzero(out):
+    for index in np.flatnonzero(out).tolist():
         x, observed = _x(points, index), float(points.loss[index])
         value, low, high = _predict(law, x, level)
         known = not math.isnan(low)

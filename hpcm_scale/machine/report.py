@@ -1,4 +1,4 @@
-"""A task evaluation as files for programs: task.json, and task.csv with a row per image."""
+"""Reports of a task evaluation: BD-rates over task metrics, task.json, task.csv, task.md, task.png and the terminal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Group
@@ -22,22 +24,28 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import Comparison, Line, bd_rate
 from hpcm_scale.evaluation.curves import Curve, Point
 from hpcm_scale.evaluation.rate_distortion_plot import draw_curve, dress, legend, styles
-from hpcm_scale.evaluation.tables import COLUMNS, markdown_table, measured_on, narrow_table
-from hpcm_scale.evaluation.task.agreement import Metric, TaskMeasure
-from hpcm_scale.evaluation.task.plan import Section, TaskResults, trained_on, trainings
-from hpcm_scale.files import write_json
+from hpcm_scale.evaluation.tables import (
+    COLUMNS,
+    curve_to_dict,
+    images_to_dict,
+    markdown_table,
+    measured_on,
+    narrow_table,
+    point_to_dict,
+)
+from hpcm_scale.files import write_json, write_text
 from hpcm_scale.formatting import escaped, label, new_figure, save
+from hpcm_scale.machine.measures import Metric, TaskMeasure, TaskResults, TaskSection, trained_on, trainings
 
-# BD-rates over task metrics: every curve of ours against every other curve of its section.
+# BD-rates over task metrics.
 
 
 HOW = (
-    "BD-rate: percent of the anchor's bits at equal quality (negative: fewer), log rate interpolated by pchip over the "
-    "quality on the metric's scale (below), averaged over what both curves reach. A scale rises with quality: "
-    "−10·log10 of a distance (token distortion, KL, 1 − cosine), as for MS-SSIM, and 100·(1 − CER) for text; of the "
-    "mean over images. A network's answers need not improve with every bit spent, and a curve that falls has no "
-    "BD-rate, so points that are no better than a cheaper one of their own curve are left out, of curve and anchor "
-    "alike: what counts is the best that a codec reaches for so many bits."
+    "BD-rate: percent of the anchor's bits at equal quality (negative: fewer); the log rate is interpolated by pchip "
+    "over the metric's scale (below) and averaged over the range that both curves share. More is better on every "
+    "scale: −10·log10 of a distance (token distortion, KL, 1 − cosine), as for MS-SSIM, and 100·(1 − CER) for text, of "
+    "the mean over images. Task metrics need not improve with the rate, and pchip needs rising curves: points that are "
+    "no better than a cheaper point of their own curve are left out, of curve and anchor alike."
 )
 
 
@@ -49,24 +57,24 @@ class TaskComparison(NamedTuple):
     anchor: Curve
     found: Comparison | None
     refused: str | None
-    """Why there is no BD-rate."""
+    """Reason why there is no BD-rate."""
     left_out: tuple[int, int]
-    """Points of the curve and of the anchor that are no better than a cheaper one."""
+    """Numbers of points of the curve and of the anchor that are no better than a cheaper one."""
 
 
-def task_bd_rates(section: Section, measure: TaskMeasure) -> Iterator[TaskComparison]:
-    """By every metric that has a scale; ours are the curves that come from weights."""
+def task_bd_rates(section: TaskSection, measure: TaskMeasure) -> Iterator[TaskComparison]:
+    """BD-rates of every model's curve against every other curve, by every metric that has a scale."""
     curves = section.results.curves
-    ours = [curve for curve in curves if any(point.weights for point in curve.points)]
+    models = [curve for curve in curves if any(point.weights for point in curve.points)]
     for metric in measure.compared():
-        for curve in ours:
+        for curve in models:
             for anchor in curves:
                 if anchor is not curve:
                     yield _compared(section, measure, metric, curve, anchor)
 
 
-def qualities(section: Section, measure: TaskMeasure, metric: Metric, curve: Curve) -> list[float]:
-    """Of each point of a curve on the metric's scale."""
+def qualities(section: TaskSection, measure: TaskMeasure, metric: Metric, curve: Curve) -> list[float]:
+    """Quality of each point of a curve on the metric's scale."""
     return [metric.quality(section.mean(point, measure)[metric.key]) for point in curve.points]
 
 
@@ -79,45 +87,47 @@ def rising(line: Line) -> Line:
     return Line(line.name, [rate for rate, _ in kept], [quality for _, quality in kept])
 
 
-def _compared(section: Section, measure: TaskMeasure, metric: Metric, curve: Curve, anchor: Curve) -> TaskComparison:
+def _compared(
+    section: TaskSection, measure: TaskMeasure, metric: Metric, curve: Curve, anchor: Curve
+) -> TaskComparison:
     lines = [
         Line(each.label, [point.mean["bpp"] for point in each.points], qualities(section, measure, metric, each))
         for each in (curve, anchor)
     ]
     best = [rising(line) for line in lines]
-    left_out = tuple(len(line.rates) - len(kept.rates) for line, kept in zip(lines, best, strict=True))
+    left_out = (len(lines[0].rates) - len(best[0].rates), len(lines[1].rates) - len(best[1].rates))
     found = refused = None
+    assert metric.scale is not None
     try:
-        found = bd_rate(*best, metric.scale)
+        found = bd_rate(best[0], best[1], metric.scale)
     except UserError as error:
         refused = str(error)
     return TaskComparison(metric, curve, anchor, found, refused, left_out)
 
 
-# The plot of a task evaluation: a panel per set of images, receiver and metric.
+# Figure: a panel per set of images, receiver and metric.
 
 
 PANELS_IN_A_ROW = 4
-"""Panels beside each other, at most: what one receiver with classes is measured in."""
+"""At most; the number of metrics of a receiver with classes."""
 TICKS = (1, 1.5, 2, 3, 4, 5, 7)
-"""Of each decade of rate: some lie within any range that codecs span."""
+"""Tick marks per decade of the rate."""
 WIDTH = 50
-"""Characters of a panel's title in a line."""
+"""Characters per line of a panel's title."""
 
 
 def draw_tasks(results: TaskResults, path: str | Path) -> None:
-    """Draw every metric that has a scale against mean bpp: more is better everywhere.
+    """Draw every metric that has a scale against the mean bpp, which is logarithmic; more is better.
 
-    The rate is logarithmic, for what is compared is its ratio: equal distances are equal savings.
-    Markers are hollow where the codec was trained on the receiver of the panel. What a receiver makes of uncoded
-    pictures is a dashed line. The format follows the suffix of `path`.
+    Hollow markers: trained on the receiver of the panel. Dashed line: the score of uncoded images. The suffix of `path`
+    sets the format.
     """
     panels = [(*each, metric) for each in results.measured for metric in each[1].compared()]
     columns = min(PANELS_IN_A_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (1 + 4.6 * columns, 1.2 + 4.3 * rows)
-    with new_figure(figsize=size, dpi=120, layout="constrained") as figure:
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    with new_figure(figsize=size, dpi=120, layout=layout) as figure:
         places = list(figure.subplots(rows, columns, squeeze=False).flat)
         handles: dict[str, Line2D] = {}
         for axes, (section, measure, metric) in zip(places, panels, strict=False):
@@ -127,7 +137,7 @@ def draw_tasks(results: TaskResults, path: str | Path) -> None:
         for axes in places[len(panels) :]:
             axes.set_visible(False)
         hollow = any(
-            trained_on(curve, each.receiver) for section, each in results.measured for curve in _curves(section)
+            trained_on(curve, each.receiver) for section, each in results.measured for curve in section.results.curves
         )
         note = "; hollow markers: trained on the receiver of the panel" if hollow else ""
         figure.suptitle(f"Rate and task quality: more is better{note}", fontweight="bold")
@@ -135,46 +145,42 @@ def draw_tasks(results: TaskResults, path: str | Path) -> None:
         save(figure, path)
 
 
-def _draw_panel(axes: Axes, section: Section, measure: TaskMeasure, metric: Metric) -> None:
-    curves = _curves(section)
+def _draw_panel(axes: Axes, section: TaskSection, measure: TaskMeasure, metric: Metric) -> None:
+    curves = section.results.curves
     for curve, style in zip(curves, styles(curves), strict=True):
         heights = qualities(section, measure, metric, curve)
         draw_curve(axes, curve, heights, *style, filled=not trained_on(curve, measure.receiver))
     uncoded = section.originals[section.measures.index(measure)].get(metric.key)
     if uncoded is not None:
-        axes.axhline(metric.quality(uncoded), color="0.4", linestyle="--", linewidth=1.2, label="uncoded pictures")
+        axes.axhline(metric.quality(uncoded), color="0.4", linestyle="--", linewidth=1.2, label="uncoded images")
+    assert metric.scale is not None
     dress(axes, f"{metric.scale.name} ({metric.scale.unit})")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=TICKS))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     seen = [curve.label for curve in curves if trained_on(curve, measure.receiver)]
-    known = f"seen in training by {', '.join(map(label, seen))}" if seen else "unseen in training"
+    known = f"used in training by {', '.join(map(label, seen))}" if seen else "not used in training"
     lines = (f"{label(measure.receiver)}: {known}", label(section.results.title))
     axes.set_title("\n".join(fill(line, WIDTH) for line in lines), fontsize=10)
 
 
-def _curves(section: Section) -> list[Curve]:
-    return section.results.curves
-
-
-# A task evaluation as tables for people: task.md and the terminal.
+# Tables: task.md and the terminal.
 
 
 RATES = (
-    "Each image was coded to the bytes of a real file, headers included, and what was measured was decoded from these "
-    "bytes alone, on 8-bit pixels. bpp and PSNR are means over images. Pictures of text were coded whole, and their "
-    "lines cut out afterwards."
+    "Rates are those of real files, headers included; every measured image, 8 bits per channel, was decoded from its "
+    "file. bpp and PSNR are means over images. Images of text are coded whole; their lines are cropped after decoding."
 )
 COSTS = (
-    "Parameters and kMAC/px (thousands of multiply-accumulates per pixel of the forward pass) are those of the codec; "
-    "images and PFLOPs (1e15 floating-point operations) those of its training, the stages before it included."
+    "Parameters and kMAC/px (thousands of multiply-accumulates per pixel, forward pass) are of the codec; images and "
+    "PFLOPs (1e15 floating-point operations) are of its training, earlier stages included."
 )
 TRAINED = "† Trained on this receiver"
 
 
 def task_markdown(results: TaskResults) -> str:
-    """task.md: how it was measured; per set of images and receiver a table of means, and one of BD-rates."""
+    """task.md: methods, then a table of means and one of BD-rates per set of images and receiver."""
     metrics = list(dict.fromkeys(metric for _, measure in results.measured for metric in measure.metrics))
     lines = ["# Task quality", RATES, HOW, "\n".join(map(_explained, metrics)), COSTS]
     for section, measure in results.measured:
@@ -183,16 +189,16 @@ def task_markdown(results: TaskResults) -> str:
         lines.append(markdown_table(task_rows(section, measure, results.parameters)))
         comparisons = list(task_bd_rates(section, measure))
         if rows := bd_rate_rows(comparisons):
-            lines += ["BD-rates of our curves against the anchors in the columns:", markdown_table(rows)]
+            lines += ["BD-rates of the models against the anchors in the columns:", markdown_table(rows)]
         if remarks := _remarks(comparisons):
             lines.append("\n".join(f"- {escaped(remark)}" for remark in remarks))
     codecs = {curve.label: curve.codec for section in results.sections for curve in section.results.curves}
     lines += ["## Codecs", "\n".join(f"- **{escaped(label)}**: {escaped(codec)}" for label, codec in codecs.items())]
-    return "\n\n".join([*lines, measured_on(results.machine)]) + "\n"
+    return "\n\n".join([*lines, measured_on(results.system)]) + "\n"
 
 
 def task_console(results: TaskResults) -> Group:
-    """For a terminal of 80 columns: what a receiver makes of every codec and setting, and BD-rates."""
+    """Tables of means and BD-rates for a terminal of 80 columns."""
     shown = []
     for section, measure in results.measured:
         rows = task_rows(section, measure)
@@ -208,13 +214,15 @@ def task_console(results: TaskResults) -> Group:
             shown.append(narrow_table(rows, list(rows[0]), title=f"BD-rates by {measure.receiver}"))
         if refused := sum(each.found is None for each in comparisons):
             shown.append(
-                Text(f"Pairs of curves without a BD-rate: {refused} of {len(comparisons)}; task.md says why.\n")
+                Text(f"Pairs of curves without a BD-rate: {refused} of {len(comparisons)}; task.md has the reasons.\n")
             )
     return Group(*shown)
 
 
-def task_rows(section: Section, measure: TaskMeasure, parameters: dict[str, int] | None = None) -> list[dict[str, str]]:
-    """One row per point, by headings; with what the model and its training cost if `parameters` are given."""
+def task_rows(
+    section: TaskSection, measure: TaskMeasure, parameters: dict[str, int] | None = None
+) -> list[dict[str, str]]:
+    """One row per point, by headings; with the costs of model and training if `parameters` are given."""
     rows = []
     for curve, point in section.results.points():
         label = f"{curve.label} †" if trained_on(curve, measure.receiver) else curve.label
@@ -227,24 +235,24 @@ def task_rows(section: Section, measure: TaskMeasure, parameters: dict[str, int]
 
 
 def bd_rate_rows(comparisons: list[TaskComparison]) -> list[dict[str, str]]:
-    """One row per metric and curve, one column per anchor; "–" where there is none, no row where there are none."""
-    comparisons = [each for each in comparisons if each.found]
-    anchors = dict.fromkeys(each.anchor.label for each in comparisons)
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for each in comparisons:
+    """One row per metric and curve, one column per anchor; "–" without a BD-rate."""
+    found = [(each, each.found.bd_rate) for each in comparisons if each.found]
+    anchors = dict.fromkeys(each.anchor.label for each, _ in found)
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for each, percent in found:
         first = {"metric": each.metric.heading, "codec": each.curve.label}
         row = rows.setdefault(tuple(first.values()), first | dict.fromkeys(anchors, "–"))
-        row[each.anchor.label] = f"{each.found.bd_rate:+.1f}%"
+        row[each.anchor.label] = f"{percent:+.1f}%"
     return list(rows.values())
 
 
 def _costs(point: Point, parameters: dict[str, int]) -> dict[str, str]:
-    told = {name: [facts[name] for facts in trainings(point) if name in facts] for name in ("images", "pflops")}
+    known = {name: [facts[name] for facts in trainings(point) if name in facts] for name in ("images", "pflops")}
     values = {
-        "parameters": parameters.get(point.weights),
+        "parameters": parameters.get(point.weights or ""),
         "kMAC/px": point.kmac_per_pixel,
-        "images": sum(told["images"]) if told["images"] else None,
-        "PFLOPs": math.fsum(told["pflops"]) if told["pflops"] else None,
+        "images": sum(known["images"]) if known["images"] else None,
+        "PFLOPs": math.fsum(known["pflops"]) if known["pflops"] else None,
     }
     digits = {"kMAC/px": 1, "PFLOPs": 3}
     return {name: "–" if value is None else f"{value:,.{digits.get(name, 0)}f}" for name, value in values.items()}
@@ -255,42 +263,53 @@ def _explained(metric: Metric) -> str:
     return f"- **{metric.heading}**: {metric.meaning}.{scale}"
 
 
-def _notes(section: Section, measure: TaskMeasure) -> list[str]:
-    """Whether a codec was trained on the receiver, and what it makes of uncoded pictures."""
+def _notes(section: TaskSection, measure: TaskMeasure) -> list[str]:
+    """The codecs trained on the receiver, and its scores on uncoded images."""
     trained = [curve.label for curve in section.results.curves if trained_on(curve, measure.receiver)]
-    notes = [f"{TRAINED}: {', '.join(trained)}." if trained else "No codec here was trained on this receiver."]
+    notes = [f"{TRAINED}: {', '.join(trained)}." if trained else "No codec in this table was trained on this receiver."]
     originals = section.originals[section.measures.index(measure)]
     uncoded = [
         f"{each.heading} {originals[each.key]:.{each.digits}f}" for each in measure.metrics if each.key in originals
     ]
-    return notes + ([f"Uncoded pictures: {', '.join(uncoded)}."] if uncoded else [])
+    return notes + ([f"Uncoded images: {', '.join(uncoded)}."] if uncoded else [])
 
 
 def _remarks(comparisons: list[TaskComparison]) -> list[str]:
-    """Why there is no BD-rate where there is none, and what was left out where there is one; each reason once."""
+    """Reasons for missing BD-rates, and points left out of the others; each reason once."""
     reasons: dict[str, dict[str, None]] = {}
     for each in comparisons:
         if each.refused:
-            reasons.setdefault(f"no BD-rate, for {each.refused}", {})[each.metric.heading] = None
+            reasons.setdefault(f"no BD-rate: {each.refused}", {})[each.metric.heading] = None
         for curve, points in zip((each.curve, each.anchor), each.left_out, strict=True):
             if each.found and points:
-                told = f"{points} point{'s' * (points > 1)} of {curve.label} left out: no better than a cheaper one"
-                reasons.setdefault(told, {})[each.metric.heading] = None
+                reason = f"{points} point{'s' * (points > 1)} of {curve.label} left out: no better than a cheaper one"
+                reasons.setdefault(reason, {})[each.metric.heading] = None
     return [f"{', '.join(metrics)}: {reason}." for reason, metrics in reasons.items()]
 
 
+# Files for programs: task.json and task.csv.
+
+
 FORMAT = "hpcm_scale task evaluation 1"
-"""Of task.json."""
+"""Format of task.json."""
+
+
+def write_task_files(results: TaskResults, out: Path) -> None:
+    """Write task.json, task.csv, task.md and task.png to a folder."""
+    write_task_json(results, out / "task.json")
+    write_text(out / "task.csv", task_csv(results))
+    write_text(out / "task.md", task_markdown(results))
+    draw_tasks(results, out / "task.png")
 
 
 def write_task_json(results: TaskResults, path: str | Path) -> None:
-    """Write task.json: everything that was measured, and the BD-rates."""
+    """Write task.json: all measurements and BD-rates."""
     sections = [_section(section, results) for section in results.sections if section.results.curves]
-    write_json(path, {"format": FORMAT, "sections": sections, "machine": results.machine})
+    write_json(path, {"format": FORMAT, "sections": sections, "machine": results.system})
 
 
 def task_csv(results: TaskResults) -> str:
-    """task.csv: a row per image, point and receiver; metrics that a task does not have are empty."""
+    """task.csv: a row per image, point and receiver; metrics of other tasks are empty."""
     metrics = {metric.key: metric.heading for _, measure in results.measured for metric in measure.metrics}
     sizes = ("width", "height", "bits", "bpp", "psnr", "ms_ssim")
     first = ["task", "receiver", "trained on it", "images", "codec", "rate", "setting", "image"]
@@ -308,30 +327,28 @@ def task_csv(results: TaskResults) -> str:
     return text.getvalue()
 
 
-def _section(section: Section, results: TaskResults) -> dict[str, Any]:
-    shown = section.results
-    images = {"folder": shown.folder, "set": shown.set_name, "count": shown.count}
-    return {
-        "images": images | ({"digest": section.digest} if section.digest else {}),
-        "measures": [
+def _section(section: TaskSection, results: TaskResults) -> dict[str, Any]:
+    curves, measures = section.results.curves, []
+    for measure, originals in zip(section.measures, section.originals, strict=True):
+        measures.append(
             {
                 "task": measure.task,
                 "receiver": measure.receiver,
-                "trained_on_by": [curve.name for curve in shown.curves if trained_on(curve, measure.receiver)],
+                "trained_on_by": [curve.name for curve in curves if trained_on(curve, measure.receiver)],
                 "metrics": {metric.key: metric.meaning for metric in measure.metrics},
                 "originals": originals,
                 "bd_rates": [_comparison(each) for each in task_bd_rates(section, measure)],
             }
-            for measure, originals in zip(section.measures, section.originals, strict=True)
-        ],
-        "curves": [_curve(curve, section, results) for curve in shown.curves],
-    }
+        )
+    images = images_to_dict(section.results) | ({"digest": section.digest} if section.digest else {})
+    points = partial(_point, section=section, results=results)
+    return {"images": images, "measures": measures, "curves": [curve_to_dict(curve, points) for curve in curves]}
 
 
 def _comparison(each: TaskComparison) -> dict[str, Any]:
     return {
         "metric": each.metric.key,
-        "scale": each.metric.scale.name,
+        "scale": each.metric.scale and each.metric.scale.name,
         "curve": each.curve.name,
         "anchor": each.anchor.name,
         **(asdict(each.found) if each.found else {"refused": each.refused}),
@@ -339,33 +356,14 @@ def _comparison(each: TaskComparison) -> dict[str, Any]:
     }
 
 
-def _curve(curve: Curve, section: Section, results: TaskResults) -> dict[str, Any]:
-    return {
-        "name": curve.name,
-        "codec": curve.codec,
-        "rate": curve.rate,
-        "points": [_point(point, section, results) for point in curve.points],
-    }
-
-
-def _point(point: Point, section: Section, results: TaskResults) -> dict[str, Any]:
-    ours = {
-        "weights": point.weights,
-        "facts": point.facts,
-        "parameters": results.parameters.get(point.weights),
-        "kmac_per_pixel": point.kmac_per_pixel,
-    }
+def _point(point: Point, section: TaskSection, results: TaskResults) -> dict[str, Any]:
+    """`point_to_dict`, with the scores of the point and of its images."""
     scores = {_named(measure): section.scores(point, measure) for measure in section.measures}
-    return {
-        "setting": point.setting,
-        **(ours if point.weights else {}),
-        "mean": point.mean,
-        "tasks": {_named(measure): section.mean(point, measure) for measure in section.measures},
-        "images": [
-            asdict(image) | {"tasks": {name: of_images[i] for name, of_images in scores.items()}}
-            for i, image in enumerate(point.images)
-        ],
-    }
+    values = point_to_dict(point)
+    for i, image in enumerate(values["images"]):
+        image["tasks"] = {name: of_images[i] for name, of_images in scores.items()}
+    parameters = {"parameters": results.parameters.get(point.weights)} if point.weights else {}
+    return values | parameters | {"tasks": {_named(each): section.mean(point, each) for each in section.measures}}
 
 
 def _named(measure: TaskMeasure) -> str:

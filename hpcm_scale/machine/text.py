@@ -1,4 +1,4 @@
-"""Text: whether what is written on a picture can still be read after it was coded."""
+"""Text recognition on decoded images: labelled images of text and the character error rate."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ from torch import Tensor
 from hpcm_scale.data.sources import read_image
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import Scale
-from hpcm_scale.evaluation.task.agreement import Metric, TaskMeasure
+from hpcm_scale.evaluation.runners import Images
 from hpcm_scale.machine.extractor import TokenExtractor
+from hpcm_scale.machine.measures import Metric, TaskMeasure
+from hpcm_scale.machine.recogniser import TextRecogniser
 from hpcm_scale.tracking.progress import progress
 
-# Pictures of text whose words are known: what they look like to `code_images`, and where the lines are.
-
-
 LABELS = "labels.csv"
-"""Beside pictures of text: what is written on them."""
+"""Table of the lines of text, in the folder of the images."""
 BOX = ("left", "top", "width", "height")
-FORM = f"{LABELS} has the columns file, text and, for pictures of several lines, {', '.join(BOX)} (pixels)"
+FORM = f"{LABELS} has the columns file, text and, for images of several lines, {', '.join(BOX)} (pixels)"
 
 
 class TextLine(NamedTuple):
-    """A line of text in a picture; the box is in pixels."""
+    """A line of text in an image; the box is in pixels."""
 
     left: int
     top: int
@@ -46,33 +45,26 @@ class TextLine(NamedTuple):
     text: str
 
     def cut(self, pixels: Tensor) -> Tensor:
-        """This line's part of (3, H, W)."""
+        """Crop (3, H, W) to this line."""
         return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-class TextPictures(Protocol):
-    """A set of pictures, to be coded whole; lines are cut out of what was decoded."""
+class TextImages(Images, Protocol):
+    """A set of images with text; each is coded as a whole, and its lines are cropped from the decoded image."""
 
     source: str
-    """Where they come from, in a few words."""
-    names: Sequence[str]
-
-    def __len__(self) -> int: ...
-
-    def load(self, i: int) -> Tensor:
-        """Picture `i` as RGB, uint8 (3, H, W)."""
-        ...
+    """Title of the set."""
 
     def lines(self, i: int) -> Sequence[TextLine]:
-        """The lines of picture `i`."""
+        """The lines of image `i`."""
         ...
 
 
-class LabelledPictures:
-    """Pictures in a folder, with their lines in a table.
+class LabelledImages:
+    """Images in a folder, with their lines in a table.
 
-    Its columns are `file` and `text` and, where a picture has several lines, `left`, `top`, `width`, `height`; without
-    these the whole picture is one line. Raises UserError for a table or a picture that cannot be used.
+    Its columns are `file`, `text` and, for images of several lines, `left`, `top`, `width`, `height`; without these the
+    whole image is one line. Raises UserError for a wrong table or image.
     """
 
     def __init__(self, folder: str | Path, labels: str | Path | None = None, limit: int | None = None) -> None:
@@ -85,46 +77,52 @@ class LabelledPictures:
         self._lines: Mapping[str, list[TextLine]] = {name: [] for name in self.names}
         for number, row in enumerate(rows, start=2):
             if row["file"] in sizes:
-                self._lines[row["file"]].append(_line(row, *sizes[row["file"]], f"{labels}, line {number}"))
+                height, width = sizes[row["file"]]
+                self._lines[row["file"]].append(_line(row, height, width, f"{labels}, line {number}"))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def load(self, i: int) -> Tensor:
-        """Picture `i` as RGB, uint8 (3, H, W)."""
+        """Image `i` as RGB, uint8 (3, H, W)."""
         return self._load(self.names[i])
 
     def lines(self, i: int) -> Sequence[TextLine]:
-        """The lines of picture `i`, in the table's order."""
+        """The lines of image `i`, in the table's order."""
         return self._lines[self.names[i]]
 
     def _load(self, name: str) -> Tensor:
         path = self.folder / name
         if not path.is_file():
-            raise UserError(f"{LABELS} names {name}, but there is no such file in {self.folder}; mend the table")
+            raise UserError(
+                "missing-labelled-image",
+                "--images",
+                f"{LABELS} lists {name}, which is not in {self.folder}; correct the table",
+            )
         return read_image(path)
 
 
-def scanned_page() -> LabelledPictures | None:
-    """The photographed page of a book that scikit-image ships (`skimage.data.page`); None where it is not installed.
+def scanned_page() -> LabelledImages | None:
+    """A scanned page of a book from scikit-image (`skimage.data.page`); None if that is not installed.
 
-    191×384 pixels, grey, lit from one side; its seven whole lines were typed for `scanned_page.csv` beside this file.
+    191×384 pixels, grey, unevenly lit; `scanned_page.csv` has the text of its seven complete lines.
     """
     package = find_spec("skimage")
-    folder = package and package.submodule_search_locations and Path(package.submodule_search_locations[0], "data")
-    if not folder or not (folder / "page.png").is_file():
+    places = package and package.submodule_search_locations
+    folder = Path(places[0], "data") if places else None
+    if folder is None or not (folder / "page.png").is_file():
         return None
-    page = LabelledPictures(folder, Path(str(files("hpcm_scale.evaluation.task") / "scanned_page.csv")))
+    page = LabelledImages(folder, Path(str(files("hpcm_scale.machine") / "scanned_page.csv")))
     page.source = "scanned page of scikit-image"
     return page
 
 
-def digest(pictures: TextPictures) -> str:
-    """SHA-256 of the pixels and the lines of pictures, in hexadecimal: the same pictures give comparable numbers."""
+def digest(images: TextImages) -> str:
+    """SHA-256 of pixels and lines, in hexadecimal; scores compare only between equal digests."""
     hashed = hashlib.sha256()
-    for i in range(len(pictures)):
-        hashed.update(pictures.load(i).numpy().tobytes())
-        hashed.update(repr([tuple(line) for line in pictures.lines(i)]).encode())
+    for i in range(len(images)):
+        hashed.update(images.load(i).numpy().tobytes())
+        hashed.update(repr([tuple(line) for line in images.lines(i)]).encode())
     return hashed.hexdigest()
 
 
@@ -134,32 +132,42 @@ def _read(path: Path) -> list[dict[str, str]]:
             table = csv.DictReader(file, strict=True)
             rows, columns = list(table), table.fieldnames or []
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); {FORM}") from error
+        raise UserError("unreadable-labels", "--images", f"cannot read {path} ({error.strerror}); {FORM}") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no table of comma-separated values in UTF-8 ({error}); {FORM}") from error
+        raise UserError("damaged-labels", "--images", f"{path} is not CSV in UTF-8 ({error}); {FORM}") from error
     missing = [name for name in ("file", "text") if name not in columns]
     if missing or 0 < len(set(BOX) & set(columns)) < len(BOX):
-        raise UserError(f"{path} has the columns {', '.join(columns) or '(none)'}; {FORM}")
+        raise UserError(
+            "columns-of-labels", "--images", f"{path} has the columns {', '.join(columns) or '(none)'}; {FORM}"
+        )
     if not rows:
-        raise UserError(f"{path} names no picture; {FORM}")
+        raise UserError("empty-labels", "--images", f"{path} lists no images; {FORM}")
     return rows
 
 
 def _line(row: dict[str, str], height: int, width: int, place: str) -> TextLine:
     if not "".join((row["text"] or "").split()):
-        raise UserError(f"{place}: the text is empty, so there is nothing to read; write what is on the picture")
+        raise UserError(
+            "line-without-text", "--images", f"{place}: the text is empty; write the text shown in the image"
+        )
     if BOX[0] not in row:
         return TextLine(0, 0, width, height, row["text"])
     try:
         left, top, columns, rows = (int(row[name]) for name in BOX)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{place}: {', '.join(BOX)} must be whole numbers of pixels; mend them") from error
+        raise UserError(
+            "box-without-pixels", "--images", f"{place}: {', '.join(BOX)} must be whole numbers of pixels; correct them"
+        ) from error
     if min(left, top) < 0 or min(columns, rows) < 1 or left + columns > width or top + rows > height:
-        raise UserError(f"{place}: the box is not inside the picture, which is {width}×{height} pixels; mend it")
+        raise UserError(
+            "box-outside-image",
+            "--images",
+            f"{place}: the box is not inside the image of {width}×{height} pixels; correct it",
+        )
     return TextLine(left, top, columns, rows, row["text"])
 
 
-# Pictures of text made here: seeded, so that every evaluation has the same ones.
+# Rendered images of text.
 
 
 WIDTH, HEIGHT = 768, 512
@@ -167,30 +175,29 @@ FONTS = (
     *("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf"),
     *("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono.ttf"),
 )
-"""Files that matplotlib ships; Pillow's own scalable font comes beside them."""
+"""Fonts that matplotlib ships; Pillow's default font is one more."""
 SMALLEST, LARGEST = 9, 22
-"""Sizes of fonts in pixels per em: on paper at 96 pixels per inch, 7 to 16 points."""
+"""Font sizes in pixels per em: 7 to 16 points at 96 pixels per inch."""
 CONTRAST = (2.5, 15.0)
-"""Least and largest contrast ratio of the text to its background (WCAG 2: 1 to 21)."""
+"""Range of the contrast ratio of the text to its background (WCAG 2: 1 to 21)."""
 MARGIN = 3
 """Pixels of background around the letters of a line."""
 LONGEST = 32
-"""Characters of a line."""
+"""Most characters of a line."""
 
 
 class RenderedText:
-    """Pictures of 768×512 pixels full of short lines: English words and numbers.
+    """Images of 768×512 pixels with short lines of English words and numbers.
 
-    Fonts, sizes, colours and contrast differ from line to line. Backgrounds are noise in two colours with the spectrum
-    of natural images (amplitude 1/frequency^1.2; Field 1987), from nearly smooth to strong. Picture i depends on i
-    and the seed alone, and on the versions of the fonts and of Pillow: compare numbers only where
-    `text_pictures.digest` is equal.
+    Fonts, sizes, colours and contrast vary by line. Backgrounds are noise in two colours with the spectrum of natural
+    images (amplitude 1/frequency^1.2; Field 1987), from weak to strong. Image i depends only on i, the seed and the
+    versions of the fonts and of Pillow; scores compare only between equal digests (`digest`).
     """
 
     source = "rendered lines"
 
     def __init__(self, count: int, seed: int = 7) -> None:
-        """`seed`: another one for pictures to train on."""
+        """`seed`: use another one for training images."""
         self._seed = seed
         self.names = [f"rendered {i + 1:02d}" for i in range(count)]
 
@@ -198,15 +205,15 @@ class RenderedText:
         return len(self.names)
 
     def load(self, i: int) -> Tensor:
-        """Picture `i` as RGB, uint8 (3, H, W)."""
-        return self._pictures[i][0]
+        """Image `i` as RGB, uint8 (3, H, W)."""
+        return self._rendered[i][0]
 
     def lines(self, i: int) -> Sequence[TextLine]:
-        """The lines of picture `i`, from the top, from the left."""
-        return self._pictures[i][1]
+        """The lines of image `i`, from the top, from the left."""
+        return self._rendered[i][1]
 
     @cached_property
-    def _pictures(self) -> list[tuple[Tensor, list[TextLine]]]:
+    def _rendered(self) -> list[tuple[Tensor, list[TextLine]]]:
         return [_render(np.random.default_rng((self._seed, i))) for i in range(len(self))]
 
 
@@ -231,7 +238,7 @@ def _render(random: np.random.Generator) -> tuple[Tensor, list[TextLine]]:
 
 
 def background(random: np.random.Generator) -> np.ndarray:
-    """Two colours mixed by noise, a little of it in every channel of its own: uint8 (HEIGHT, WIDTH, 3)."""
+    """Two colours mixed by noise, and weak noise per channel: uint8 (HEIGHT, WIDTH, 3)."""
     strength = random.uniform(0.05, 0.3)
     dark, light = np.sort(random.uniform(0, 1, 2)) + np.array([-0.5, 0.5]) * strength
     tint = random.uniform(-0.12, 0.12, (2, 3))
@@ -273,12 +280,12 @@ def _font(random: np.random.Generator) -> ImageFont.FreeTypeFont:
     size = int(random.integers(SMALLEST, LARGEST + 1))
     i = int(random.integers(len(FONTS) + 1))
     if i == len(FONTS):
-        return ImageFont.load_default(size)
+        return ImageFont.load_default(size)  # pyright: ignore[reportReturnType]
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", FONTS[i]), size)
 
 
 def _colour(random: np.random.Generator, behind: np.ndarray) -> tuple[int, ...]:
-    """A colour with a contrast within `CONTRAST` to what is behind it, (h, w, 3): darker on light, lighter on dark."""
+    """A colour with a contrast within `CONTRAST` to the background (h, w, 3): darker on light, lighter on dark."""
     behind = behind.reshape(-1, 3)
     ground = _luminance(behind).mean()
     contrast = np.exp(random.uniform(*np.log(CONTRAST)))
@@ -296,59 +303,66 @@ def _luminance(colours: np.ndarray) -> np.ndarray:
     return linear @ np.array([0.2126, 0.7152, 0.0722])
 
 
-_WORDS = (files("hpcm_scale.evaluation.task") / "words.txt").read_text(encoding="utf-8").split()
+_WORDS = (files("hpcm_scale.machine") / "words.txt").read_text(encoding="utf-8").split()
+
+
+# Character error rate.
 
 
 HIGHEST = 48
-"""Pixels: higher lines are made so high, for recognisers would take them for several lines."""
+"""Pixels; higher lines are resized to this height, since recognisers split them into several lines."""
 CER = Metric(
     "cer",
     "CER",
     4,
-    "character error rate: Levenshtein distance of what is read to what is written, in all lines together, over the "
-    "number of characters written; spaces do not count, width variants of a character are the same (Unicode NFKC)",
-    Scale("characters read right, 100·(1 − CER)", "%"),
+    "character error rate: Levenshtein distance of the recognised to the true text, summed over all lines, divided by "
+    "the number of true characters; without spaces, after Unicode normalization (NFKC)",
+    Scale("correct characters, 100·(1 − CER)", "%"),
     lambda rate: 100 * (1 - rate),
 )
-ERRORS = Metric("errors", "errors", 0, "that distance, summed over the lines of a picture")
-CHARACTERS = Metric("characters", "characters", 0, "characters written on a picture")
+ERRORS = Metric("errors", "errors", 0, "that distance, summed over the lines of an image")
+CHARACTERS = Metric("characters", "characters", 0, "true characters of an image")
 
 
 class Reading(TaskMeasure):
-    """Character error rate of a recogniser on the lines of a set of pictures, cut out after decoding.
+    """Character error rate of a recogniser on the lines of a set of images, cropped after decoding.
 
-    Raises UserError where rapidfuzz is missing, or the receiver does not read.
+    Raises UserError if rapidfuzz is missing, and if the receiver is no recogniser.
     """
 
     task = "text"
     metrics = (CER, ERRORS, CHARACTERS)
 
-    def __init__(self, recogniser: TokenExtractor, pictures: TextPictures, device: torch.device) -> None:
-        if not hasattr(recogniser, "read"):
-            raise UserError(f"{recogniser.name} does not read text; choose recognisers with --receivers")
+    def __init__(self, recogniser: TokenExtractor, images: TextImages, device: torch.device) -> None:
+        if not isinstance(recogniser, TextRecogniser):
+            raise UserError(
+                "receiver-without-text",
+                "--receivers",
+                f"{recogniser.name} does not read text; choose recognisers with --receivers",
+            )
         _levenshtein("", "")
         self.receiver = recogniser.name
-        self._recogniser, self._pictures, self._device = recogniser.to(device), pictures, device
+        self._recogniser, self._images, self._device = recogniser.to(device), images, device
 
     def score(self, index: int, original: Tensor, decoded: Tensor) -> dict[str, float]:
-        """The metrics, by key, of picture `index`, uint8 (3, H, W); the original does not matter, the truth does."""
+        """See `TaskMeasure.score`; the reference is the true text, not the original image."""
         errors = characters = 0
-        for line in self._pictures.lines(index):
+        for line in self._images.lines(index):
             truth = normalised(line.text)
             errors += _levenshtein(normalised(self._read(line.cut(decoded))), truth)
             characters += len(truth)
         return _rate(errors, characters)
 
     def mean(self, scores: Sequence[dict[str, float]]) -> dict[str, float]:
-        """Errors of all pictures over characters of all pictures."""
+        """Errors of all images divided by characters of all images."""
         return _rate(sum(score["errors"] for score in scores), sum(score["characters"] for score in scores))
 
     def of_originals(self) -> dict[str, float]:
-        """The metrics, by key, of the pictures themselves: what a recogniser cannot read uncoded."""
-        turns = progress(
-            range(len(self._pictures)), description=f"{self.receiver} reads {self._pictures.source}", unit="picture"
+        """See `TaskMeasure.of_originals`: the errors of the recogniser on uncoded images."""
+        indices = progress(
+            range(len(self._images)), description=f"{self.receiver} reads {self._images.source}", unit="image"
         )
-        originals = ((i, self._pictures.load(i)) for i in turns)
+        originals = ((i, self._images.load(i)) for i in indices)
         return self.mean([self.score(i, pixels, pixels) for i, pixels in originals])
 
     def _read(self, pixels: Tensor) -> str:
@@ -360,7 +374,7 @@ class Reading(TaskMeasure):
 
 
 def normalised(text: str) -> str:
-    """Without spaces, which recognisers leave out at will, and without variants of width (Unicode NFKC)."""
+    """Text without spaces, which recognisers often omit, after Unicode normalization (NFKC)."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
@@ -372,5 +386,7 @@ def _levenshtein(read: str, truth: str) -> int:
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
-        raise UserError("--task text needs the package rapidfuzz; install hpcm-scale[machine]") from error
+        raise UserError(
+            "no-rapidfuzz", "--task", "--task text needs the package rapidfuzz; install hpcm-scale[machine]"
+        ) from error
     return Levenshtein.distance(read, truth)

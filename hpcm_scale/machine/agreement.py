@@ -1,11 +1,9 @@
-"""Agreement: whether a network sees in the decoded image what it sees in the original."""
+"""Agreement of a network's tokens and classes on the decoded image with those on the original."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,66 +12,24 @@ from torch import Tensor
 from hpcm_scale.evaluation.bd_rate import Scale
 from hpcm_scale.evaluation.measures import decibels
 from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor, check_size
+from hpcm_scale.machine.measures import Metric, TaskMeasure
 from hpcm_scale.machine.objective import rank_difference, token_distortion
-
-# What tasks are measured in, and the scale on which each makes a rate-quality curve.
-
-
-class Metric(NamedTuple):
-    """One number about a coded image."""
-
-    key: str
-    heading: str
-    digits: int
-    meaning: str
-    scale: Scale | None = None
-    """On which it is drawn and compared by BD-rate; None: it is in tables only."""
-    quality: Callable[[float], float] | None = None
-    """From the mean over images to that scale, where more is better."""
-    on_terminal: bool = True
-    """Whether it is shown where there is little room."""
-
-
-class TaskMeasure(ABC):
-    """What one receiver makes of the decoded images of one set."""
-
-    task: ClassVar[str]
-    receiver: str
-    metrics: tuple[Metric, ...]
-
-    @abstractmethod
-    def score(self, index: int, original: Tensor, decoded: Tensor) -> dict[str, float]:
-        """The metrics, by key, of image `index`: both uint8 (3, H, W), on the CPU."""
-
-    def mean(self, scores: Sequence[dict[str, float]]) -> dict[str, float]:
-        """The metrics, by key, of a set from those of its images: their means."""
-        return {key: math.fsum(score[key] for score in scores) / len(scores) for key in scores[0]}
-
-    def of_originals(self) -> dict[str, float]:
-        """The metrics, by key, of the set before it is coded, as far as they are not what they must be."""
-        return {}
-
-    def compared(self) -> list[Metric]:
-        """The metrics that have a scale."""
-        return [metric for metric in self.metrics if metric.scale]
 
 
 def distance_in_decibels(distance: float) -> float:
-    """−10·log10 of a distance, at most 100: what is nearer is more, as in MS-SSIM in dB."""
+    """−10·log10 of a distance, at most 100."""
     return -10 * math.log10(max(distance, 1e-10))
 
 
-MEND = "leave it out of --images, or leave out --task agreement"
-"""For images that are too small."""
 KEPT = 1 << 30
-"""Bytes of originals' tokens that are kept; those of further images are worked out again for every setting."""
+"""Bytes of the cache of originals' tokens; other originals are evaluated again for every setting."""
 
 TOKENS = (
     Metric(
         "token_cosine",
         "token cosine",
         4,
-        "cosine of the original's token and the decoded one's at the same place, mean over tokens, then over layers",
+        "cosine similarity of the two images' tokens at each position, mean over tokens, then over layers",
         Scale("token cosine, −10·log10(1 − cosine)", "dB"),
         decibels,
     ),
@@ -112,10 +68,10 @@ CLASSES = (
     ),
     Metric("top1", "top-1", 3, "top-1 agreement: share of images whose most probable class stays the same"),
 )
-"""Of receivers that have classes."""
+"""Metrics of receivers with classes."""
 
 
-class _Seen(NamedTuple):
+class _Output(NamedTuple):
     tokens: dict[str, Tensor]
     log_probabilities: Tensor | None
 
@@ -125,10 +81,7 @@ class _Seen(NamedTuple):
 
 
 class Agreement(TaskMeasure):
-    """Tokens and class posterior of a receiver, the original image being the reference.
-
-    The decoded image is the 8-bit one that a user would have. Images need sides of 32 pixels.
-    """
+    """Tokens and class posterior of a receiver; the original image is the reference. Sides from 32 pixels."""
 
     task = "agreement"
 
@@ -138,16 +91,13 @@ class Agreement(TaskMeasure):
         blank = torch.zeros(1, 3, SMALLEST_SIDE, SMALLEST_SIDE, device=device)
         classes = extractor.posterior(blank) is not None
         self.metrics = TOKENS + CLASSES if classes else TOKENS
-        self._originals: dict[int, _Seen] = {}
+        self._originals: dict[int, _Output] = {}
         self._free = KEPT
 
     @torch.no_grad()
     def score(self, index: int, original: Tensor, decoded: Tensor) -> dict[str, float]:
-        """The metrics, by key, of image `index`: both uint8 (3, H, W), on the CPU.
-
-        Raises UserError for an image that is too small.
-        """
-        reference, seen = self._original(index, original), self._look(decoded)
+        """See `TaskMeasure.score`. Raises UserError for an image that is too small."""
+        reference, seen = self._original(index, original), self._forward(decoded)
         pairs = [(seen.tokens[layer], tokens) for layer, tokens in reference.tokens.items()]
         cosines = [F.cosine_similarity(*pair, dim=2).mean() for pair in pairs]
         scores = {
@@ -155,31 +105,31 @@ class Agreement(TaskMeasure):
             "token_distortion": _mean([token_distortion(*pair) for pair in pairs]),
             "rank_difference": _mean([rank_difference(*pair) for pair in pairs]),
         }
-        if reference.log_probabilities is not None:
+        if reference.log_probabilities is not None and seen.log_probabilities is not None:
             scores |= class_agreement(reference.log_probabilities, seen.log_probabilities)
         return scores
 
-    def _original(self, index: int, pixels: Tensor) -> _Seen:
+    def _original(self, index: int, pixels: Tensor) -> _Output:
         if index in self._originals:
             return self._originals[index]
-        seen = self._look(pixels)
+        seen = self._forward(pixels)
         if seen.size_bytes <= self._free:
             self._originals[index] = seen
             self._free -= seen.size_bytes
         return seen
 
-    def _look(self, pixels: Tensor) -> _Seen:
-        check_size(pixels.shape[1:], "an image", MEND)
+    def _forward(self, pixels: Tensor) -> _Output:
+        check_size(pixels.shape[1:], "an image", "omit it")
         x = pixels[None].to(self._device).float() / 255
         log_probabilities = self._extractor.posterior(x)
-        return _Seen(self._extractor(x), None if log_probabilities is None else log_probabilities[0].double().cpu())
+        return _Output(self._extractor(x), None if log_probabilities is None else log_probabilities[0].double().cpu())
 
 
 def class_agreement(reference: Tensor, seen: Tensor) -> dict[str, float]:
-    """The metrics of `CLASSES`, by key, from the log probabilities (classes,) of the original and of the decoded."""
+    """`CLASSES` by key, from the log probabilities (classes,) of the original and of the decoded image."""
     p, q = reference.exp(), seen.exp()
     return {
-        "kl": max(F.kl_div(seen, reference, reduction="sum", log_target=True).item(), 0.0),  # but for rounding
+        "kl": max(F.kl_div(seen, reference, reduction="sum", log_target=True).item(), 0.0),  # rounding
         "class_cosine": F.cosine_similarity(p, q, dim=0).item(),
         "top1": float(p.argmax() == q.argmax()),
     }

@@ -1,1 +1,0 @@
-"""What coded images are worth to machines: agreement of networks with the original, and text that is read."""
