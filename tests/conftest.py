@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from drawn_images import write_images
 from fork_server import TRAINING, ForkServer
+from hypothesis import settings
 
-PHOTOS = ["Aqua", "Kite", "Wood", "Storm", "butterfly", "drop", "jelly", "cloud", "beam", "zen", "fog", "Dune"]
+from hpcm_scale.config import compose
+from hpcm_scale.config.schema import Config
+
+TRAINING_IMAGES = ["Aqua", "Kite", "Wood", "Storm", "butterfly", "drop", "jelly", "cloud", "beam", "zen", "fog", "Dune"]
+PORTRAITS = (4, 9, 10, 17, 18, 19)
+"""Kodak's images of 512×768 pixels; the others have 768×512."""
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WITHOUT_SHARED = "../shared is missing"
 
 # Before torch is imported: the networks here are too small for several threads, and threads that wait for each other in
 # busy loops take many times the time where others use the cores.
@@ -26,25 +34,52 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs, also from the processes that tests start, unless the tests marked `gpu` are asked for."""
-    if not _wants_gpus(config):
+    if not _wants(config, "gpu"):
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    compose.compose = _once(compose.compose)
+    settings.register_profile("any machine", deadline=None)  # no test depends on a quiet one
+    settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of GPUs are left out, unless they are asked for (`-m gpu`).
+    """Leave out the tests of GPUs and the longer ones, unless they are asked for (`-m gpu`, `-m long`).
 
     The files whose tests launch trainings come first: each takes long, and in the end would leave a core idle.
     """
-    if not _wants_gpus(config):
+    if not _wants(config, "gpu"):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU: run with -m gpu"))
+    if not _wants(config, "long"):
+        longer = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=longer)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     launching = {item.path for item in items if item.get_closest_marker("launch")}
     items.sort(key=lambda item: item.path not in launching)
 
 
-def _wants_gpus(config: pytest.Config) -> bool:
-    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the tests that were skipped without ../shared."""
+    skipped = [report for report in terminalreporter.getreports("skipped") if WITHOUT_SHARED in str(report.longrepr)]
+    if skipped:
+        terminalreporter.line(f"{len(skipped)} tests were skipped: {WITHOUT_SHARED}")
+
+
+def _once(composed: Callable[..., Config]) -> Callable[..., Config]:
+    """`compose` with a cache: Hydra takes a fifth of a second, and tests compose the same overrides often."""
+    known: dict[tuple, Config] = {}
+
+    def cached(overrides: Sequence[str] = ()) -> Config:
+        key = tuple(overrides)
+        if key not in known:
+            known[key] = composed(overrides)
+        return deepcopy(known[key])
+
+    return cached
+
+
+def _wants(config: pytest.Config, marker: str) -> bool:
+    return re.search(rf"(?<!not )\b{marker}\b", config.option.markexpr) is not None
 
 
 @pytest.fixture(scope="session")
@@ -62,24 +97,40 @@ def exit_codes(project: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def shared(project: Path) -> Path:
-    """Real images, reference outputs and known answers that lie beside the checkout."""
-    folder = project.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip("../shared is not beside this checkout")
+def shared() -> Path:
+    """Real images, reference outputs and known answers beside the checkout; a test that needs them is skipped without.
+
+    Tests that need only some images take `image_folder` or `shards`.
+    """
+    if not SHARED.is_dir():
+        pytest.skip(WITHOUT_SHARED)
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """The 24 images of Kodak; drawn ones of the same names and sizes without ../shared."""
+    if SHARED.is_dir():
+        return SHARED / "data" / "kodak"
+    folder = tmp_path_factory.mktemp("drawn") / "kodak"
+    sizes = {f"kodim{number:02}.png": (768, 512) if number in PORTRAITS else (512, 768) for number in range(1, 25)}
+    write_images(folder, sizes, compress_level=1)
     return folder
 
 
 @pytest.fixture(scope="session")
-def shards(shared, tmp_path_factory) -> Path:
-    """A small set of real photos."""
+def shards(tmp_path_factory) -> Path:
+    """A set of twelve images to train on: real ones, or drawn ones without ../shared."""
+    from hpcm_scale.data.build import build_shards  # imports torch
+    from hpcm_scale.tracking.progress import progress
+
+    names = [f"{name}.jpg" for name in TRAINING_IMAGES]
+    if SHARED.is_dir():
+        images = [SHARED / "data" / "photos" / "train" / name for name in names]
+    else:
+        images = write_images(tmp_path_factory.mktemp("drawn"), dict.fromkeys(names, (614, 819)))
     out = tmp_path_factory.mktemp("data") / "shards"
-    photos = [str(shared / "data" / "photos" / "train" / f"{name}.jpg") for name in PHOTOS]
-    subprocess.run(
-        [sys.executable, "-m", "hpcm_scale.commands.shards", "build", *photos, "--out", str(out)],
-        check=True,
-        timeout=400,
-    )
+    build_shards(images, out, min_side=0, shard_size=10**9, workers=1, progress=progress)
     return out
 
 

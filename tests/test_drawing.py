@@ -73,4 +73,4 @@ def test_every_figure_is_made_here(project):
     makes = re.compile(r"\bFigure\(|pyplot|savefig")
     sources = [*(project / "hpcm_scale").rglob("*.py"), *(project / "benchmarks").rglob("*.py")]
     found = [path.name for path in sources if makes.search(path.read_text(encoding="utf-8"))]
-    assert found == ["drawing.py"]
+    assert found == ["formatting.py"]

@@ -17,13 +17,13 @@ def plain(text: str) -> str:
     return "".join(token.content for token in inline.children)
 
 
-def one_line(name: str) -> str:
+def entry_point(name: str) -> str:
     return " ".join(name.splitlines())
 
 
 @pytest.mark.parametrize("name", [*ODD_NAMES, "~~x~~", "a_b_c", "x*y*z", "\\*", "![a](b)"])
 def test_an_escaped_name_is_read_as_it_is_spelled(name):
-    assert plain(f"run {escaped(name)}") == f"run {one_line(name)}".rstrip()
+    assert plain(f"run {escaped(name)}") == f"run {entry_point(name)}".rstrip()
     assert "\n" not in escaped(name)
 
 
@@ -40,7 +40,7 @@ def test_dollars_do_not_begin_mathematics():
 def test_code_shows_backticks(name):
     (_, inline, _) = markdown_it.MarkdownIt("commonmark").parse(f"folder {code(name)}")
     before, span = inline.children
-    assert (before.content, span.type, span.content) == ("folder ", "code_inline", one_line(name))
+    assert (before.content, span.type, span.content) == ("folder ", "code_inline", entry_point(name))
 
 
 def test_a_table_keeps_its_columns_whatever_its_cells_hold():
@@ -50,4 +50,4 @@ def test_a_table_keeps_its_columns_whatever_its_cells_hold():
     cells = [token.content for token in tokens if token.type == "inline"]
     assert len(cells) == 2 + 2 * len(ODD_NAMES)
     assert cells[:2] == ["name", "a|b"] and cells[3::2] == ["1"] * len(ODD_NAMES)
-    assert [plain(f"x{cell}") for cell in cells[2::2]] == [f"x{one_line(name).strip()}" for name in ODD_NAMES]
+    assert [plain(f"x{cell}") for cell in cells[2::2]] == [f"x{entry_point(name).strip()}" for name in ODD_NAMES]

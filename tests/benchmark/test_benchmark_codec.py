@@ -1,10 +1,10 @@
-"""Both ways to code an image: the plain one is plain throughout, and both give pictures back."""
+"""Both variants to code an image: the reference computes nothing fast, and both give the image back."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from bench.codec import DIRECTIONS, FAST, PLAIN, computed, measure_codec, picture
+from bench.codec import DIRECTIONS, FAST, REFERENCE, computed, measure_codec, synthetic_image
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
@@ -26,41 +26,41 @@ def model() -> HPCM:
     return HPCM(compose_model("nano")).eval()
 
 
-@pytest.mark.parametrize("way", [PLAIN, FAST])
-def test_only_the_baseline_is_plain_throughout(model, way):
+@pytest.mark.parametrize("variant", [REFERENCE, FAST])
+def test_only_the_baseline_is_plain_throughout(model, variant):
     met: list[bool] = []
     for network in (model.g_a, model.h_a, model.h_s, model.context.prior_s3.before, model.g_s):
         network[0].register_forward_hook(
             lambda part, inputs, output: met.append(is_channels_last(inputs[0]) or is_channels_last(output))
         )
-    codec, pixels = Codec(model), picture(256, 256)
-    with computed(way, model):
+    codec, pixels = Codec(model), synthetic_image(256, 256)
+    with computed(variant, model):
         codec.decompress(codec.compress(pixels))
     assert len(met) > 5
-    assert any(met) == (way == FAST)
+    assert any(met) == (variant == FAST)
 
 
 def test_both_ways_are_timed_in_both_directions(model):
-    (speed,) = measure_codec(model, [("made", lambda: picture(256, 300))], 2, CPU)
-    assert {direction: set(ways) for direction, ways in speed.seconds.items()} == {
-        direction: {PLAIN, FAST} for direction in DIRECTIONS
+    (speed,) = measure_codec(model, [("made", lambda: synthetic_image(256, 300))], 2, CPU)
+    assert {direction: set(variants) for direction, variants in speed.seconds.items()} == {
+        direction: {REFERENCE, FAST} for direction in DIRECTIONS
     }
-    assert all(len(rounds) == 2 for ways in speed.seconds.values() for rounds in ways.values())
+    assert all(len(rounds) == 2 for variants in speed.seconds.values() for rounds in variants.values())
     assert (speed.width, speed.height) == (300, 256)
-    assert speed.bytes == len(Codec(model).compress(picture(256, 300)))  # nothing plain is left behind
+    assert speed.bytes == len(Codec(model).compress(synthetic_image(256, 300)))  # nothing plain is left behind
 
 
 def test_a_picture_that_does_not_come_out_of_its_file_is_no_result(model, monkeypatch):
     right = Codec.decompress
     monkeypatch.setattr(Codec, "decompress", lambda codec, data: right(codec, data) ^ 1)
-    with pytest.raises(UserError, match="made does not come out of its file as the encoder had it"):
-        measure_codec(model, [("made", lambda: picture(64, 64))], 1, CPU)
+    with pytest.raises(UserError, match="the decoded made differs from the encoder's reconstruction"):
+        measure_codec(model, [("made", lambda: synthetic_image(64, 64))], 1, CPU)
 
 
 def test_the_made_picture_is_always_the_same_and_soft_as_photos_are():
-    pixels = picture()
+    pixels = synthetic_image()
     assert (pixels.shape, pixels.dtype) == ((3, 512, 768), torch.uint8)
-    assert torch.equal(pixels, picture())
+    assert torch.equal(pixels, synthetic_image())
     numbers = pixels.float()
     neighbours = (numbers[..., 1:] - numbers[..., :-1]).std()
     assert neighbours < 0.7 * numbers.std() and numbers.std() > 40

@@ -26,9 +26,10 @@ def bench(monkeypatch, folder: Path, *arguments: str) -> dict:
     return json.loads((folder / f"{arguments[0]}.json").read_text())
 
 
+@pytest.mark.long
 def test_train_writes_times_utilisation_memory_and_a_profile(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
-    arguments = ("train", "--preset", "nano", "--batch", "1", "--rounds", "2", "--device", "cpu", "--profile")
+    arguments = ("train", "--preset", "nano", "--batch", "1", "--rounds", "1", "--device", "cpu", "--profile")
     found = bench(monkeypatch, tmp_path / "out", *arguments)
     names = [found["baseline"]["name"], *(candidate["name"] for candidate in found["candidates"])]
     assert names == [
@@ -64,16 +65,17 @@ def test_train_writes_times_utilisation_memory_and_a_profile(tmp_path, capsys, m
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.json", "train.md", "train_profile.png"]
 
 
-def test_data_times_the_stream_from_made_pictures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "MADE", 2)
+@pytest.mark.long
+def test_data_times_the_stream_from_synthetic_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "IMAGES", 2)
     arguments = ("--rounds", "1", "--batch", "2", "--batches", "1", "--workers", "1", "--crop", "512")
     found = bench(monkeypatch, tmp_path, "data", *arguments)
-    assert (found["photos"], found["crop"], found["workers"], found["crops"]) == (2, 512, 1, 2)
+    assert (found["images"], found["crop"], found["workers"], found["crops"]) == (2, 512, 1, 2)
     assert [each["model"] for each in found["demands"]] == ["68m", "68m", "1b"]
     share = found["demands"][0]["share"]  # of 16 workers as fast as this one
-    speed = found["crops"] / found["seconds"]["stream of crops"][0]
+    speed = found["crops"] / found["seconds"]["training stream"][0]
     assert found["waits"]["step"] == pytest.approx(2 / (share * speed))
-    assert "made pictures" in capsys.readouterr().out
+    assert "synthetic images" in capsys.readouterr().out
 
 
 def test_codec_codes_images_of_a_folder(tmp_path, capsys, monkeypatch):
@@ -86,22 +88,21 @@ def test_codec_codes_images_of_a_folder(tmp_path, capsys, monkeypatch):
     assert (image["image"], image["width"], image["height"]) == ("0.png", 130, 70)
     for direction in ("encode", "decode"):
         times, entropy = image["seconds"][direction], image["entropy_seconds"][direction]
-        assert {way: len(rounds) for way, rounds in times.items()} == {"plain NCHW": 2, "as it is": 2}
-        assert all(0 < share < whole for share, whole in zip(entropy, times["as it is"], strict=True))
+        assert {variant: len(rounds) for variant, rounds in times.items()} == {"plain NCHW": 2, "optimized": 2}
+        assert all(0 < share < whole for share, whole in zip(entropy, times["optimized"], strict=True))
     printed = capsys.readouterr().out
     assert "1 images" not in printed and "over 1 image × 2 rounds" in printed
     assert f"{8 * image['bytes'] / (130 * 70):.3f} bits per pixel" in printed
 
 
 def test_entropy_measures_range_coder_and_likelihood(tmp_path, capsys, monkeypatch):
-    arguments = ("--symbols", "20000", "--elements", "5000", "--rounds", "3", "--device", "cpu")
+    arguments = ("--symbols", "20000", "--elements", "1000", "--rounds", "2", "--device", "cpu")
     found = bench(monkeypatch, tmp_path, "entropy", *arguments)
     single, in_steps, at_once = found["range_coder"]
     assert [kind["symbols"] for kind in (single, in_steps, at_once)] == [5000, 20000, 20000]
     for kind in (single, in_steps, at_once):
         assert kind["least_bits"] < kind["bits"] < 1.01 * kind["least_bits"]
-    assert np.median(at_once["encode"]) < np.median(single["encode"])  # of four times as many symbols
-    assert len(found["likelihood"]["public"]) == len(found["likelihood"]["survival"]) == 3
+    assert len(found["likelihood"]["public"]) == len(found["likelihood"]["survival"]) == 2
     printed = capsys.readouterr().out
     assert "by table, in 11 steps as in files" in printed and "survival formula" in printed
 
@@ -117,21 +118,21 @@ def test_drawn_symbols_follow_their_tables():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("train", "--preset", "68n"), "there is no --preset 68n; did you mean 68m?"),
+        (("train", "--preset", "68n"), "there is no preset 68n; did you mean 68m?"),
         (("train", "--preset", "nano", "--crop", "250"), "--crop 250 does not fit nano, whose inputs are multiples of"),
         (("train", "--preset", "nano", "--rounds", "0"), "--rounds: 0 must be at least 1"),
         (("train", "--preset", "nano", "--batch", "-1"), "--batch: -1 must be at least 1"),
         (("train", "--preset", "nano", "--precision", "fp8"), "invalid choice: 'fp8'"),
-        (("train", "--preset", "nano", "--profile"), "--profile draws a picture into the folder that --out names"),
+        (("train", "--preset", "nano", "--profile"), "--profile writes a figure to --out; add --out FOLDER"),
         (("train", "--preset", "nano", "--device", "cuda:77"), "--device cuda:77 cannot be used here"),
         (("data", "--shards", "nowhere", "--workers", "1"), "nowhere"),
         (("data", "--crop", "300"), "--crop 300 does not fit 68m"),
         (("processes", "--engines", "zero9"), "invalid choice: 'zero9'"),
         (("codec", "--preset", "nano", "--images", "nowhere"), "there is no folder nowhere"),
-        (("codec", "--preset", "nano", "--limit", "2"), "--limit 2 is of the images in a folder; add --images FOLDER"),
+        (("codec", "--preset", "nano", "--limit", "2"), "--limit needs a folder of images; add --images FOLDER"),
         (("codec", "--weights", "nowhere.safetensors"), "there are no weights at nowhere.safetensors"),
-        (("entropy", "--out", __file__), "is a file; name a folder"),
-        (("train", "--out", f"{__file__}/below"), "is a file; name a folder"),
+        (("entropy", "--out", __file__), "is a file; choose another"),
+        (("train", "--out", f"{__file__}/below"), "is a file; choose another"),
         (("entropy", "--symbols", "0"), "--symbols: 0 must be at least 1"),
         ((), "the following arguments are required: COMMAND"),
         (("trian",), "invalid choice: 'trian'"),

@@ -20,7 +20,7 @@ from hpcm_scale.errors import UserError
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as smaller:
-        smaller.setattr(data, "MADE", 4)
+        smaller.setattr(data, "IMAGES", 4)
         return make_shards(tmp_path_factory.mktemp("made") / "set")
 
 
@@ -29,7 +29,7 @@ def config(shards) -> DataConfig:
     return DataConfig(shards=str(shards), workers=1)
 
 
-def test_made_pictures_cost_as_many_bits_as_photos(shards):
+def test_synthetic_images_have_as_many_bits_as_natural_ones(shards):
     index = load_index(str(shards))
     assert len(index) == 4 and len(set(index.crc32.tolist())) == 4
     assert index.pixels / 4 == pytest.approx(2e6, rel=0.01)
@@ -38,7 +38,7 @@ def test_made_pictures_cost_as_many_bits_as_photos(shards):
 
 def test_rounds_rates_and_the_page(config):
     speed = measure_data(config, batch=2, batches=3, rounds=2)
-    assert (speed.photos, speed.crops, speed.workers) == (4, 6, 1)
+    assert (speed.images, speed.crops, speed.workers) == (4, 6, 1)
     for times in (speed.seconds, speed.cpu_seconds):
         assert list(times) == [DECODER, STREAM]
         assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in times.values())
@@ -47,12 +47,12 @@ def test_rounds_rates_and_the_page(config):
     assert speed.crops_per_core == pytest.approx(6 / np.median(speed.cpu_seconds[STREAM]))
     demands = [demand(compose(["model=68m"]).model, 256, share) for share in (0.3, 0.45)]
     waits = measure_waits(config, batch=2, step=0.01, steps=3)
-    report = data_report(speed, demands, waits, "made pictures")
+    report = data_report(speed, demands, waits, "synthetic images")
     numbers = json.loads(json.dumps(report.results))
     assert numbers["seconds"] == speed.seconds and len(numbers["waits"]["seconds"]) == 3
     assert numbers["demands"][0]["share"] == pytest.approx(demands[0].crops / (16 * speed.crops_per_core))
     page = markdown(report)
-    assert "| decoder alone |" in page and "| 68m at 30 % | 821 |" in page and "Computed, not measured" in page
+    assert "| JPEG decoder |" in page and "| 68m at 30 % | 821 |" in page and "Computed, not measured" in page
     assert f"{speed.crops_per_worker:,.0f}" in page
 
 
@@ -69,12 +69,12 @@ def test_only_a_hasty_consumer_waits(config):
     assert sorted(slow.seconds)[3] < sorted(hasty.seconds)[3]
 
 
-def test_photos_that_cannot_be_had_are_one_sentence(shards, config):
+def test_a_corrupt_sample_is_one_error(shards, config):
     path = shards / "shard-000000.tar"
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(UserError, match=r"cannot be had .*shards verify"):
+        with pytest.raises(UserError, match=r"cannot be read .*shards verify"):
             measure_data(config, batch=2, batches=2, rounds=1)
     finally:
         path.write_bytes(whole)

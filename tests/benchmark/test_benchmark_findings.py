@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hpcm_scale.files import json_text
+from hpcm_scale.preflight.check import all_reduces_table, data_table, devices_table, nodes_table, step_table
 from hpcm_scale.preflight.findings import (
     AllReduce,
     Checkpoints,
@@ -16,15 +17,8 @@ from hpcm_scale.preflight.findings import (
     Figures,
     Node,
     Step,
-    plain,
-    sentences,
-)
-from hpcm_scale.preflight.measurements import (
-    all_reduces_table,
-    data_table,
-    devices_table,
-    nodes_table,
-    step_table,
+    problems,
+    to_json,
 )
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -53,7 +47,7 @@ FINE = Figures(
         all_reduce("between nodes", 45),
         all_reduce("all processes", 80, processes=4),
     ],
-    Data(photos=4000.0, bytes=5e8, crops=400.0, workers=4, cores=16, bad=[]),
+    Data(images=4000.0, bytes=5e8, crops=400.0, workers=4, cores=16, bad=[]),
     Step(
         seconds=0.25,
         images=64,
@@ -91,11 +85,11 @@ ODD = [Device(2, H100, 80 * 10**9, None), Device(3, "NVIDIA H100 PCIe", 80 * 10*
 CASES = {
     "a version": (
         nodes(versions=VERSIONS | {"NCCL": "2.27.3"}),
-        ["b has NCCL 2.27.3, and a has 2.29.1; install the same on all nodes"],
+        ["b has NCCL 2.27.3, and a has 2.29.1; install the same version on all nodes"],
     ),
     "no package": (
         nodes(versions=VERSIONS | {"NCCL": None}),
-        ["b has NCCL missing, and a has 2.29.1; install the same on all nodes"],
+        ["b has NCCL not installed, and a has 2.29.1; install the same version on all nodes"],
     ),
     "an old driver": (
         nodes(driver_cuda="12.8"),
@@ -111,12 +105,12 @@ CASES = {
     ),
     "a device in use": (
         nodes(devices=BUSY),
-        ["12.0 GB of the device of process 3 on b are in use by another program; end it"],
+        ["12.0 GB of the device of rank 3 on b are in use by another program; stop it"],
     ),
     "another device": (
         nodes(devices=ODD),
         [
-            f"not all devices are {H100}: process 3 on b has NVIDIA H100 PCIe; the slowest one sets the pace of all",
+            f"not all devices are {H100}: rank 3 on b has NVIDIA H100 PCIe; the slowest device limits all of them",
         ],
     ),
     "one slow node": (
@@ -134,24 +128,24 @@ CASES = {
         ],
     ),
     "slow storage": (
-        data(photos=40.0, crops=150.0),
+        data(images=40.0, crops=150.0),
         [
-            "the data gives 150 crops/s, and the step takes 256; the shards are read too slowly for that; bring them "
-            "nearer (data.cache keeps a copy of a URL)"
+            "the data provides 150 crops/s, and the step needs 256; move the shards to faster storage (data.cache "
+            "keeps a local copy of a URL)"
         ],
     ),
     "few workers": (
         data(crops=150.0),
         [
-            "the data gives 150 crops/s, and the step takes 256; raise data.workers=4 (there are 16 cores for each "
+            "the data provides 150 crops/s, and the step needs 256; raise data.workers=4 (there are 16 cores per "
             "process)"
         ],
     ),
     "few cores": (
         data(crops=150.0, cores=4),
         [
-            "the data gives 150 crops/s, and the step takes 256; there are no more cores than data.workers=4; store "
-            "smaller photos"
+            "the data provides 150 crops/s, and the step needs 256; use smaller images, since all cores are in use "
+            "(data.workers=4)"
         ],
     ),
     "bad photos": (
@@ -160,35 +154,32 @@ CASES = {
     ),
     "a loss": (
         step(loss=math.nan),
-        ["the loss of the step is nan; look at init_from, or lower schedule.learning_rate"],
+        ["the loss of the step is nan; check init_from, or lower schedule.learning_rate"],
     ),
     "more memory": (
         step(peak=37 * 10**9),
         [
-            "the step takes 37.00 GB of a device, 19% more than the 31.00 GB of `hpcm estimate`; do not rely on it for "
-            "other settings"
+            "the step takes 37.00 GB of a device, 19% more than the 31.00 GB of `hpcm estimate`; allow for this error "
+            "with other settings"
         ],
     ),
     "less memory": (
         step(peak=24 * 10**9),
         [
-            "the step takes 24.00 GB of a device, 23% less than the 31.00 GB of `hpcm estimate`; do not rely on it for "
-            "other settings"
+            "the step takes 24.00 GB of a device, 23% less than the 31.00 GB of `hpcm estimate`; allow for this error "
+            "with other settings"
         ],
     ),
     "a full device": (
         step(reserved=79 * 10**9),
         [
-            "torch holds 79.00 GB of the 80.00 GB of a device; lower train.micro_batch_size, or set "
+            "torch reserves 79.00 GB of the 80.00 GB of a device; lower train.micro_batch_size, or set "
             "engine.activation_checkpointing=blocks, to leave room"
         ],
     ),
     "a slow step": (
         step(seconds=0.6),
-        [
-            "the step takes 0.6 s, and 0.22 s by `hpcm estimate`; see where its time goes with "
-            "train.profile_steps=[20,22]"
-        ],
+        ["the step takes 0.6 s, and 0.22 s by `hpcm estimate`; profile it with train.profile_steps=[20,22]"],
     ),
     "a folder of its own": (
         nodes(disk=[10**15, 78]),
@@ -198,36 +189,36 @@ CASES = {
     ),
     "no permission": (
         nodes(disk_writable=False),
-        ["run.dir=runs/1b cannot be written on b; mend that, or name another place"],
+        ["run.dir=runs/1b cannot be written on b; choose another folder"],
     ),
     "little host memory": (
         nodes(memory=5e9),
-        ["b has 5.0 GB of memory, and its processes keep 6.0 GB of a checkpoint there; take more nodes"],
+        ["b has 5.0 GB of memory, and its processes need 6.0 GB for a checkpoint; use more nodes"],
     ),
     "a full disk": (
         replace(FINE, nodes=[node("a", 0, disk_free=30 * 10**9), FINE.nodes[1]]),
         [
-            "run.dir=runs/1b has 30.00 GB free, and 4 checkpoints of 12.00 GB will be there at a time; free some, or "
-            "name another place"
+            "run.dir=runs/1b has 30.00 GB free, and the run keeps up to 4 checkpoints of 12.00 GB; free some or "
+            "choose another folder"
         ],
     ),
 }
 
 
 def test_nothing_is_wrong():
-    assert sentences(FINE) == []
+    assert problems(FINE) == []
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence_for_each_thing(case):
     figures, expected = CASES[case]
-    assert sentences(figures) == expected
+    assert problems(figures) == expected
 
 
 def test_slow_links_in_all_nodes_are_seen_by_the_data_sheet():
     figures = replace(FINE, all_reduces=[all_reduce("within a", 60), all_reduce("within b", 61)])
-    assert sentences(figures) == [
-        f"all-reduce within a node reaches 61 GB/s, less than half of the 450 GB/s of the links of {H100}; look at "
+    assert problems(figures) == [
+        f"all-reduce within a node reaches 61 GB/s, less than half of the 450 GB/s of the links of {H100}; check "
         "`nvidia-smi topo -m` and NCCL_DEBUG=INFO"
     ]
 
@@ -235,9 +226,9 @@ def test_slow_links_in_all_nodes_are_seen_by_the_data_sheet():
 def test_a_driver_of_the_same_major_version_runs_all_but_compiled_kernels():
     versions = VERSIONS | {"CUDA": "13.2"}
     figures = replace(FINE, nodes=[node("a", 0, versions=versions)])
-    (sentence,) = sentences(figures)
+    (sentence,) = problems(figures)
     assert sentence.startswith(
-        "the driver of a supports CUDA 13.1, and torch is built for CUDA 13.2 (those of the same"
+        "the driver of a supports CUDA 13.1, and torch is built for CUDA 13.2 (the same major version"
     )
 
 
@@ -255,22 +246,22 @@ def test_on_a_cpu_what_is_not_known_is_shown_so_and_is_no_mistake():
         all_reduces=[all_reduce("within a", 2)],
         step=replace(FINE.step, peak=None, reserved=None, utilisation=None, estimated_seconds=None),
     )
-    assert sentences(bare) == []
+    assert problems(bare) == []
     assert "| a | 2 | 3.11.7 | none | none |" in nodes_table(bare.nodes)
-    assert "| a | processes 0-1 | cpu | not known | not known |" in devices_table(bare.nodes)
-    assert "| utilisation of the devices' peak | not known |  |" in step_table(bare)
+    assert "| a | ranks 0-1 | cpu | not known | not known |" in devices_table(bare.nodes)
+    assert "| MFU | not known |  |" in step_table(bare)
     assert "| device memory (GB) | not known | 31.00 |" in step_table(bare)
 
 
 def test_the_tables_show_every_figure():
     assert "| b | 2 | 3.11.7 | 2.13.0+cu130 | 13.0 | 2.29.1 | 590.10 | 13.1 |" in nodes_table(FINE.nodes)
-    assert f"| b | processes 2-3 | {H100} | 80.00 | 0.50 |" in devices_table(FINE.nodes)
+    assert f"| b | ranks 2-3 | {H100} | 80.00 | 0.50 |" in devices_table(FINE.nodes)
     assert "| all processes | 4 | 268 | 5.03 | 80 |" in all_reduces_table(FINE.all_reduces)
-    assert "| crops, data.workers=4 in each process | 400 |  |" in data_table(FINE.data)
+    assert "| crops, data.workers=4 per process | 400 |  |" in data_table(FINE.data)
     assert "| seconds | 0.25 | 0.22 |" in step_table(FINE)
 
 
-def test_json_has_bandwidths_and_sentences():
-    values = plain(FINE, ["one"])
-    assert values["wrong"] == ["one"] and values["all_reduces"][1]["bandwidth"] == pytest.approx(400e9)
+def test_json_has_bandwidths_and_problems():
+    values = to_json(FINE, ["one"])
+    assert values["problems"] == ["one"] and values["all_reduces"][1]["bandwidth"] == pytest.approx(400e9)
     assert '"host": "b"' in json_text(values)

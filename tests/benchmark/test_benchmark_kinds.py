@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from bench.kinds import KINDS, seconds_by_kind
 from bench.profiling import draw_profile
 from bench.step import OPTIMIZER
+from bench.timing import timed
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hpcm_scale.entropy.generalized_gaussian import bits
-from hpcm_scale.tracking.timing import timed
 
 CPU = torch.device("cpu")
 

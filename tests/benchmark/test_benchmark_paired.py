@@ -1,4 +1,4 @@
-"""Turns of baseline and candidates: their order, what is kept of them, and what is made of their times."""
+"""Alternating runs of baseline and candidates: their order, the samples kept, and the ratios of their times."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import time
 
 import pytest
 import torch
-from bench.timing import Stopwatch
-
-from hpcm_scale.tracking.timing import alternate, ratio, seconds, spread, timed
+from bench.timing import Stopwatch, alternate, quartiles, ratio, seconds, timed
 
 CPU = torch.device("cpu")
 
 
-def test_turns_alternate_and_those_of_the_warm_up_are_not_kept(capsys):
+def test_runs_alternate_and_those_of_the_warm_up_are_dropped(capsys):
     ran = []
 
-    def contestant(name):
+    def candidate(name):
         def run():
             assert not gc.isenabled()
             ran.append(name)
@@ -25,18 +23,19 @@ def test_turns_alternate_and_those_of_the_warm_up_are_not_kept(capsys):
 
         return run
 
-    turns = alternate({name: contestant(name) for name in "abc"}, 3, CPU, warm_up=1)
+    samples = alternate({name: candidate(name) for name in "abc"}, 3, CPU, warm_up=1)
     assert "".join(ran) == "cba" + "abc" + "cba" + "abc"
-    assert {name: [turn.result for turn in kept] for name, kept in turns.items()} == {
+    assert {name: [sample.result for sample in kept] for name, kept in samples.items()} == {
         "a": [4, 9, 10],
         "b": [5, 8, 11],
         "c": [6, 7, 12],
     }
     assert gc.isenabled()
-    assert capsys.readouterr() == ("", "")  # no bar where there is no terminal
+    out, err = capsys.readouterr()
+    assert out == "" and "\r" not in err  # no bar where there is no terminal; lines if it takes long
 
 
-def test_garbage_is_collected_again_after_a_contestant_that_fails():
+def test_garbage_is_collected_again_after_a_candidate_that_fails():
     def fail():
         raise ValueError("broken")
 
@@ -49,14 +48,14 @@ def test_ratios_are_taken_round_by_round():
     """The second round was disturbed, both alike: the ratios do not see it."""
     found = ratio([2.0, 40.0, 2.2], [1.0, 20.0, 1.0])
     assert (found.median, found.low, found.high) == pytest.approx((2.0, 2.0, 2.1))
-    assert tuple(spread([3.0])) == (3.0, 3.0, 3.0)
+    assert tuple(quartiles([3.0])) == (3.0, 3.0, 3.0)
 
 
 def test_seconds_are_those_of_the_work():
     began = time.perf_counter()
-    turn = timed(lambda: time.sleep(0.05), CPU)
-    assert 0.05 <= turn.seconds <= time.perf_counter() - began
-    assert seconds([turn]) == [turn.seconds]
+    sample = timed(lambda: time.sleep(0.05), CPU)
+    assert 0.05 <= sample.seconds <= time.perf_counter() - began
+    assert seconds([sample]) == [sample.seconds]
 
 
 def test_a_stopwatch_counts_watched_functions_once_and_lets_them_go_again():

@@ -1,16 +1,16 @@
-"""One step computed in several ways: the same loss, the same weights, the same tensors."""
+"""One step computed in several variants: the same loss, the same weights, the same tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from bench.arguments import configuration
-from bench.step import PLAIN, Steps, Way
-from bench.train import ways
+from bench.step import REFERENCE, Steps, Variant
+from bench.train import variants
 
 from hpcm_scale.config.schema import Checkpointing, Precision
 
-WAYS = ways([Precision.fp32, Precision.bf16], list(Checkpointing), compiled=False)
+VARIANTS = variants([Precision.fp32, Precision.bf16], list(Checkpointing), compiled=False)
 
 
 @pytest.fixture(scope="module")
@@ -21,36 +21,36 @@ def steps() -> Steps:
 
 def test_candidates_are_every_precision_and_the_rest_with_the_last():
     assert [
-        Way(Precision.fp32),
-        Way(Precision.bf16),
-        Way(Precision.bf16, Checkpointing.blocks),
-        Way(Precision.bf16, Checkpointing.steps),
-    ] == WAYS
-    compiled = ways([Precision.bf16], [Checkpointing.none, Checkpointing.steps], compiled=True)
-    assert [way.name for way in compiled] == [
+        Variant(Precision.fp32),
+        Variant(Precision.bf16),
+        Variant(Precision.bf16, Checkpointing.blocks),
+        Variant(Precision.bf16, Checkpointing.steps),
+    ] == VARIANTS
+    compiled = variants([Precision.bf16], [Checkpointing.none, Checkpointing.steps], compiled=True)
+    assert [variant.name for variant in compiled] == [
         "bf16, channels-last",
         "bf16, channels-last, compiled",
         "bf16, channels-last, checkpoint=steps",
         "bf16, channels-last, compiled, checkpoint=steps",
     ]
-    assert ways([Precision.bf16], [Checkpointing.steps], compiled=True)[1:] == compiled[2:]
-    assert PLAIN.name == "fp32, plain NCHW"
+    assert variants([Precision.bf16], [Checkpointing.steps], compiled=True)[1:] == compiled[2:]
+    assert REFERENCE.name == "fp32, plain NCHW"
 
 
 def test_every_way_gives_the_loss_of_the_baseline_again_and_again(steps):
-    baseline = steps.of(PLAIN)
+    baseline = steps.of(REFERENCE)
     expected = baseline()
     assert baseline() == expected  # a step leaves the weights as they were
-    for way in WAYS:
-        step = steps.of(way)
-        tolerance = 2e-2 if way.precision == Precision.bf16 else 1e-5
+    for variant in VARIANTS:
+        step = steps.of(variant)
+        tolerance = 2e-2 if variant.precision == Precision.bf16 else 1e-5
         torch.testing.assert_close(step(), expected, rtol=tolerance, atol=0)
     assert baseline() == expected
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # exact products again
 
 
 def test_all_ways_share_weights_and_gradients(steps):
-    first, second = steps.of(PLAIN), steps.of(WAYS[0])
+    first, second = steps.of(REFERENCE), steps.of(VARIANTS[0])
     places = [{weight.data_ptr() for weight in step._model.parameters()} for step in (first, second)]
     assert places[0] == places[1] and len(places[0]) == len(list(first._model.parameters()))
     steps.make_gradients()

@@ -41,9 +41,9 @@ def codecs(weights) -> list[Codec]:
 
 
 @pytest.fixture(scope="module")
-def photo(shared) -> np.ndarray:
-    """A piece of a real photo, uint8 (60, 90, 3)."""
-    with Image.open(shared / "data" / "kodak" / "kodim23.png") as image:
+def photo(image_folder) -> np.ndarray:
+    """A crop of an image, uint8 (60, 90, 3)."""
+    with Image.open(image_folder / "kodim23.png") as image:
         return np.asarray(image.convert("RGB"))[200:260, 300:390]
 
 
@@ -184,8 +184,8 @@ def test_transparency_is_never_lost_silently(kind, run, weights, codecs, photo, 
         and out == ""
         and err
         == (
-            f"hpcm: {source}: it has transparent pixels, which no .hpcm file keeps; "
-            "choose what is behind them with --background\n"
+            f"hpcm: {source}: it has transparent pixels, which .hpcm files do not store; "
+            "choose their background with --background\n"
         )
     )
     assert list(tmp_path.iterdir()) == [source]
@@ -230,13 +230,13 @@ def test_folders(run, weights, codecs, photo, folder, tmp_path):
     coded, back = tmp_path / "new" / "coded", tmp_path / "back"
     (folder / "notes.txt").write_text("no image")
     code, out, err = run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")
-    left_out = f"hpcm: {folder}: left out what is no JPEG, PNG or WebP image, 1 in all: notes.txt\n"
+    left_out = f"hpcm: {folder}: skipped files that are not a JPEG, PNG or WebP image (1): notes.txt\n"
     assert (code, err) == (0, left_out)
     assert below(coded) == ["a.hpcm", "b.v2.hpcm", "more/a.hpcm"]
     files = [(coded / name).read_bytes() for name in below(coded)]
     size = sum(map(len, files))
     rate = 8 * size / (5400 + 2400 + 1800)
-    assert out == f"3 photos of {folder}: {size:,} bytes, {rate:.4f} bits per pixel, in {coded}\n"
+    assert out == f"3 images of {folder}: {size:,} bytes, {rate:.4f} bits per pixel, in {coded}\n"
     code, out, err = run("decode", coded, back, "--weights", weights[0], "--device", "cpu")
     assert (code, err) == (0, "") and out == f"3 files of {coded}: decoded to {back}\n"
     assert below(back) == ["a.png", "b.v2.png", "more/a.png"]
@@ -253,8 +253,8 @@ def test_a_folder_never_overwrites(run, weights, folder, tmp_path):
         (folder / path).write_bytes((coded / path).read_bytes())
     code, out, err = run("decode", folder, folder, "--weights", weights[0], "--device", "cpu")
     assert (code, out) == (2, "") and err.count("\n") == 2
-    assert f"{folder}: left out what is no .hpcm file, 3 in all: a.png, b.v2.JPG, more/a.webp\n" in err
-    assert err.endswith("photos/a.png would be overwritten; name a new folder, or remove them\n")
+    assert f"{folder}: skipped files that are not a .hpcm file (3): a.png, b.v2.JPG, more/a.webp\n" in err
+    assert err.endswith("photos/a.png would be overwritten; choose a new folder, or remove them\n")
     assert {name: (folder / name).read_bytes() for name in before} == before
     code, out, err = run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")
     assert code == 2 and "a.hpcm and 2 more would be overwritten" in err
@@ -267,8 +267,8 @@ def test_what_is_broken_does_not_stop_the_others(run, weights, folder, tmp_path)
     coded, back = tmp_path / "coded", tmp_path / "back"
     code, out, err = run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert err.startswith("hpcm: 2 of 5 files failed, the others are done: ")
-    assert re.search(r"cannot read \S+/photos/cut\.png \(broken image: .+\); mend or remove it", err)
+    assert err.startswith("hpcm: 2 of 5 files failed, the others were written: ")
+    assert re.search(r"cannot read \S+/photos/cut\.png \(broken image: .+\); replace or remove it", err)
     assert "more/0 empty.jpg (not a JPEG, PNG or WebP image)" in err
     assert below(coded) == ["a.hpcm", "b.v2.hpcm", "more/a.hpcm"]
     data = (coded / "a.hpcm").read_bytes()
@@ -276,7 +276,7 @@ def test_what_is_broken_does_not_stop_the_others(run, weights, folder, tmp_path)
     (coded / "z.hpcm").write_bytes(b"")
     code, out, err = run("decode", coded, back, "--weights", weights[0], "--device", "cpu")
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert err.startswith("hpcm: 2 of 4 files failed, the others are done: ")
+    assert err.startswith("hpcm: 2 of 4 files failed, the others were written: ")
     assert f"{coded / 'a.hpcm'}: its stream of y is damaged" in err
     assert f"{coded / 'z.hpcm'}: it is not an .hpcm file" in err
     assert below(back) == ["b.v2.png", "more/a.png"]
@@ -302,8 +302,8 @@ def test_wrong_weights_are_told_with_both_digests(run, weights, codecs, photo, t
         and out == ""
         and err
         == (
-            f"hpcm: {coded}: it was made with the weights {codecs[0].digest.hex()}, and these are "
-            f"{codecs[1].digest.hex()}; decode it with the weights that it was made with\n"
+            f"hpcm: {coded}: it was encoded with the weights {codecs[0].digest.hex()}, but these are "
+            f"{codecs[1].digest.hex()}; decode it with the weights used for encoding\n"
         )
     )
     assert list(tmp_path.iterdir()) == [coded]
@@ -314,18 +314,18 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], tuple], str]] = {
     "no file": ("decode", lambda t: (t / "nowhere.hpcm", t / "a.png"), "there is no file or folder"),
     "no photos": ("encode", lambda t: (t / "photos" / "empty", t / "out"), "there is no JPEG, PNG or WebP image in"),
     "no files": ("decode", lambda t: (t / "photos", t / "out"), "there is no .hpcm file in"),
-    "suffix": ("encode", lambda t: (t / "photos" / "a.png", t / "out.png"), "is a .hpcm file; name it so instead of"),
-    "picture's suffix": ("decode", lambda t: (t / "a.hpcm", t / "out.jpg"), "is a .png file; name it so instead of"),
-    "folder": ("encode", lambda t: (t / "photos" / "a.png", t / "photos"), "is a folder; name the .hpcm file to write"),
-    "no folder": ("encode", lambda t: (t / "photos", t / "a.hpcm"), "a file; name a folder to write to"),
-    "broken link": ("encode", lambda t: (t / "photos", t / "link"), "a link to nothing; name a folder to write to"),
-    "photo": ("decode", lambda t: (t / "photos" / "a.png", t / "out.png"), "it is not an .hpcm file; name one that"),
+    "suffix": ("encode", lambda t: (t / "photos" / "a.png", t / "out.png"), "out.png does not have the suffix .hpcm;"),
+    "picture's suffix": ("decode", lambda t: (t / "a.hpcm", t / "out.jpg"), "out.jpg does not have the suffix .png;"),
+    "folder": ("encode", lambda t: (t / "photos" / "a.png", t / "photos"), "is a folder; give the .hpcm file to write"),
+    "no folder": ("encode", lambda t: (t / "photos", t / "a.hpcm"), "a file; give a folder to write to"),
+    "broken link": ("encode", lambda t: (t / "photos", t / "link"), "a dangling link; give a folder to write to"),
+    "photo": ("decode", lambda t: (t / "photos" / "a.png", t / "out.png"), "it is not an .hpcm file; give one written"),
     "not a photo": ("encode", lambda t: (t / "a.hpcm", t / "out.hpcm"), "not a JPEG, PNG or WebP image"),
     "no place": ("encode", lambda t: (t / "photos" / "a.png", t / "a.hpcm" / "out.hpcm"), "cannot write"),
     "no place for a picture": ("decode", lambda t: (t / "good.hpcm", t / "a.hpcm" / "out.png"), "cannot write"),
     "no weights": ("encode", lambda t: (t / "photos", t / "out", "--weights", t / "none"), "there are no weights at"),
     "damaged weights": ("decode", lambda t: (t / "a.hpcm", t / "out.png", "--weights", t / "a.hpcm"), "not a readable"),
-    "colour": ("encode", lambda t: (t / "photos", t / "out", "--background", "mauvish"), "--background mauvish is no"),
+    "colour": ("encode", lambda t: (t / "photos", t / "out", "--background", "mauvish"), "--background mauvish is not"),
     "device": ("decode", lambda t: (t / "a.hpcm", t / "out.png", "--device", "abacus"), "--device abacus cannot be"),
     "nothing": ("encode", lambda t: (), "the following arguments are required: source, target"),
     "half": ("decode", lambda t: (t / "a.hpcm",), "the following arguments are required: target"),
@@ -353,7 +353,8 @@ def test_names_that_would_clash(run, weights, photo, folder, tmp_path):
         and out == ""
         and err
         == (
-            f"hpcm: {folder / 'a.jpeg'} and {folder / 'a.png'} would both become {tmp_path / 'coded' / 'a.hpcm'}; "
+            f"hpcm: {folder / 'a.jpeg'} and {folder / 'a.png'} would both be written to "
+            f"{tmp_path / 'coded' / 'a.hpcm'}; "
             "rename one of them\n"
         )
     )
@@ -366,6 +367,7 @@ def test_weights_must_be_named(command, run, tmp_path):
     assert code == 2 and out == "" and "the following arguments are required: --weights" in err
 
 
+@pytest.mark.launch
 def test_in_a_pipe_there_is_one_line(weights, folder, tmp_path):
     """As typed, with another program reading: no bar, no warning."""
     script, coded = Path(sys.executable).with_name("hpcm"), tmp_path / "coded"

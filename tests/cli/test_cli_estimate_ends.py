@@ -41,13 +41,14 @@ MANY = [
 @pytest.mark.parametrize(
     "arguments",
     [
-        WIDEST,
         [*WIDEST, "engine=zero3", "engine.precision=bf16", "engine.activation_checkpointing=steps"],
         NARROWEST,
-        [*MANY, "--mfu", "0.001", "--price", "1000000", "--bandwidth-network", "0.001", "--gpus-per-node", "1024"],
         [*MANY, "engine=zero3", "--mfu", "1", "--price", "5e-324", "--bandwidth-node", "1e6", "--gpus-per-node", "1"],
-        ["model.g_a_blocks=[128,0,0,0]", "model.prior_s3.before=128"],
-        ["schedule.crops=[16384]", "schedule.crop_boundaries=[0.5]", "train.batch_size=4096"],
+        pytest.param(["model.g_a_blocks=[128,0,0,0]", "model.prior_s3.before=128"], marks=pytest.mark.long),
+        pytest.param(
+            ["schedule.crops=[16384]", "schedule.crop_boundaries=[0.5]", "train.batch_size=4096"],
+            marks=pytest.mark.long,
+        ),
         ["model.rate.levels=256", "model.rate.lowest=1e-9", "model.rate.highest=1000000", "train.steps=1000000000000"],
     ],
     ids=lambda arguments: " ".join(arguments)[:60],

@@ -14,6 +14,8 @@ import pytest
 from hpcm_scale.config.compose import compose, to_yaml
 from hpcm_scale.errors import STOPPED, Fault, UserError
 
+pytestmark = pytest.mark.launch
+
 COMMAND = (sys.executable, "-m", "hpcm_scale.cli")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -12,30 +11,32 @@ import torch
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.parameters import on_meta
+from hpcm_scale.model.public_checkpoints import export_state, published_config
 from hpcm_scale.model.weights import load_weights, save_weights
 
 
-def published(shared: Path, variant: str) -> dict[str, torch.Tensor]:
-    """A state dict as the authors' training left it, without channel scales; each tensor is one number."""
-    entries = json.loads((shared / "reference" / f"{variant}.json").read_text())["parameters"]
-    state = {
-        entry["name"]: torch.full((1,), entry["std"]).expand(entry["shape"])
-        for entry in entries
-        if not entry["name"].startswith("adaptive_params_list.")
+def published(preset: str) -> dict[str, torch.Tensor]:
+    """A state dict as the authors' training left it, without channel scales; each parameter is one number."""
+    config = published_config(preset)
+    state = export_state(on_meta(config).state_dict(), config)
+    return {
+        name: torch.full((1,), float(number)).expand(tensor.shape) if tensor.is_meta else tensor
+        for number, (name, tensor) in enumerate(state.items())
+        if not name.startswith("adaptive_params_list.")
     }
-    return state | {"scale_table": torch.empty(0), "entropy_estimation.beta": torch.tensor([1.5])}
 
 
-def test_a_published_file(run, shared, tmp_path):
+def test_a_published_file(run, tmp_path):
     source, weights, exported = (tmp_path / name for name in ("phi.pth.tar", "w.safetensors", "again.pth.tar"))
-    public = published(shared, "phi")
+    public = published("64m_phi")
     torch.save(public, source)
     code, out, err = run("import", source, "--preset", "64m_phi", "--out", weights)
     assert code == 0, err
     assert out.splitlines() == [
         f"{weights}: 64m_phi, 63,582,419 parameters, from HPCM_Base_PhiContext of github.com/lyq133/LIC-HPCM, "
         "phi.pth.tar",
-        "it holds no adaptive_params_list: all ones, as in the authors' training",
+        "it has no adaptive_params_list: these channel scales are ones, as in the authors' training",
     ]
     model, facts = load_weights(weights)
     assert facts["lmbda"] is None and facts["step"] is None
@@ -60,16 +61,16 @@ class Trap:
 
 
 @pytest.mark.parametrize("format", ["zip", "legacy", "plain pickle"])
-def test_a_pickle_that_would_run_code(format, run, shared, tmp_path):
+def test_a_pickle_that_would_run_code(format, run, tmp_path):
     source, sprung = tmp_path / "hostile.pth.tar", tmp_path / "sprung"
-    state = published(shared, "base") | {"means_hyper": Trap(sprung)}
+    state = published("68m") | {"means_hyper": Trap(sprung)}
     if format == "plain pickle":
         source.write_bytes(pickle.dumps(Trap(sprung), protocol=2))
     else:
         torch.save({"state_dict": state}, source, _use_new_zipfile_serialization=format == "zip")
     code, out, err = run("import", source, "--preset", "68m", "--out", tmp_path / "w.safetensors")
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert f"{source} was not read: it asks for {os.mkdir.__module__}.mkdir, and nothing but tensors" in err
+    assert f"{source} refers to {os.mkdir.__module__}.mkdir, but only tensors" in err
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.pth.tar"]
     if format == "plain pickle":
         pickle.loads(source.read_bytes())
@@ -82,28 +83,28 @@ def test_a_pickle_that_would_run_code(format, run, shared, tmp_path):
     "case",
     ["no file", "folder", "damaged", "cut", "other preset", "lacks", "unknown preset", "λ", "out"],
 )
-def test_import_refuses_in_one_line(case, run, shared, tmp_path):
+def test_import_refuses_in_one_line(case, run, tmp_path):
     source, large, lacking, cut, damaged = (
         tmp_path / name for name in ("a.pth.tar", "large.pth.tar", "lacking.pth.tar", "cut.pth.tar", "damaged.pth.tar")
     )
-    state = published(shared, "base")
+    state = published("68m")
     torch.save(state, source)
-    torch.save(published(shared, "large"), large)
+    torch.save(published("90m"), large)
     torch.save({name: tensor for name, tensor in state.items() if name != "means_hyper"}, lacking)
     cut.write_bytes(source.read_bytes()[:-1000])
     damaged.write_bytes(b"\x89PNG\r\n" + bytes(1000))
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
     change, message = {
-        "no file": ({"": tmp_path / "nowhere"}, f"there is no checkpoint at {tmp_path / 'nowhere'}; name a .pth.tar"),
+        "no file": ({"": tmp_path / "nowhere"}, f"there is no checkpoint at {tmp_path / 'nowhere'}; give a .pth.tar"),
         "folder": ({"": tmp_path / "folder"}, f"there is no checkpoint at {tmp_path / 'folder'}"),
-        "damaged": ({"": damaged}, f"{damaged} is damaged, or no checkpoint of PyTorch; download it again"),
-        "cut": ({"": cut}, f"{cut} is damaged, or no checkpoint of PyTorch"),
-        "other preset": ({"": large}, "this is HPCM_Large, not HPCM_Base: give --preset 90m"),
+        "damaged": ({"": damaged}, f"{damaged} is damaged or not a PyTorch checkpoint; download it again"),
+        "cut": ({"": cut}, f"{cut} is damaged or not a PyTorch checkpoint"),
+        "other preset": ({"": large}, "this is HPCM_Large, not HPCM_Base; give --preset 90m"),
         "lacks": ({"": lacking}, "does not fit HPCM_Base: it lacks means_hyper; give a published one"),
         "unknown preset": ({"--preset": "nano"}, "argument --preset: invalid choice: 'nano'"),
         "λ": ({"--lmbda": "nan"}, "--lmbda: nan must be at least 1e-09"),
-        "out": ({"--out": tmp_path / "folder"}, "is a folder; name a file"),
+        "out": ({"--out": tmp_path / "folder"}, "is a folder; give a file"),
     }[case]
     arguments = {"": source, "--preset": "68m", "--out": tmp_path / "w.safetensors"} | change
     code, out, err = run("import", *(part for pair in arguments.items() for part in pair if part != ""))
@@ -119,8 +120,8 @@ def test_export_refuses_in_one_line(case, run, tmp_path):
     save_weights(weights, model.state_dict(), model.config, {"lmbda": 0.013})
     arguments, message = {
         "no weights": ((tmp_path / "nowhere", "--out", out_file), "there are no weights at"),
-        "own structure": ((weights, "--out", out_file), "the public implementation has no model of the structure of"),
-        "out": ((weights, "--out", tmp_path), "is a folder; name a file"),
+        "own structure": ((weights, "--out", out_file), "the public implementation has no model with the structure of"),
+        "out": ((weights, "--out", tmp_path), "is a folder; give a file"),
     }[case]
     code, out, err = run("export", *arguments)
     assert code == 2

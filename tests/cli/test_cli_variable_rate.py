@@ -32,11 +32,11 @@ def weights(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def photos(shared, tmp_path_factory) -> Path:
-    """Two pieces of real photos."""
+def photos(image_folder, tmp_path_factory) -> Path:
+    """Crops of two images."""
     folder = tmp_path_factory.mktemp("photos")
     for name in ("kodim05", "kodim23"):
-        with Image.open(shared / "data" / "kodak" / f"{name}.png") as image:
+        with Image.open(image_folder / f"{name}.png") as image:
             image.crop((300, 200, 420, 300)).save(folder / f"{name}.png")
     return folder
 
@@ -59,7 +59,7 @@ def test_a_quality_is_in_the_file_and_in_the_line(run, weights, photos, tmp_path
     assert run("decode", coded, back, *chosen) == (0, f"{coded}: decoded to {back}\n", "")
 
 
-def test_every_photo_of_a_folder_is_searched_for(run, weights, photos, tmp_path):
+def test_every_photo_of_a_folder_is_searched_for(shared, run, weights, photos, tmp_path):
     chosen = ("--weights", weights["variable"], "--device", "cpu")
     by_rate = tmp_path / "rate"
     code, out, err = run("encode", photos, by_rate, *chosen, "--bpp", 4.2)
@@ -72,7 +72,7 @@ def test_every_photo_of_a_folder_is_searched_for(run, weights, photos, tmp_path)
     assert re.search(r", quality 0, PSNR [\d.]+ to [\d.]+ dB, in ", out)
 
 
-def test_a_photo_out_of_range_does_not_stop_the_others(run, weights, photos, tmp_path):
+def test_a_photo_out_of_range_does_not_stop_the_others(shared, run, weights, photos, tmp_path):
     """The rate is that of one photo's smallest file, and the other's smallest is larger."""
     chosen = ("--weights", weights["variable"], "--device", "cpu")
     assert run("encode", photos, tmp_path / "smallest", *chosen, "--quality", 0)[0] == 0
@@ -81,21 +81,23 @@ def test_a_photo_out_of_range_does_not_stop_the_others(run, weights, photos, tmp
     target = 8 * min(sizes) / (120 * 100)
     code, out, err = run("encode", photos, tmp_path / "out", *chosen, "--bpp", repr(target))
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "hpcm: 1 of 2 files failed, the others are done: " in err and " bpp is out of range for this image; " in err
+    assert (
+        "hpcm: 1 of 2 files failed, the others were written: " in err and " bpp is out of range for this image; " in err
+    )
     assert levels(tmp_path / "out") == [0]
 
 
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        *(("fixed", (aim, 40), f"has one rate, that of the λ it was trained for; leave out {aim}, or") for aim in AIMS),
+        *(("fixed", (aim, 40), f"has one rate, that of the λ it was trained for; omit {aim}, or") for aim in AIMS),
         ("variable", ("--quality", 40, "--bpp", 1), "argument --bpp: not allowed with argument --quality"),
         ("variable", ("--quality", 101), "--quality: 101 must be at least 0 and at most 100"),
         ("variable", ("--quality", "nan"), "--quality: nan must be at least 0 and at most 100"),
         ("variable", ("--quality", "high"), "argument --quality: high is not a number; it must be at least 0"),
         ("variable", ("--bpp", 0), "--bpp: 0 must be greater than 0 and at most 1,000"),
         ("variable", ("--psnr", "inf"), "--psnr: inf must be greater than 0 and at most 1,000"),
-        ("variable", ("--psnr", 90), "kodim05.png: 90 dB is out of reach for this image; choose between "),
+        ("variable", ("--psnr", 90), "kodim05.png: 90 dB is out of range for this image; choose between "),
     ],
 )
 def test_a_mistake_is_one_line(run, weights, photos, tmp_path, kind, arguments, message):
@@ -110,5 +112,5 @@ def test_a_mistake_is_one_line(run, weights, photos, tmp_path, kind, arguments, 
 def test_the_public_implementation_has_no_gains(run, weights, tmp_path):
     code, out, err = run("export", weights["variable"], "--out", tmp_path / "a.pth.tar")
     assert (code, out) == (2, "") and err == (
-        "hpcm: nano has variable rate, and the public implementation has no gains; export a model of one rate\n"
+        "hpcm: nano has variable rate, but the public implementation has no gains; export a fixed-rate model\n"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from spread_model import spread_nano
+from seeded_models import spread_nano
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
@@ -35,19 +35,19 @@ def codec(model) -> Codec:
 
 
 @pytest.fixture(scope="session")
-def photo(shared) -> Tensor:
-    """A real photo, uint8 (3, 512, 768)."""
-    with Image.open(shared / "data" / "kodak" / "kodim05.png") as image:
+def photo(image_folder) -> Tensor:
+    """An image, uint8 (3, 512, 768)."""
+    with Image.open(image_folder / "kodim05.png") as image:
         return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
 
 
 @pytest.fixture(scope="session")
-def trained_model(shared) -> HPCM:
+def trained_model(image_folder) -> HPCM:
     """A nano after a few seconds of learning, so that its estimated rates mean something."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = HPCM(compose_model("nano"))
-    photos = ImageSet(shared / "data" / "photos" / "val", 2)
+    photos = ImageSet(image_folder, 2)
     crops = torch.stack([photos.load(i)[:, :256, :256] for i in range(len(photos))]).float() / 255
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(60):

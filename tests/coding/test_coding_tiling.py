@@ -81,16 +81,16 @@ def error(found: Tensor, whole: Tensor) -> float:
 
 # Latents, latents, pixels. Steps are 2 and 10 latents for nano: many tiles, most without a border; odd counts of
 # them; last ones of a single row; one row of tiles; one column; one tile.
-@pytest.mark.parametrize(
-    ("rows", "columns", "tile"),
-    [(16, 16, 128), (24, 40, 256), (31, 21, 256), (11, 48, 256), (48, 11, 256), (16, 16, 256), (40, 24, 16)],
-)
-def test_tiles_equal_the_whole(name, rows, columns, tile):
+PLACES = [(24, 40, 256), (16, 16, 128), (31, 21, 256), (11, 48, 256), (48, 11, 256), (16, 16, 256), (40, 24, 16)]
+
+
+def test_tiles_equal_the_whole(name):
     g_a, g_s = transforms(name)
-    x, y_hat = inputs(rows, columns)
-    with torch.inference_mode():
-        assert error(analysed(g_a, x, tile), g_a(x)) < 1e-5
-        assert error(synthesised(g_s, y_hat, tile), g_s(y_hat)) < 1e-5
+    for rows, columns, tile in PLACES if name == "nano" else PLACES[:1]:
+        x, y_hat = inputs(rows, columns)
+        with torch.inference_mode():
+            assert error(analysed(g_a, x, tile), g_a(x)) < 1e-5, (rows, columns, tile)
+            assert error(synthesised(g_s, y_hat, tile), g_s(y_hat)) < 1e-5, (rows, columns, tile)
 
 
 def test_a_margin_too_narrow_by_one_is_seen(name, monkeypatch):
@@ -101,8 +101,8 @@ def test_a_margin_too_narrow_by_one_is_seen(name, monkeypatch):
         y, picture = g_a(x), g_s(y_hat)
     assert error(analysed(g_a, x, 256), y) < 1e-13
     assert error(synthesised(g_s, y_hat, 256), picture) < 1e-13
-    margin = tiling._margin
-    monkeypatch.setattr(tiling, "_margin", lambda network, stride: margin(network, stride) - 1)
+    margin = tiling._halo
+    monkeypatch.setattr(tiling, "_halo", lambda network, stride: margin(network, stride) - 1)
     assert error(analysed(g_a, x, 256), y) > 1e-11
     assert error(synthesised(g_s, y_hat, 256), picture) > 1e-11
 
@@ -121,17 +121,17 @@ def test_margins_are_as_wide_as_the_networks_see(name):
         before = stride * middle - seen.min().item()
         after = seen.max().item() - (stride * middle + stride - 1)
         assert math.ceil(max(before, after) / stride) == expected
-        assert tiling._margin(network, stride) == expected
+        assert tiling._halo(network, stride) == expected
 
 
 def test_a_layer_of_unknown_reach_is_refused():
-    with pytest.raises(TypeError, match="how far a AvgPool2d looks"):
-        tiling._margin(nn.Sequential(nn.AvgPool2d(2)), 1)
+    with pytest.raises(TypeError, match="receptive field of AvgPool2d"):
+        tiling._halo(nn.Sequential(nn.AvgPool2d(2)), 1)
 
 
 @pytest.mark.parametrize(("model", "least"), [("nano", 4096), ("mini", 2048), ("68m", 1024), ("1b", 512)])
 def test_tiles_are_large_and_bounded(model, least):
-    """A tile's widest activation stays below a GiB, and the margins are the smaller part of it."""
+    """The largest activation of a tile is below a GiB, and the halo is the smaller part of it."""
     config = compose_model(model)
     side = tile_side(config)
     assert side % 64 == 0 and side >= least
@@ -140,8 +140,7 @@ def test_tiles_are_large_and_bounded(model, least):
 
 def test_a_large_photo_has_no_seams(model, photo, monkeypatch):
     """A photo in many tiles or in one: the same symbols and pixels, but for ties in rounding."""
-    large = torch.cat([photo, photo.flip(1)] * 2, dim=1)
-    large = torch.cat([large, large.flip(2)], dim=2)[:, :1901, :1503]
+    large = torch.cat([photo, photo.flip(1)], dim=1)[:, :1001, :743]
     whole = Codec(model)
     monkeypatch.setattr(tiling, "ACTIVATION_BYTES", 2**22)
     tiled = Codec(model)
@@ -149,7 +148,7 @@ def test_a_large_photo_has_no_seams(model, photo, monkeypatch):
     one, many = whole.encode(large), tiled.encode(large)
     assert len(many.data) == pytest.approx(len(one.data), rel=1e-3)
     assert ((one.y_hat - many.y_hat).abs() > 1e-3).float().mean() < 1e-3
-    found, expected = (codec.picture(one.y_hat, 1901, 1503).short() for codec in (tiled, whole))
+    found, expected = (codec.reconstruct(one.y_hat, 1001, 743).short() for codec in (tiled, whole))
     difference = (found - expected).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
-    assert torch.equal(tiled.decompress(many.data), tiled.picture(many.y_hat, 1901, 1503))
+    assert torch.equal(tiled.decompress(many.data), tiled.reconstruct(many.y_hat, 1001, 743))

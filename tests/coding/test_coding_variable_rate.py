@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from portable_decoding import decodes, noise, variant
-from spread_model import spread_nano
+from seeded_models import spread_nano
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
@@ -22,7 +22,7 @@ from hpcm_scale.entropy.shifts import Tolerance
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import pad
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.variable_rate import byte_of_quality, level_of_byte, lmbda_of, quality_of_byte, usual_byte
+from hpcm_scale.model.variable_rate import byte_of_quality, default_byte, level_of_byte, lmbda_of, quality_of_byte
 from hpcm_scale.objective import rate_distortion_loss
 
 LEVELS = 5
@@ -83,14 +83,13 @@ def test_levels_of_an_image_do_not_disturb_each_other(variable, photo):
         assert encode(byte).data == variable.compress(pixels, byte)
 
 
-@pytest.mark.parametrize("name", ["variable", "learned"])
-def test_rate_rises_with_quality(name, photo, request):
-    encode = request.getfixturevalue(name).encoder(photo)
+def test_rate_rises_with_quality(learned, photo):
+    encode = learned.encoder(photo)
     sizes = [len(encode(byte_of_quality(quality)).data) for quality in range(0, 101, 25)]
     assert sizes == sorted(sizes) and sizes[-1] > 1.3 * sizes[0]
 
 
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("part", [0.02, 0.9])
 def test_a_rate_is_met_within_three_percent(learned, photo, part):
     area = photo[0].numel()
     lowest, highest = (8 * len(learned.compress(photo, byte)) / area for byte in (0, 255))
@@ -106,7 +105,7 @@ def test_searches_find_the_best_of_all_files(learned, photo):
     encode = learned.encoder(pixels)
     files = [encode(byte) for byte in [*range(0, 255, 20), 255]]
     rates = [8 * len(file.data) / pixels[0].numel() for file in files]
-    psnrs = [peak_signal_to_noise(pixels, learned.picture(file.y_hat, 100, 120)) for file in files]
+    psnrs = [peak_signal_to_noise(pixels, learned.reconstruct(file.y_hat, 100, 120)) for file in files]
     for target in (rates[0], rates[8], 0.7 * rates[0] + 0.3 * rates[-1]):
         data, _, _ = nearest_to_rate(learned, pixels, target)
         assert abs(8 * len(data) / pixels[0].numel() - target) <= min(abs(rate - target) for rate in rates)
@@ -125,14 +124,15 @@ def test_the_psnr_is_that_of_the_decoded_picture(learned, photo):
 
 
 @pytest.mark.parametrize("search", [nearest_to_rate, smallest_with_psnr])
-def test_a_target_out_of_range_is_told_the_range(learned, photo, search):
-    """Both ends of the range that is told can be had."""
+def test_a_target_out_of_range_is_refused_with_the_range(learned, photo, search):
+    """Both ends of the range can be reached."""
     pixels = photo[:, 100:300, 300:520]
     with pytest.raises(UserError) as refusal:
         search(learned, pixels, 99)
-    unit = "bpp" if search is nearest_to_rate else "dB"
-    told = re.fullmatch(rf"99 {unit} is out of .*; choose between ([\d.]+) and ([\d.]+) {unit}", str(refusal.value))
-    low, high = map(float, told.groups())
+    unit, name = ("bpp", "bpp") if search is nearest_to_rate else ("dB", "psnr")
+    assert (refusal.value.code, refusal.value.key) == (f"{name}-out-of-range", f"--{name}")
+    stated = re.fullmatch(rf"99 {unit} is out of .*; choose between ([\d.]+) and ([\d.]+) {unit}", str(refusal.value))
+    low, high = map(float, stated.groups())
     assert len(search(learned, pixels, low).data) < len(search(learned, pixels, high).data)
     if search is nearest_to_rate:
         with pytest.raises(UserError, match=r"^1e-06 bpp is out of range"):
@@ -146,25 +146,27 @@ def test_qualities_and_bytes():
     for byte in range(256):
         assert byte_of_quality(float(f"{quality_of_byte(byte):g}")) == byte
     rate = RateConfig(levels=3, lowest=0.01, highest=0.04, reference=0.02)
-    assert usual_byte(rate) == 128  # the middle of λ's logarithms
-    assert usual_byte(replace(rate, reference=5.0)) == 255
+    assert default_byte(rate) == 128  # the middle of λ's logarithms
+    assert default_byte(replace(rate, reference=5.0)) == 255
 
 
 def test_levels_and_rates_that_do_not_belong_together(variable, codec, photo):
     """A quality for a model of one rate, none for one of many; files of the one for the other."""
     pixels = photo[:, :60, :70]
-    with pytest.raises(UserError, match="one rate"):
-        codec.compress(pixels, 128)
-    with pytest.raises(UserError, match="name a quality"):
-        variable.compress(pixels)
+    for coder, level, code in ((codec, 128, "quality-at-fixed-rate"), (variable, None, "no-quality")):
+        with pytest.raises(UserError) as refusal:
+            coder.compress(pixels, level)
+        assert (refusal.value.code, refusal.value.key) == (code, "--quality")
     fixed_file, variable_file = at_level(codec, pixels, None).data, at_level(variable, pixels, 9).data
     assert fixed_file[4] == 1 and codec.decompress(fixed_file).shape == pixels.shape
     for reader, data, rate in ((codec, variable_file, "variable"), (variable, fixed_file, "fixed")):
-        with pytest.raises(UserError, match="it was made with the weights"):
+        with pytest.raises(UserError) as refusal:
             reader.decompress(data)
+        assert refusal.value.code == "other-weights"
         forged = pack(replace(unpack(data), digest=reader.digest))
-        with pytest.raises(UserError, match=f"its header is that of a file of {rate} rate, unlike its weights"):
+        with pytest.raises(UserError, match=f"{rate}-rate file") as refusal:
             reader.decompress(forged)
+        assert refusal.value.code == "header-rate"
 
 
 def test_another_arithmetic_decodes_the_highest_level(variable, photo):

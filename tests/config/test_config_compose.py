@@ -20,7 +20,7 @@ from hpcm_scale.config.compose import (
 )
 from hpcm_scale.config.schema import Config, EngineName, Fusion, HyperPlacement, Precision, WandbMode
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.ladder import sized
+from hpcm_scale.model.ladder import compose_sized
 
 GROUPS = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
 CHOICES = [f"{group}={name}" for group in GROUPS for name in preset_names(group)]
@@ -36,7 +36,7 @@ def test_the_groups_are_the_documented_ones():
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_checks_and_comes_back_from_yaml(choice, tmp_path):
-    config = compose([choice], sized)
+    config = compose_sized([choice])
     for world_size in (1, 2, min(8, config.train.batch_size)):
         check(config, world_size)
     file = tmp_path / "config.yaml"
@@ -53,7 +53,7 @@ def test_a_model_is_named_after_its_file(name):
 @pytest.mark.parametrize("experiment", preset_names("experiment"))
 def test_every_experiment_goes_with_every_debug_preset(experiment):
     for debug in preset_names("debug"):
-        check(compose([f"experiment={experiment}", f"debug={debug}"], sized), 2)
+        check(compose_sized([f"experiment={experiment}", f"debug={debug}"]), 2)
 
 
 def test_the_defaults_are_the_dataclasses():
@@ -125,7 +125,7 @@ MISTAKES = {
     "hydra=3": ["unknown key hydra"],
     "x" * 500 + "=1": ["unknown key xxx", "hpcm_scale/config/schema.py"],
     "schedule=consant": ["schedule=consant", "did you mean constant?"],
-    "train.steps": ["train.steps cannot be read", "key=value"],
+    "train.steps": ["train.steps cannot be parsed", "key=value"],
     "zzz=10": ["zzz", "hpcm_scale/config/schema.py"],
     "model=nanno": ["model=nanno", "did you mean nano?"],
     "engine=megatron": ["engine=megatron", "zero2"],
@@ -144,9 +144,9 @@ MISTAKES = {
     "log.wandb=on": ["log.wandb=on", "[online, offline, disabled]"],
     "engine.options.foo=1": ["+engine.options.foo=1"],
     "model=nano,micro": ["model=nano,micro", "--multirun"],
-    "nano": ["nano cannot be read", "key=value"],
-    "data.shards=a=b": ["data.shards=a=b cannot be read", "quote"],
-    "schedule.boundaries=[0.5": ["schedule.boundaries=[0.5 cannot be read"],
+    "nano": ["nano cannot be parsed", "key=value"],
+    "data.shards=a=b": ["data.shards=a=b cannot be parsed", "quote"],
+    "schedule.boundaries=[0.5": ["schedule.boundaries=[0.5 cannot be parsed"],
 }
 
 
@@ -174,10 +174,11 @@ def test_a_sweep_is_checked_choice_by_choice():
     ],
 )
 def test_a_sweep_has_some_runs_and_not_too_many(sweep):
-    with pytest.raises(UserError, match=r"has too many runs, or none; ask for at least 1 and at most 10,000$"):
+    with pytest.raises(UserError, match=r"at least 1 and at most 10,000") as refused:
         check_overrides(["model=nano,micro", f"train.seed={sweep}"])
+    assert (refused.value.code, refused.value.key) == ("sweep-size", "train.seed")
     check_overrides(["model=nano,micro", "train.seed=range(5000)", "schedule.decay=range(0,1,1.5)"])
-    with pytest.raises(UserError, match=r"with objective.lmbda=0.1,0.2 the sweep has too many runs"):
+    with pytest.raises(UserError, match=r"with objective.lmbda=0.1,0.2 the number of runs"):
         check_overrides(["model=nano,micro", "train.seed=range(5000)", "objective.lmbda=0.1,0.2"])
 
 
@@ -189,14 +190,14 @@ def test_batches_of_hydras_sweeper_hold_something(size):
 
 def test_a_damaged_or_foreign_configuration_file_is_refused(tmp_path):
     file = tmp_path / "config.yaml"
-    for text, reason in (
-        ("train: {steps: 10", "no YAML"),
-        ("train: {stesp: 10}", "stesp"),
-        ("train: {steps: many}", "many"),
-        ("- a\n- b\n", "no configuration"),
-        ("\x00\x01", "no YAML"),
+    for text, code in (
+        ("train: {steps: 10", "damaged-yaml"),
+        ("train: {stesp: 10}", "other-version-yaml"),
+        ("train: {steps: many}", "other-version-yaml"),
+        ("- a\n- b\n", "other-version-yaml"),
+        ("\x00\x01", "damaged-yaml"),
     ):
         file.write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=reason) as refused:
+        with pytest.raises(UserError) as refused:
             from_yaml(file)
-        assert str(file) in str(refused.value) and "\n" not in str(refused.value)
+        assert refused.value.code == code and str(file) in str(refused.value) and "\n" not in str(refused.value)

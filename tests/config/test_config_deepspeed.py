@@ -13,8 +13,8 @@ from hpcm_scale.config.deepspeed import (
     PREFETCHED_PARAMETERS,
     REDUCED_PARAMETERS,
     REUSE_DISTANCE,
-    deepspeed_dictionary,
 )
+from hpcm_scale.config.spec import RunSpec
 
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
@@ -22,7 +22,7 @@ STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 @pytest.mark.parametrize("engine", STAGES)
 def test_deepspeed_reads_what_we_mean(engine):
     config = compose(["model=nano", f"engine={engine}", "train.micro_batch_size=8", "train.clip_norm=0.5"])
-    read = DeepSpeedConfig(deepspeed_dictionary(config, world_size=1))  # without a process group it takes one process
+    read = DeepSpeedConfig(RunSpec.of(config, world_size=1).deepspeed)  # without a process group it takes one process
     assert read.train_batch_size == 32
     assert read.train_micro_batch_size_per_gpu == 8
     assert read.gradient_accumulation_steps == 4
@@ -44,7 +44,7 @@ def test_deepspeed_reads_what_we_mean(engine):
 @pytest.mark.parametrize("engine", STAGES)
 def test_every_zero_key_is_one_of_deepspeeds(engine):
     """DeepSpeed ignores keys that it does not know at some levels; a misspelt one must not pass."""
-    zero = deepspeed_dictionary(compose(["model=nano", f"engine={engine}"]), world_size=1)["zero_optimization"]
+    zero = RunSpec.of(compose(["model=nano", f"engine={engine}"]), world_size=1).deepspeed["zero_optimization"]
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values()}
     assert set(zero) <= known
@@ -52,7 +52,7 @@ def test_every_zero_key_is_one_of_deepspeeds(engine):
 
 def test_options_are_merged_and_plain():
     config = compose(["model=nano", "+engine.options.zero_optimization.overlap_comm=false", "+engine.options.seed=3"])
-    dictionary = deepspeed_dictionary(config, world_size=2)
+    dictionary = RunSpec.of(config, world_size=2).deepspeed
     assert dictionary["zero_optimization"]["overlap_comm"] is False
     assert dictionary["zero_optimization"]["stage"] == 2 and dictionary["seed"] == 3
     assert type(dictionary) is dict and type(dictionary["zero_optimization"]) is dict

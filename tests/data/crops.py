@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hpcm_scale.config.schema import DataConfig
-from hpcm_scale.data.photos import BadPhoto
+from hpcm_scale.data.samples import CorruptSample
 from hpcm_scale.data.stream import open_stream
 
 
@@ -17,12 +17,13 @@ class Seen(NamedTuple):
     keys: dict[int, str]
     """By global image index."""
     crops: dict[int, torch.Tensor]
-    bad: list[BadPhoto]
+    corrupt: list[CorruptSample]
 
 
-def seen(location, *, last=48, seed=3, batch_size=4, processes=1, left_out=(), **data) -> Seen:
+def seen(location, *, last=48, seed=3, batch_size=4, processes=1, skip=(), **data) -> Seen:
     """Read the first `last` images of a set, as so many processes do, one after the other."""
-    config = DataConfig(**({"shards": str(location), "crop": 64, "workers": 0, "retries": 2} | data))
+    shards = location if isinstance(location, list) else str(location)
+    config = DataConfig(**({"shards": shards, "crop": 64, "workers": 0, "retries": 2} | data))
     found = Seen({}, {}, [])
     for rank in range(processes):
         stream = open_stream(
@@ -34,12 +35,12 @@ def seen(location, *, last=48, seed=3, batch_size=4, processes=1, left_out=(), *
             micro_batch_size=batch_size // processes,
             rank=rank,
             world_size=processes,
-            left_out=left_out,
+            skip=skip,
         )
         for batch in stream:
             for image, key, crop in zip(batch.image_index.tolist(), batch.keys, batch.images, strict=True):
                 found.keys[image], found.crops[image] = key, crop
-            found.bad.extend(batch.bad)
+            found.corrupt.extend(batch.corrupt)
     return found
 
 

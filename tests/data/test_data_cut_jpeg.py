@@ -127,7 +127,7 @@ def test_oddities_of_whole_files(photo, kind):
             assert decode(first_scans(data, number)).size == photo.size
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     width=st.integers(1, 70),

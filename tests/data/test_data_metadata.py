@@ -219,7 +219,7 @@ def test_xmp_never_turns_an_image(exif):
         assert EncodedImage(data).orientation == AS_STORED and decode(data).size == IMAGE.size
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     orientation=st.integers(0, 12),
     endian=st.sampled_from("<>"),
@@ -239,7 +239,7 @@ def test_the_orientation_is_found_among_other_tags(orientation, endian, texts, k
     assert orientation_of(start + entry + bytes(4)) == ORIENTATIONS.get(orientation, AS_STORED)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_exif_block_says_something_or_nothing(data):
     block = bytearray(SIDEWAYS + data.draw(st.binary(max_size=20)))

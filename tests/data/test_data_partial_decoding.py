@@ -207,7 +207,7 @@ def test_crops_of_files_are_those_of_decoded_photos(photo, crop, orientation):
         assert (np.asarray(square) == np.asarray(expected)).all()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(sorted(JPEGS)))
 def test_whatever_decodes_wholly_decodes_in_part_to_the_same(data, kind):
     """Damage done before a photo was stored, its EXIF block included."""

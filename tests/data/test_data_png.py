@@ -119,7 +119,7 @@ def test_samples_beyond_the_palette_are_black(depth, transparency):
     assert_as_specified(random_samples(PALETTE, depth), depth, PALETTE, transparency, bytes(range(50, 59)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), kind=st.sampled_from([kind for kind in KINDS if kind[0] in (GREY, RGB, PALETTE)]))
 def test_any_samples_and_any_transparency(data, kind):
     color_type, depth = kind

@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from data_refusals import refused
 from range_server import RangeServer
 
 from hpcm_scale.config.schema import DataConfig
@@ -21,6 +22,8 @@ from hpcm_scale.data.storage import RemoteStorage, is_permanent, pause
 from hpcm_scale.data.stream import open_stream
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import unfinished_name
+
+pytestmark = pytest.mark.launch
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def read(location, *, last=24, **data):
     return [key for batch in batches for key in batch.keys], torch.cat([batch.images for batch in batches])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(small_set):
     return read(small_set)
 
@@ -53,7 +56,7 @@ def assert_same(found, expected):
     assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_url_gives_the_same_as_the_folder(server, expected, workers):
     assert_same(read(server.url, workers=workers), expected)
     assert set(server.whole) == {"index.json"}
@@ -61,24 +64,23 @@ def test_a_url_gives_the_same_as_the_folder(server, expected, workers):
 
 
 def test_worker_processes_do_not_disturb_the_connections_of_their_parent(server, expected):
-    for _ in range(4):
+    for _ in range(2):
         assert_same(read(server.url, workers=2), expected)
-    assert server.requests["index.json"] == 4  # none timed out and was asked for again
+    assert server.requests["index.json"] == 2  # none timed out and was asked for again
 
 
 def test_any_scheme_of_fsspec_will_do(small_set, expected):
     fsspec.filesystem("memory").put(str(small_set), "/remote/set", recursive=True)
     assert_same(read("memory://remote/set"), expected)
     assert_same(read(f"file://{small_set}"), expected)
-    with pytest.raises(UserError, match=r"no shards at memory://elsewhere; build them"):
+    with refused("no-shards-there", "data.shards"):
         read("memory://elsewhere")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_passing_failures_are_waited_out(server, expected, workers):
+def test_passing_failures_are_waited_out(server, expected):
     server.failures = Counter({"shard-000000.tar": 3, "shard-000002.tar": 2, "index.json": 3})
     server.cut_short = Counter({"shard-000001.tar": 2})
-    assert_same(read(server.url, workers=workers), expected)
+    assert_same(read(server.url, workers=2), expected)
     assert not +server.failures and not +server.cut_short
 
 
@@ -89,22 +91,21 @@ def test_no_server_at_all(server):
 
 def test_a_server_without_ranges_asks_for_a_cache(server, expected, tmp_path):
     server.ranges = False
-    with pytest.raises(UserError, match=r"ignores range requests; set data\.cache"):
+    with refused("no-range-requests", "data.cache"):
         read(server.url)
     assert_same(read(server.url, cache=str(tmp_path / "cache")), expected)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_cache_fetches_each_shard_once(server, expected, tmp_path, workers):
+def test_the_cache_fetches_each_shard_once(server, expected, tmp_path):
     cache = tmp_path / "cache"
     server.failures = Counter({"shard-000000.tar": 2})
     server.cut_short = Counter({"shard-000001.tar": 1})
     server.delay = {"shard-000002.tar": 0.2}
-    assert_same(read(server.url, workers=workers, cache=str(cache)), expected)
+    assert_same(read(server.url, workers=2, cache=str(cache)), expected)
     index = load_index(str(server.folder))
     assert {path.name for path in cache.iterdir()} == {".lock", *(f"{s.sha256}.tar" for s in index.shards)}
     served = server.requests.copy()
-    assert_same(read(server.url, workers=workers, cache=str(cache)), expected)
+    assert_same(read(server.url, workers=2, cache=str(cache)), expected)
     served["index.json"] += 1
     assert server.requests == served
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 
 import pytest
 
@@ -62,14 +61,16 @@ def test_what_holds_no_secret_passes(location):
     check(config, 1)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("several", [[], ["-m"]], ids=["run", "sweep"])
 @pytest.mark.parametrize(
     "override", [f"data.shards='{WITH[0]}'", f"data.shard='{WITH[6]}'"], ids=["known key", "unknown key"]
 )
-def test_a_training_command_with_a_secret_writes_and_tells_nothing(tmp_path, override, several):
+def test_a_training_command_with_a_secret_writes_and_tells_nothing(tmp_path, fork_server, override, several):
     """Even where a later override would take its place."""
-    command = [sys.executable, "-m", "hpcm_scale.train", *several, "model=nano", override, "data.shards=shards"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "holds a password, token or signature" in done.stderr and SECRET not in done.stderr
+    command = [*several, "model=nano", override, "data.shards=shards"]
+    process = fork_server.start("hpcm_scale.train", command, cwd=tmp_path, env=os.environ)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 2 and output == "" and errors.count("\n") == 1
+    assert "holds a password, token or signature" in errors and SECRET not in errors
     assert list(tmp_path.iterdir()) == []

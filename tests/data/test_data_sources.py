@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from data_refusals import refused
 from PIL import Image
 
 from hpcm_scale.data.build import build_shards
@@ -105,7 +106,7 @@ def test_images_are_known_by_name_or_content_and_the_rest_is_told(odd_folder, ca
     images = ImageSet(odd_folder)
     assert images.names == ["a.png", "sub/b.jfif"] and images.load(1).shape == (3, 30, 40)
     assert capsys.readouterr().err == (
-        f"hpcm: {odd_folder}: left out what is no JPEG, PNG or WebP image, 7 in all: gone.png (No such file or "
+        f"hpcm: {odd_folder}: skipped files that are not a JPEG, PNG or WebP image (7): gone.png (No such file or "
         "directory), notes.txt, pipe.png (a pipe), self (Too many levels of symbolic links), self.png (Too many levels "
         "of symbolic links), …\n"
     )
@@ -122,7 +123,7 @@ def test_what_is_named_as_an_image_and_is_none_is_refused_by_name(tmp_path):
     (tmp_path / "._a.png").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
     images = ImageSet(tmp_path)
     assert images.names == ["._a.png", "a.png"]
-    with pytest.raises(UserError, match=r"cannot read \S+/\._a\.png \(not a JPEG, PNG or WebP image\); mend or remove"):
+    with refused("broken-image"):
         images.load(0)
 
 
@@ -152,7 +153,7 @@ def test_what_is_no_file_is_reported_and_passed_over(odd_folder, tmp_path):
 
 def test_a_link_to_itself_is_no_place_for_a_set(odd_folder, tmp_path):
     (tmp_path / "self").symlink_to("self")
-    with pytest.raises(UserError, match="cannot write to"):
+    with refused("unwritable-shards", "--out"):
         build(odd_folder, out=tmp_path / "self")
 
 
@@ -168,7 +169,7 @@ def test_a_folder_that_cannot_be_read_is_reported(monkeypatch, odd_folder, tmp_p
     assert ImageSet(odd_folder).names == ["a.png"]
     built = build(odd_folder, out=tmp_path / "set")
     assert f"{odd_folder / 'sub'},cannot be read: it is an unreadable folder" in built.report.read_text()
-    with pytest.raises(UserError, match=r"cannot read the folder \S+/sub: Permission denied; mend its permissions"):
+    with refused("unreadable-folder"):
         ImageSet(odd_folder / "sub")
 
 
@@ -182,5 +183,5 @@ def test_long_and_odd_names_become_plain_keys(name, packaged_photos, tmp_path):
 
 @pytest.mark.parametrize("name", ["pipe.png", "zero.png", "sock.png", "self"])
 def test_what_is_named_must_be_a_file(name, odd_folder, tmp_path):
-    with pytest.raises(UserError, match=r"is a pipe, not a file|is a device|is a socket|symbolic links"):
+    with pytest.raises(UserError, match=r"is a pipe|is a device|is a socket|symbolic links"):
         build(odd_folder / name, out=tmp_path / "set")

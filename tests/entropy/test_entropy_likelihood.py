@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from entropy_reference import probability, slopes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcm_scale.entropy.generalized_gaussian import LIKELIHOOD_BOUND, SCALE_BOUND, bits, likelihood
@@ -93,6 +93,7 @@ def test_gradcheck_in_float64():
         assert torch.autograd.gradcheck(function, arguments, eps=1e-6, atol=2e-5, rtol=1e-3)
 
 
+@settings(deadline=None)
 @given(finite, finite)
 def test_finite_for_all_finite_floats(residual, scale):
     for formula in ("survival", "public"):
@@ -233,12 +234,6 @@ def test_channel_scales_broadcast_and_gather_their_gradient():
     wide = scale.detach().expand_as(residual).clone().requires_grad_()
     bits(residual, wide).sum().backward()
     torch.testing.assert_close(scale.grad, wide.grad.sum(dim=(0, 2, 3), keepdim=True))
-
-
-def test_one_graph_for_the_compiler():
-    residual, scale = torch.linspace(-9, 9, 64), torch.linspace(0, 5, 64).requires_grad_()
-    compiled = torch.compile(bits, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(residual, scale), bits(residual, scale))
 
 
 def test_unknown_formula_is_refused():

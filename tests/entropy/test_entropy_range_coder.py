@@ -23,7 +23,7 @@ symbols_and_tables = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(symbols_and_tables, min_size=1, max_size=4))
 def test_every_symbol_comes_back(parts):
     writer = SymbolWriter()

@@ -58,7 +58,7 @@ def disagreements(steps: list[torch.Tensor], tolerance: Tolerance, seed: int) ->
     return sum(int((a != b).sum()) for a, b in zip(read, expected, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 2**31),
     st.lists(st.tuples(st.integers(1, 5000), st.sampled_from(["spread", "small"])), min_size=1, max_size=4),

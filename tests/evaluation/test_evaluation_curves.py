@@ -13,14 +13,14 @@ from PIL import Image
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.baselines import other_codec
-from hpcm_scale.evaluation.coders import code_images, estimate_coder, file_coder, other_coder
-from hpcm_scale.evaluation.curves import model_curve, other_curve, read_weights
+from hpcm_scale.evaluation.baselines import open_baseline
+from hpcm_scale.evaluation.curves import baseline_curve, model_curve, read_weights
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.evaluation.measures import Estimated, peak_signal_to_noise
-from hpcm_scale.machine.codec import load_machine_codec
+from hpcm_scale.evaluation.runners import baseline_runner, code_images, estimate_runner, file_runner
 from hpcm_scale.model.weights import load_weights, save_weights
 from hpcm_scale.objective import RateDistortionObjective
+from hpcm_scale.tasks import load_encoder
 from hpcm_scale.training.costs import size_row
 
 CPU = torch.device("cpu")
@@ -32,9 +32,9 @@ def weights(save_untrained) -> str:
 
 
 def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images):
-    model = load_machine_codec(weights)
+    encoder = load_encoder(weights)
     seen = []
-    measured = code_images(file_coder(model, CPU), small_images, watch=lambda *look: seen.append(look))
+    measured = code_images(file_runner(encoder, CPU), small_images, watch=lambda *look: seen.append(look))
     assert [image.name for image in measured] == small_images.names
     codec = Codec(load_weights(weights)[0])
     for i, (image, (index, pixels, decoded, watched)) in enumerate(zip(measured, seen, strict=True)):
@@ -48,10 +48,14 @@ def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images)
 
 
 def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
-    model = load_machine_codec(weights)
-    measured = code_images(estimate_coder(model, CPU, 0.013), small_images)
+    encoder = load_encoder(weights)
+    measured = code_images(estimate_runner(encoder, CPU, 0.013), small_images)
     journal = evaluate(
-        model, small_images, multiple=model.multiple, objective=RateDistortionObjective(0.013), device=CPU
+        encoder.module,
+        small_images,
+        multiple=encoder.codec.multiple,
+        objective=RateDistortionObjective(0.013),
+        device=CPU,
     )
     for image, expected in zip(measured, journal.images, strict=True):
         assert isinstance(image, Estimated) and image.encode_seconds is image.decode_seconds is None
@@ -64,8 +68,7 @@ def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
 
 
 def test_an_estimate_without_a_lambda_has_no_loss(weights, small_images):
-    model = load_machine_codec(weights)
-    measured = code_images(estimate_coder(model, CPU, None), small_images)
+    measured = code_images(estimate_runner(load_encoder(weights), CPU, None), small_images)
     assert all(image.loss is None and image.mse > 0 for image in measured)
 
 
@@ -80,8 +83,8 @@ def test_files_are_near_their_estimates(weights, small_images):
 
 
 def test_another_codec_is_measured_alike(small_images):
-    jpeg = other_codec("jpeg")
-    images = code_images(other_coder(jpeg, 50), small_images)
+    jpeg = open_baseline("jpeg")
+    images = code_images(baseline_runner(jpeg, 50), small_images)
     for i, image in enumerate(images):
         pixels, file = small_images.load(i), BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -92,9 +95,9 @@ def test_another_codec_is_measured_alike(small_images):
 
 
 def test_a_curve_of_another_codec(small_images):
-    jpeg = other_codec("jpeg")
+    jpeg = open_baseline("jpeg")
     asked = []
-    curve = other_curve(jpeg, small_images, watch=lambda name: asked.append(name) or (lambda *_: None))
+    curve = baseline_curve(jpeg, small_images, watch=lambda name: asked.append(name) or (lambda *_: None))
     assert (curve.name, curve.label, curve.codec, curve.rate) == ("jpeg", "jpeg 4:2:0", jpeg.description, "files")
     assert asked == [f"jpeg 4:2:0 {jpeg.label(setting)}" for setting in jpeg.settings]
     rates = [point.mean["bpp"] for point in curve.points]
@@ -133,8 +136,9 @@ def test_weights_trained_for_ms_ssim_are_a_curve_of_their_own(save_untrained, we
     save_weights(path, model.state_dict(), model.config, facts | {"distortion": "ms_ssim"})
     (mse,), (ms_ssim,) = read_weights([weights, path])
     assert (mse.curve, ms_ssim.curve) == ("hpcm nano", "hpcm nano ms-ssim")
-    with pytest.raises(UserError, match="one trained for MSE and one for MS-SSIM"):
+    with pytest.raises(UserError, match="trained for MSE and for MS-SSIM") as error:
         read_weights([f"mine={weights}", f"mine={path}"])
+    assert (error.value.code, error.value.key) == ("weights-of-two-curves", "--weights")
     (point,) = model_curve([ms_ssim], small_images, device=CPU, estimate=True).points
     assert [image.loss is None for image in point.images] == [True, True, False]  # MS-SSIM is not defined there
     large = point.images[2]
@@ -144,25 +148,25 @@ def test_weights_trained_for_ms_ssim_are_a_curve_of_their_own(save_untrained, we
 def test_curves_that_mean_nothing_are_refused(save_untrained, weights):
     changed = save_untrained("changed", lmbda=0.05, adaptor_blocks=(1, 1, 1))
     again = save_untrained("again", seed=1)
-    for paths, message in (
-        ((weights, weights), "twice; name it once"),
-        ((weights, again), "are both called hpcm nano with λ = 0.013"),
-        ((weights, changed), "are both called hpcm nano but are built differently"),
+    for paths, code, reason in (
+        ((weights, weights), "duplicate-weights", ""),
+        ((weights, again), "weights-of-two-curves", "hpcm nano, but both have λ = 0.013"),
+        ((weights, changed), "weights-of-two-curves", "hpcm nano, but have different architectures"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=reason) as error:
             read_weights(paths)
+        assert error.value.code == code
 
 
 def test_costs_are_those_of_the_table_of_sizes(save_untrained, small_images):
-    for name in ("nano", "micro"):
-        (group,) = read_weights([save_untrained(f"costs_{name}", preset=name)])
-        (point,) = model_curve(group, small_images, device=CPU, estimate=True).points
-        assert point.kmac_per_pixel == size_row(compose_model(name)).kmac_per_pixel
+    (group,) = read_weights([save_untrained("costs_micro", preset="micro")])
+    (point,) = model_curve(group, small_images, device=CPU, estimate=True).points
+    assert point.kmac_per_pixel == size_row(compose_model("micro")).kmac_per_pixel
 
 
 def test_in_a_pipe_each_setting_has_a_line(small_images, capsys):
-    codec = other_codec("jpeg")
-    other_curve(codec, small_images)
+    codec = open_baseline("jpeg")
+    baseline_curve(codec, small_images)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(codec.settings)
     for setting, line in zip(codec.settings, lines, strict=True):

@@ -18,8 +18,8 @@ def test_psnr_of_identical_images_is_finite():
     assert peak_signal_to_noise(x, x + 255) == 0
 
 
-def test_a_photo_by_hand(shared):
-    photo = ImageSet(shared / "data" / "kodak", limit=1).load(0)
+def test_a_photo_by_hand(image_folder):
+    photo = ImageSet(image_folder, limit=1).load(0)
     darker = (photo.int() - 10).clamp(min=0).to(torch.uint8)
     measured = measure("kodim01.png", photo, darker, 4096.0, 0.5, 0.25)
     error = (photo.double() - darker.double()).square().mean().item()
@@ -52,9 +52,9 @@ def test_means_count_images_not_pixels():
     assert means["ms_ssim"] is None and means["ms_ssim_db"] is None  # the small one has none
 
 
-def test_similarity_in_decibels_is_that_of_the_mean(shared):
+def test_similarity_in_decibels_is_that_of_the_mean(image_folder):
     """As in published curves; the mean of the decibels is another number."""
-    photo = ImageSet(shared / "data" / "kodak").load(4)
+    photo = ImageSet(image_folder).load(4)
     images = [measure(str(step), photo, photo // step * step, 8) for step in (8, 64)]
     means = mean(images)
     assert means["ms_ssim_db"] == decibels((images[0].ms_ssim + images[1].ms_ssim) / 2)

@@ -122,45 +122,46 @@ def test_ms_ssim_in_decibels_is_told_by_its_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "code"),
     [
-        ("", "is empty"),
-        ("\n \n", "is empty"),
-        ("0.1,28\n0.2,30\n", "no rates .bpp. of odd, but 0.1, 28"),
-        ("bpp,psnr\n", "no rates .bpp. of odd"),
-        ("bpp,psnr-y\n0.1,30\n", "no qualities .psnr or ms-ssim."),
-        ("bpp,psnr\n0.1,nan\n", "has 'nan', which cannot be"),
-        ("bpp,psnr\n0.1,inf\n", "has 'inf'"),
-        ("bpp,psnr\n0.1,1e300\n", "has '1e300'"),
-        ('[{"bpp": 0.1, "psnr": 30}, {"bpp": 0.2}]', "psnr in .* lacks a value"),
-        ("bpp,psnr\n-0.1,30\n", "bpp in .* has '-0.1'"),
-        ("bpp,psnr\n0,30\n", "bpp in .* has '0'"),
-        ("bpp,psnr\n0.1,thirty\n", "psnr in .* has 'thirty'"),
-        ("bpp,psnr\n0.1,30\n0.2\n", "psnr in .* lacks a value"),
-        ("bpp,ms-ssim\n0.1,0.9\n0.2,17\n", "from 0.9 to 17, neither fractions"),
-        ("bpp,ms-ssim\n0.1,90\n0.2,98\n", "neither fractions"),
-        ("codec,image,bpp (bits/px),PSNR (dB)\nx,a.png,0.1,30\n", "holds images, not means"),
-        (b"d\xe9bit;psnr\n0.1;30\n", "is no UTF-8 text"),
-        (b"\x89PNG\r\n\x1a\n\xff\xfe", "is no UTF-8 text"),
-        ('bpp,psnr\n0.1,"30\n' + "x" * 200_000, "is no CSV"),
-        ("{", "is no whole JSON"),
-        ("[" * 100_000, "is no whole JSON"),
-        ("[]", "holds no points"),
-        ("[1]", "holds no points"),
-        ('{"results": [1]}', "holds no points"),
-        ("{}", "no rates .bpp. of odd, but nothing"),
-        ('{"results": {"bpp": [0.1, 0.2], "psnr": [30]}}', "2 rates of odd, but 1 psnr"),
-        ('{"results": {"bpp": [0.1], "psnr": [null, 1]}}', "psnr in .* lacks a value"),
-        ('{"results": {"bpp": [[0.1]], "psnr": [1]}}', r"bpp in .* has \[0.1\]"),
-        ('{"results": {"bpp": [1e999], "psnr": [1]}}', "bpp in .* has inf"),
-        ('{"format": "hpcm_scale laws 1"}', "but hpcm_scale laws 1; name an evaluation.json"),
-        ('{"format": "hpcm_scale task evaluation 1"}', "but hpcm_scale task evaluation 1"),
+        ("", "empty-points"),
+        ("\n \n", "empty-points"),
+        ("0.1,28\n0.2,30\n", "missing-column"),
+        ("bpp,psnr\n", "missing-column"),
+        ("bpp,psnr-y\n0.1,30\n", "missing-column"),
+        ("bpp,psnr\n0.1,nan\n", "impossible-value"),
+        ("bpp,psnr\n0.1,inf\n", "impossible-value"),
+        ("bpp,psnr\n0.1,1e300\n", "impossible-value"),
+        ('[{"bpp": 0.1, "psnr": 30}, {"bpp": 0.2}]', "impossible-value"),
+        ("bpp,psnr\n-0.1,30\n", "impossible-value"),
+        ("bpp,psnr\n0,30\n", "impossible-value"),
+        ("bpp,psnr\n0.1,thirty\n", "impossible-value"),
+        ("bpp,psnr\n0.1,30\n0.2\n", "impossible-value"),
+        ("bpp,ms-ssim\n0.1,0.9\n0.2,17\n", "mixed-ms-ssim"),
+        ("bpp,ms-ssim\n0.1,90\n0.2,98\n", "mixed-ms-ssim"),
+        ("codec,image,bpp (bits/px),PSNR (dB)\nx,a.png,0.1,30\n", "points-per-image"),
+        (b"d\xe9bit;psnr\n0.1;30\n", "points-not-text"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "points-not-text"),
+        ('bpp,psnr\n0.1,"30\n' + "x" * 200_000, "damaged-csv"),
+        ("{", "damaged-json"),
+        ("[" * 100_000, "damaged-json"),
+        ("[]", "no-points"),
+        ("[1]", "no-points"),
+        ('{"results": [1]}', "no-points"),
+        ("{}", "missing-column"),
+        ('{"results": {"bpp": [0.1, 0.2], "psnr": [30]}}', "uneven-columns"),
+        ('{"results": {"bpp": [0.1], "psnr": [null, 1]}}', "impossible-value"),
+        ('{"results": {"bpp": [[0.1]], "psnr": [1]}}', "impossible-value"),
+        ('{"results": {"bpp": [1e999], "psnr": [1]}}', "impossible-value"),
+        ('{"format": "hpcm_scale laws 1"}', "points-of-another-kind"),
+        ('{"format": "hpcm_scale task evaluation 1"}', "points-of-another-kind"),
     ],
 )
-def test_files_that_hold_no_points_are_refused_in_one_sentence(tmp_path, content, told):
+def test_files_that_hold_no_points_are_refused_in_one_sentence(tmp_path, content, code):
     file = write(tmp_path, content, "odd.file")
-    with pytest.raises(UserError, match=told) as refusal:
+    with pytest.raises(UserError) as refusal:
         find_curves(file)
+    assert refusal.value.code == code
     assert file in str(refusal.value) and "hpcm evaluate` again" not in str(refusal.value)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
 
@@ -180,11 +181,11 @@ def test_points_compare_like_any_curve_and_their_images_are_not_known(tmp_path):
     half = one(tmp_path, table)
     assert compare(half, anchor).bd_rate == pytest.approx(-50)
     assert compare(anchor, half).bd_rate == pytest.approx(100)
-    with pytest.raises(UserError, match="there is no MS-SSIM in dB of curve; compare by PSNR"):
+    with pytest.raises(UserError, match="curve has no MS-SSIM in dB; compare by PSNR"):
         compare(half, half, "ms-ssim")
-    with pytest.raises(UserError, match="there is no PSNR of curve; compare by MS-SSIM in dB"):
+    with pytest.raises(UserError, match="curve has no PSNR; compare by MS-SSIM in dB"):
         compare(replace(half, psnr=None, ms_ssim=(0.9,) * len(half.bpp)), anchor)
-    with pytest.raises(UserError, match="has 1 point, and a BD-rate needs 3"):
+    with pytest.raises(UserError, match="has 1 point, but a BD-rate needs 3"):
         compare(one(tmp_path, "bpp,psnr\n0.1,30\n"), anchor)
 
 
@@ -214,7 +215,7 @@ def test_evaluate_draws_and_lists_points_beside_ours(hpcm_evaluate, small_images
     assert "$other$" in out and "mine" in out and "published" in out
     page = (tmp_path / "out" / "evaluation.md").read_text()
     assert r"| \$other\$ | given | – | 0.1200 | 26.90 | 0.9100 | 10.46 |" in page
-    assert "given in" in page and "image set not known" in page and "image set kodak" in page
+    assert "given in" in page and "image set unknown" in page and "image set kodak" in page
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [given["name"] for given in result["given"]] == ["$other$", "mine", "kodak/vtm-18"]
     assert [curve.name for curve in find_curves(str(tmp_path / "out"))] == ["hpcm nano"]  # ours alone
@@ -244,9 +245,9 @@ def test_metrics_that_are_not_asked_for_are_not_measured(hpcm_evaluate, small_im
         (["--metrics", "psnr,vmaf"], "there is no metric 'vmaf'; choose from psnr, ms-ssim"),
         (["--metrics", ""], "there is no metric ''"),
         (["--metrics", "ms-ssim"], "a_noise.png is too small for MS-SSIM; add psnr to --metrics"),
-        (["--points", "nowhere.json"], "neither a file or folder nor a shipped curve nowhere.json"),
-        (["--points", "kodak/vtm-18", "--set", "tecnick"], "--points kodak/vtm-18 are of kodak, not of tecnick"),
-        (["--points", "kodak/vtm-18", "--task", "text"], "--points are drawn beside the rates of photos"),
+        (["--points", "nowhere.json"], "there is no file, folder or shipped curve nowhere.json"),
+        (["--points", "kodak/vtm-18", "--set", "tecnick"], "--points kodak/vtm-18 are on kodak, not on tecnick"),
+        (["--points", "kodak/vtm-18", "--task", "text"], "--points need --images with another task"),
     ],
 )
 def test_evaluate_refuses_before_anything_is_written(hpcm_evaluate, small_images, tmp_path, arguments, told):

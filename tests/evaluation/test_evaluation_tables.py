@@ -10,10 +10,10 @@ import pytest
 from odd_names import ODD_NAMES
 from rich.console import Console
 
-from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
+from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point, Results, system_info
 from hpcm_scale.evaluation.measures import Estimated, Measured
 from hpcm_scale.evaluation.points import find_curves
-from hpcm_scale.evaluation.tables import Results, console_table, csv_table, machine, markdown, write_json
+from hpcm_scale.evaluation.tables import console_table, csv_table, markdown, write_json
 from hpcm_scale.formatting import escaped
 
 
@@ -29,7 +29,7 @@ def image(name: str, bpp: float, psnr: float, **more) -> Measured:
 
 
 def results(*curves: Curve) -> Results:
-    return Results("photos/kodak", "kodak", 2, list(curves), machine())
+    return Results("photos/kodak", "kodak", 2, list(curves), system_info())
 
 
 FACTS = {"lmbda": 0.013, "precision": "fp32", "step": 5}
@@ -75,7 +75,7 @@ def test_markdown_says_what_was_done(files):
     assert text.startswith("# kodak, 2 images\n") and "`kodak`" in text and "`photos/kodak`" in text
     assert "mean PSNR is the mean of the images' PSNRs" in text and "rounded to 8 bits" in text
     assert "those of real files" in text and "estimated: the bits" not in text
-    assert f"torch {files.machine['packages']['torch']}" in text and "pytorch-msssim" in text
+    assert f"torch {files.system['packages']['torch']}" in text and "pytorch-msssim" in text
     assert "- **jpeg 4:2:0**: Pillow 13, 4:2:0" in text
     means = [line for line in text.splitlines() if line.startswith("| hpcm 68m") and ".png" not in line]
     assert means == [
@@ -136,7 +136,7 @@ def test_the_terminal_shows_every_image_of_a_single_point(files, estimates):
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_names_are_written_as_they_are_spelled(name):
     shown = Results(
-        f"photos/{name}", None, 1, [Curve(name, name, FILES, [Point(name, [image(name, 0.7, 29)])])], machine()
+        f"photos/{name}", None, 1, [Curve(name, name, FILES, [Point(name, [image(name, 0.7, 29)])])], system_info()
     )
     text = markdown(shown)
     rows = [line for line in text.splitlines() if line.startswith("|")]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.task import agreement
-from hpcm_scale.evaluation.task.agreement import Agreement, class_agreement, distance_in_decibels
+from hpcm_scale.machine import agreement
+from hpcm_scale.machine.agreement import Agreement, class_agreement, distance_in_decibels
 from hpcm_scale.machine.receivers import receiver
 
 CPU = torch.device("cpu")
@@ -68,8 +68,8 @@ def test_classes_are_compared_as_distributions():
 
 def test_originals_are_looked_at_once_where_there_is_room(original, worse, monkeypatch):
     looked = []
-    look = Agreement._look
-    monkeypatch.setattr(Agreement, "_look", lambda self, pixels: looked.append(pixels) or look(self, pixels))
+    forward = Agreement._forward
+    monkeypatch.setattr(Agreement, "_forward", lambda self, pixels: looked.append(pixels) or forward(self, pixels))
     measure = Agreement(receiver("random-vit"), CPU)
     kept = [measure.score(0, original, x) for x in worse]
     assert len(looked) == 4
@@ -80,7 +80,7 @@ def test_originals_are_looked_at_once_where_there_is_room(original, worse, monke
 
 def test_small_images_are_refused():
     small = torch.zeros(3, 31, 64, dtype=torch.uint8)
-    with pytest.raises(UserError, match="64×31 pixels, and receivers look at images with sides from 32"):
+    with pytest.raises(UserError, match="64×31 pixels, but receivers need images with sides of at least 32"):
         Agreement(receiver("random-vit"), CPU).score(0, small, small)
 
 

@@ -91,15 +91,17 @@ def test_a_path_may_have_an_equals_sign(save_untrained, monkeypatch):
 
 def test_curves_that_mean_nothing_are_refused(weights, save_untrained):
     other, fixed = save_untrained("second variable", rate=RATE, seed=1), save_untrained("fixed")
-    for names, qualities, message in (
-        ([weights, other], None, "are both called hpcm nano variable, and each has a range of rates; tell"),
-        ([f"a={weights}", f"a={fixed}"], None, "are both called a but are built differently; tell"),
-        ([weights, f"{weights}"], None, "twice; name it once"),
-        ([fixed], [50], "--qualities is for variable-rate weights, and these have one rate each; leave it out"),
-        (["a=nowhere.safetensors"], None, "there are no weights at nowhere.safetensors"),
+    for names, qualities, code in (
+        ([weights, other], None, "weights-of-two-curves"),
+        ([f"a={weights}", f"a={fixed}"], None, "weights-of-two-curves"),
+        ([weights, f"{weights}"], None, "duplicate-weights"),
+        ([fixed], [50], "qualities-at-fixed-rate"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError) as error:
             read_weights(names, qualities)
+        assert error.value.code == code
+    with pytest.raises(UserError, match="nowhere"):
+        read_weights(["a=nowhere.safetensors"])
 
 
 def test_the_command(weights, save_untrained, small_images, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from launch_shell import BASE_PATH, bash, program
 
+pytestmark = pytest.mark.launch
+
 SCRIPTS = ("environment.sh", "test.sh", "quickstart.sh", "one_node.sh", "many_nodes.sh", "slurm.sbatch")
 
 
@@ -64,7 +66,7 @@ def test_what_changes_is_installed_again(checkout, active, calls, tmp_path) -> N
 def test_a_failed_installation_says_so_and_is_tried_again(checkout, active, calls) -> None:
     failed = set_up(checkout, "test", VIRTUAL_ENV=active, PIP_FAILS="1")
     assert failed.returncode == 1
-    assert failed.stderr == "caller: pip could not install torch; mend what it says above and call again\n"
+    assert failed.stderr == "caller: pip could not install torch; correct the error above and run the script again\n"
     assert len(calls()) == 1
     set_up(checkout, "test", VIRTUAL_ENV=active)
     assert len(calls()) == 2

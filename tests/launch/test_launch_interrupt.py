@@ -81,4 +81,4 @@ def test_ctrl_c_on_one_node_leaves_a_checkpoint(checkout, active, shards, tmp_pa
             if f"run.dir={run}" in (left.info["cmdline"] or []):
                 left.kill()
     assert max(path.name for path in (run / "checkpoints").iterdir()) == f"step_{steps(run)[-1]:08d}"
-    assert "the same command goes on" in said.text() and "Traceback" not in said.text()
+    assert "the same command resumes it" in said.text() and "Traceback" not in said.text()

@@ -15,6 +15,8 @@ from launch_shell import BASE_PATH, bash, program
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import STOPPED
 
+pytestmark = pytest.mark.launch
+
 
 @pytest.fixture
 def launcher(active: Path, tmp_path: Path) -> Path:
@@ -165,7 +167,7 @@ def test_the_quickstart_skips_what_is_done(checkout, active, calls, tmp_path) ->
 
     cut_off = bash(script, cwd=checkout, VIRTUAL_ENV=active, LEAVES="")
     assert cut_off.returncode == 1
-    assert cut_off.stderr == "quickstart.sh: training stopped before its end; the same command goes on\n"
+    assert cut_off.stderr == "quickstart.sh: training stopped early; the same command resumes it\n"
     calls()
     whole = bash(script, cwd=checkout, VIRTUAL_ENV=active, LEAVES="weights.safetensors")
     assert whole.returncode == 0, whole.stderr

@@ -12,7 +12,7 @@ import pytest
 from slurm_cluster import FINAL, Cluster, await_that, cluster, missing
 
 from hpcm_scale.errors import STOPPED
-from hpcm_scale.sweeps.state import Follower
+from hpcm_scale.sweeps.status import Follower
 
 pytestmark = [
     pytest.mark.launch,
@@ -73,7 +73,7 @@ def trained(slurm: Cluster, job: str, run: Path, log: Path, beyond: int = 2) -> 
 
 def gone_on_from(log: Path) -> int:
     """The step from which a run was taken up, the only time that it was."""
-    [step] = re.findall(r"^going on from step (\d+)", log.read_text(), re.MULTILINE)
+    [step] = re.findall(r"^resuming from step (\d+)", log.read_text(), re.MULTILINE)
     return int(step)
 
 
@@ -113,7 +113,7 @@ def test_out_of_time_a_run_of_a_sweep_goes_back_into_the_queue_and_goes_on(slurm
     [job] = slurm.jobs().split()
     run = tmp_path / "runs" / "nano"
     log = run.with_name("nano.log")
-    assert f"{run.name}: in the queue already, as Slurm job {job}" in slurm.call(*call, cwd=tmp_path)
+    assert f"{run.name}: already in the queue as Slurm job {job}" in slurm.call(*call, cwd=tmp_path)
 
     trained(slurm, job, run, log)
     hours, minutes, _ = map(int, slurm.job(job)["RunTime"].split(":"))

@@ -115,7 +115,7 @@ def test_bf16_is_near_and_computing_again_changes_nothing():
     results = {}
     for precision in Precision:
         for checkpoint in Checkpointing:
-            editor = after_learning(built(precision=precision, checkpoint=checkpoint))
+            editor = after_learning(built(precision=precision, activation_checkpointing=checkpoint))
             edited = editor(images(1), seen(1), levels(1))
             edited.square().sum().backward()
             gradients = torch.cat([parameter.grad.flatten() for parameter in editor.parameters()])
@@ -129,7 +129,7 @@ def test_bf16_is_near_and_computing_again_changes_nothing():
 
 def test_what_it_was_not_built_for_is_refused():
     x = images(1)
-    with pytest.raises(ValueError, match="image alone"):
+    with pytest.raises(ValueError, match="only the image"):
         PreEditor(SMALL, None, 1)(x, seen(1))
     with pytest.raises(ValueError, match="no level"):
         PreEditor(SMALL, CHANNELS, 1)(x, seen(1), levels(1))

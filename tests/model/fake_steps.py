@@ -17,10 +17,10 @@ from hpcm_scale.compute.tracker import Launches
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config
 from hpcm_scale.machine.receivers import receiver
+from hpcm_scale.model.arithmetic import efficient_attention
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import Noise
 from hpcm_scale.model.layers import Block, Pointwise
-from hpcm_scale.training.dry_run import attention
 from hpcm_scale.training.task import Task, task_of
 
 CROPS = 4
@@ -37,12 +37,12 @@ def step(overrides: list[str]) -> dict[str, Any]:
     gradients: of the parameters, device and dtype. parameters: of these, those without a gradient.
     """
     config = compose(["engine.precision=bf16", *overrides])
-    names = config.machine.receivers if config.objective.target.value == "machine" else []
+    names = config.machine.receivers if config.objective.target.value == "vision_model" else []
     receivers = {name: receiver(name) for name in names}
     with torch.device("meta"):
         task = task_of(config, None, receivers)
     # As torch chooses on a GPU; a CPU build would take attention apart.
-    nn.functional.scaled_dot_product_attention = attention
+    nn.functional.scaled_dot_product_attention = efficient_attention
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in {task.module, task.codec, *receivers.values()}:
             _to_fake_cuda(module)

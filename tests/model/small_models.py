@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.objective import rate_distortion_loss
@@ -27,17 +26,6 @@ def small(fusion: Fusion = Fusion.attention, placement: HyperPlacement = HyperPl
         fusion=fusion,
         hyper_placement=placement,
     )
-
-
-def small_1b() -> ModelConfig:
-    """The 1b's kind of network (blocks after the latent's convolution, refined priors, no fusion), narrow."""
-    config = compose_model("1b")
-    config.channels, config.latent_channels, config.hyper_latent_channels, config.hyper_channels = [8, 8, 8], 16, 8, 8
-    config.g_a_blocks = config.g_s_blocks = [1, 1, 1, 1]
-    config.hyper_blocks, config.adaptor_blocks = [1, 1], [1, 1, 1]
-    for prior in (config.prior_s1_s2, config.prior_s3):
-        prior.before = prior.after = prior.refine = 1
-    return config
 
 
 def images(count: int, height: int = 256, width: int = 256, seed: int = 0) -> torch.Tensor:

@@ -6,16 +6,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_models import images, loss_and_gradients, small, small_1b
+from seeded_models import small_1b
+from small_models import images, loss_and_gradients, small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcm_scale.compute.tracker import Launches, PeakMemory
 from hpcm_scale.config.schema import Checkpointing, Precision
 from hpcm_scale.model import hpcm, layers
-from hpcm_scale.model.arithmetic import product
+from hpcm_scale.model.arithmetic import Kernels, product, use_kernels
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.layers import cast_once, pointwise_layers, set_arithmetic
-from hpcm_scale.training.dry_run import gpu_ways
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def build(config=None, **options) -> HPCM:
 @pytest.mark.parametrize("checkpoint", Checkpointing)
 @pytest.mark.parametrize("config", [small(), small_1b()], ids=["68m", "1b"])
 def test_a_step_is_the_same_to_the_bit(config, checkpoint, monkeypatch):
-    model, x = build(config, checkpoint=checkpoint), images(1, 256, 256)
+    model, x = build(config, activation_checkpointing=checkpoint), images(1, 256, 256)
     loss, gradients = loss_and_gradients(model, x)
     monkeypatch.setattr(hpcm, "cast_once", lambda layers, x: nullcontext())
     expected, at_each_use = loss_and_gradients(model, x)
@@ -43,7 +43,7 @@ def test_a_step_is_the_same_to_the_bit(config, checkpoint, monkeypatch):
 @pytest.mark.parametrize("checkpoint", Checkpointing)
 def test_no_cast_outlives_a_step(checkpoint):
     """Neither a whole one, nor a forward pass that fails: the next one sees the weights as they are then."""
-    model, x = build(checkpoint=checkpoint), images(1, 256, 256)
+    model, x = build(activation_checkpointing=checkpoint), images(1, 256, 256)
     chosen = pointwise_layers(model)
     first, _ = loss_and_gradients(model, x)
     assert all(layer.cast is None for layer in chosen)
@@ -51,7 +51,7 @@ def test_no_cast_outlives_a_step(checkpoint):
         for layer in chosen:
             layer.weight.data.mul_(1.1)  # as DeepSpeed writes them: behind autograd's back
     second, _ = loss_and_gradients(model, x)
-    fresh = HPCM(small(), precision=Precision.bf16, checkpoint=checkpoint)
+    fresh = HPCM(small(), precision=Precision.bf16, activation_checkpointing=checkpoint)
     fresh.load_state_dict(model.state_dict())
     assert second != first and second == loss_and_gradients(fresh, x)[0]
     with pytest.raises(RuntimeError):
@@ -90,7 +90,12 @@ def test_an_estimate_counts_the_copy():
     with FakeTensorMode():
         model, x = build(), torch.empty(1, 3, 256, 256).to(memory_format=torch.channels_last)
         chosen = pointwise_layers(model)
-        with torch.autocast("cpu", torch.bfloat16), PeakMemory() as memory, gpu_ways(), cast_once(chosen, x):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            PeakMemory() as memory,
+            use_kernels(Kernels.cuda),
+            cast_once(chosen, x),
+        ):
             pass
     assert memory.peak == 2 * sum(layer.weight.numel() + layer.bias.numel() for layer in chosen)
 

@@ -11,7 +11,7 @@ import pytest
 
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import Checkpointing, Precision
-from hpcm_scale.training.dry_run import rehearse
+from hpcm_scale.training.dry_run import dry_run
 
 SIZES = {"68m": 2_600, "544m": 7_150, "1b": 6_050, "swin": 3_150, "convnext": 2_700}
 """Presets, and the most operations that a step of 4 crops may launch, forward and backward: as `compute.launches`
@@ -87,8 +87,7 @@ def test_recomputation_takes_the_casts_that_are_there(steps):
     assert again["all"]["_to_copy"] - once["all"]["_to_copy"] < recomputed
 
 
-@pytest.mark.parametrize("size", ["68m", "swin"])
-def test_an_estimate_counts_the_same_launches(sizes, size):
+def test_an_estimate_counts_the_same_launches(sizes):
     """`hpcm estimate` counts them on fake tensors of the CPU, which any machine has: to 5 %."""
-    counted = rehearse(compose_model(size), Precision.bf16, Checkpointing.none, 256, 4, True).launches
-    assert counted == pytest.approx(sum(sizes[size]["launches"]["all"].values()), rel=0.05)
+    counted = dry_run(compose_model("68m"), Precision.bf16, Checkpointing.none, 256, 4, True).launches
+    assert counted == pytest.approx(sum(sizes["68m"]["launches"]["all"].values()), rel=0.05)

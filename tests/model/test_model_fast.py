@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench.plain import plain
-from small_models import images, loss_and_gradients, noise, small, small_1b
+from seeded_models import small_1b
+from small_models import images, loss_and_gradients, noise, small
 from torch import nn
 
 from hpcm_scale.config.schema import Checkpointing, Fusion, HyperPlacement, ModelConfig, Precision
 from hpcm_scale.model import layers
+from hpcm_scale.model.arithmetic import Kernels, attend, use_kernels
 from hpcm_scale.model.context import WindowFusion
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.layers import Pointwise, ResidualBlock, attend, leaky_relu, set_arithmetic
+from hpcm_scale.model.layers import Pointwise, ResidualBlock, leaky_relu, set_arithmetic
 from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.objective import rate_distortion_loss
-from hpcm_scale.training.engines.base import poisoned
+from hpcm_scale.training.engines.base import propagate_non_finite
 from hpcm_scale.training.optimizer import clip
 
 CONFIGS = {
@@ -31,12 +32,15 @@ def build(config: ModelConfig, **options) -> HPCM:
     return HPCM(config, **options)
 
 
-@pytest.mark.parametrize("products", [True, False], ids=["products", "convolutions"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "products"),
+    [(CONFIGS["attention"], False), *((config, True) for config in CONFIGS.values())],
+    ids=["attention, convolutions", *CONFIGS],
+)
 def test_the_fast_way_is_the_plain_one(config, products, monkeypatch):
     """fp32: to 1e-6 of the loss and 1e-4 of every gradient (largest difference by largest entry)."""
     x = images(2)
-    with plain():
+    with use_kernels(Kernels.reference):
         expected, gradients = loss_and_gradients(build(config), x.contiguous())
     monkeypatch.setattr(layers, "product_is_faster", lambda x, layer: products)
     loss, fast = loss_and_gradients(build(config), x)
@@ -47,13 +51,14 @@ def test_the_fast_way_is_the_plain_one(config, products, monkeypatch):
         assert (fast[name] - gradient).abs().max() / scale < 1e-4, name
 
 
-@pytest.mark.parametrize("checkpoint", [Checkpointing.blocks, Checkpointing.steps])
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize(
+    ("precision", "checkpoint"), [(Precision.fp32, Checkpointing.blocks), (Precision.bf16, Checkpointing.steps)]
+)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_recomputing_changes_nothing(config, precision, checkpoint):
     x = images(1)
     loss, gradients = loss_and_gradients(build(config, precision=precision), x)
-    again, recomputed = loss_and_gradients(build(config, precision=precision, checkpoint=checkpoint), x)
+    again, recomputed = loss_and_gradients(build(config, precision=precision, activation_checkpointing=checkpoint), x)
     assert again == loss
     for name, gradient in gradients.items():
         assert torch.equal(recomputed[name], gradient), name
@@ -62,7 +67,7 @@ def test_recomputing_changes_nothing(config, precision, checkpoint):
 def test_what_is_recomputed_is_not_kept():
     kept = {}
     for checkpoint in Checkpointing:
-        model, x, sizes = build(small(), checkpoint=checkpoint), images(1), {}
+        model, x, sizes = build(small(), activation_checkpointing=checkpoint), images(1), {}
 
         def pack(tensor, sizes=sizes):
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -133,7 +138,7 @@ def test_without_gradients_layers_are_fused_and_say_the_same():
     x = images(2)
     model = build(small())
     with torch.no_grad():
-        with plain():
+        with use_kernels(Kernels.reference):
             expected = model(x.contiguous())
         fast = model(x)
     assert (fast.x_hat - expected.x_hat).abs().max() < 1e-5
@@ -146,7 +151,7 @@ def test_nothing_in_a_step_looks_at_a_value():
     x = torch.empty(2, 3, 256, 256, device="meta").to(memory_format=torch.channels_last)
     coded = model(x, Noise(*(torch.empty(2, *shape, device="meta") for shape in model.latent_shapes(256, 256))))
     loss = rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).mean().loss
-    poisoned(loss).backward()
+    propagate_non_finite(loss).backward()
     norm = clip(torch.optim.Adam(model.parameters()), clip_norm=1.0)
     assert norm.is_meta and norm.dim() == 0
     with pytest.raises(RuntimeError, match="meta"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import noise, small_1b
+from seeded_models import small_1b
+from small_models import noise
 from torch import nn
 
 from hpcm_scale.config.compose import compose_model

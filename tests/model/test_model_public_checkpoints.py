@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from public_reference import PRESETS, Reference
 from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
-from hpcm_scale.commands import export_weights, import_weights
+from hpcm_scale.commands.weights import export_weights, import_weights
 from hpcm_scale.config.compose import compose_model
 from hpcm_scale.config.schema import HyperPlacement
 from hpcm_scale.errors import UserError
@@ -42,10 +44,10 @@ def buffers() -> dict[str, Tensor]:
     return {name: torch.tensor(values) for name, values in BUFFERS.items()}
 
 
-def command(module, *arguments: object) -> None:
+def command(function, *arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["hpcm", *map(str, arguments)])
-        module.main()
+        function()
 
 
 class Imported:
@@ -64,7 +66,7 @@ class Imported:
         command(export_weights, self.weights, "--out", self.exported)
 
 
-@pytest.fixture(scope="module", params=["base", "phi"])
+@pytest.fixture(scope="module", params=["phi"])
 def imported(request, shared, tmp_path_factory):
     files = Imported(shared, tmp_path_factory.mktemp(request.param), request.param)
     yield files
@@ -141,15 +143,42 @@ def test_there_and_back_bit_for_bit(imported):
         assert exported[name].dtype == torch.float32 and torch.equal(exported[name], tensor), name
 
 
-def light_state(folder: Path, variant: str) -> dict[str, Tensor]:
-    """The names and shapes of the public state dict; each tensor is one number."""
-    entries = json.loads((folder / f"{variant}.json").read_text())["parameters"]
-    return {entry["name"]: torch.zeros(1).expand(entry["shape"]) for entry in entries}
+NAMES_AND_SHAPES = {
+    "68m": "d681b4e1e9c5f131866622be2688da97dd9a91222168a4bc509072b952164e9d",
+    "64m_phi": "87ede64fd7d64e8ac003b087e66b13d6120b40de3d5315ce07ab15ee2a3b3231",
+    "90m": "0f0c9edc429c52ec0a9a6cdf3f8751498525a09046fa9b174014c93934321436",
+    "1b": "01f67eabd915bc5dcc75d093721feb6f0d8d43e8fdd6ee35f6ac476527f20192",
+}
+"""SHA-256 of the names and shapes of the public parameters, by the preset of the same structure."""
 
 
-@pytest.fixture(params=PRESETS)
-def light(request, shared):
-    return PRESETS[request.param], light_state(shared / "reference", request.param)
+def digest(shapes: Mapping[str, Iterable[int]]) -> str:
+    """Of the parameters of a state dict."""
+    lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def light_state(preset: str) -> dict[str, Tensor]:
+    """The parameters of the public state dict; each tensor is one number."""
+    config = published_config(preset)
+    exported = export_state(on_meta(config).state_dict(), config)
+    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in exported.items() if name not in BUFFERS}
+
+
+@pytest.fixture(params=NAMES_AND_SHAPES)
+def light(request):
+    return request.param, light_state(request.param)
+
+
+def test_names_and_shapes_are_those_of_the_public_implementation(light):
+    preset, public = light
+    assert digest({name: tensor.shape for name, tensor in public.items()}) == NAMES_AND_SHAPES[preset]
+
+
+@pytest.mark.parametrize("variant", PRESETS)
+def test_the_digests_are_of_the_reference(variant, shared):
+    entries = json.loads((shared / "reference" / f"{variant}.json").read_text())["parameters"]
+    assert digest({entry["name"]: entry["shape"] for entry in entries}) == NAMES_AND_SHAPES[PRESETS[variant]]
 
 
 def test_every_published_model_there_and_back(light):
@@ -179,41 +208,43 @@ def test_channel_scales_that_were_never_saved_are_ones(light):
 def test_another_model_is_named(light):
     preset, public = light
     other = "64m_phi" if preset == "68m" else "68m"
-    message = f"this is {PUBLISHED[preset]}, not {PUBLISHED[other]}: give --preset {preset}"
-    assert refusal(import_state, public | buffers(), other) == message
+    code, message = refusal(import_state, public | buffers(), other)
+    assert code == "other-preset" and message.endswith(f"; give --preset {preset}")
 
 
-def refusal(action, *arguments) -> str:
+def refusal(action, *arguments) -> tuple[str, str]:
+    """Code and sentence of the error."""
     with pytest.raises(UserError) as refused:
         action(*arguments)
     assert "\n" not in str(refused.value)
-    return str(refused.value)
+    return refused.value.code, str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "message"),
+    ("name", "tensor", "code", "detail"),
     [
-        ("h_s.branch.0.bias", None, "does not fit HPCM_Base: it lacks h_s.branch.0.bias;"),
-        ("adaptive_params_list.3", None, "does not fit HPCM_Base: it lacks adaptive_params_list.3;"),
-        ("h_s.branch.99.bias", torch.zeros(3), "it holds h_s.branch.99.bias, which has no place there;"),
-        ("entropy_bottleneck._offset", torch.zeros(3), "it holds entropy_bottleneck._offset, which"),
-        ("g_a.branch.0.weight", torch.zeros(96, 3, 2, 2), "its g_a.branch.0.weight is 96×3×2×2 instead of 96×3×4×4;"),
-        ("g_a.branch.0.bias", torch.tensor(0.0), "its g_a.branch.0.bias is one number instead of 96;"),
-        ("g_a.branch.0.bias", torch.zeros(96).half(), "g_a.branch.0.bias is of torch.float16 instead of torch.float32"),
-        ("entropy_estimation.beta", torch.tensor([2.0]), "entropy_estimation.beta is not the 1.5 of every"),
-        ("entropy_estimation.beta", torch.zeros(0), "entropy_estimation.beta is not the 1.5 of every"),
+        ("h_s.branch.0.bias", None, "checkpoint-mismatch", "it lacks h_s.branch.0.bias;"),
+        ("adaptive_params_list.3", None, "checkpoint-mismatch", "it lacks adaptive_params_list.3;"),
+        ("h_s.branch.99.bias", torch.zeros(3), "checkpoint-mismatch", "it holds h_s.branch.99.bias,"),
+        ("entropy_bottleneck._offset", torch.zeros(3), "checkpoint-mismatch", "it holds entropy_bottleneck._offset,"),
+        ("g_a.branch.0.weight", torch.zeros(96, 3, 2, 2), "checkpoint-mismatch", "is 96×3×2×2 instead of 96×3×4×4;"),
+        ("g_a.branch.0.bias", torch.tensor(0.0), "checkpoint-mismatch", "is one number instead of 96;"),
+        ("g_a.branch.0.bias", torch.zeros(96).half(), "checkpoint-dtype", "torch.float16 instead of torch.float32"),
+        ("entropy_estimation.beta", torch.tensor([2.0]), "checkpoint-constant", "not the 1.5"),
+        ("entropy_estimation.beta", torch.zeros(0), "checkpoint-constant", "not the 1.5"),
     ],
 )
-def test_what_does_not_fit_is_named(name, tensor, message, shared):
-    state = light_state(shared / "reference", "base") | buffers()
+def test_what_does_not_fit_is_named(name, tensor, code, detail):
+    state = light_state("68m") | buffers()
     if tensor is None:
         del state[name]
     else:
         state[name] = tensor
-    assert message in refusal(import_state, state, "68m")
+    refused, message = refusal(import_state, state, "68m")
+    assert refused == code and name in message and detail in message
 
 
-@pytest.mark.parametrize("preset", [*PUBLISHED, "120m", "nano"])
+@pytest.mark.parametrize("preset", ["68m", "nano"])
 def test_only_what_the_public_code_computes_is_exported(preset):
     config = compose_model(preset)
     state = on_meta(config).state_dict()
@@ -221,10 +252,10 @@ def test_only_what_the_public_code_computes_is_exported(preset):
     assert needs_placement(config) == (preset in PUBLISHED)
     assert not needs_placement(replace(config, hyper_placement=HyperPlacement.upstream))
     if preset in PUBLISHED:
-        assert "was trained with hyper_placement: aligned" in refusal(export_state, state, config)
+        assert refusal(export_state, state, config)[0] == "export-placement"
         assert len(export_state(state, upstream)) == len(state) + len(BUFFERS)
     else:
-        assert "has no model of the structure of mine; those of 68m, " in refusal(export_state, state, upstream)
+        assert refusal(export_state, state, upstream)[0] == "export-structure"
 
 
 @pytest.mark.parametrize("wrap", ["bare", "state_dict", "module", "parameters", "legacy"])
@@ -242,17 +273,18 @@ def test_ways_to_save_a_state_dict(wrap, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("saved", "message"),
+    ("saved", "code", "detail"),
     [
-        ([torch.zeros(1)], "holds no state dict;"),
-        ({}, "holds no state dict;"),
-        ({"state_dict": 1}, "holds no state dict;"),
-        ({"a": torch.zeros(1), "b": 1}, "holds b, which is no plain tensor;"),
-        ({"a": torch.zeros(1), 5: torch.zeros(1)}, "holds 5, which is no plain tensor;"),
-        ({"a": torch.zeros(3).to_sparse()}, "holds a, which is no plain tensor;"),
-        ({"a": torch.zeros(3, device="meta")}, "holds a, which is no plain tensor;"),
+        ([torch.zeros(1)], "no-state-dict", ""),
+        ({}, "no-state-dict", ""),
+        ({"state_dict": 1}, "no-state-dict", ""),
+        ({"a": torch.zeros(1), "b": 1}, "not-a-tensor", "holds b,"),
+        ({"a": torch.zeros(1), 5: torch.zeros(1)}, "not-a-tensor", "holds 5,"),
+        ({"a": torch.zeros(3).to_sparse()}, "not-a-tensor", "holds a,"),
+        ({"a": torch.zeros(3, device="meta")}, "not-a-tensor", "holds a,"),
     ],
 )
-def test_what_is_no_state_dict(saved, message, tmp_path):
+def test_what_is_no_state_dict(saved, code, detail, tmp_path):
     torch.save(saved, tmp_path / "a.pth.tar")
-    assert message in refusal(read_checkpoint, tmp_path / "a.pth.tar")
+    refused, message = refusal(read_checkpoint, tmp_path / "a.pth.tar")
+    assert refused == code and detail in message

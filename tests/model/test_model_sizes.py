@@ -43,7 +43,7 @@ SMALL_PARAMETERS = {
 def table(project) -> SimpleNamespace:
     """What `hpcm models` prints in a terminal of 80 columns, and what it takes."""
     # Its own peak: what wait4 tells of a child begins with the size of the parent.
-    code = "from hpcm_scale import models; models.main(); print(open('/proc/self/status').read())"
+    code = "from hpcm_scale.commands import models; models.main(); print(open('/proc/self/status').read())"
     variables = os.environ | {"COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", code], cwd=project, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM, quantize
 from hpcm_scale.model.parameters import on_meta, parameters_by_part
 from hpcm_scale.model.variable_rate import Gains, byte_of, level_of, level_of_byte, lmbda_of, mix_of, mixed
-from hpcm_scale.model.weights import WeightsFile, check_inheritance, inherit
+from hpcm_scale.model.weights import WeightsFile, check_init_from, init_from_weights
 from hpcm_scale.objective import RateDistortionObjective
 
 RATE = RateConfig(levels=6)
@@ -108,8 +108,8 @@ def test_a_model_started_from_fixed_rate_is_that_model_at_its_lambda(fusion):
     model = HPCM(variable(fusion=fusion)).eval()
     for scale in fixed.context.q:
         torch.nn.init.normal_(scale.weight, 1, 0.1)
-    check_inheritance(model.config, weights_file(fixed))
-    inherit(model, weights_file(fixed))
+    check_init_from(model.config, weights_file(fixed))
+    init_from_weights(model, weights_file(fixed))
     x = images(2)
     with torch.no_grad():
         reference, found = fixed(x), model(x)
@@ -181,16 +181,16 @@ def test_a_fixed_rate_model_has_no_levels():
 
 
 @pytest.mark.parametrize(
-    ("started", "told"),
+    ("started", "code", "key"),
     [
-        (replace(small(), channels=[8, 8, 24]), "model.channels=[8, 8, 24], not [8, 8, 16]"),
-        (replace(small(), rate=RateConfig(levels=3)), "has variable rate"),
+        (replace(small(), channels=[8, 8, 24]), "init-from-structure", "model.channels"),
+        (replace(small(), rate=RateConfig(levels=3)), "init-from-rate", "model.rate"),
     ],
 )
-def test_weights_of_another_build_are_refused(started, told):
+def test_weights_of_another_structure_are_refused(started, code, key):
     with pytest.raises(UserError) as error:
-        check_inheritance(variable(), WeightsFile("other.safetensors", started, {}, {}, None))
-    assert told in str(error.value)
+        check_init_from(variable(), WeightsFile("other.safetensors", started, {}, {}, None))
+    assert (error.value.code, error.value.key) == (code, key)
 
 
 def test_lambda_range_of_the_paper_is_the_default():

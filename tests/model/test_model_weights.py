@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hpcm_scale.config.compose import compose_model, preset_names, to_dict
+from hpcm_scale.config.compose import compose_model, to_dict
 from hpcm_scale.config.schema import HyperPlacement, PriorConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
@@ -59,7 +59,7 @@ def test_the_file_tells_what_it_is(model, saved):
     assert json.loads(metadata["facts"]) == FACTS
 
 
-@pytest.mark.parametrize("name", preset_names("model"))
+@pytest.mark.parametrize("name", ["nano", "1b", "swin", "convnext"])
 def test_nothing_but_parameters_is_stored(name):
     """Index tables of the coding order are code, not weights: a checkpoint of another version still loads."""
     model = on_meta(compose_model(name))
@@ -83,36 +83,37 @@ def test_an_interrupted_export_leaves_the_old_file(model, saved):
 
 
 def refusal(path) -> str:
+    """The code of the error."""
     with pytest.raises(UserError) as refused:
         load_weights(path)
     text = str(refused.value)
     assert "\n" not in text and str(path) in text
-    return text
+    return refused.value.code
 
 
 def test_missing(tmp_path):
-    assert "there are no weights" in refusal(tmp_path / "nowhere.safetensors")
-    assert "there are no weights" in refusal(tmp_path)
+    assert refusal(tmp_path / "nowhere.safetensors") == "no-weights-file"
+    assert refusal(tmp_path) == "no-weights-file"
 
 
 def test_no_safetensors(tmp_path, saved):
     path = tmp_path / "picture.safetensors"
     path.write_bytes(b"\x89PNG\r\n" + bytes(1000))
-    assert "not a readable safetensors file" in refusal(path)
+    assert refusal(path) == "damaged-weights"
     path.write_bytes(b"")
-    assert "not a readable safetensors file" in refusal(path)
+    assert refusal(path) == "damaged-weights"
     torch.save({"a": torch.zeros(1)}, path)
-    assert "not a readable safetensors file" in refusal(path)
+    assert refusal(path) == "damaged-weights"
     path.write_bytes(saved.read_bytes()[:-100])
-    assert "not a readable safetensors file" in refusal(path)
+    assert refusal(path) == "damaged-weights"
 
 
 def test_foreign(tmp_path):
     path = tmp_path / "foreign.safetensors"
     save_file({"a": torch.zeros(1)}, path)
-    assert "was not written by hpcm_scale" in refusal(path)
+    assert refusal(path) == "foreign-weights"
     save_file({"a": torch.zeros(1)}, path, {"format": "pt"})
-    assert "was not written by hpcm_scale" in refusal(path)
+    assert refusal(path) == "foreign-weights"
 
 
 @pytest.mark.parametrize("case", ["missing tensor", "extra tensor", "other shape"])
@@ -125,7 +126,7 @@ def test_tensors_that_do_not_fit(case, model, tmp_path):
     else:
         state["g_a.0.bias"] = torch.zeros(3)
     save_weights(tmp_path / "other.safetensors", state, model.config, FACTS)
-    assert "do not fit the model it describes" in refusal(tmp_path / "other.safetensors")
+    assert refusal(tmp_path / "other.safetensors") == "weights-mismatch"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_a_pre_editor_without_a_description(model, saved, tmp_path):
         metadata = file.metadata()
     path = tmp_path / "orphan.safetensors"
     save_file(dict(model.state_dict()) | {"pre_editor.to_image.bias": torch.zeros(3)}, path, metadata)
-    assert "tensors of a pre-editor and no description" in refusal(path)
+    assert refusal(path) == "no-pre-editor-configuration"
 
 
 @pytest.mark.parametrize("case", ["no JSON", "unknown key", "impossible", "no model", "no facts"])

@@ -13,11 +13,11 @@ from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.evaluation.measures import measure
 from hpcm_scale.model.hpcm import Coded
 from hpcm_scale.objective import (
-    SimilarityRateDistortion,
-    multi_scale_similarity,
-    objective_of,
+    MsSsimRateDistortion,
+    RateDistortionObjective,
+    image_ms_ssim,
+    ms_ssim_loss,
     rate_distortion_loss,
-    similarity_loss,
 )
 
 LAMBDA = 8.73
@@ -25,9 +25,9 @@ SIDE = 176
 
 
 @pytest.fixture(scope="module")
-def photos(shared) -> torch.Tensor:
+def photos(image_folder) -> torch.Tensor:
     """uint8 (2, 3, 176, 176) of two photos."""
-    images = ImageSet(shared / "data" / "kodak", limit=2)
+    images = ImageSet(image_folder, limit=2)
     return torch.stack([images.load(i)[:, 100 : 100 + SIDE, 200 : 200 + SIDE] for i in range(2)])
 
 
@@ -41,7 +41,7 @@ def batch(photos) -> tuple[torch.Tensor, ...]:
 
 def test_values(batch, photos):
     x, x_hat, *bits = batch
-    result = similarity_loss(*batch, LAMBDA)
+    result = ms_ssim_loss(*batch, LAMBDA)
     expected = ms_ssim(x, x_hat, data_range=1.0, size_average=False)
     torch.testing.assert_close(result.ms_ssim, expected)
     torch.testing.assert_close(result.loss, LAMBDA * (1 - expected) + sum(bits) / SIDE**2)
@@ -54,10 +54,10 @@ def test_values(batch, photos):
 
 def test_every_image_has_its_own_lambda(batch):
     x, x_hat, *bits = batch
-    objective = objective_of(Distortion.ms_ssim, lambda level: 2.4 * 2**level)
+    objective = RateDistortionObjective(lambda level: 2.4 * 2**level, Distortion.ms_ssim)
     result = objective(x, Coded(x_hat, *bits), torch.tensor([0.0, 1.0]))
-    assert objective.fields == SimilarityRateDistortion._fields and isinstance(result, SimilarityRateDistortion)
-    alone = [similarity_loss(*(part[i : i + 1] for part in batch), lmbda).loss for i, lmbda in enumerate((2.4, 4.8))]
+    assert objective.fields == MsSsimRateDistortion._fields and isinstance(result, MsSsimRateDistortion)
+    alone = [ms_ssim_loss(*(part[i : i + 1] for part in batch), lmbda).loss for i, lmbda in enumerate((2.4, 4.8))]
     torch.testing.assert_close(result.loss, torch.cat(alone))
     assert all(quantity.shape == () for quantity in result.mean())
 
@@ -65,11 +65,11 @@ def test_every_image_has_its_own_lambda(batch):
 def test_gradient_against_differences(batch):
     x, x_hat = (image[:1, :1].double() for image in batch[:2])
     x_hat.requires_grad_()
-    multi_scale_similarity(x, x_hat).sum().backward()
+    image_ms_ssim(x, x_hat).sum().backward()
     random = torch.Generator().manual_seed(1)
     for _ in range(3):
         direction = torch.randn(x.shape, generator=random, dtype=torch.float64)
-        ahead, behind = (multi_scale_similarity(x, x_hat.detach() + step * direction) for step in (1e-5, -1e-5))
+        ahead, behind = (image_ms_ssim(x, x_hat.detach() + step * direction) for step in (1e-5, -1e-5))
         difference = (ahead - behind).item() / 2e-5
         assert (x_hat.grad * direction).sum().item() == pytest.approx(difference, rel=1e-6)
 
@@ -80,18 +80,18 @@ def test_the_start_of_training_has_a_gradient_that_leads_on(reconstruction, batc
     random = torch.Generator().manual_seed(2)
     start = {"grey": torch.full_like(x, 0.5), "black": torch.zeros_like(x)}
     x_hat = start.get(reconstruction, 0.5 + 0.06 * torch.randn(x.shape, generator=random)).requires_grad_()
-    before = similarity_loss(x, x_hat, *bits, LAMBDA).loss
+    before = ms_ssim_loss(x, x_hat, *bits, LAMBDA).loss
     before.sum().backward()
     gradient = x_hat.grad
     assert gradient.isfinite().all() and (gradient.flatten(1).norm(dim=1) > 0).all()
     step = 1e-3 / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    assert (similarity_loss(x, x_hat.detach() - step * gradient, *bits, LAMBDA).loss < before).all()
+    assert (ms_ssim_loss(x, x_hat.detach() - step * gradient, *bits, LAMBDA).loss < before).all()
 
 
 def test_contrast_that_runs_against_the_original_costs_all_and_breaks_nothing(batch):
     x, x_hat, *bits = batch
     against = torch.stack([1 - x[0], x_hat[1]]).requires_grad_()  # a negative, beside an ordinary reconstruction
-    result = similarity_loss(x, against, *bits, LAMBDA)
+    result = ms_ssim_loss(x, against, *bits, LAMBDA)
     result.loss.sum().backward()
     assert result.ms_ssim[0] == 0 and result.loss[0] == LAMBDA + result.bpp[0]
     assert not against.grad[0].any() and against.grad[1].any() and against.grad.isfinite().all()
@@ -100,7 +100,7 @@ def test_contrast_that_runs_against_the_original_costs_all_and_breaks_nothing(ba
 def test_an_exact_reconstruction_costs_its_rate(batch):
     x, _, *bits = batch
     x_hat = x.clone().requires_grad_()
-    result = similarity_loss(x, x_hat, *bits, LAMBDA)
+    result = ms_ssim_loss(x, x_hat, *bits, LAMBDA)
     result.loss.sum().backward()
     torch.testing.assert_close(result.loss, result.bpp, rtol=0, atol=1e-5)
     assert x_hat.grad.isfinite().all()
@@ -110,8 +110,8 @@ def test_fp32_under_autocast_and_from_half_inputs(batch):
     *images, bits_y, bits_z = batch
     half = [image.bfloat16().to(memory_format=torch.channels_last) for image in images]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = similarity_loss(*half, bits_y, bits_z, LAMBDA)
-    expected = similarity_loss(*(image.float() for image in half), bits_y, bits_z, LAMBDA)
+        result = ms_ssim_loss(*half, bits_y, bits_z, LAMBDA)
+    expected = ms_ssim_loss(*(image.float() for image in half), bits_y, bits_z, LAMBDA)
     for found, wanted in zip(result, expected, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
@@ -120,7 +120,7 @@ def test_fp32_under_autocast_and_from_half_inputs(batch):
 def test_images_that_are_too_small_are_refused():
     x, bits = torch.rand(1, 3, 160, 300), torch.ones(1)
     with pytest.raises(ValueError, match="sides from 161"):
-        similarity_loss(x, x, bits, bits, LAMBDA)
+        ms_ssim_loss(x, x, bits, bits, LAMBDA)
 
 
 class HostTensors(TorchDispatchMode):
@@ -140,5 +140,5 @@ def test_nothing_is_copied_from_the_host():
     x, x_hat = (torch.empty(2, 3, 256, 256, device="meta", requires_grad=True) for _ in range(2))
     bits = torch.empty(2, device="meta")
     with HostTensors() as host:
-        similarity_loss(x, x_hat, bits, bits, LAMBDA).loss.sum().backward()
+        ms_ssim_loss(x, x_hat, bits, bits, LAMBDA).loss.sum().backward()
     assert host.count == 0

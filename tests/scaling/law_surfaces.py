@@ -28,15 +28,22 @@ def joint_surface(parameters: np.ndarray | float, pixels: np.ndarray | float) ->
     return 0.5 + 0.3 * (np.asarray(parameters) / 2e6) ** -0.25 + 0.2 * (np.asarray(pixels) / 1e9) ** -0.4
 
 
+def points_of(loss: np.ndarray, of: str, **variables: np.ndarray) -> Points:
+    """Points that come from no run."""
+    names = tuple(f"point {index + 1}" for index in range(len(loss)))
+    arrays = {name: np.asarray(values, np.float64) for name, values in variables.items()}
+    return Points(of, arrays, np.asarray(loss, np.float64), names, names, "numbers")
+
+
 def size_points(loss: np.ndarray, sizes: np.ndarray = SIZES) -> Points:
     """Points of L(N)."""
-    return Points.bare(loss, "parameters", N=sizes)
+    return points_of(loss, "parameters", N=sizes)
 
 
 def joint_points(noise: np.ndarray | float = 0.0) -> Points:
     """Points of L(N, D) on the whole grid, times e^noise."""
     parameters, pixels = (axis.ravel() for axis in np.meshgrid(SIZES, AMOUNTS))
-    return Points.bare(joint_surface(parameters, pixels) * np.exp(noise), "both", N=parameters, D=pixels)
+    return points_of(joint_surface(parameters, pixels) * np.exp(noise), "parameters_and_data", N=parameters, D=pixels)
 
 
 def columns(path: Path, *names: str, **where: str) -> list[np.ndarray]:
@@ -55,12 +62,6 @@ def training(size: float, pixels: float, loss: float, *, seed: int = 0, **facts)
         "run": f"n{size}-d{pixels:.0f}-s{seed}",
         "model": f"n{size}",
         "parameters": size,
-        "parts": {
-            "g_a": size // 4,
-            "g_s": size // 4,
-            "hyper": size // 10,
-            "context": size - 2 * (size // 4) - size // 10,
-        },
         "lmbda": 0.013,
         "seed": seed,
         "pixels": pixels,
@@ -80,10 +81,9 @@ def study_of(observations: Sequence[Observation]) -> Study:
     """A study in which each curve is nothing but its end."""
     curves = [
         Curve(
-            **{
-                name: getattr(each, name)
-                for name in ("run", "model", "parameters", "parts", "lmbda", "seed", "flops_per_pixel", "cooldown_of")
-            },
+            run=each.run,
+            model=each.model,
+            parameters=each.parameters,
             pflops=np.array([each.pflops]),
             pixels=np.array([each.pixels]),
             loss=np.array([each.loss]),

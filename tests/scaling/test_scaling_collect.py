@@ -32,9 +32,9 @@ def test_smoothing_gives_the_same_curve_of_training_losses(ladder_runs, tmp_path
     whole, thinned = (study(find_runs([folder]), "train/loss") for folder in (ladder_runs, tmp_path))
     kept = {curve.run: curve for curve in thinned.curves}
     assert kept.keys() == {curve.run for curve in whole.curves}
-    for curve in whole.curves:
+    for curve, observation in zip(whole.curves, whole.observations, strict=True):
         other = kept[curve.run]
-        if curve.cooldown_of:
+        if observation.cooldown_of:
             assert other.pflops.size >= min(curve.pflops.size, 50)
             continue
         assert other.pflops.size < curve.pflops.size / 2
@@ -104,8 +104,9 @@ def test_a_living_run_is_collected_whole_lines_only(tmp_path) -> None:
 
 def test_too_few_bytes_are_refused_with_what_would_do(ladder_runs, tmp_path) -> None:
     runs = find_runs([ladder_runs / "nano"])
-    with pytest.raises(UserError, match="--most-bytes") as refused:
+    with pytest.raises(UserError) as refused:
         collect(runs, tmp_path / "kept", most_bytes=3000)
+    assert (refused.value.code, refused.value.key) == ("most-bytes-too-small", "--most-bytes")
     assert not (tmp_path / "kept").exists()
     assert collect(runs, tmp_path / "kept", most_bytes=int(str(refused.value).split()[-1])) > 3000
     assert all(json.loads(line) for line in (tmp_path / "kept" / "nano" / "metrics.jsonl").read_text().splitlines())

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hpcm_scale.commands.scaling import main
 from hpcm_scale.errors import UserError
-from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
+from hpcm_scale.scaling.figures.compute import draw_loss_against_compute
 from hpcm_scale.scaling.figures.style import COLOURS
 from hpcm_scale.scaling.filters import TRAINING, end, smooth
 from hpcm_scale.scaling.runs import find_runs, load_run
@@ -73,13 +73,16 @@ def test_runs_are_found_once_at_any_depth(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError) as refused:
         find_runs([tmp_path / "nowhere"])
-    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+    assert refused.value.code == "missing-run-path"
+    with pytest.raises(UserError) as refused:
         find_runs([tmp_path])
+    assert refused.value.code == "no-runs-found"
     Journal(tmp_path / "metrics.jsonl").close()
-    with pytest.raises(UserError, match=r"config\.yaml"):
+    with pytest.raises(UserError) as refused:
         find_runs([tmp_path])
+    assert (refused.value.code, refused.value.key) == ("not-a-run-folder", "config.yaml")
 
 
 def test_smoothing_keeps_a_power_law_and_averages_noise() -> None:
@@ -170,7 +173,7 @@ def test_the_command_draws_and_says_how_far_each_run_is(tmp_path: Path, capsys: 
     [
         ([], "COMMAND"),
         (["curves"], "RUN"),
-        (["curves", "nowhere"], "no folder"),
+        (["curves", "nowhere"], "does not exist"),
         (["curves", "young"], "no run has a training loss"),
         (["curves", "nano", "--out", "curve.jpeg"], ".png"),
     ],

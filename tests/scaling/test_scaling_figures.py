@@ -3,20 +3,17 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html import unescape
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 from known_ladder import SIZES
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from odd_names import ODD_NAMES
 from PIL import Image
 
 from hpcm_scale.formatting import escaped, label
 from hpcm_scale.scaling.figures import FIGURES, draw_figures
-from hpcm_scale.scaling.figures.isoflop import budgets
-from hpcm_scale.scaling.figures.loss_against_compute import draw_loss_against_compute
+from hpcm_scale.scaling.figures.compute import draw_loss_against_compute
+from hpcm_scale.scaling.figures.laws import budgets
 from hpcm_scale.scaling.figures.style import COLOURS, paper, plain, round_numbers
 from hpcm_scale.scaling.observations import Study
 from hpcm_scale.scaling.report import report
@@ -51,15 +48,16 @@ def test_every_figure_is_there_one_column_wide_and_twice_the_same(
 def test_learning_curves_name_sizes_frontiers_and_law(drawn) -> None:
     texts = words(drawn / "learning_curves.svg")
     assert {"nano (211 k)", "small (17.2 M)", "whole frontier", "annealed frontier", "95 % of new trainings"} <= texts
-    assert {"training compute C (PFLOPs)", "evaluation loss  λ·255²·MSE + bpp", "law: with floor"} <= texts
+    assert {"training compute C (PFLOPs)", "evaluation loss  λ·255²·MSE + bpp", "law: saturating power law"} <= texts
     svg = (drawn / "learning_curves.svg").read_text().lower()
     assert all(colour.lower() in svg for colour in COLOURS[: len(SIZES)])
 
 
-def test_loss_against_parameters_shows_every_law_its_floor_and_what_was_not_fitted(drawn, ladder_analysis) -> None:
+def test_loss_against_parameters_shows_every_law_e_and_what_was_not_fitted(drawn, ladder_analysis) -> None:
     texts = words(drawn / "loss_against_parameters.svg")
-    floor = ladder_analysis.laws["floor_of_parameters"].parameters["E"]
-    assert {"power law", "with floor (preferred)", "joint, D = 524 Mpx", f"floor E = {floor:.2f}"} <= texts
+    irreducible = ladder_analysis.laws["saturating_power_law_of_parameters"].parameters["E"]
+    assert {"power law", "saturating power law (preferred)", "L(N, D), D = 524 Mpx"} <= texts
+    assert f"irreducible loss E = {irreducible:.2f}" in texts
     assert any(text.startswith("not fitted") for text in texts)
     assert "100 M" in texts  # ten times the largest size
 
@@ -72,40 +70,15 @@ def test_ribbons_reach_as_far_as_is_asked(ladder_study, ladder_analysis) -> None
         assert furthest == pytest.approx(extrapolate * 17_170_667)
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_no_text_lies_over_another_or_outside(name, ladder_study, ladder_analysis) -> None:
-    with paper() as figure:
-        FIGURES[name].draw(figure, ladder_study, ladder_analysis, 10)
-        figure.draw_without_rendering()
-        shown = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
-        boxes = [(text.get_text(), text.get_window_extent()) for text in shown if text not in beyond(figure)]
-        width, height = figure.get_size_inches() * figure.dpi
-    assert len(boxes) > 10
-    for text, box in boxes:
-        assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text
-    for (one, box), (other, there) in combinations(boxes, 2):
-        assert not box.padded(-1).overlaps(there.padded(-1)), (one, other)
-
-
-def beyond(figure: Figure) -> set[Text]:
-    """Labels of ticks outside their axis, which are there and not drawn."""
-    hidden = set()
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())
-        outside = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
-        hidden.update(label for tick in outside for label in (tick.label1, tick.label2))
-    return hidden
-
-
 def test_a_figure_with_nothing_to_show_is_left_out_and_its_old_files_go(
     ladder_study, ladder_analysis, tmp_path
 ) -> None:
-    for name in ("isoflop.png", "parts.svg", "notes.txt"):
+    for name in ("isoflop.png", "residuals.svg", "notes.txt"):
         (tmp_path / name).write_text("of other runs")
     alone = [curve for curve in ladder_study.curves if curve.model == "nano"]
-    nothing = {"observations": (), "frontier": (), "frontier_annealed": (), "preferred": {}, "trust": {}}
+    nothing = {"observations": (), "frontier": (), "frontier_annealed": (), "comparisons": {}, "diagnostics": {}}
     smaller = Study(ladder_study.metric, ladder_study.lmbda, alone, [], [])
-    names = draw_figures(smaller, replace(ladder_analysis, breakdown=None, **nothing), tmp_path)
+    names = draw_figures(smaller, replace(ladder_analysis, **nothing), tmp_path)
     assert list(names) == ["learning_curves"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "learning_curves.png",
@@ -156,11 +129,9 @@ def test_names_are_drawn_as_they_are_spelled(names, ladder_runs, ladder_study, l
         return replace(each, run=f"{called[each.model]} {each.run}", model=called[each.model])
 
     curves, observations = ([*map(renamed, each)] for each in (ladder_study.curves, ladder_study.observations))
-    sizes = tuple(replace(size, model=called[size.model]) for size in ladder_analysis.breakdown.sizes)
     analysis = replace(
         ladder_analysis,
         observations=tuple(observations),
-        breakdown=replace(ladder_analysis.breakdown, sizes=sizes),
         frontier=tuple(map(renamed, ladder_analysis.frontier)),
         frontier_annealed=tuple(map(renamed, ladder_analysis.frontier_annealed)),
     )
@@ -174,6 +145,6 @@ def test_names_are_drawn_as_they_are_spelled(names, ladder_runs, ladder_study, l
     page = report(analysis, [])
     for name in names:
         shown = label(name).strip("\u200b ")
-        for figure in ("learning_curves", "parts", *(["runs"] if name in names[:2] else [])):
+        for figure in ("learning_curves", *(["runs"] if name in names[:2] else [])):
             assert any(shown in text for text in words(tmp_path / f"{figure}.svg")), (name, figure)
         assert escaped(name).replace("|", "\\|") in page

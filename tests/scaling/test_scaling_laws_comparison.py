@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from law_surfaces import SIZES, floor_surface, size_points
 
-from hpcm_scale.scaling.laws.fits import aicc, compare, fit_floor, fit_power_law, huber_inflation
+from hpcm_scale.scaling.laws.fits import aicc, compare, fit_power_law, fit_saturating_power_law, huber_inflation
 
 
 def both(loss, sizes=SIZES):
     points = size_points(loss, sizes)
-    return fit_power_law(points), fit_floor(points)
+    return fit_power_law(points), fit_saturating_power_law(points)
 
 
 def noisy(floor: float, number: int, generator: np.random.Generator, scatter: float = 0.005):
@@ -39,7 +39,9 @@ def test_with_enough_sizes_aicc_tells_a_floor_from_none():
     generator = np.random.default_rng(3)
     with_floor = [compare(*both(*noisy(0.4, 9, generator))) for _ in range(20)]
     without = [compare(*both(*noisy(0.0, 9, generator))) for _ in range(40)]
-    assert all(each.preferred == "floor_of_parameters" and each.aicc_difference < 0 for each in with_floor)
+    assert all(
+        each.preferred == "saturating_power_law_of_parameters" and each.aicc_difference < 0 for each in with_floor
+    )
     assert sum(each.preferred == "power_law_of_parameters" for each in without) >= 36
 
 
@@ -47,10 +49,16 @@ def test_where_aicc_overlooks_a_floor_the_f_test_decides():
     generator = np.random.default_rng(4)
     found = [compare(*both(*noisy(0.4, 6, generator))) for _ in range(20)]
     assert all(each.f_probability < 0.05 for each in found)
-    contested = [each for each in found if each.contested]
-    assert len(contested) > 10
-    assert all(each.preferred == "floor_of_parameters" and each.aicc_difference > 0 for each in contested)
-    assert "without a floor, but on 6 trainings it can overlook one, and an F test rejects" in contested[0].reason
+    criteria_disagree = [each for each in found if each.criteria_disagree]
+    assert len(criteria_disagree) > 10
+    assert all(
+        each.preferred == "saturating_power_law_of_parameters" and each.aicc_difference > 0
+        for each in criteria_disagree
+    )
+    assert (
+        "without irreducible loss, but with 6 trainings it can miss one, and an F test rejects"
+        in criteria_disagree[0].reason
+    )
 
 
 def test_the_f_test_seldom_sees_a_floor_that_is_not_there():
@@ -58,7 +66,9 @@ def test_the_f_test_seldom_sees_a_floor_that_is_not_there():
     found = [compare(*both(*noisy(0.0, number, generator))) for number in (5, 6) * 75]
     rejected = [each.f_probability < 0.05 for each in found]
     assert np.mean(rejected) < 0.09
-    assert [each.contested or each.preferred == "floor_of_parameters" for each in found] == rejected
+    assert [
+        each.criteria_disagree or each.preferred == "saturating_power_law_of_parameters" for each in found
+    ] == rejected
 
 
 def test_a_power_law_alone_is_preferred_to_nothing():

@@ -7,13 +7,13 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 
 from hpcm_scale.scaling.laws.compute_optimal import Cost, compute_optimal, fit_cost
-from hpcm_scale.scaling.laws.fits import fit_joint
+from hpcm_scale.scaling.laws.fits import fit_parameters_and_data
 from hpcm_scale.scaling.laws.law import CannotFit
 
 
 @pytest.fixture(scope="module")
 def joint():
-    return fit_joint(joint_points(0.003 * np.random.default_rng(1).standard_normal(18)))
+    return fit_parameters_and_data(joint_points(0.003 * np.random.default_rng(1).standard_normal(18)))
 
 
 def test_with_six_n_d_it_is_chinchillas_formula(joint):
@@ -87,14 +87,14 @@ def test_the_cost_is_measured(joint):
     assert abs(noisy.kappa - 0.8) < 3 * noisy.covariance[1][1] ** 0.5 < 0.2
     assert 0.01 < noisy.residual_deviation < 0.12
     rough = Cost(noisy.k, noisy.kappa, noisy.covariance, 0.12)
-    assert "departs from k·N^κ by 12% from size to size" in compute_optimal(joint, rough, (1, 2)).warnings[-1]
+    assert "deviates from k·N^κ by 12%" in compute_optimal(joint, rough, (1, 2)).warnings[-1]
     with pytest.raises(CannotFit, match="two sizes"):
         fit_cost(SIZES[[0, 0]], SIZES[[0, 0]])
 
 
 def test_without_something_to_balance_there_is_no_optimum(joint):
     useless = type(joint)(**(joint.__dict__ | {"parameters": joint.parameters | {"B": 0.0}}))
-    with pytest.raises(CannotFit, match="no best split"):
+    with pytest.raises(CannotFit, match="no compute-optimal split"):
         compute_optimal(useless, Cost.exact(6, 1), (1, 2))
-    with pytest.raises(CannotFit, match="no best split"):
+    with pytest.raises(CannotFit, match="no compute-optimal split"):
         compute_optimal(joint, Cost.exact(6, -0.1), (1, 2))

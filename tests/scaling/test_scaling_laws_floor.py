@@ -5,13 +5,13 @@ import pytest
 from law_surfaces import SIZES, floor_surface, size_points
 from scipy.optimize import curve_fit
 
-from hpcm_scale.scaling.laws.fits import compare, fit_floor, fit_power_law
+from hpcm_scale.scaling.laws.fits import compare, fit_power_law, fit_saturating_power_law
 from hpcm_scale.scaling.laws.law import CannotFit
 
 
 @pytest.mark.parametrize(("floor", "alpha"), [(0.05, 0.1), (0.3, 0.3), (0.6, 0.15), (0.9, 0.8)])
 def test_without_noise_it_finds_the_parameters(floor, alpha):
-    law = fit_floor(size_points(floor_surface(SIZES, floor, alpha)))
+    law = fit_saturating_power_law(size_points(floor_surface(SIZES, floor, alpha)))
     found = law.parameters
     assert (found["E"], found["alpha"]) == pytest.approx((floor, alpha), rel=1e-6)
     assert found["A"] == pytest.approx((1 - floor) * SIZES[0] ** alpha, rel=1e-6)
@@ -24,7 +24,7 @@ def test_a_second_implementation_agrees():
     for seed in range(5):
         noise = np.exp(0.003 * np.random.default_rng(seed).standard_normal(SIZES.size))
         loss = floor_surface(SIZES, 0.4) * noise
-        law = fit_floor(size_points(loss))
+        law = fit_saturating_power_law(size_points(loss))
 
         def log_law(x, floor, log_a, alpha):
             return np.log(floor + np.exp(log_a - alpha * np.log(x / SIZES[2])))
@@ -37,7 +37,7 @@ def test_a_second_implementation_agrees():
 
 
 def test_its_derivatives_are_right():
-    law = fit_floor(size_points(floor_surface(SIZES, 0.4)))
+    law = fit_saturating_power_law(size_points(floor_surface(SIZES, 0.4)))
     _, gradient = law.log_loss(np.array([1e6, 1e8]))
     for index, (name, value) in enumerate(law.parameters.items()):
         ends = []
@@ -57,32 +57,34 @@ def test_r_proves_nothing(floor, alpha):
     promised = line.predict(np.array([1, 10]) * five[-1]).value
     assert -0.9997 < line.r < -0.993
     assert 1.2 < (promised[0] - promised[1]) / (now - then) < 2.2
-    with_floor = fit_floor(size_points(true, five))
+    with_floor = fit_saturating_power_law(size_points(true, five))
     assert with_floor.predict(10 * five[-1]).value == pytest.approx(then, rel=1e-6)
     chosen = compare(line, with_floor)
-    assert (chosen.preferred, chosen.aicc_difference) == ("floor_of_parameters", None)
-    assert chosen.reason.startswith("AICc needs six trainings to weigh a floor and there are 5; an F test rejects")
+    assert (chosen.preferred, chosen.aicc_difference) == ("saturating_power_law_of_parameters", None)
+    assert chosen.reason.startswith(
+        "AICc needs six trainings to judge an irreducible loss, and there are 5; an F test rejects"
+    )
 
     six = np.append(five, 2e9)
     points = size_points(floor_surface(SIZES[0] * six / six[0], floor, alpha), six)
-    chosen = compare(fit_power_law(points), fit_floor(points))
-    assert chosen.preferred == "floor_of_parameters"
+    chosen = compare(fit_power_law(points), fit_saturating_power_law(points))
+    assert chosen.preferred == "saturating_power_law_of_parameters"
     assert chosen.aicc_difference < -100
 
 
 def test_few_sizes_are_refused_or_warned_of():
-    with pytest.raises(CannotFit, match="needs 3 different N at least, and there are 2"):
-        fit_floor(size_points(floor_surface(SIZES[[0, 0, 3]], 0.4) * [1, 1.01, 1], SIZES[[0, 0, 3]]))
-    three = fit_floor(size_points(floor_surface(SIZES[:3], 0.4), SIZES[:3]))
+    with pytest.raises(CannotFit, match="needs 3 different N, and there are 2"):
+        fit_saturating_power_law(size_points(floor_surface(SIZES[[0, 0, 3]], 0.4) * [1, 1.01, 1], SIZES[[0, 0, 3]]))
+    three = fit_saturating_power_law(size_points(floor_surface(SIZES[:3], 0.4), SIZES[:3]))
     assert "3 points determine 3 parameters exactly: no interval" in three.warnings
     assert np.isnan(three.predict(1e8).high)
-    five = fit_floor(size_points(floor_surface(SIZES[:5], 0.4), SIZES[:5]))
-    assert any(warning.startswith("5 different N say little about a floor") for warning in five.warnings)
-    assert fit_floor(size_points(floor_surface(SIZES, 0.4))).warnings == ()
+    five = fit_saturating_power_law(size_points(floor_surface(SIZES[:5], 0.4), SIZES[:5]))
+    assert any(warning.startswith("5 different N hardly determine an irreducible loss") for warning in five.warnings)
+    assert fit_saturating_power_law(size_points(floor_surface(SIZES, 0.4))).warnings == ()
 
 
 def test_solutions_on_a_boundary_are_told():
-    line = fit_floor(size_points(SIZES**-0.2 * [1, 1, 1.02, 1.02, 1, 1]))  # bent down in a log-log plot
+    line = fit_saturating_power_law(size_points(SIZES**-0.2 * [1, 1, 1.02, 1.02, 1, 1]))  # bent down in a log-log plot
     assert line.parameters["E"] == 0
     assert any("E = 0" in warning for warning in line.warnings)
     assert np.isfinite(line.predict(1e8).low)
@@ -90,9 +92,9 @@ def test_solutions_on_a_boundary_are_told():
         fit_power_law(size_points(SIZES**-0.2)).parameters["alpha"], rel=0.02
     )
 
-    rising = fit_floor(size_points(SIZES**0.1))
+    rising = fit_saturating_power_law(size_points(SIZES**0.1))
     assert any("does not fall with N" in warning for warning in rising.warnings)
     assert np.isnan(rising.predict(1e8).low)
 
-    cliff = fit_floor(size_points(np.array([9.0, 1, 1, 1, 1, 1])))
-    assert any("edge of its range" in warning for warning in cliff.warnings)
+    cliff = fit_saturating_power_law(size_points(np.array([9.0, 1, 1, 1, 1, 1])))
+    assert any("at a bound of its range" in warning for warning in cliff.warnings)

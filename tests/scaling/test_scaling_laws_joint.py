@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from law_surfaces import AMOUNTS, SIZES, columns, joint_points, joint_surface
+from law_surfaces import AMOUNTS, SIZES, columns, joint_points, joint_surface, points_of
 from scipy.optimize import least_squares, minimize
 from scipy.special import huber, logsumexp
 
 from hpcm_scale.scaling.laws.compute_optimal import Cost, compute_optimal
-from hpcm_scale.scaling.laws.fits import fit_joint
+from hpcm_scale.scaling.laws.fits import fit_parameters_and_data
 from hpcm_scale.scaling.laws.law import EXPONENTS, CannotFit, Points
 
 DELTA = 1e-3
@@ -19,7 +19,7 @@ def chinchilla_points(shared) -> Points:
     parameters, compute, loss = columns(path, "Model Size", "Training FLOP", "loss")
     kept = np.argsort(loss)[:-5]
     parameters, compute, loss = parameters[kept], compute[kept], loss[kept]
-    return Points.bare(loss, "both", N=parameters, D=compute / (6 * parameters))
+    return points_of(loss, "parameters_and_data", N=parameters, D=compute / (6 * parameters))
 
 
 def public_points(shared, name: str) -> Points:
@@ -29,7 +29,7 @@ def public_points(shared, name: str) -> Points:
     else:
         path = folder / "gadre_openlm_104.csv"
         parameters, data, loss = columns(path, "N", "D", "loss_c4_val", dataset=name)
-    return Points.bare(loss, "both", N=parameters, D=data)
+    return points_of(loss, "parameters_and_data", N=parameters, D=data)
 
 
 def objective(law, points: Points) -> float:
@@ -68,7 +68,7 @@ def by_logsumexp(points: Points) -> tuple[float, np.ndarray]:
 def test_the_optimum_known_for_chinchillas_points(shared):
     points = chinchilla_points(shared)
     assert len(points) == 240
-    law = fit_joint(points)
+    law = fit_parameters_and_data(points)
     assert objective(law, points) == pytest.approx(0.001018274018, abs=1e-9)
     assert objective(law, points) < 0.0010182740181  # and to the last digit that is known
     known = {"E": 1.81722, "A": 477.83, "alpha": 0.34731, "B": 2143.42, "beta": 0.36717}
@@ -80,7 +80,7 @@ def test_the_optimum_known_for_chinchillas_points(shared):
 def test_rounding_what_is_published_is_not_harmless(shared):
     """Why laws.json holds every digit."""
     points = chinchilla_points(shared)
-    law = fit_joint(points)
+    law = fit_parameters_and_data(points)
     rounded = {"E": 1.82, "A": 478.0, "alpha": 0.35, "B": 2143.0, "beta": 0.37}
     assert objective(type(law)(**(law.__dict__ | {"parameters": rounded})), points) > 3 * objective(law, points)
 
@@ -88,7 +88,7 @@ def test_rounding_what_is_published_is_not_harmless(shared):
 @pytest.mark.parametrize("name", ["svg", "kyo", "c4_original"])
 def test_a_second_implementation_agrees(shared, name):
     points = chinchilla_points(shared) if name == "svg" else public_points(shared, name)
-    law = fit_joint(points)
+    law = fit_parameters_and_data(points)
     best, parameters = by_logsumexp(points)
     assert objective(law, points) == pytest.approx(best, abs=1e-11)
     assert list(law.parameters.values()) == pytest.approx(parameters, rel=1e-5)
@@ -96,7 +96,7 @@ def test_a_second_implementation_agrees(shared, name):
 
 
 def test_without_noise_it_finds_the_parameters():
-    law = fit_joint(joint_points())
+    law = fit_parameters_and_data(joint_points())
     assert (law.parameters["E"], law.parameters["alpha"], law.parameters["beta"]) == pytest.approx((0.5, 0.25, 0.4))
     assert law.predict((1e9, 1e11)).value == pytest.approx(joint_surface(1e9, 1e11))
     grid = law.predict((SIZES[:, None], AMOUNTS))
@@ -117,14 +117,14 @@ def test_it_is_not_caught_in_a_local_optimum(noise, seed):
     keywords = {"bounds": bounds, "loss": "huber", "f_scale": DELTA}
     starts = [[0.5, 0.3, alpha, 0.2, beta] for alpha in (0.05, 0.2, 0.5, 1.5) for beta in (0.05, 0.2, 0.5, 1.5)]
     best = min(least_squares(residuals, start, **keywords).cost for start in starts)
-    assert objective(fit_joint(points), points) < best * (1 + 1e-6)
+    assert objective(fit_parameters_and_data(points), points) < best * (1 + 1e-6)
 
 
 def test_an_outlier_hardly_moves_it():
     outlier = np.zeros(18)
     outlier[7] = 0.3
     noise = 1e-4 * np.random.default_rng(0).standard_normal(18)
-    law = fit_joint(joint_points(noise + outlier))
+    law = fit_parameters_and_data(joint_points(noise + outlier))
     assert law.predict((1e8, 1e11)).value == pytest.approx(joint_surface(1e8, 1e11), rel=2e-3)
 
 
@@ -132,13 +132,15 @@ def test_what_does_not_determine_it_is_refused():
     points = joint_points()
     two_amounts = points.take(np.flatnonzero(points.variables["D"] < AMOUNTS[-1]))
     with pytest.raises(CannotFit, match="there are 6, 2 and 12"):
-        fit_joint(two_amounts)
+        fit_parameters_and_data(two_amounts)
     with pytest.raises(CannotFit, match="there are 2, 3 and 6"):
-        fit_joint(points.take(np.flatnonzero(points.variables["N"] < SIZES[2])))
-    edge = fit_joint(Points.bare(points.loss + 1e3 * (points.variables["N"] == SIZES[0]), "both", **points.variables))
-    assert edge.at_edge
-    with pytest.raises(CannotFit, match="edge of its range"):
+        fit_parameters_and_data(points.take(np.flatnonzero(points.variables["N"] < SIZES[2])))
+    edge = fit_parameters_and_data(
+        points_of(points.loss + 1e3 * (points.variables["N"] == SIZES[0]), "parameters_and_data", **points.variables)
+    )
+    assert edge.at_bound
+    with pytest.raises(CannotFit, match="at a bound of its range"):
         compute_optimal(edge, Cost.exact(6, 1), (1.0, 10.0))
-    few = fit_joint(points)
-    assert not few.at_edge
-    assert few.warnings == ("3 amounts of training data say little about the floor E and the exponents beside it",)
+    few = fit_parameters_and_data(points)
+    assert not few.at_bound
+    assert few.warnings == ("3 amounts of training data hardly determine the irreducible loss E and the exponents",)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from law_surfaces import SIZES, columns, size_points
+from law_surfaces import SIZES, columns, points_of, size_points
 from scipy import stats
 
 from hpcm_scale.scaling.laws.fits import fit_power_law
-from hpcm_scale.scaling.laws.law import CannotFit, Points
+from hpcm_scale.scaling.laws.law import CannotFit
 
 
 def test_it_is_linregress_to_the_last_digit():
@@ -58,7 +58,7 @@ def test_the_slopes_porian_and_others_published(shared):
     for config, slope in enumerate((0.83377, 0.70090, 0.60353, 0.57142, 0.49703)):
         path = shared / "known_answers" / "porian_rw_optimal_pairs.csv"
         flops, best = columns(path, "flops", "n", config=str(config))
-        law = fit_power_law(Points.bare(best, "compute", C=flops))
+        law = fit_power_law(points_of(best, "compute", C=flops))
         assert -law.parameters["alpha"] == pytest.approx(slope, abs=5e-6)
         assert any("does not fall with C" in warning for warning in law.warnings)
 

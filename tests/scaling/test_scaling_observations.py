@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from hpcm_scale.config.compose import compose, to_yaml
 from hpcm_scale.errors import UserError
-from hpcm_scale.model.parameters import on_meta, parameter_count, parameters_by_part
+from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.scaling.observations import study
 from hpcm_scale.scaling.runs import Run, find_runs, load_run
 
@@ -65,12 +65,11 @@ def edit(run: Run, key: str, value: Any) -> Run:
 def test_a_run_becomes_a_curve_and_an_observation(tmp_path: Path) -> None:
     lines = journal(range(1, 101), rate={0: 1e-3, 61: 3e-4, 81: 1e-4})
     told = study(find_runs([write(tmp_path / "a", lines, "train.seed=3", "data.crop=256")]))
-    assert (told.metric, told.lmbda, told.left_out, told.notes) == ("eval/loss", 0.013, [], [])
+    assert (told.metric, told.lmbda, told.excluded, told.notes) == ("eval/loss", 0.013, [], [])
     [curve], [seen] = told.curves, told.observations
     assert (seen.run, seen.model, seen.seed, seen.images, seen.finished) == ("a", "nano", 3, 800, True)
     model = on_meta(compose(["model=nano"]).model)
     assert seen.parameters == curve.parameters == parameter_count(model)
-    assert seen.parts == parameters_by_part(model)
     assert seen.pixels == 800 * 256**2
     assert seen.pflops == pytest.approx(800 * FLOPS_PER_IMAGE / 1e15, rel=1e-12)
     assert seen.flops_per_pixel == pytest.approx(FLOPS_PER_IMAGE / 256**2, rel=1e-12)
@@ -101,7 +100,7 @@ def test_training_losses_are_smoothed(tmp_path: Path) -> None:
     assert seen.psnr is None
 
 
-def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+def test_exclusions_have_reasons(tmp_path: Path) -> None:
     whole = journal(range(1, 101))
     write(tmp_path / "whole", whole)
     write(tmp_path / "young", [])
@@ -116,20 +115,20 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     runs = find_runs([tmp_path])
     told = study(runs, lmbda=0.013)
     assert [seen.run for seen in told.observations] == ["resumed", "spoilt", "whole"]
-    sentences = dict(sorted((sentence.split()[0].rstrip(":"), sentence) for sentence in told.left_out))
+    sentences = dict(sorted((sentence.split()[0].rstrip(":"), sentence) for sentence in told.excluded))
     assert list(sentences) == ["diverged", "foreign", "merged", "other", "resumed", "spoilt", "unevaluated", "young"]
-    assert sentences["young"] == "young is left out: it has no line yet"
-    assert sentences["unevaluated"] == "unevaluated is left out: it has no evaluation yet"
-    assert sentences["other"] == "other is left out: its λ is 0.05, not 0.013"
-    assert sentences["diverged"] == "diverged is left out: its eval/loss was never finite"
+    assert sentences["young"] == "young is excluded: it has no line yet"
+    assert sentences["unevaluated"] == "unevaluated is excluded: it has no evaluation yet"
+    assert sentences["other"] == "other is excluded: its λ is 0.05, not 0.013"
+    assert sentences["diverged"] == "diverged is excluded: its eval/loss was never finite"
     assert "do not grow from step 100 to 120" in sentences["merged"]
     assert "channels" in sentences["foreign"]
-    assert sentences["spoilt"] == "spoilt: 1 line has no finite eval/loss and is left out"
+    assert sentences["spoilt"] == "spoilt: 1 line has no finite eval/loss and is excluded"
     assert sentences["resumed"] == "resumed: 2 lines have the step of a later line, which is used instead"
     resumed, spoilt, whole = told.curves
     assert np.array_equal(resumed.loss, whole.loss) and np.array_equal(resumed.pflops, whole.pflops)
     assert spoilt.loss.tolist() == whole.loss[[0, 2, 3, 4]].tolist()
-    assert study(runs[::-1], lmbda=0.013).left_out == told.left_out
+    assert study(runs[::-1], lmbda=0.013).excluded == told.excluded
     assert study(runs[::-1], lmbda=0.013).observations == told.observations
 
 
@@ -146,10 +145,10 @@ def test_training_lines_may_be_too_few(tmp_path: Path) -> None:
     write(tmp_path / "long", journal(range(1, 21)))
     told = study(find_runs([tmp_path]), metric="train/loss")
     assert [seen.run for seen in told.observations] == ["long"]
-    assert told.left_out == ["short is left out: 19 training lines are too few to smooth; 20 are needed: train longer"]
+    assert told.excluded == ["short is excluded: 19 training lines are too few to smooth; 20 are needed: train longer"]
 
 
-@pytest.mark.parametrize(("every", "told"), [(1, "longer"), (100, "longer, or with a lower log.every (it is 100)")])
+@pytest.mark.parametrize(("every", "told"), [(1, "longer"), (100, "longer or with a lower log.every (it is 100)")])
 def test_too_few_training_lines_name_what_to_change(tmp_path: Path, every: int, told: str) -> None:
     write(tmp_path / "short", journal(range(1, 2)), f"log.every={every}")
     sentence = f"1 training line is too few to smooth; 20 are needed: train {told}"
@@ -173,15 +172,18 @@ def test_several_lambdas_need_a_choice(tmp_path: Path) -> None:
     for lmbda in (0.013, 0.05):
         write(tmp_path / f"{lmbda}", journal(range(1, 101)), f"objective.lmbda={lmbda}")
     runs = find_runs([tmp_path])
-    with pytest.raises(UserError, match=r"several λ \(0\.013, 0\.05\)"):
+    with pytest.raises(UserError, match=r"several λ \(0\.013, 0\.05\)") as refused:
         study(runs)
+    assert (refused.value.code, refused.value.key) == ("several-lambdas", "--lmbda")
     assert [seen.lmbda for seen in study(runs, lmbda=0.05).observations] == [0.05]
-    with pytest.raises(UserError, match=r"no run has λ = 0\.1; there are runs with 0\.013, 0\.05"):
+    with pytest.raises(UserError) as refused:
         study(runs, lmbda=0.1)
-    with pytest.raises(UserError, match="eval/loss, train/loss or eval_ema_LENGTH/loss"):
+    assert (refused.value.code, refused.value.key) == ("absent-lambda", "--lmbda")
+    with pytest.raises(UserError) as refused:
         study(runs, metric="eval/psnr")
+    assert (refused.value.code, refused.value.key) == ("unknown-loss", "--metric")
     young = find_runs([write(tmp_path / "young", [])])
-    with pytest.raises(UserError, match="young is left out: it has no line yet"):
+    with pytest.raises(UserError, match="young is excluded: it has no line yet"):
         study(young)
 
 
@@ -210,7 +212,7 @@ def test_an_evaluation_has_the_rate_of_the_line_before_it(tmp_path: Path) -> Non
     assert curve.annealed.tolist() == [False, False, True, True, True]
 
 
-def test_a_branch_is_an_observation_of_its_own(tmp_path: Path) -> None:
+def test_a_cooldown_is_an_observation_of_its_own(tmp_path: Path) -> None:
     trunk = write(tmp_path / "ladder" / "nano", journal(range(1, 91)), "run.sweep=ladder")
     write(tmp_path / "elsewhere" / "nano", journal(range(1, 101)), "run.sweep=ladder")
     decaying = journal(range(51, 71), rate={0: 1e-3, 61: 1e-5}, evaluate_every=10)
@@ -225,7 +227,7 @@ def test_a_branch_is_an_observation_of_its_own(tmp_path: Path) -> None:
     assert told.group == "ladder" and told.project == "hpcm_scale"
     curve = told.curves[0]
     assert curve.pflops == pytest.approx([8 * step * FLOPS_PER_IMAGE / 1e15 for step in (60, 70)])
-    assert curve.flops_per_pixel == told.curves[2].flops_per_pixel
+    assert told.observations[0].flops_per_pixel == told.observations[2].flops_per_pixel
     edit(branch, "run.cooldown_of", "/moved/since/ladder/nano")  # a copy of the ladder on another machine
     assert study(find_runs([tmp_path])).observations[0].cooldown_of == "ladder/nano"
     assert study(find_runs([branch.folder])).observations[0].cooldown_of == "nano"
@@ -257,9 +259,7 @@ def test_crops_that_grow_leave_the_pixels_of_a_step(tmp_path: Path) -> None:
     assert all(curve.pixels.tolist() == [8 * step * 256**2 for step in (20, 40, 60, 80, 100)] for curve in told.curves)
     assert told.notes == ["the runs differ in schedule.crops (None, [512]): their losses may not be comparable"]
     alone = study(find_runs([tmp_path / "growing", tmp_path / "growing-too"]), metric="train/loss")
-    assert alone.notes == [
-        "the training crops of growing, growing-too change on the way, and their training loss with them"
-    ]
+    assert alone.notes == ["the training crops of growing, growing-too change during training, and the loss with them"]
 
 
 def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
@@ -270,19 +270,19 @@ def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
     write(tmp_path / "machine", lines, "objective.target=vision_model", "machine.receivers=[random-vit]")
     told = study(find_runs([tmp_path]))
     assert [seen.run for seen in told.observations] == ["plain"]
-    assert [sentence.split(" is left out: ")[1].split()[1] for sentence in told.left_out] == ["is", "started", "has"]
+    assert [sentence.split(" is excluded: ")[1].split()[1] for sentence in told.excluded] == ["is", "started", "has"]
     write(tmp_path / "ms_ssim", lines, "objective=ms_ssim")
     write(tmp_path / "fine", lines, "objective=ms_ssim", "init_from=runs/other")
     similar = study(find_runs([tmp_path]), lmbda=8.73)
     assert ([seen.run for seen in similar.observations], similar.distortion) == (["ms_ssim"], "ms_ssim")
-    assert [sentence for sentence in similar.left_out if sentence.startswith("fine")] == [
-        "fine is left out: it started from trained weights, whose compute is not in its journal"
+    assert [sentence for sentence in similar.excluded if sentence.startswith("fine")] == [
+        "fine is excluded: it started from trained weights, whose compute is not in its journal"
     ]
     mixed = study(
         find_runs([tmp_path / "plain", write(tmp_path / "same", lines, "objective=ms_ssim", "objective.lmbda=0.013")])
     )
     assert (mixed.distortion, [seen.run for seen in mixed.observations]) == ("mse", ["plain"])
-    assert mixed.left_out == ["same is left out: it is trained for MS-SSIM, and its loss is another one"]
+    assert mixed.excluded == ["same is excluded: it is trained for MS-SSIM, with another loss"]
     alone = study(find_runs([tmp_path / "variable"]))  # among their like they do compare
     assert [seen.run for seen in alone.observations] == ["variable"]
 
@@ -300,4 +300,4 @@ def test_averages_of_the_weights_have_curves_of_their_own(tmp_path: Path) -> Non
     assert [seen.run for seen in told.observations] == ["averaged"]
     assert told.observations[0].loss == pytest.approx(raw["averaged"] - 0.25)
     assert told.observations[0].psnr == pytest.approx(30)
-    assert "plain is left out: it has no eval_ema_0.05/loss" in told.left_out
+    assert "plain is excluded: it has no eval_ema_0.05/loss" in told.excluded

@@ -49,7 +49,10 @@ def test_one_run_in_the_group_with_frontier_law_tables_figures_and_report(fitted
     [run] = [record["run"] for record in everything if record["type"] == "run"]
     identifier = (fitted / "wandb_id").read_text().strip()
     assert (run["run_id"], run["run_group"], run["project"]) == (identifier, "ladder", "hpcm_scale")
-    assert run["config"]["update"]["laws"]["joint"]["parameters"] == ladder_analysis.laws["joint"].parameters
+    assert (
+        run["config"]["update"]["laws"]["law_of_parameters_and_data"]["parameters"]
+        == ladder_analysis.laws["law_of_parameters_and_data"].parameters
+    )
     assert "wandb sync" in told and identifier in told
     assert capfd.readouterr() == ("", "")
 
@@ -94,14 +97,17 @@ def test_again_it_is_the_same_run_with_what_is_true_now(fitted, ladder_analysis)
 
 
 def test_what_cannot_be_published_is_one_sentence(fitted, ladder_analysis, tmp_path_factory) -> None:
-    with pytest.raises(UserError, match="hpcm scaling fit"):
+    with pytest.raises(UserError) as refused:
         publish(tmp_path_factory.mktemp("empty"))
+    assert refused.value.code == "unreadable-laws"
     write_laws(replace(ladder_analysis, group=None), fitted / "laws.json")
-    with pytest.raises(UserError, match="--group"):
+    with pytest.raises(UserError) as refused:
         publish(fitted)
+    assert (refused.value.code, refused.value.key) == ("no-common-group", "--group")
     write_laws(replace(ladder_analysis, project=None), fitted / "laws.json")
-    with pytest.raises(UserError, match="--project"):
+    with pytest.raises(UserError) as refused:
         publish(fitted)
+    assert (refused.value.code, refused.value.key) == ("no-common-project", "--project")
     assert not (fitted / "wandb").exists()
 
 
@@ -109,5 +115,6 @@ def test_online_without_an_account_is_one_sentence(fitted, monkeypatch, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     for name in ("WANDB_API_KEY", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"wandb refuses .*--mode offline"):
+    with pytest.raises(UserError) as refused:
         publish(fitted, mode="online")
+    assert refused.value.code == "wandb-failure"

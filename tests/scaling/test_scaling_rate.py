@@ -7,7 +7,7 @@ from law_surfaces import SIZES, floor_surface, size_points
 from hpcm_scale.evaluation.bd_rate import compare
 from hpcm_scale.evaluation.points import find_curves
 from hpcm_scale.scaling.analysis import rate_change, rate_gain
-from hpcm_scale.scaling.laws.fits import fit_floor, fit_power_law
+from hpcm_scale.scaling.laws.fits import fit_power_law, fit_saturating_power_law
 
 LAMBDAS = np.array([0.0018, 0.0035, 0.0067, 0.013, 0.025, 0.0483])
 
@@ -35,7 +35,7 @@ def test_on_a_known_curve_it_is_the_change_of_rate():
 
 def test_the_interval_is_carried_through():
     loss = floor_surface(SIZES, 0.4) * np.exp(0.003 * np.random.default_rng(0).standard_normal(SIZES.size))
-    for fit in (fit_power_law, fit_floor):
+    for fit in (fit_power_law, fit_saturating_power_law):
         law = fit(size_points(loss))
         gain = rate_gain(law, "small", SIZES[-1], 0.25)
         start, end = law.predict(SIZES[-1] * np.array([1, 10])).value
@@ -52,14 +52,14 @@ def test_no_more_than_all_can_be_saved():
     wild = fit_power_law(size_points(np.array([1.0, 3.0, 0.4, 2.0, 0.3, 1.0])))
     gain = rate_gain(wild, "small", SIZES[-1], 0.1)
     assert gain.low == -1 and gain.change < -1
-    assert gain.sentence.endswith("too far for first order")
+    assert gain.sentence.endswith("first order is not valid")
 
 
 def test_the_sentence():
     law = fit_power_law(size_points(np.array([1.0, 0.9, 0.82, 0.73, 0.66, 0.6])))
     gain = rate_gain(law, "small", SIZES[-1], 0.5)
     low, change, high = (f"{100 * abs(value):.1f}" for value in (gain.low, gain.change, gain.high))
-    assert gain.sentence == f"10× parameters: bitrate −{change} % (95 %: −{low}…−{high} %)"
+    assert gain.sentence == f"10× parameters: bitrate −{change} % (95 %: −{low} %…−{high} %)"
     two = rate_gain(fit_power_law(size_points(np.array([1.0, 0.8]), SIZES[:2])), "nano", SIZES[1], 0.5, factor=2.5)
     assert (two.low, two.high) == (None, None)
     assert two.sentence.startswith("2.5× parameters: bitrate −")

@@ -7,7 +7,7 @@ import pytest
 from law_surfaces import AMOUNTS, SIZES, ladder, training
 
 from hpcm_scale.scaling import fit_data
-from hpcm_scale.scaling.frontier import FrontierPoint
+from hpcm_scale.scaling.fit_data import FrontierPoint
 from hpcm_scale.scaling.laws.law import CannotFit
 
 
@@ -43,14 +43,14 @@ def test_unannealed_trainings_count_only_if_there_are_no_others():
     observations = ladder()
     mixed = [replace(each, annealed=each.pixels < AMOUNTS[-1]) for each in observations]
     assert fit_data.of_parameters(mixed).data == "annealed trainings on 1.00 B pixels"
-    assert len(fit_data.of_both(mixed)) == 12
+    assert len(fit_data.of_parameters_and_data(mixed)) == 12
     hot = [replace(each, annealed=False) for each in observations]
-    for points in (fit_data.of_parameters(hot), fit_data.of_both(hot)):
+    for points in (fit_data.of_parameters(hot), fit_data.of_parameters_and_data(hot)):
         assert "not annealed" in points.data
-        assert points.warnings[0].startswith("no run's learning rate had decayed at its end")
+        assert points.warnings[0].startswith("no learning rate had decayed at the end of training")
     one_hot = [replace(each, annealed=each.parameters > SIZES[0]) for each in observations]
     points = fit_data.of_parameters(one_hot)
-    assert "left out of L(N), as their learning rate had not decayed: n200000" in points.warnings
+    assert "excluded from L(N), since their learning rate had not decayed: n200000" in points.warnings
     assert len(points) == 5
 
 
@@ -81,8 +81,8 @@ def test_a_frontier_counts_each_run_once():
     np.testing.assert_array_equal(whole.loss, [1.3, 1.0])
     assert whole.data == "each run's last point on the whole frontier (5 points in all)"
     assert len(whole.warnings) == 3
-    assert whole.warnings[-1].startswith("nano alone is on it")
-    assert "not independent" in whole.warnings[0]
+    assert whole.warnings[-1].startswith("only nano is on the frontier")
+    assert "points are dependent" in whole.warnings[0]
     assert len(fit_data.of_compute([point for point in points if point.annealed], whole=False).warnings) == 2
     with pytest.raises(CannotFit, match="no run is on the annealed frontier"):
         fit_data.of_compute([], whole=False)

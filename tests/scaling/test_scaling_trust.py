@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from law_surfaces import AMOUNTS, SIZES, floor_surface, joint_points, joint_surface, size_points
 
-from hpcm_scale.scaling.laws.fits import fit_floor, fit_joint, fit_power_law
+from hpcm_scale.scaling.diagnostics import bootstrap, diagnose
+from hpcm_scale.scaling.laws.fits import fit_parameters_and_data, fit_power_law, fit_saturating_power_law
 from hpcm_scale.scaling.laws.law import CannotFit, Points
-from hpcm_scale.scaling.trust import bootstrap, examine
 
 
 def held(law, x, true: float, noise: float, generator: np.random.Generator, level: float = 0.95) -> bool:
@@ -32,7 +32,9 @@ def test_floor_intervals_hold_ten_times_ahead(floor, noise):
     generator, ahead = np.random.default_rng(1), 10 * SIZES[-1]
     found = []
     for _ in range(150):
-        law = fit_floor(size_points(floor_surface(SIZES, floor) * np.exp(noise * generator.standard_normal(6))))
+        law = fit_saturating_power_law(
+            size_points(floor_surface(SIZES, floor) * np.exp(noise * generator.standard_normal(6)))
+        )
         found.append(held(law, ahead, floor_surface(ahead, floor), noise, generator))
     assert 0.91 <= np.mean(found) <= 0.99
 
@@ -52,7 +54,7 @@ def test_joint_intervals_hold_three_times_ahead():
     ahead = 3 * SIZES[-1], 3 * AMOUNTS[-1]
     found = []
     for _ in range(60):
-        law = fit_joint(joint_points(0.005 * generator.standard_normal(18)))
+        law = fit_parameters_and_data(joint_points(0.005 * generator.standard_normal(18)))
         found.append(held(law, ahead, joint_surface(*ahead), 0.005, generator))
     assert np.mean(found) >= 0.88
 
@@ -62,7 +64,9 @@ def test_parameters_lie_within_their_standard_errors():
     scores = []
     for _ in range(100):
         sizes = np.geomspace(2e5, 2e7, 12)
-        law = fit_floor(size_points(floor_surface(sizes, 0.4) * np.exp(0.002 * generator.standard_normal(12)), sizes))
+        law = fit_saturating_power_law(
+            size_points(floor_surface(sizes, 0.4) * np.exp(0.002 * generator.standard_normal(12)), sizes)
+        )
         scores.append((law.parameters["alpha"] - 0.3) / law.standard_errors["alpha"])
     assert abs(np.mean(scores)) < 0.35
     assert 0.8 < np.std(scores) < 1.4
@@ -71,8 +75,8 @@ def test_parameters_lie_within_their_standard_errors():
 def test_leaving_one_out_is_fitting_the_others():
     loss = floor_surface(SIZES, 0.4) * np.exp(0.003 * np.random.default_rng(5).standard_normal(6))
     points = size_points(loss)
-    for fit in (fit_power_law, fit_floor):
-        trust = examine(fit, points, fit(points))
+    for fit in (fit_power_law, fit_saturating_power_law):
+        trust = diagnose(fit, points, fit(points))
         assert [each.run for each in trust.leave_one_out] == list(points.runs)
         for index, each in enumerate(trust.leave_one_out):
             others = np.delete(np.arange(6), index)
@@ -89,7 +93,7 @@ def test_leaving_one_out_is_fitting_the_others():
 def test_the_largest_held_out_shows_a_floor():
     loss = floor_surface(SIZES, 0.5, 0.3) * np.exp(0.001 * np.random.default_rng(6).standard_normal(6))
     points = size_points(loss)
-    line, floor = (examine(fit, points, fit(points)).largest[0] for fit in (fit_power_law, fit_floor))
+    line, floor = (diagnose(fit, points, fit(points)).largest[0] for fit in (fit_power_law, fit_saturating_power_law))
     assert line.error < -0.05
     assert floor.inside
     assert abs(floor.error) < 0.005
@@ -98,7 +102,7 @@ def test_the_largest_held_out_shows_a_floor():
 
 def test_the_largest_size_is_held_out_with_all_its_trainings():
     points = joint_points(0.003 * np.random.default_rng(7).standard_normal(18))
-    trust = examine(fit_joint, points, fit_joint(points))
+    trust = diagnose(fit_parameters_and_data, points, fit_parameters_and_data(points))
     assert [each.x for each in trust.largest] == [(SIZES[-1], amount) for amount in AMOUNTS]
     assert all(each.inside for each in trust.largest)
     assert len(trust.leave_one_out) == 18
@@ -106,11 +110,11 @@ def test_the_largest_size_is_held_out_with_all_its_trainings():
 
 def test_what_cannot_be_left_out_is_told():
     points = size_points(floor_surface(SIZES[:3], 0.4), SIZES[:3])
-    trust = examine(fit_floor, points, fit_floor(points))
+    trust = diagnose(fit_saturating_power_law, points, fit_saturating_power_law(points))
     assert trust.leave_one_out == trust.largest == ()
-    assert trust.largest_refused == "a floor needs 3 different N at least, and there are 2"
+    assert trust.largest_refused == "an irreducible loss needs 3 different N, and there are 2 among numbers"
     four = size_points(floor_surface(SIZES[:4], 0.4), SIZES[:4])
-    (largest,) = examine(fit_floor, four, fit_floor(four)).largest
+    (largest,) = diagnose(fit_saturating_power_law, four, fit_saturating_power_law(four)).largest
     assert (largest.low, largest.high, largest.inside) == (None, None, None)
     assert largest.predicted == pytest.approx(largest.observed, rel=1e-6)
 
@@ -141,7 +145,7 @@ def test_the_bootstrap_draws_seeds_within_sizes():
 
     def fit(drawn: Points):
         seen.append(drawn)
-        return fit_floor(drawn)
+        return fit_saturating_power_law(drawn)
 
     found = bootstrap(fit, points, 20)
     assert (found.unit, found.failed) == ("seeds within each size", 0)
@@ -151,8 +155,8 @@ def test_the_bootstrap_draws_seeds_within_sizes():
 
 def test_resamples_without_a_law_are_counted():
     points = size_points(floor_surface(SIZES[:4], 0.4), SIZES[:4])
-    found = bootstrap(fit_floor, points, 100)
+    found = bootstrap(fit_saturating_power_law, points, 100)
     assert 20 < found.failed < 50
     three = size_points(floor_surface(SIZES[:3], 0.4), SIZES[:3])
     with pytest.raises(CannotFit, match="of 50 resamples have enough different sizes"):
-        bootstrap(fit_floor, three, 50)
+        bootstrap(fit_saturating_power_law, three, 50)

@@ -39,16 +39,17 @@ def test_devices_are_shared_out_disjointly():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "code", "key"),
     [
-        (([0, 1], 4, None), "gpus_per_job=4 is more than the 2 GPUs"),
-        (([0, 1], 1, 3), "gpus_per_job=1 × jobs_at_once=3 is more than the 2 GPUs"),
-        (([0, 0], 1, None), "twice"),
+        (([0, 1], 4, None), "too-few-gpus", "hydra.launcher.gpus_per_job"),
+        (([0, 1], 1, 3), "too-few-gpus", "hydra.launcher.gpus_per_job"),
+        (([0, 0], 1, None), "duplicate-gpu", "hydra.launcher.gpus"),
     ],
 )
-def test_more_than_there_is_is_refused(arguments, reason):
-    with pytest.raises(UserError, match=reason):
+def test_more_than_there_is_is_refused(arguments, code, key):
+    with pytest.raises(UserError) as refused:
         shares(*arguments, 2)
+    assert (refused.value.code, refused.value.key) == (code, key)
 
 
 def test_gpus_are_those_that_cuda_visible_devices_leaves(monkeypatch):
@@ -59,8 +60,9 @@ def test_gpus_are_those_that_cuda_visible_devices_leaves(monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
         assert visible_gpus() == gpus
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234")
-    with pytest.raises(UserError, match="GPU-1234"):
+    with pytest.raises(UserError) as refused:
         visible_gpus()
+    assert (refused.value.code, refused.value.key) == ("device-names", "CUDA_VISIBLE_DEVICES")
 
 
 def test_ports_are_free_and_not_promised_to_others():
@@ -94,7 +96,7 @@ def test_the_ladder_is_a_multirun_without_being_told(train, shards, tmp_path):
         config = compose([override for override in overrides if override != "hydra.mode=RUN"])
         assert config.run.dir == f"runs/ladder/{name}" and config.run.sweep == "ladder"
         assert name == f"model={config.model.name}" and config.train.keep_at
-        assert config.schedule.decay == 0 and config.schedule.boundaries == []  # trunks: only branches decay
+        assert config.schedule.decay == 0 and config.schedule.boundaries == []  # only cooldowns decay
     assert output.count("sbatch runs/ladder/") == len(plan)
 
     (tmp_path / "runs" / "ladder" / "model=nano.sbatch").unlink()
@@ -135,12 +137,12 @@ def test_the_command_line_narrows_grids_and_no_run_comes_twice():
 
 
 REFUSED = {
-    "train.batch_size=3": "model=nano: train.batch_size=3 does not divide",
+    "train.batch_size=3": "model=nano: train.batch_size=3 is not divisible",
     "data.shards=missing": "model=nano: there are no shards at missing",
     "eval.images=missing": "model=nano: there is no folder missing",
-    "run.dir=here": "two runs of the sweep share run.dir=here; leave run.dir out (run.sweep=NAME puts the runs into",
-    "train.seed=1,1": "train.seed=1 twice; give each value once",
-    "hydra.sweep.dir=here": "hydra.sweep.dir=here has no effect; run.dir=DIR is the folder of a run",
+    "run.dir=here": "two runs of the sweep share run.dir=here; omit run.dir (run.sweep=NAME puts the runs into",
+    "train.seed=1,1": "train.seed=1 twice; give each value only once",
+    "hydra.sweep.dir=here": "hydra.sweep.dir=here has no effect; set run.dir=DIR, the run folder",
     f"run.dir=here/${{model.name}}_{'x' * 250}": "too long; choose one with a name of at most 248 bytes",
     f"run.sweep={'x' * 300}": "too long",
     "train.seed=0,-1": "model=nano,train.seed=-1: train.seed=-1",
@@ -162,7 +164,7 @@ def test_a_mistake_is_refused_before_anything_starts(train, shards, tmp_path, mi
     assert list(tmp_path.rglob("*")) == []
 
 
-@pytest.mark.parametrize("launcher", [(), ("hydra/launcher=deepspeed",), ONLY_WRITE])
+@pytest.mark.parametrize("launcher", [(), ONLY_WRITE])
 def test_another_sweep_over_the_same_key_is_told_the_way_out(train, shards, tmp_path, launcher):
     call = ("-m", "model=nano,450k", f"data.shards={shards}")
     first = tmp_path / "runs" / "sweep_model" / "model=450k"
@@ -219,7 +221,7 @@ def test_launchers_are_for_several_runs_and_start_their_own_processes(train, sha
 def test_without_sbatch_one_sentence_says_so(train, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, errors = train("-m", "model=nano,450k", f"data.shards={shards}", "hydra/launcher=slurm", *ONLY_WRITE[2:])
-    assert code == 2 and errors.count("\n") == 1 and "no sbatch" in errors
+    assert code == 2 and errors.count("\n") == 1 and "sbatch is not installed" in errors
     assert not (tmp_path / "runs" / "sweep_model").exists()
 
 

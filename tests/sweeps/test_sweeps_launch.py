@@ -16,13 +16,12 @@ import pytest
 
 from hpcm_scale.config.compose import compose, to_yaml
 from hpcm_scale.errors import STOPPED
-from hpcm_scale.sweeps.state import Follower
+from hpcm_scale.sweeps.status import Follower
 
 pytestmark = pytest.mark.launch
 
 COMMON = ("train.batch_size=2", "train.checkpoint_every=1", "log.wandb=disabled", "data.workers=0", "engine=accelerate")
 SWEEP = Path("runs") / "sweep_model"
-STEPS = 6
 
 
 def start(folder: Path, shards: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -69,50 +68,11 @@ def contents(run: Path) -> dict[str, int]:
     return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
-def test_three_sizes_one_killed_and_one_failing_and_the_same_command_finishes_what_is_missing(shards, train, tmp_path):
-    nano, failing, killed = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k", "micro"))
-    in_the_way = obstacle(failing, shards, "model=450k", f"train.steps={STEPS}")
-    arguments = ("-m", "model=nano,450k,micro", f"train.steps={STEPS}", "hydra/launcher=deepspeed")
-    call = (*arguments, "hydra.launcher.jobs_at_once=2")
+def test_interrupted_then_one_killed_the_same_command_finishes_what_is_missing(shards, train, tmp_path, exit_codes):
+    runs = nano, micro = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "micro")]
+    call = ("-m", "model=nano,micro", "hydra/launcher=deepspeed", "hydra.launcher.jobs_at_once=2")
 
-    process = start(tmp_path, shards, *call)
-    wait_for(lambda: len(steps(killed)) >= 2, process)
-    ranks = [
-        child for child in psutil.Process(process.pid).children(recursive=True) if "model=micro" in child.cmdline()
-    ]
-    ranks[-1].kill()
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 1, output + errors
-    states = {run.name: Follower(run).look() for run in (nano, failing, killed)}
-    assert {name: state.state for name, state in states.items()} == {
-        "model=nano": "finished",
-        "model=450k": "failed",
-        "model=micro": "failed",
-    }
-    assert "IsADirectoryError" in states["model=450k"].note and "SIGKILL" in states["model=micro"].note
-    assert "model=450k: failed: IsADirectoryError" in output and "2 of 3 runs are not finished" in output
-    assert 2 <= len(steps(killed)) < STEPS
-
-    in_the_way.rmdir()
-    before = contents(nano)
-    code, output, errors = train(*call, f"data.shards={shards}", *COMMON)
-    assert code == 0, output + errors
-    assert contents(nano) == before  # nothing was started for it
-    assert output.count(": started on") == 2 and "model=nano: started" not in output
-    assert steps(failing) == steps(killed) == list(range(1, STEPS + 1))
-    assert "going on from step" in killed.with_name("model=micro.log").read_text()
-    last = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and f"/{STEPS}" in line]
-    assert [(row[0], row[3], row[-1]) for row in last] == [
-        ("model=nano", f"{STEPS}/{STEPS}", "finished"),
-        ("model=450k", f"{STEPS}/{STEPS}", "finished"),
-        ("model=micro", f"{STEPS}/{STEPS}", "finished"),
-    ]
-
-
-def test_on_ctrl_c_all_leave_a_checkpoint_and_no_process_stays(shards, tmp_path, exit_codes):
-    runs = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k")]
-    arguments = ("-m", "model=nano,450k", "train.steps=5000", "hydra/launcher=deepspeed")
-    process = start(tmp_path, shards, *arguments, "hydra.launcher.jobs_at_once=2")
+    process = start(tmp_path, shards, *call, "train.steps=5000")
     wait_for(lambda: all(steps(run) for run in runs), process)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 6  # of each run: deepspeed, its launcher, training
@@ -121,11 +81,34 @@ def test_on_ctrl_c_all_leave_a_checkpoint_and_no_process_stays(shards, tmp_path,
     assert process.returncode == STOPPED and "sweep" in exit_codes[str(STOPPED)], output + errors
     assert psutil.wait_procs(children, timeout=60)[1] == []
     for run in runs:
-        checkpoints = [int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir()]
-        assert max(checkpoints) == steps(run)[-1]
+        assert max((run / "checkpoints").iterdir()).name == f"step_{steps(run)[-1]:08d}"
         assert f"{run.name}: stopped at step {steps(run)[-1]:,} of 5,000" in output
         assert Follower(run).look().state == "stopped"
         assert run.with_name(f"{run.name}.log").read_text().endswith(f"ended with exit code {STOPPED}, as asked\n")
+
+    stopped_at = steps(micro)[-1]
+    last = max(steps(run)[-1] for run in runs) + 6
+    call = (*call, f"train.steps={last}")
+    process = start(tmp_path, shards, *call)
+    wait_for(lambda: steps(micro)[-1] > stopped_at, process)
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "model=micro" in child.cmdline()
+    ]
+    ranks[-1].kill()
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 1, output + errors
+    state = Follower(micro).look()
+    assert (Follower(nano).look().state, state.state) == ("finished", "failed") and "SIGKILL" in state.note
+    assert "model=micro: failed: " in output and "1 of 2 runs are not finished" in output
+
+    before = contents(nano)
+    code, output, errors = train(*call, f"data.shards={shards}", *COMMON)
+    assert code == 0, output + errors
+    assert contents(nano) == before  # nothing was started for it
+    assert output.count(": started on") == 1 and "model=nano: started" not in output
+    assert steps(nano) == steps(micro) == list(range(1, last + 1))
+    rows = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and f"/{last}" in line]
+    assert [(row[0], row[3], row[-1]) for row in rows] == [(run.name, f"{last}/{last}", "finished") for run in runs]
 
 
 def test_without_a_launcher_one_after_the_other_and_one_failing(shards, fork_server, tmp_path):

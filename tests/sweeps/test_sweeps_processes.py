@@ -16,7 +16,7 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import STOPPED
 from hpcm_scale.sweeps.jobs import Job, ended, group_members, last_error, last_mark, log_of, make_job, started, tail
 from hpcm_scale.sweeps.local import AtOnce, JobProcess, Share
-from hpcm_scale.sweeps.table import summary
+from hpcm_scale.sweeps.status import summary
 
 
 def wait(process: JobProcess) -> int:
@@ -102,7 +102,7 @@ def test_a_job_can_be_killed_at_once(start):
 def test_what_outlives_its_launcher_is_ended_and_told_as_a_failure(start):
     process = start("sleep 60 & echo ready; kill -KILL $$")
     assert wait(process) == -9 and group_members(group(start.log)) == []
-    assert last_error(tail(start.log)) == "a process was ended by SIGKILL"
+    assert last_error(tail(start.log)) == "a process was killed by SIGKILL"
 
 
 def test_what_outlives_its_launcher_is_asked_once(start):
@@ -123,7 +123,7 @@ def test_a_run_that_another_call_trains_is_left_to_it(tmp_path, monkeypatch, cap
     finally:
         os.killpg(other._process.pid, signal.SIGKILL)
         other._process.wait()
-    assert "being trained by processes of another call" in capfd.readouterr().out and not job.folder.exists()
+    assert "is being trained by another command" in capfd.readouterr().out and not job.folder.exists()
     again = JobProcess(["true"], job.log, os.environ, 1)
     assert wait(again) == 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcm_scale.errors import STOPPED
-from hpcm_scale.sweeps.state import Follower
+from hpcm_scale.sweeps.status import Follower
 
 pytestmark = pytest.mark.launch
 
@@ -46,7 +46,7 @@ def test_what_is_not_in_the_queue_is_submitted_and_says_how_far_it_is(shards, tr
     code, output, errors = train(*call, f"data.shards={shards}", *COMMON)
     assert code == 0, output + errors
     assert "model=nano: Slurm job 41, log: " in output
-    assert "model=450k: in the queue already, as Slurm job 57" in output
+    assert "model=450k: already in the queue as Slurm job 57" in output
     assert not (sweep / "model=450k").exists() and not requeued.exists()
     nano = sweep / "model=nano"
     assert Follower(nano).look().state == "finished" and Follower(nano).look().step == 2

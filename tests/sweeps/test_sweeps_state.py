@@ -12,6 +12,7 @@ import pytest
 
 from hpcm_scale.commands.sweep import main
 from hpcm_scale.config.compose import compose
+from hpcm_scale.formatting import duration
 from hpcm_scale.scaling.filters import TRAINING, end
 from hpcm_scale.scaling.runs import load_run
 from hpcm_scale.sweeps.jobs import (
@@ -27,8 +28,7 @@ from hpcm_scale.sweeps.jobs import (
     started,
     starting,
 )
-from hpcm_scale.sweeps.state import Follower
-from hpcm_scale.sweeps.table import clock, sentence
+from hpcm_scale.sweeps.status import Follower, sentence
 
 
 def long_ago(*paths) -> None:
@@ -44,11 +44,11 @@ ERRORS = {
     "hpcm: there are no shards at x; build them\n": "there are no shards at x; build them",
     'Traceback …:\n  File "a.py", line 3\nValueError: bad\nmore\n': "ValueError: bad",
     "[rank1]: torch.cuda.OutOfMemoryError: CUDA out of memory\n": "torch.cuda.OutOfMemoryError: CUDA out of memory",
-    "[ERROR] ['python'] exits with return code = -9\n": "a process was ended by SIGKILL",
+    "[ERROR] ['python'] exits with return code = -9\n": "a process was killed by SIGKILL",
     "exits with return code = 3\n": "exit code 3",
-    "hpcm sweep: ended with exit code -15\n": "a process was ended by SIGTERM",
+    "hpcm sweep: ended with exit code -15\n": "a process was killed by SIGTERM",
     f"ValueError: said first\n{started(1)}": "ValueError: said first",
-    "nothing\n": "it ended without a word",
+    "nothing\n": "it ended without an error message",
 }
 
 
@@ -181,10 +181,10 @@ def test_what_cannot_be_read_does_not_hide_the_others(make_run, tmp_path, capsys
     main(["status", str(tmp_path)])
     output = capsys.readouterr().out
     assert all(f" {path.name} " in output for path in tmp_path.iterdir())
-    assert "not JSON" in " ".join(output.split()) and output.count("holds a line that is not a run's") == 4
+    assert "not JSON" in " ".join(output.split()) and output.count("has a line without step and time") == 4
 
 
-def test_a_branch_is_a_run_like_any_other(make_run):
+def test_a_cooldown_is_a_run_like_any_other(make_run):
     run = make_run("trunk,cooldown_at=3,decay=0.4", 5, "run.cooldown_of=trunk", "run.cooldown_at=3", "train.steps=5")
     assert Follower(run).look().state == "finished"
 
@@ -201,7 +201,7 @@ def test_status_shows_what_waits_and_finds_runs_at_any_depth(make_run, tmp_path,
     assert rows["model=micro"] == ["model=micro", "micro", "1.09", "M", "0/10", "waiting"]
     assert rows["model=nano"][1:6] == ["nano", "0.21", "M", "10/10", "0.9000"] and rows["model=nano"][-1] == "finished"
     assert " elapsed " in output and " to go " in output  # `time` beside `left` reads as one heading
-    assert rows["deep"][-1] == "running" and rows["deep"][5] == "3.333*" and "* of training" in output
+    assert rows["deep"][-1] == "running" and rows["deep"][5] == "3.333*" and "* smoothed training loss" in output
 
 
 def test_a_column_that_repeats_names_is_left_out(make_run, tmp_path, capsys):
@@ -230,12 +230,12 @@ def test_watching_ends_when_all_runs_are_finished(make_run, tmp_path, capsys):
 
 def test_times_are_short():
     times = (None, 0.4, 59, 60, 3599, 3600, 86400, 172800, 1e6)
-    assert [clock(time) for time in times] == [
+    assert [duration(time) for time in times] == [
         "",
         "0 s",
         "59 s",
-        "1:00",
-        "59:59",
+        "1:00 min",
+        "59:59 min",
         "1:00 h",
         "24:00 h",
         "2.0 d",

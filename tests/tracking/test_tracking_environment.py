@@ -31,7 +31,7 @@ def told(function: str, package_root: Path, **variables: str) -> dict | None:
 @pytest.fixture()
 def copy(tmp_path: Path, project: Path) -> Path:
     """A copy of what the environment needs, outside any checkout."""
-    for name in ("__init__.py", "errors.py", "files.py", "streams.py", "config", "tracking"):
+    for name in ("__init__.py", "errors.py", "files.py", "config", "tracking"):
         source, target = project / "hpcm_scale" / name, tmp_path / "hpcm_scale" / name
         target.parent.mkdir(exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)

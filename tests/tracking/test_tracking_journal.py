@@ -135,11 +135,13 @@ def test_lines_that_find_no_room_wait_for_it(tmp_path: Path) -> None:
 
 
 def test_damage_and_absence_are_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no journal"):
+    with pytest.raises(UserError) as caught:
         read_journal(tmp_path / "metrics.jsonl")
+    assert caught.value.code == "no-journal"
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError) as caught:
         read_journal(tmp_path / "metrics.jsonl")
+    assert caught.value.code == "damaged-journal"
 
 
 def test_a_reader_sees_whole_lines_while_another_process_writes_and_after_it_was_killed(

@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 
 from hpcm_scale.tracking.journal import read_journal
-from hpcm_scale.tracking.wandb_view import _image, unseen
+from hpcm_scale.tracking.wandb_view import _as_image, unseen
+
+pytestmark = pytest.mark.launch
 
 TRAIN = """
 import os, sys, time
@@ -37,7 +39,7 @@ journal.resume(start)
 log, run = LogConfig(wandb=WandbMode(mode), project="codecs"), RunConfig(sweep="ladder")
 facts = {"parameters": 251_904, "git_commit": "0123abcd"}
 opened = time.monotonic()
-view = WandbView.open(run_dir, log, run, config={"model": {"name": "nano"}}, facts=facts)
+view = WandbView.open(run_dir, log, run, config={"model": {"name": "nano"}}, metadata=facts)
 print("opened in", time.monotonic() - opened)
 generator = np.random.default_rng(start)
 for step in range(start + 1, stop + 1):
@@ -167,7 +169,7 @@ def test_without_wandb_training_goes_on(tmp_path: Path, case: str) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     else:
         assert done.stderr.count("\n") == 1
-        assert "wandb is off" in done.stderr
+        assert "wandb is disabled" in done.stderr
 
 
 def test_a_server_that_never_answers_costs_no_training_time(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_server_that_never_answers_costs_no_training_time(tmp_path: Path) -> N
         )
     assert float(done.stdout.split()[2]) < 15 / 2
     assert "closed" in done.stdout
-    assert "goes on in the background" in done.stderr
+    assert "continues in the background" in done.stderr
     assert len(read_journal(tmp_path / "metrics.jsonl")) == 22
 
 
@@ -208,7 +210,7 @@ def test_pictures_of_every_kind_show_the_same(dtype: torch.dtype) -> None:
     tensor = tensor if dtype is torch.uint8 else (tensor / 255 * 3 - 1).to(dtype)  # beyond 0 … 1 is clipped
     array = pixels if dtype is torch.uint8 else pixels / 255
     for picture in (tensor, array, Image.fromarray(pixels)):
-        assert np.array_equal(np.asarray(_image(picture)), pixels)
+        assert np.array_equal(np.asarray(_as_image(picture)), pixels)
 
 
 def test_online_only_what_the_server_has_not_seen_is_shown() -> None:

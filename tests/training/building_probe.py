@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config
-from hpcm_scale.distributed.processes import complete_environment, without_launcher_arguments
+from hpcm_scale.config.spec import RunSpec
+from hpcm_scale.distributed.processes import complete_environment, without_launcher_arguments, world_size
 from hpcm_scale.machine.receivers import receiver
-from hpcm_scale.model.ladder import sized
+from hpcm_scale.model.ladder import compose_sized
 from hpcm_scale.model.weights import WeightsFile, read_weights_file
 from hpcm_scale.training.engines import create_engine
 from hpcm_scale.training.task import Receivers, Task, task_of
@@ -48,7 +48,7 @@ def compare(config: Config, origin: WeightsFile | None, path: Path) -> dict[str,
     whole = make(config, origin, receivers)
     layers = [sum(each.nbytes for each in layer.parameters(recurse=False)) for layer in whole.module.modules()]
     rates = [getattr(each, "learning_rate_factor", None) for each in whole.module.parameters()]
-    engine, living = create_engine(config), Living()
+    engine, living = create_engine(config.engine, config.train, RunSpec.of(config, world_size())), Living()
     with engine.building():
         hook = register_module_parameter_registration_hook(living.register)
         task = make(config, origin, receivers)
@@ -77,8 +77,8 @@ def main() -> None:
     [configurations] = without_launcher_arguments(sys.argv[1:])
     for number, (first, second) in enumerate(json.loads(configurations)):
         path = Path(f"{number}.safetensors")
-        compare(compose(first, sized), None, path)
-        compare(compose(second, sized), read_weights_file(path), path.with_suffix(".again.safetensors"))
+        compare(compose_sized(first), None, path)
+        compare(compose_sized(second), read_weights_file(path), path.with_suffix(".again.safetensors"))
     torch.distributed.destroy_process_group()
 
 

@@ -39,6 +39,7 @@ def launch(shards, fork_server, tmp_path_factory):
         **variables,
     ):
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        environment = {name: value for name, value in environment.items() if value is not None}
         if "engine=zero3" in overrides:  # nano's tensors are so small that all would be kept whole
             overrides = (*overrides, f"+engine.options.{_KEPT}=0")
         if launcher:

@@ -46,8 +46,8 @@ def diverging(self, module, batch, device):
 
 def spoil_a_weight(engine) -> None:
     """As a bit flip in memory would: from the next step on, the loss is not finite."""
-    piece = next(piece for piece in engine.pieces() if piece.kind == "weight")
-    piece.values[0] = torch.nan
+    shard = next(shard for shard in engine.state_shards() if shard.kind == "weight")
+    shard.values[0] = torch.nan
 
 
 Task.loss, Trainer.train = diverging, remembering

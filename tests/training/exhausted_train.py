@@ -1,4 +1,4 @@
-"""Training in which process 1 runs out of memory in its third step, with the error that torch raises on a GPU."""
+"""Training in which rank 1 runs out of memory in its third step, with the error that torch raises on a GPU."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ import deepspeed.ops
 import torch.distributed
 from deepspeed.utils import groups
 
-from hpcm_scale.config.compose import compose
-from hpcm_scale.distributed.ranks import facts
-from hpcm_scale.distributed.rendezvous import initialise, join
+from hpcm_scale.config.compose import compose, to_dict
+from hpcm_scale.config.spec import RunSpec
+from hpcm_scale.distributed.processes import world_size
+from hpcm_scale.distributed.rendezvous import facts, init_process_group, join
 from hpcm_scale.training.engines import create_engine
 
 
@@ -23,10 +24,10 @@ def main() -> None:
     deepspeed.ops._probe_compatible_ops = refuse
     for name in ("accelerate", "deepspeed"):
         config = compose([f"engine.name={name}", "engine.zero_stage=0", "train.batch_size=4"])
-        group = join(facts(config, "digest"), minutes=1)
-        initialise(group, watchdog_timeout=90)
+        group = join(facts(to_dict(config), "digest"), minutes=1)
+        init_process_group(group, watchdog_timeout=90)
         before = torch.distributed.group.WORLD
-        engine = create_engine(config)
+        engine = create_engine(config.engine, config.train, RunSpec.of(config, world_size()))
         same = "same" if torch.distributed.group.WORLD is before else "another"
         say(f"group {name} {engine.rank} of {engine.world_size}: {same}")
     made = [torch.distributed.group.WORLD, torch.distributed.new_group(), groups._get_data_parallel_group()]

@@ -20,7 +20,7 @@ from hpcm_scale.training.loop import Trainer
 LOOKS: list[dict[str, int]] = []
 
 
-class Watch(TorchDispatchMode):
+class Watchdog(TorchDispatchMode):
     """Counts float(x), x.item(), `if x` and the like."""
 
     def __init__(self, counts: Counter) -> None:
@@ -52,7 +52,7 @@ def watched(train_step):
 
             return patch.object(torch.Tensor, name, noted)
 
-        with Watch(counts), patch.object(torch.Tensor, "tolist", counted), noting("cpu"), noting("numpy"):
+        with Watchdog(counts), patch.object(torch.Tensor, "tolist", counted), noting("cpu"), noting("numpy"):
             result = train_step(trainer, *arguments, **keywords)
         LOOKS.append(dict(counts))
         Path(os.environ["LOOKED_AT"]).write_text(json.dumps(LOOKS), encoding="utf-8")

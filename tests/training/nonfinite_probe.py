@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hpcm_scale.config.compose import compose
+from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.distributed import processes
 from hpcm_scale.training.engines import create_engine
 
@@ -19,7 +20,9 @@ def main() -> None:
 
 
 def probe(name: str) -> None:
-    engine = create_engine(compose([f"engine={name}", "train.batch_size=2"]))
+    config = compose([f"engine={name}", "train.batch_size=2"])
+    spec = RunSpec.of(config, processes.world_size())
+    engine = create_engine(config.engine, config.train, spec)
     torch.manual_seed(0)
     engine.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)))
 

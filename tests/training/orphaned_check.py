@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hpcm_scale.commands.check import main
+from quick_check import main
+
 from hpcm_scale.distributed.ranks import Launcher
 from hpcm_scale.preflight import measurements
 

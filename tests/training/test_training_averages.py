@@ -26,10 +26,10 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.model.weights import load_weights, read_weights_file
 from hpcm_scale.objective import RateDistortionObjective
-from hpcm_scale.training.averages import FINEST, Averages, exponent, kind_of, taken_in_before
+from hpcm_scale.training.ema import EMA, FINEST, ema_kind, exponent, previous_update
 from hpcm_scale.training.engines.accelerate import AccelerateEngine
-from hpcm_scale.training.posthoc import WORST, Profile, coefficients
-from hpcm_scale.training.state_shards import Piece, opened
+from hpcm_scale.training.post_hoc_ema import MAX_ERROR, Profile, coefficients
+from hpcm_scale.training.state_shards import StateShard, open_state
 
 pytestmark = pytest.mark.launch
 
@@ -75,9 +75,9 @@ def runs(train, launch, photo, project):
 def stored(run: Path, step: int, kind: str) -> dict[str, Tensor]:
     """What a checkpoint holds of a kind, flattened tensors by name."""
     tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in exported(run, WEIGHTS).items()}
-    with opened(sorted((run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))) as pieces:
+    with open_state(sorted((run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))) as pieces:
         for name, values in tensors.items():
-            pieces.fill(Piece(kind, name, 0, values))
+            pieces.load(StateShard(kind, name, 0, values))
     return tensors
 
 
@@ -120,7 +120,7 @@ def test_averages_are_those_of_the_weights_to_the_bit(run, length, runs):
     number of processes, and after a rollback."""
     average = averages_of(runs[run], length)
     assert furthest(exported(runs[run], f"weights_ema_{length}.safetensors"), average) == 0
-    assert furthest(stored(runs[run], STEPS, kind_of(length)), average) == 0
+    assert furthest(stored(runs[run], STEPS, ema_kind(length)), average) == 0
     assert furthest(exported(runs[run], WEIGHTS), stored(runs[run], STEPS, "weight")) == 0
     assert furthest(average, weighted_sum(runs[run], length)) < 4e-7
     assert furthest(average, exported(runs[run], WEIGHTS)) > 1e-5
@@ -156,10 +156,10 @@ def test_the_journal_tells_the_losses_of_the_averages(run, runs, photo):
 
 
 def test_a_step_left_out_changes_no_average():
-    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]))
+    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]).train, accumulation=1)
     engine.prepare(nn.Linear(2, 1))
-    averages = Averages(engine, LENGTHS)
-    weight, average = engine.pieces()[0].values, averages.pieces()[0].values
+    averages = EMA(engine, LENGTHS)
+    weight, average = engine.state_shards()[0].values, averages.state_shards()[0].values
     before = weight.clone()
     assert torch.equal(average, weight)
     weight.add_(1)
@@ -219,7 +219,7 @@ def test_two_lengths_give_the_ones_between(updates, checkpoints, error):
     kept = [Profile(length, time) for length in (0.05, 0.1) for time in times]
     for length in (0.05, 0.06, 0.08, 0.1):
         assert coefficients(kept, Profile(length, updates))[1] < error
-    assert coefficients(kept[-1:], Profile(0.2, updates))[1] > WORST
+    assert coefficients(kept[-1:], Profile(0.2, updates))[1] > MAX_ERROR
 
 
 def average(monkeypatch, *arguments: object) -> None:
@@ -231,7 +231,7 @@ def average(monkeypatch, *arguments: object) -> None:
 def test_an_average_of_another_length(length, runs, monkeypatch, capsys, tmp_path):
     """Three checkpoints of two lengths span all there is to know of three steps."""
     average(monkeypatch, runs["zero1"], "--length", length, "--out", tmp_path / "average.safetensors")
-    assert f"of length {length:g} at step 3, from those of 0.1 and 0.25 in 3 checkpoints" in capsys.readouterr().out
+    assert f"EMA of length {length:g} at step 3, from lengths 0.1 and 0.25 in 3 checkpoints" in capsys.readouterr().out
     assert furthest(exported(tmp_path, "average.safetensors"), weighted_sum(runs["zero1"], length)) < 1e-6
     facts, usual = (read_weights_file(path).facts for path in (tmp_path / "average.safetensors", runs["zero1"]))
     made = facts.pop("ema_from")
@@ -264,7 +264,7 @@ def test_an_average_up_to_a_step_over_trunk_and_branch(runs, monkeypatch, tmp_pa
     [
         (0.29, (), "--length: 0.29 must be at least 0.001 and less than 0.2886751346"),
         (0.0, (), "--length: 0.0 must be at least 0.001"),
-        (0.2, ("--at", 7), "holds no checkpoint of step 7 (there are: 1, 2, 3)"),
+        (0.2, ("--at", 7), "has no checkpoint of step 7; choose one of: 1, 2, 3"),
         (0.01, ("--at", 1, "--out", "."), "--out . is a folder"),
     ],
 )
@@ -279,17 +279,24 @@ def test_too_few_checkpoints_and_none_are_told(runs, monkeypatch, capsys, tmp_pa
     for step in (1, 2):
         shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
     keeps(run, [0.25])
-    refused(monkeypatch, capsys, "of length 0.25 in 1 checkpoint come only within", run, "--length", 0.05)
+    refused(
+        monkeypatch,
+        capsys,
+        "of length 0.25 in 1 checkpoint approximate",
+        run,
+        "--length",
+        0.05,
+    )
     shutil.rmtree(run / "checkpoints")
-    refused(monkeypatch, capsys, "holds no checkpoint after a step yet", run, "--length", 0.1)
+    refused(monkeypatch, capsys, "has no checkpoint after step 0 yet", run, "--length", 0.1)
     (run / "config.yaml").write_text(
         to_yaml(
             replace(from_yaml(run / "config.yaml"), run=RunConfig(cooldown_of=str(tmp_path / "gone"), cooldown_at=1))
         )
     )
-    refused(monkeypatch, capsys, "branched off, is not there", run, "--length", 0.1)
+    refused(monkeypatch, capsys, "started its cooldown, is missing", run, "--length", 0.1)
     keeps(run, [])
-    refused(monkeypatch, capsys, "has kept no averages of its weights", run, "--length", 0.1)
+    refused(monkeypatch, capsys, "has no EMAs of its weights", run, "--length", 0.1)
     assert not list(run.glob("*_at_*"))
 
 
@@ -311,7 +318,7 @@ def refused(monkeypatch, capsys, told: str, *arguments: object) -> None:
 def test_lengths_that_cannot_be_are_refused(lengths):
     with pytest.raises(
         UserError,
-        match=r"^train\.ema=.* must be (at least 0\.001 and less than 0\.2886751346, each|different lengths)$",
+        match=r"^train\.ema=.* (must be at least 0\.001 and less than 0\.2886751346, each|lists a length twice; .*)$",
     ):
         check(compose(["model=nano", f"train.ema=[{lengths}]"]), 1)
 
@@ -320,7 +327,7 @@ def test_long_trainings_take_in_every_few_steps_and_leave_out_none():
     """What each step that is taken in goes on from is the one that was before it: shares stay those of the profile."""
     last, taken = 0, 0
     for updates in range(1, 9 * FINEST):
-        before = taken_in_before(updates)
+        before = previous_update(updates)
         if before is not None:
             assert before == last
             assert updates - before <= max(1, updates // FINEST)
@@ -336,7 +343,7 @@ def test_an_average_moves_late_in_a_long_training():
     for updates in range(start, start + steps):
         weight = 1.001 + drift * (updates - start)
         exact.lerp_(torch.tensor(weight, dtype=torch.float64), 1 - (1 - 1 / updates) ** power)
-        before = taken_in_before(updates)
+        before = previous_update(updates)
         if before is not None:
             average.lerp_(torch.tensor(weight), 1 - (before / updates) ** power)
     assert average.item() - 1 == pytest.approx(exact.item() - 1, rel=0.01)

@@ -25,7 +25,7 @@ def test_a_barrier_reads_the_sum():
 
 def test_what_torch_says_of_a_barrier_on_a_gpu_is_not_printed(monkeypatch):
     """Only there, and only of a process alone: here of a group that says it computes on a GPU."""
-    from hpcm_scale.training.engines.deepspeed import OF_BARRIERS
+    from hpcm_scale.training.engines.deepspeed import BARRIER_WARNING
 
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(distributed_c10d, "_get_object_coll_device", lambda group: "cuda")
@@ -35,5 +35,5 @@ def test_what_torch_says_of_a_barrier_on_a_gpu_is_not_printed(monkeypatch):
         warnings.simplefilter("error")
         with pytest.raises(UserWarning):
             torch.distributed.barrier(group)
-        warnings.filterwarnings("ignore", OF_BARRIERS, UserWarning)
+        warnings.filterwarnings("ignore", BARRIER_WARNING, UserWarning)
         torch.distributed.barrier(group)

@@ -20,15 +20,15 @@ from torch import nn
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
-from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, Retention, Saved, Saver
+from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, FailedSave, Retention, Saver
 from hpcm_scale.training.engines.accelerate import AccelerateEngine
-from hpcm_scale.training.state_shards import ALIGNMENT, HostCopy, Piece, fill, share, write
+from hpcm_scale.training.state_shards import ALIGNMENT, HostCopy, StateShard, load, partition, write
 
 
 @pytest.fixture(scope="module")
 def engine() -> AccelerateEngine:
     """A real engine with a real, small model: one process, no group."""
-    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]))
+    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]).train, accumulation=1)
     torch.manual_seed(0)
     engine.prepare(nn.Linear(4, 4))
     return engine
@@ -46,7 +46,7 @@ def train_step(engine: AccelerateEngine) -> float:
     return loss.item()
 
 
-def save(engine, checkpoints, *steps: int, before=lambda: None, losses=None, **retention) -> list[Saved]:
+def save(engine, checkpoints, *steps: int, before=lambda: None, losses=None, **retention) -> list[FailedSave]:
     saver = Saver(engine, checkpoints, Retention(**({"keep": 1} | retention)), before=before)
     ended = []
     for step in steps:
@@ -107,8 +107,8 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(engine, checkpoints):
     save(engine, checkpoints, 3)
     losses = [train_step(engine) for _ in range(3)]
     checkpoint, state, _ = checkpoints.newest()
-    fill([checkpoint.folder / name for name in checkpoint.read()[0]], engine.pieces())
-    engine.take_over(state["updates"])
+    load([checkpoint.folder / name for name in checkpoint.read()[0]], engine.state_shards())
+    engine.load_master_weights(state["updates"])
     assert [train_step(engine) for _ in range(3)] == losses
     assert losses[0] > losses[1] > losses[2]
 
@@ -116,18 +116,18 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(engine, checkpoints):
 def test_training_goes_on_while_a_checkpoint_is_written(engine, checkpoints):
     """What is written is what was there when it began, whatever the next steps change."""
     saver = Saver(engine, checkpoints, Retention(1), before=lambda: None)
-    weight = engine.pieces()[0].values.clone()
+    weight = engine.state_shards()[0].values.clone()
     saver.begin({"step": 1})
     train_step(engine)
     while saver.flags() == (0.0, 0.0):
         pass
     assert checkpoints.newest() is None  # not before all have told
-    assert saver.settle(*saver.flags()) == []
+    assert saver.commit(*saver.flags()) == []
     assert saver.finish() == []
     saver.close()
     written = load_file(checkpoints.of(1).folder / "rank_00000.safetensors")
     assert torch.equal(written["weight/weight@0"], weight)
-    assert not torch.equal(engine.pieces()[0].values, weight)
+    assert not torch.equal(engine.state_shards()[0].values, weight)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("odd")])
@@ -146,12 +146,12 @@ def test_a_save_that_fails_leaves_the_last_one_valid(error, engine, checkpoints)
 
 
 def test_weights_that_are_not_finite_are_never_saved(checkpoints):
-    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]))
+    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]).train, accumulation=1)
     engine.prepare(nn.Linear(4, 4))
     save(engine, checkpoints, 10)
-    engine.pieces()[0].values[3] = torch.nan
+    engine.state_shards()[0].values[3] = torch.nan
     [ended] = save(engine, checkpoints, 20)
-    assert ended == Saved(20, "weights or moments are not finite")
+    assert ended == FailedSave(20, "weights or moments are not finite")
     assert checkpoints.steps() == [10]
 
 
@@ -180,10 +180,10 @@ def test_damage_is_named_and_the_one_before_is_taken(what, engine, checkpoints):
     checkpoint, state, [damaged] = checkpoints.newest(examine)
     assert checkpoint.step == state["step"] == 10
     assert "step_00000020" in damaged and what in damaged
-    with pytest.raises(UserError, match=r"step_00000020 cannot be used .*; choose another step"):
+    with pytest.raises(UserError, match="step_00000020 cannot be used"):
         checkpoints.at(20, examine)
     DAMAGE[what](checkpoints.of(10).folder)
-    with pytest.raises(UserError, match=r"no checkpoint is whole .*step_00000020.*step_00000010.*to begin again"):
+    with pytest.raises(UserError, match=r"every checkpoint is damaged .*step_00000020.*step_00000010"):
         checkpoints.newest(examine)
 
 
@@ -212,43 +212,45 @@ def test_a_checkpoint_of_another_format_is_no_checkpoint(checkpoints):
     writers=st.integers(1, 5),
     readers=st.integers(1, 5),
 )
-def test_pieces_of_any_number_of_processes_are_read_by_any_other(sizes, writers, readers, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pieces")
-    whole = [Piece("weight", f"layer.{i}", 0, torch.randn(size)) for i, size in enumerate(sizes)]
+def test_shards_of_any_number_of_processes_are_read_by_any_other(sizes, writers, readers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("state")
+    whole = [StateShard("weight", f"layer.{i}", 0, torch.randn(size)) for i, size in enumerate(sizes)]
     files = []
     for rank in range(writers):
-        part = share(whole, rank, writers)
+        part = partition(whole, rank, writers)
         files.append(folder / f"{rank}.safetensors")
-        write(files[-1], {piece.key: piece.values.clone() for piece in part})
-    blank = [piece._replace(values=torch.full_like(piece.values, torch.nan)) for piece in whole]
+        write(files[-1], {shard.key: shard.values.clone() for shard in part})
+    blank = [shard._replace(values=torch.full_like(shard.values, torch.nan)) for shard in whole]
     for rank in range(readers):
-        fill(files, share(blank, rank, readers))
+        load(files, partition(blank, rank, readers))
     for written, read in zip(whole, blank, strict=True):
         assert torch.equal(written.values, read.values)
 
 
-def test_pieces_that_are_not_all_there_are_told(tmp_path):
+def test_missing_values_are_reported(tmp_path):
     write(tmp_path / "a", {"weight/x@0": torch.ones(3)})
-    with pytest.raises(ValueError, match="weight/x@0 is not all there"):
-        fill([tmp_path / "a"], [Piece("weight", "x", 0, torch.zeros(4))])
-    with pytest.raises(ValueError, match="weight/y@0 is not all there"):
-        fill([tmp_path / "a"], [Piece("weight", "y", 0, torch.zeros(2))])
+    with pytest.raises(ValueError, match="weight/x@0 lacks 1 of its values"):
+        load([tmp_path / "a"], [StateShard("weight", "x", 0, torch.zeros(4))])
+    with pytest.raises(ValueError, match="weight/y@0 lacks 2 of its values"):
+        load([tmp_path / "a"], [StateShard("weight", "y", 0, torch.zeros(2))])
 
 
 def test_a_copy_takes_the_room_of_its_pieces_and_no_more():
     """torch's pinned memory would come in powers of two: here 5 times of 1 MiB, for little more than 2.5."""
-    pieces = [Piece("weight", f"w{size}", 0, torch.arange(float(size))) for size in (1, 131_073, 3, 131_100, 393_000)]
+    state = [
+        StateShard("weight", f"w{size}", 0, torch.arange(float(size))) for size in (1, 131_073, 3, 131_100, 393_000)
+    ]
     host = HostCopy(pin=False)
-    copies = host.take(pieces)
+    copies = host.copy(state)
     storage = copies["weight/w1@0"].untyped_storage()
-    needed = sum(piece.values.nbytes for piece in pieces)
-    assert needed <= storage.nbytes() <= needed + len(pieces) * ALIGNMENT * 4
-    for piece in pieces:
-        assert torch.equal(copies[piece.key], piece.values)
-        assert copies[piece.key].untyped_storage().data_ptr() == storage.data_ptr()
-        assert copies[piece.key].storage_offset() % ALIGNMENT == 0
-    again = host.take([piece._replace(values=piece.values + 1) for piece in pieces])
-    assert all(torch.equal(again[piece.key], piece.values + 1) for piece in pieces)
+    needed = sum(shard.values.nbytes for shard in state)
+    assert needed <= storage.nbytes() <= needed + len(state) * ALIGNMENT * 4
+    for shard in state:
+        assert torch.equal(copies[shard.key], shard.values)
+        assert copies[shard.key].untyped_storage().data_ptr() == storage.data_ptr()
+        assert copies[shard.key].storage_offset() % ALIGNMENT == 0
+    again = host.copy([shard._replace(values=shard.values + 1) for shard in state])
+    assert all(torch.equal(again[shard.key], shard.values + 1) for shard in state)
     assert again["weight/w1@0"].untyped_storage().data_ptr() == storage.data_ptr()
     host.close()
 
@@ -263,9 +265,9 @@ def test_the_whole_buffer_is_pinned_once_and_given_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append(("synchronize",)))
     host = HostCopy(pin=True)
-    pieces = [Piece("weight", name, 0, torch.ones(100)) for name in "ab"]
-    address = host.take(pieces)["weight/a@0"].data_ptr()
-    host.take(pieces)
+    state = [StateShard("weight", name, 0, torch.ones(100)) for name in "ab"]
+    address = host.copy(state)["weight/a@0"].data_ptr()
+    host.copy(state)
     host.close()
     host.close()
     registered = ("register", address, 2 * 2 * ALIGNMENT * 4, 0)
@@ -274,7 +276,7 @@ def test_the_whole_buffer_is_pinned_once_and_given_back(monkeypatch):
 
 @pytest.mark.parametrize(("size", "asked"), [(100, 1), (0, 0)])
 def test_a_buffer_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, size, asked):
-    """As in a container that does not allow it, and by a process that holds no piece. CUDA's error is asked for, too,
+    """As in a container that does not allow it, and by a process that holds no shard. CUDA's error is asked for, too,
     or an innocent operation would meet it."""
     calls, real = [], torch.zeros
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: calls.append("register") or 801)
@@ -289,7 +291,7 @@ def test_a_buffer_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, size, aske
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch, "zeros", zeros)
     host = HostCopy(pin=True)
-    copies = host.take([Piece("weight", "a", 0, torch.arange(float(size)))])
+    copies = host.copy([StateShard("weight", "a", 0, torch.arange(float(size)))])
     assert torch.equal(copies["weight/a@0"], torch.arange(float(size)))
     assert calls == ["register", "launch"] * asked
     host.close()

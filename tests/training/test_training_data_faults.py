@@ -51,7 +51,7 @@ def test_bad_photos_are_left_out_counted_and_the_same_for_any_number_of_processe
         run = f"bad_{processes}"
         result = launch(*options(damaged, run), "log.wandb=disabled", processes=processes)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert result.stdout.count("left out: sample ") == 3
+        assert result.stdout.count("skipped: sample ") == 3
         lines = journal(launch.folder / run)
         assert lines[-1]["train/bad_photos"] == 3
         losses.append([line["train/loss"] for line in lines])
@@ -64,15 +64,14 @@ def test_too_many_end_all_with_one_error_and_a_checkpoint(damaged, shards, launc
     assert result.returncode == 2, result.stdout + result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
     assert (
-        len(said) == 1
-        and "3 photos could not be read, more than data.max_corrupt_samples=2 (the first: sample " in said[0]
+        len(said) == 1 and "3 images are corrupt, more than data.max_corrupt_samples=2 (the first: sample " in said[0]
     )
     assert "Traceback" not in result.stderr
     done = journal(launch.folder / "too_bad")[-1]["step"]
     assert list((launch.folder / "too_bad" / "checkpoints").glob(f"step_*{done}/complete.json"))
     mended = [f"data.shards={shards}" if option.startswith("data.shards") else option for option in command]
     result = launch(*mended)
-    assert result.returncode == 0 and f"going on from step {done}" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and f"resuming from step {done}" in result.stdout, result.stdout + result.stderr
 
 
 def test_a_set_that_is_gone_ends_all_with_one_error(shards, launch, tmp_path):

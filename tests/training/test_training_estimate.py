@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from hpcm_scale.config.compose import compose, compose_model
-from hpcm_scale.config.schema import Checkpointing, Precision
+from hpcm_scale.config.schema import Checkpointing, Config, Precision
+from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.training import estimate as estimates
 from hpcm_scale.training.costs import training_flops_per_image
-from hpcm_scale.training.dry_run import rehearse
+from hpcm_scale.training.dry_run import dry_run
 from hpcm_scale.training.engines.accelerate import AccelerateEngine
 
 
@@ -18,7 +19,7 @@ from hpcm_scale.training.engines.accelerate import AccelerateEngine
 def worked_out_once():
     """The same step is rehearsed for many tests below, and takes seconds each time."""
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("rehearse", "training_flops_per_image"):
+        for name in ("dry_run", "training_flops_per_image"):
             patched.setattr(estimates, name, remembering(getattr(estimates, name)))
         yield
 
@@ -37,7 +38,12 @@ def remembering(function):
 
 def needs(*overrides: str, world_size: int = 1) -> estimates.Estimate:
     """The estimate of a run of micro."""
-    return estimates.estimate(compose(["model=micro", "train.batch_size=8", *overrides]), world_size)
+    return estimate(compose(["model=micro", "train.batch_size=8", *overrides]), world_size)
+
+
+def estimate(config: Config, world_size: int) -> estimates.Estimate:
+    spec = RunSpec.of(config, world_size)
+    return estimates.estimate(spec, config.model, config.engine, len(config.train.ema))
 
 
 # Bytes per parameter: weights, gradients, optimizer. Measured as tensors alive after a step of a real engine of
@@ -59,7 +65,7 @@ def test_memory_on_one_process(engine_name):
     measured = memory.weights, memory.gradients, memory.optimizer
     assert [value / result.parameters for value in measured] == pytest.approx(expected)
     assert memory.host == 0
-    rehearsed = rehearse(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8, True)
+    rehearsed = dry_run(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8, True)
     assert memory.activations == rehearsed.activations
     assert result.launches_per_step == rehearsed.launches
     assert memory.device >= sum(measured) + memory.activations
@@ -151,13 +157,12 @@ def test_a_run_whose_crops_grow():
     assert result.flops_per_step == max(8 * small, 2 * large)
     steps = ((256, 8), (512, 2))
     model = compose_model("micro"), Precision.fp32, Checkpointing.none
-    assert result.memory.activations == max(estimates.rehearse(*model, *step, True).activations for step in steps)
+    assert result.memory.activations == max(estimates.dry_run(*model, *step, True).activations for step in steps)
 
 
 def test_bytes_of_a_checkpoint():
-    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]))
+    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]).train, accumulation=1)
     engine.prepare(HPCM(compose_model("nano")))
     assert (
-        sum(piece.values.nbytes for piece in engine.pieces())
-        == estimates.estimate(compose(["model=nano"]), 2).checkpoint
+        sum(shard.values.nbytes for shard in engine.state_shards()) == estimate(compose(["model=nano"]), 2).checkpoint
     )

@@ -23,22 +23,22 @@ LITTLE_MEMORY = """
 import resource, sys
 import psutil
 from hpcm_scale.data.sources import ImageSet
-from hpcm_scale.errors import one_line
+from hpcm_scale.errors import entry_point
 
 images = ImageSet(sys.argv[1])
 most = psutil.Process().memory_info().vms + 300 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
-one_line(lambda: images.sizes)()
+entry_point(lambda: images.sizes)()
 """
 
 
 @pytest.fixture
-def images(shared, tmp_path) -> Path:
+def images(image_folder, tmp_path) -> Path:
     """One image for each of two processes."""
     folder = tmp_path / "images"
     folder.mkdir()
     for name in ("kodim01.png", "kodim02.png"):
-        Image.open(shared / "data" / "kodak" / name).crop((0, 0, 256, 256)).save(folder / name)
+        Image.open(image_folder / name).crop((0, 0, 256, 256)).save(folder / name)
     return folder
 
 
@@ -121,37 +121,40 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint_and_it_goes_on(vanish, 
     assert "2 evaluations in a row failed, the last one at step 2 (cannot read" in last and "kodim02.png" in last
     assert (launch.folder / "hopeless" / "checkpoints" / "step_00000002" / "complete.json").is_file()
     result = vanish("hopeless", *options, weights=[4])  # the last step: the run is finished all the same
-    assert result.returncode == 0 and "going on from step 2" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "resuming from step 2" in result.stdout, result.stdout + result.stderr
     assert len(said(result)) == 1 and (launch.folder / "hopeless" / WEIGHTS).is_file()
     evaluated = [line["step"] for line in journal(launch.folder / "hopeless") if "eval/loss" in line]
     assert evaluated == [3]
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_memory_that_runs_out_in_one_process(engine, vanish, images, launch):
-    """With whole weights the evaluation is skipped; with sharded ones the run ends, and goes on behind it."""
+def test_memory_that_runs_out_in_one_process_skips_the_evaluation(vanish, images, launch):
+    """Where weights are whole."""
     Image.new("RGB", (4096, 4096)).save(images / "kodim02.png")
-    run = f"memory_{engine}"
-    options = (f"engine={engine}", "train.steps=3", "eval.every=2", "train.checkpoint_every=2")
-    result = vanish(run, *options, "train.stop_after=2", memory=[2])
-    lines = said(result)
-    if engine == "zero2":
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert len(lines) == 1 and "the evaluation of step 2 failed and is skipped" in lines[0]
-    else:
-        assert result.returncode == 1, result.stdout + result.stderr
-        assert len(lines) == 1 and "leave out large images" in lines[0]
-    assert (launch.folder / run / "checkpoints" / "step_00000002" / "complete.json").is_file()
+    result = vanish("memory_zero2", "engine=zero2", "train.steps=2", "eval.every=2", memory=[2])
+    [line] = said(result)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the evaluation of step 2 failed and is skipped" in line
+    assert journal(launch.folder / "memory_zero2")[-1]["step"] == 2
+
+
+@pytest.mark.launch
+def test_with_sharded_weights_it_ends_the_run_which_resumes_after_the_evaluation(vanish, images, launch):
+    Image.new("RGB", (4096, 4096)).save(images / "kodim02.png")
+    options = ("engine=zero3", "train.steps=3", "eval.every=2", "train.checkpoint_every=2")
+    result = vanish("memory_zero3", *options, memory=[2])
+    [line] = said(result)
+    assert result.returncode == 1 and "remove large images" in line, result.stdout + result.stderr
     Image.new("RGB", (256, 256)).save(images / "kodim02.png")
-    result = vanish(run, *options)
-    assert result.returncode == 0 and "going on from step 2" in result.stdout, result.stdout + result.stderr
-    records = journal(launch.folder / run)
+    result = vanish("memory_zero3", *options)
+    assert result.returncode == 0 and "resuming from step 2" in result.stdout, result.stdout + result.stderr
+    records = journal(launch.folder / "memory_zero3")
     assert [line["step"] for line in records if "eval/loss" in line] == [3]
     assert records[-2]["train/failed_evaluations"] == 1
 
 
-def test_a_broken_image_is_refused_before_anything_is_written(launch, shards, images, shared):
+@pytest.mark.launch
+def test_a_broken_image_is_refused_before_anything_is_written(launch, shards, images):
     shutil.copy(images / "kodim01.png", images / "sound.png")
     (images / "kodim02.png").write_bytes((images / "kodim01.png").read_bytes()[:1000])
     result = launch(
@@ -209,7 +212,9 @@ def test_an_image_of_another_size_than_at_the_start_is_refused(images, known):
     Image.new("RGB", (100, 90)).save(images / "kodim02.png")
     assert found.load(0).shape == (3, 256, 256)
     if known:
-        with pytest.raises(UserError, match=r"kodim02\.png was 256×256 pixels at the start and is 100×90 now; put"):
+        with pytest.raises(
+            UserError, match=r"kodim02\.png had 256×256 pixels at the start and now has 100×90; restore"
+        ):
             found.load(1)
     else:
         assert found.load(1).shape == (3, 90, 100)

@@ -11,6 +11,8 @@ import time
 import psutil
 import pytest
 
+pytestmark = pytest.mark.launch
+
 OTHER = {"MASTER_PORT", "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK", "CROSS_RANK", "CROSS_SIZE"}
 """Variables that differ from launch to launch, are for GPUs, or tell training to look after DeepSpeed's launcher."""
 
@@ -47,7 +49,6 @@ def test_a_forked_process_is_and_ends_as_a_fresh_one(ending, probe):
     assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
 
 
-@pytest.mark.launch
 def test_forked_processes_are_told_what_the_launcher_tells(probe):
     def ranks(launcher: bool) -> dict[str, dict]:
         """What each process found; the launcher itself writes other lines."""

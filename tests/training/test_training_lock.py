@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.training.run_folder import RunLock
+from hpcm_scale.training.run_folder import RunFolder, RunLock
 
 
 def test_a_second_training_waits_and_then_names_the_holder(probes, tmp_path):
@@ -21,7 +21,7 @@ def test_a_second_training_waits_and_then_names_the_holder(probes, tmp_path):
     assert second.codes == [2, 2]
     assert second.lines == [
         f"{held} is still in use by {holder}: waiting for it to end",
-        f"hpcm: {held} is being trained by {holder}; stop that, or choose another run.dir",
+        f"hpcm: {held} is being trained by {holder}; stop it, or choose another run.dir",
     ]
     third = probes(2, f"folder={held}", "lock=60")
     third.await_line("waiting for it to end")
@@ -31,14 +31,15 @@ def test_a_second_training_waits_and_then_names_the_holder(probes, tmp_path):
 
 
 def test_a_lock_is_given_back(tmp_path):
-    lock = RunLock(tmp_path / "run", seconds=0)
-    with pytest.raises(UserError, match="is being trained by process"):
-        RunLock(tmp_path / "run", seconds=0)
+    lock = RunLock(RunFolder(tmp_path / "run"), seconds=0)
+    with pytest.raises(UserError) as error:
+        RunLock(RunFolder(tmp_path / "run"), seconds=0)
+    assert error.value.code == "run-locked" and f"process {os.getpid()} on" in str(error.value)
     lock.release()
-    RunLock(tmp_path / "run", seconds=0).release()
+    RunLock(RunFolder(tmp_path / "run"), seconds=0).release()
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/run \(Not a directory\)"):
-        RunLock(tmp_path / "file" / "run", seconds=0)
+        RunLock(RunFolder(tmp_path / "file" / "run"), seconds=0)

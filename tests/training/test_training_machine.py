@@ -11,8 +11,8 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.weights import read_weights_file
 from hpcm_scale.sweeps.jobs import Job, make_job, unfinished
-from hpcm_scale.training.costs import task_costs, training_flops_per_image
-from hpcm_scale.training.posthoc import average, save
+from hpcm_scale.training.costs import TaskCosts, task_costs, training_flops_per_image
+from hpcm_scale.training.post_hoc_ema import post_hoc_ema, save
 from hpcm_scale.training.start import prepare
 from hpcm_scale.training.task import check_origin, task_of
 
@@ -68,7 +68,7 @@ def test_a_pre_editor_is_averaged_in_front_of_its_frozen_codec(stages, weights, 
     """While it is trained, and afterwards: one checkpoint has the average of the length that was kept."""
     monkeypatch.chdir(launch.folder)
     kept, made = stages["pre_editor"] / "weights_ema_0.1.safetensors", launch.folder / "average.safetensors"
-    save(made, average(stages["pre_editor"], 0.1))
+    save(made, post_hoc_ema(stages["pre_editor"], 0.1))
     own = weights["pre_editor"]
     for file in map(read_weights_file, (kept, made)):
         assert all(torch.equal(own.state[name], tensor) for name, tensor in file.state.items())
@@ -94,7 +94,9 @@ def test_finished_stages_are_passed_over(stages, launch, shards, monkeypatch):
     assert unfinished(jobs, 2, in_turn=True) == []
     longer = [job_of(stage, shards, "train.steps=3") for stage in ("variable", "joint")]
     assert unfinished(longer, 2, in_turn=True) == longer
-    with pytest.raises(UserError, match=r"pre_editor: it goes on with the codec of init_from=.*variable, which this"):
+    with pytest.raises(
+        UserError, match=r"pre_editor: the run uses the frozen codec of init_from=.*variable, which this"
+    ):
         unfinished([job_of(stage, shards, "train.steps=3") for stage in ("variable", "pre_editor")], 2, in_turn=True)
 
 
@@ -103,7 +105,7 @@ def test_stages_that_follow_each_other_are_not_trained_at_once(stages, shards, t
     fixed = f"machine.fixed_rate={stages['fixed']}"
     jobs = [job_of(stage, shards, "train.steps=2", fixed) for stage in ("variable", "pre_editor")]
     assert unfinished(jobs, 2, in_turn=True) == jobs
-    with pytest.raises(UserError, match="which this command has yet to train; leave hydra/launcher out"):
+    with pytest.raises(UserError, match="which this command trains too; omit hydra/launcher"):
         unfinished(jobs, 2)
 
 
@@ -138,8 +140,9 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypat
         with pytest.raises(UserError):
             prepare(longer, 2)
         file.write_bytes((stages["fixed"] / "weights.safetensors").read_bytes())
-        with pytest.raises(UserError, match="is not what runs/machine/stage=pre_editor was begun with"):
+        with pytest.raises(UserError) as error:
             prepare(longer, 2)
+        assert error.value.code == "other-frozen-codec"
     finally:
         file.write_bytes(kept)
 
@@ -150,16 +153,16 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypat
         (["machine.edit=true"], "machine.edit needs objective.target=vision_model"),
         (["objective.target=vision_model"], "needs machine.receivers"),
         ([*VIEWER, "machine.edit=true", "machine.freeze_codec=true"], "needs a trained codec"),
-        ([*VIEWER, "machine.freeze_codec=true"], "leaves nothing to train without machine.edit=true"),
-        (["objective.target=vision_model", "machine.receivers=[random-vit,random-vit]"], "names one twice"),
+        ([*VIEWER, "machine.freeze_codec=true"], "without machine.edit=true trains no parameters"),
+        (["objective.target=vision_model", "machine.receivers=[random-vit,random-vit]"], "lists a receiver twice"),
         (["objective.target=vision_model", "machine.receivers=[random-vti]"], "random-vit"),
         ([*VIEWER, "machine.edit=true", "machine.pre_editor.tokens=clip"], "is not among machine.receivers"),
         ([*VIEWER, "machine.mse=0", "machine.token_distortion_weight=0", "machine.token_rank_weight=0"], "are all 0"),
-        ([*VIEWER, "+machine.layers={random-vit/nose: 1}"], "there is no such layer"),
+        ([*VIEWER, "+machine.layers={random-vit/nose: 1}"], "unknown layers, random-vit/nose"),
         (["model.rate.levels=2", "model.rate.lowest=0.1"], "must be less than model.rate.highest"),
         (["model.rate.levels=0"], "model.rate.levels=0 must be at least 1"),
         (["model.rate.levels=257"], "model.rate.levels=257 must be at least 1 and at most 256"),
-        (["model.rate.levels=6", "objective.lmbda=0.1"], "lies outside of model.rate.lowest"),
+        (["model.rate.levels=6", "objective.lmbda=0.1"], "is outside model.rate.lowest"),
         (["init_from=nowhere"], "there are no weights at nowhere"),
         (["stage=joint", *RECEIVER], "there are no weights at runs/machine/stage=pre_editor"),
     ],
@@ -188,12 +191,17 @@ def test_costs_count_all_that_is_computed():
 
     plain = compose(["model=nano"])
     codec = training_flops_per_image(on_meta(plain.model), 256)
-    assert task_costs(plain).training_flops_per_image == codec
+    assert task_costs(plain.model, plain.machine, 256).training_flops_per_image == codec
     receivers = {"random-vit": receiver("random-vit")}
-    trained = {"none": task_costs(compose(["model=nano", *VIEWER]), receivers)}
+
+    def costs_of(*overrides: str) -> TaskCosts:
+        config = compose(["model=nano", *overrides])
+        return task_costs(config.model, config.machine, 256, receivers)
+
+    trained = {"none": costs_of(*VIEWER)}
     for name in ("edit", "freeze_codec"):
         more = [*VIEWER, "machine.edit=true", *([f"machine.{name}=true"] if name != "edit" else [])]
-        trained[name] = task_costs(compose(["model=nano", *more]), receivers)
+        trained[name] = costs_of(*more)
     flops = {name: costs.training_flops_per_image for name, costs in trained.items()}
     assert codec < flops["none"] < flops["edit"]
     assert flops["edit"] - flops["freeze_codec"] == codec / 3  # no gradients of its weights

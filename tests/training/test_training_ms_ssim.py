@@ -10,10 +10,10 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Distortion
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.coders import code_images, estimate_coder
 from hpcm_scale.evaluation.curves import read_weights
-from hpcm_scale.machine.codec import load_machine_codec
+from hpcm_scale.evaluation.runners import code_images, estimate_runner
 from hpcm_scale.model.weights import read_weights_file
+from hpcm_scale.tasks import load_encoder
 from hpcm_scale.training.start import prepare
 from hpcm_scale.training.task import task_of
 
@@ -21,13 +21,13 @@ LAMBDA = 8.73
 
 
 @pytest.mark.launch
-def test_from_a_model_trained_for_mse(train, launch, shared, tmp_path):
+def test_from_a_model_trained_for_mse(train, launch, image_folder, tmp_path):
     torch.manual_seed(0)
     mse = task_of(compose(["model=nano"]), None, {})
     mse.save(tmp_path / "mse.safetensors", mse.module.state_dict(), {"step": 1, "images": 4, "pflops": 0.25}, None)
     images = tmp_path / "images"
     images.mkdir()
-    with Image.open(shared / "data" / "kodak" / "kodim04.png") as photo:
+    with Image.open(image_folder / "kodim04.png") as photo:
         photo.crop((200, 100, 200 + 250, 100 + 170)).save(images / "part.png")
     options = ("objective=ms_ssim", f"init_from={tmp_path}/mse.safetensors", f"eval.images={images}", "train.steps=1")
     journal = train("ms_ssim", *options, "engine=accelerate", "log.wandb=disabled", processes=1)
@@ -47,7 +47,7 @@ def test_from_a_model_trained_for_mse(train, launch, shared, tmp_path):
 
     ((read,),) = read_weights([str(weights)])
     assert (read.curve, read.distortion) == ("hpcm nano ms-ssim", Distortion.ms_ssim)
-    coder = estimate_coder(load_machine_codec(str(weights)), torch.device("cpu"), LAMBDA, distortion=read.distortion)
+    coder = estimate_runner(load_encoder(str(weights)), torch.device("cpu"), LAMBDA, distortion=read.distortion)
     assert code_images(coder, ImageSet(images))[0].loss == pytest.approx(told["eval/loss"], rel=1e-4)
 
 

@@ -10,7 +10,8 @@ import torch
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import Fault
-from hpcm_scale.training.diagnostics import NOTHING_LEFT, explaining, remedies
+from hpcm_scale.training.diagnostics import LAST_RESORT, explain_out_of_memory
+from hpcm_scale.training.start import memory_remedies
 
 
 @pytest.mark.parametrize(
@@ -38,22 +39,22 @@ from hpcm_scale.training.diagnostics import NOTHING_LEFT, explaining, remedies
     ],
 )
 def test_the_keys_named_are_those_that_are_not_in_use(keys, processes, expected):
-    assert remedies(compose(["model=nano", *keys]), processes) == expected
+    assert memory_remedies(compose(["model=nano", *keys]), processes) == expected
 
 
 def test_a_micro_batch_that_later_crops_cannot_take_is_not_named():
     crops = ["schedule.crops=[512]", "schedule.crop_boundaries=[0.5]", "train.steps=100"]
-    assert remedies(compose(["model=nano", *crops]), 8)[0] == "engine.activation_checkpointing=blocks"
+    assert memory_remedies(compose(["model=nano", *crops]), 8)[0] == "engine.activation_checkpointing=blocks"
 
 
 def test_the_sentence_without_a_run_folder():
     config = compose(
         ["model=nano", "train.batch_size=8", "engine.activation_checkpointing=steps", "engine=zero3_offload"]
     )
-    with pytest.raises(Fault) as fault, explaining(config, 8, 3, None):
+    with pytest.raises(Fault) as fault, explain_out_of_memory(memory_remedies(config, 8), 3, None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    told = "process 3 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); "
-    assert str(fault.value) == told + NOTHING_LEFT
+    told = "rank 3 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); "
+    assert str(fault.value) == told + LAST_RESORT
 
 
 @pytest.mark.launch
@@ -65,9 +66,9 @@ def test_one_process_of_a_training(launch, shards, project):
     said = result.stdout + result.stderr
     assert result.returncode == 1 and "Traceback" not in said, said
     sentence = (
-        "hpcm: process 1 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity "
+        "hpcm: rank 1 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity "
         "of 79.15 GiB of which 1.20 GiB is free); set train.micro_batch_size=1 or engine.activation_checkpointing="
-        "blocks or engine=zero3, and the same command goes on; what the memory held is in "
+        "blocks or engine=zero3, and the same command resumes the run; contents of the memory: "
         "exhausted/out_of_memory/rank_00001.txt"
     )
     assert [line for line in said.splitlines() if "out of memory" in line] == [sentence], said

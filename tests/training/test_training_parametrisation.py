@@ -15,7 +15,7 @@ from hpcm_scale.config.schema import Fusion, ModelConfig, TrainConfig
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.families import names
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.parameters import LAYERS, fan_in, learning_rate_factor, on_meta, parametrise, widening
+from hpcm_scale.model.parameters import Layer, fan_in, learning_rate_factor, on_meta, parametrise, widening
 from hpcm_scale.objective import rate_distortion_loss
 from hpcm_scale.training.optimizer import clip, create_optimizer, set_learning_rate
 
@@ -38,7 +38,7 @@ def outputs(model: HPCM, x: Tensor) -> dict[str, Tensor]:
     hooks = [
         layer.register_forward_hook(lambda _, __, output, name=name: found.__setitem__(name, output.clone()))
         for name, layer in model.named_modules()
-        if isinstance(layer, LAYERS)
+        if isinstance(layer, Layer)
     ]
     with torch.no_grad():
         model(x)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.launch
+
 MISTAKES = {
     "modle=nano": "did you mean model?",
     "train.stesp=10": "did you mean train.steps?",
-    "train.batch_size=3": "does not divide over 2 processes; use train.batch_size=4",
+    "train.batch_size=3": "is not divisible by 2 processes; use train.batch_size=4",
     "data.crop=200": "use data.crop=256",
     "data.shards=nowhere": "hpcm shards build",
     "eval.images=nowhere": "eval.images",
@@ -26,7 +28,6 @@ def test_one_line_and_exit_code_2(mistake, launch, shards):
     assert not (launch.folder / "refused").exists()
 
 
-@pytest.mark.launch
 def test_the_launcher_passes_the_line_and_the_code_on(launch, shards):
     result = launch("model=nano", f"data.shards={shards}", "data.crop=200", "run.dir=refused", launcher=True)
     assert result.returncode == 2

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from watch_processes import PROBE, free_port
 
-from hpcm_scale.distributed.ranks import Peer, difference, numbers
+from hpcm_scale.distributed.ranks import RankInfo, format_ranks
+from hpcm_scale.distributed.rendezvous import difference
 
-COMMAND = "type the same command on all machines"
+pytestmark = pytest.mark.launch
+
+COMMAND = "run the same command on all nodes"
 
 
 def test_a_process_that_never_comes_is_named(probes):
@@ -21,8 +24,8 @@ def test_a_process_that_never_comes_is_named(probes):
     assert ended.codes == [2, 2]
     host = socket.gethostname()
     assert ended.lines == [
-        f"hpcm: processes 2-3 of 4 did not come within 0.05 minutes (processes 0-1 from {host} did); "
-        "start the missing machine, or raise engine.init_timeout"
+        f"hpcm: ranks 2-3 of 4 did not connect within 0.05 minutes (ranks 0-1 from {host} did); "
+        "start the missing node, or raise engine.init_timeout"
     ]
 
 
@@ -30,7 +33,7 @@ def test_nobody_at_the_address(probes):
     port = free_port()
     ended = probes(2, "init_timeout=0.02", ranks=[1], port=port).end()
     assert ended.codes == [2]
-    assert f"got no answer from process 0 at 127.0.0.1:{port}" in ended.lines[-1]
+    assert f"got no response from rank 0 at 127.0.0.1:{port}" in ended.lines[-1]
     assert len(ended.lines) == 1
 
 
@@ -42,7 +45,7 @@ def test_a_port_in_use(probes):
         ended = probes(1, port=port).end()
     assert ended.codes == [2]
     assert ended.lines == [
-        f"hpcm: port {port} of this machine is in use; choose another with --master_port (or MASTER_PORT)"
+        f"hpcm: port {port} of this node is in use; choose another with --master_port (or MASTER_PORT)"
     ]
 
 
@@ -60,8 +63,8 @@ def test_other_settings_are_named(probes):
     ended = probes(3, own={2: ["fact=6"]}).end()
     assert ended.codes == [2, 2, 2]
     assert len(ended.lines) == 1
-    assert ended.lines[0].startswith("hpcm: process 2 (pid ")
-    assert "has train.steps=6, and process 0 (pid " in ended.lines[0] and ended.lines[0].endswith(f"has 5; {COMMAND}")
+    assert ended.lines[0].startswith("hpcm: rank 2 (pid ")
+    assert "has train.steps=6, but rank 0 (pid " in ended.lines[0] and ended.lines[0].endswith(f"has 5; {COMMAND}")
 
 
 def test_nobody_is_left_behind_where_there_is_nothing_to_do(probes):
@@ -75,7 +78,7 @@ def test_what_one_process_is_refused_for_ends_all_soon(probes, who):
     ended = probes(2, "refused=no shards", f"who={who}", "init_timeout=60").end()
     assert ended.codes == [2, 2]
     assert len(ended.lines) == 1
-    assert ended.lines[0].startswith(f"hpcm: process {who} (pid ") and ended.lines[0].endswith("): no shards")
+    assert ended.lines[0].startswith(f"hpcm: rank {who} (pid ") and ended.lines[0].endswith("): no shards")
 
 
 def test_what_all_are_refused_for_is_said_once_and_at_once(probes):
@@ -89,7 +92,6 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.launch
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_both_engines_train_in_the_group_that_was_joined(launcher, tmp_path):
     """Whose limits of time are longer than those of the watch, in DeepSpeed's groups too; it is left in silence."""
@@ -121,19 +123,22 @@ def test_a_process_started_by_hand_for_many_without_an_address(tmp_path):
         timeout=400,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("hpcm: RANK is set and MASTER_ADDR is not")
+    assert done.stderr.startswith("hpcm: RANK is set but MASTER_ADDR is not")
 
 
 def test_differences_are_found_at_any_depth():
-    peers = [Peer(rank, "host", rank, 0.0) for rank in range(3)]
+    ranks = [RankInfo(rank, "host", rank, 0.0) for rank in range(3)]
     same = {"version": {"torch": "2.13.0"}, "setting": {"train": {"steps": 5, "betas": [0.9, 0.99]}}}
-    assert difference(peers, [same, same, same]) is None
+    assert difference(ranks, [same, same, same]) is None
     other = same | {"setting": {"train": {"steps": 5, "betas": [0.9, 0.9]}}}
-    assert "process 2 (pid 2 on host) has train.betas=[0.9, 0.9]" in difference(peers, [same, same, other])
+    error = difference(ranks, [same, same, other])
+    assert (error.code, error.key) == ("ranks-differ", "train.betas")
+    assert str(error).startswith("rank 2 (pid 2 on host) has train.betas=[0.9, 0.9]")
     older = same | {"version": {"torch": "2.9.0"}}
-    assert difference(peers, [same, older, other]).endswith("has 2.13.0; install the same versions on all machines")
+    error = difference(ranks, [same, older, other])
+    assert error.key == "torch" and str(error).endswith("has 2.13.0; install the same versions on all nodes")
 
 
-def test_numbers():
-    assert numbers([3]) == "process 3"
-    assert numbers([0, 1, 2, 5, 7, 8]) == "processes 0-2, 5, 7-8"
+def test_format_ranks():
+    assert format_ranks([3]) == "rank 3"
+    assert format_ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"

@@ -23,8 +23,8 @@ def numbers(records: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def evaluation(shared):
-    return (f"eval.images={shared / 'data' / 'kodak'}", *EVALUATION)
+def evaluation(image_folder):
+    return (f"eval.images={image_folder}", *EVALUATION)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_resumed_run_has_the_unbroken_journal_in_every_digit(unbroken, resumed
     assert numbers(records) == numbers(unbroken)
     assert [record["step"] for record in records] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert "stopped at step 3 of 6" in stopped
-    assert "going on from step 3" in went_on
+    assert "resuming from step 3" in went_on
     times = [record["time"] for record in records]
     assert times == sorted(times)
 
@@ -109,7 +109,7 @@ def test_fewer_steps_than_done_and_another_run_are_refused(unbroken, launch, sha
     assert other.returncode == 2
     assert other.stderr.count("\n") == 1 and "schedule.learning_rate=0.001, not 0.002" in other.stderr
     fewer = launch(*base, "schedule.learning_rate=1e-3", "train.steps=7", processes=1)
-    assert fewer.returncode == 2 and "has 8 steps already, more than train.steps=7" in fewer.stderr
+    assert fewer.returncode == 2 and "has already reached step 8, beyond train.steps=7" in fewer.stderr
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch, shards, exit_codes):
@@ -124,7 +124,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch,
     os.killpg(process.pid, signal.SIGTERM)  # as Slurm and a terminal do: to the launcher and its processes
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == -signal.SIGTERM and "`deepspeed` itself" in exit_codes[str(128 + signal.SIGTERM)]
-    assert "asked to stop (SIGTERM): checkpoint at step" in stdout, stdout + stderr
+    assert "stopped on request (SIGTERM) with a checkpoint at step" in stdout, stdout + stderr
     stopped_at = json.loads(journal.read_text().splitlines()[-1])["step"]
     records = train("terminated", *overrides, f"train.stop_after={stopped_at + 2}")
     assert [record["step"] for record in records] == list(range(1, stopped_at + 3))

@@ -50,7 +50,7 @@ def test_before_training_a_signal_ends_at_once(tmp_path):
 
 
 def test_the_stop_file_is_obeyed_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(signals, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(signals, "FILE_CHECK_SECONDS", 0.0)
     file = tmp_path / "stop"
     request, other = StopRequest(file), StopRequest(file, first=False)
     assert not request.received()

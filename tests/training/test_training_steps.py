@@ -14,7 +14,7 @@ from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.distributed.processes import without_launcher_arguments
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.objective import rate_distortion_loss
-from hpcm_scale.training.engines.base import poisoned
+from hpcm_scale.training.engines.base import propagate_non_finite
 from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate
 from hpcm_scale.training.recorder import Meter
 from hpcm_scale.training.task import image_noise
@@ -34,10 +34,10 @@ def test_the_meter_averages_finite_steps_and_counts_the_others():
 def test_a_loss_that_is_not_finite_poisons_every_gradient():
     for value in (math.inf, -math.inf, math.nan):
         weights = torch.ones(3, requires_grad=True)
-        poisoned((weights * torch.tensor([0.0, 1.0, 2.0])).sum() + value).backward()
+        propagate_non_finite((weights * torch.tensor([0.0, 1.0, 2.0])).sum() + value).backward()
         assert weights.grad.isnan().all()
     weights = torch.ones(3, requires_grad=True)
-    poisoned((weights**2).sum()).backward()
+    propagate_non_finite((weights**2).sum()).backward()
     assert torch.equal(weights.grad, torch.full((3,), 2.0))
 
 
@@ -49,11 +49,11 @@ def test_the_guarded_adam_leaves_a_bad_step_out_and_goes_on():
     optimizers = [create_optimizer(layer.parameters(), train) for layer in (reference, guarded)]
     x = torch.randn(5, 4)
 
-    def step(layer, optimizer, scale: float, leave_out: bool = False) -> float:
+    def step(layer, optimizer, scale: float, skip: bool = False) -> float:
         set_learning_rate(optimizer, 1e-2)
         (layer(x).square().sum() * scale).backward()
         norm = float(clip(optimizer, clip_norm=1.0))
-        guard(optimizer, norm, leave_out)
+        guard(optimizer, norm, skip)
         optimizer.step()
         optimizer.zero_grad()
         return norm
@@ -63,7 +63,7 @@ def test_the_guarded_adam_leaves_a_bad_step_out_and_goes_on():
         assert norms[0] == norms[1] > 1
     assert not math.isfinite(step(guarded, optimizers[1], math.nan))
     assert optimizers[1].overflow
-    assert math.isfinite(step(guarded, optimizers[1], 1.0, leave_out=True))
+    assert math.isfinite(step(guarded, optimizers[1], 1.0, skip=True))
     for _ in range(3):
         assert step(reference, optimizers[0], 1.0) == step(guarded, optimizers[1], 1.0)
     assert not optimizers[1].overflow
@@ -75,13 +75,13 @@ def test_the_launchers_argument_is_taken_out():
     assert without_launcher_arguments(arguments) == ["model=nano", "-m"]
 
 
-def test_a_model_learns_within_a_few_steps(shared):
-    """From its own initialisation, on one real crop: more than half of the loss is gone after 40 steps."""
+def test_a_model_learns_within_a_few_steps(image_folder):
+    """From its own initialisation, on one crop: more than half of the loss is gone after 40 steps."""
     torch.manual_seed(0)
     model = HPCM(compose_model("nano"))
     optimizer = create_optimizer(model.parameters(), TrainConfig())
     set_learning_rate(optimizer, 5e-3)
-    x = ImageSet(shared / "data" / "kodak", limit=1).load(0)[None, :, 128:384, 256:512].float() / 255
+    x = ImageSet(image_folder, limit=1).load(0)[None, :, 128:384, 256:512].float() / 255
     losses = []
     for index in range(40):
         coded = model(x, image_noise(model, x, torch.tensor([index]), seed=0))

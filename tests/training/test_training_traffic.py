@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from hpcm_scale.config.compose import compose
-from hpcm_scale.config.deepspeed import deepspeed_dictionary
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
+from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.parameters import on_meta, parameter_count
-from hpcm_scale.training.dry_run import Gathered, Limits, Use, gather, rehearse
-from hpcm_scale.training.estimate import Traffic, limits, traffic
+from hpcm_scale.training.dry_run import GatherCost, GatherLimits, LayerUse, dry_run, gather_cost
+from hpcm_scale.training.estimate import Communication, communication, gather_limits
 
 CHEAP = ["model=nano", "model.fusion=none", "data.crop=128", "train.batch_size=2"]
 SMALL = "+engine.options.zero_optimization.stage3_"
@@ -46,12 +46,12 @@ def overrides(case: list[str]) -> list[str]:
     return [*CHEAP, *case]
 
 
-def computed(config: Config, world_size: int) -> Traffic:
-    gathered = None
+def computed(config: Config, world_size: int) -> Communication:
+    gathered, spec = None, RunSpec.of(config, world_size)
     if config.engine.zero_stage == 3:
-        uses = rehearse(config.model, Precision.fp32, config.engine.activation_checkpointing, config.data.crop, 1).uses
-        gathered = gather(uses, limits(deepspeed_dictionary(config, world_size)["zero_optimization"]))
-    return traffic(config, world_size, parameter_count(on_meta(config.model)), gathered)
+        uses = dry_run(config.model, Precision.fp32, config.engine.activation_checkpointing, config.data.crop, 1).uses
+        gathered = gather_cost(uses, gather_limits(spec.deepspeed["zero_optimization"]))
+    return communication(config.engine, spec, parameter_count(on_meta(config.model)), gathered)
 
 
 @pytest.fixture(scope="module")
@@ -91,36 +91,39 @@ def test_traffic_by_engine_and_processes():
         assert alone.gradients == alone.weights == 0
 
 
-LAYERS = [Use(False, ((name, 10),)) for name in "ababab"]
-STEP = LAYERS + [Use(True, use.weights) for use in reversed(LAYERS)]
+LAYERS = [LayerUse(False, ((name, 10),)) for name in "ababab"]
+STEP = LAYERS + [LayerUse(True, use.weights) for use in reversed(LAYERS)]
 
 
 def test_what_is_used_again_soon_stays():
     """Backward, DeepSpeed gives back a layer only once."""
-    assert gather(STEP, Limits(kept=0, reuse=0, live=1000, ahead=0)) == Gathered(elements=100, most=20, always=0)
-    assert gather(STEP, Limits(kept=0, reuse=30, live=1000, ahead=0)) == Gathered(elements=20, most=20, always=0)
-    assert gather(STEP, Limits(kept=10, reuse=0, live=1000, ahead=0)) == Gathered(elements=0, most=0, always=20)
+
+    def cost(kept: int, reuse: int) -> GatherCost:
+        return gather_cost(STEP, GatherLimits(kept=kept, reuse=reuse, live=1000, ahead=0))
+
+    assert cost(kept=0, reuse=0) == GatherCost(elements=100, most=20, always=0)
+    assert cost(kept=0, reuse=30) == GatherCost(elements=20, most=20, always=0)
+    assert cost(kept=10, reuse=0) == GatherCost(elements=0, most=0, always=20)
 
 
-@pytest.mark.parametrize(("name", "checkpoint"), [("544m", Checkpointing.none), ("1b", Checkpointing.steps)])
-def test_the_largest_presets_are_not_gathered_at_every_step_of_the_coding_order(name, checkpoint):
-    config = compose([f"model={name}", "engine=zero3"])
-    uses = rehearse(config.model, Precision.bf16, checkpoint, 256, 1).uses
-    gathered = gather(uses, limits(deepspeed_dictionary(config, 8)["zero_optimization"]))
+def test_the_largest_preset_is_not_gathered_at_every_step_of_the_coding_order():
+    config = compose(["model=1b", "engine=zero3"])
+    uses = dry_run(config.model, Precision.bf16, Checkpointing.steps, 256, 1).uses
+    gathered = gather_cost(uses, gather_limits(RunSpec.of(config, 8).deepspeed["zero_optimization"]))
     assert gathered.always + gathered.elements < 2 * parameter_count(on_meta(config.model))
 
 
 def test_times_of_a_step():
     """Weights after the step never hide, gradients behind the backward pass, with ZeRO-3 all behind all."""
     compute, bandwidth = 3.0, 1e9
-    times = Traffic(gradients=1e9, weights=5e8, hiding=2 / 3, weights_hide=False).times(compute, bandwidth)
-    assert times.communication == pytest.approx(1.5) and times.in_turn == pytest.approx(4.5)
+    times = Communication(gradients=1e9, weights=5e8, overlap=2 / 3, weights_overlap=False).times(compute, bandwidth)
+    assert times.communication == pytest.approx(1.5) and times.sequential == pytest.approx(4.5)
     assert times.overlapped == pytest.approx(3.5) and times.efficiency == pytest.approx(3 / 3.5)
-    times = Traffic(gradients=2.5e9, weights=0, hiding=2 / 3, weights_hide=False).times(compute, bandwidth)
+    times = Communication(gradients=2.5e9, weights=0, overlap=2 / 3, weights_overlap=False).times(compute, bandwidth)
     assert times.overlapped == pytest.approx(3.5)
-    times = Traffic(gradients=1e9, weights=0, hiding=0, weights_hide=False).times(compute, bandwidth)
-    assert times.overlapped == times.in_turn == pytest.approx(4)
-    sharded = Traffic(gradients=1e9, weights=1.5e9, hiding=1, weights_hide=True)
+    times = Communication(gradients=1e9, weights=0, overlap=0, weights_overlap=False).times(compute, bandwidth)
+    assert times.overlapped == times.sequential == pytest.approx(4)
+    sharded = Communication(gradients=1e9, weights=1.5e9, overlap=1, weights_overlap=True)
     assert sharded.times(compute, bandwidth).overlapped == pytest.approx(3)
     assert sharded.times(compute, bandwidth / 2).overlapped == pytest.approx(5)
     assert sharded.times(compute, bandwidth).efficiency == 1

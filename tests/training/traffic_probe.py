@@ -14,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpcm_scale.config.checks import accumulation, micro_batch_size
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Config
-from hpcm_scale.distributed.processes import complete_environment
+from hpcm_scale.config.spec import RunSpec
+from hpcm_scale.distributed.processes import complete_environment, world_size
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.objective import rate_distortion_loss
 from hpcm_scale.training.engines import create_engine
@@ -42,14 +42,17 @@ class Collectives(TorchDispatchMode):
 
 
 def count(config: Config) -> None:
-    engine = create_engine(config)
+    spec = RunSpec.of(config, world_size())
+    engine = create_engine(config.engine, config.train, spec)
     torch.manual_seed(0)
-    model = HPCM(config.model, precision=config.engine.precision, checkpoint=config.engine.activation_checkpointing)
+    model = HPCM(
+        config.model, precision=config.engine.precision, activation_checkpointing=config.engine.activation_checkpointing
+    )
     engine.prepare(model)
-    images = micro_batch_size(config, engine.world_size)
+    images = spec.micro_batch_size
 
     def step() -> None:
-        for _ in range(accumulation(config, engine.world_size)):
+        for _ in range(spec.accumulation):
             x = torch.rand(images, 3, config.data.crop, config.data.crop).to(memory_format=torch.channels_last)
             coded = engine.module(x, image_noise(model, x, torch.arange(images), seed=0))
             engine.backward(rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).mean().loss)

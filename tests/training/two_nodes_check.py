@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from hpcm_scale.commands.check import main
+from quick_check import main
+
 from hpcm_scale.preflight import measurements
 from hpcm_scale.tracking.environment import environment
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import psutil
 
 from hpcm_scale.train import main
-from hpcm_scale.training.averages import Averages
+from hpcm_scale.training.ema import EMA
 from hpcm_scale.training.loop import Trainer
 
 EVENTS = json.loads(os.environ["VANISH"])
@@ -61,10 +61,10 @@ def vanishing(train_step):
 
 
 def in_place(real):
-    """Averages.in_place, within which the image may be gone."""
+    """EMA.in_place, within which the image may be gone."""
 
     @contextmanager
-    def exchanged(averages: Averages, length: float) -> Iterator[None]:
+    def exchanged(averages: EMA, length: float) -> Iterator[None]:
         with real(averages, length):
             hide("averages")
             yield
@@ -75,6 +75,6 @@ def in_place(real):
 if __name__ == "__main__":
     with (
         patch.object(Trainer, "train_step", vanishing(Trainer.train_step)),
-        patch.object(Averages, "in_place", in_place(Averages.in_place)),
+        patch.object(EMA, "in_place", in_place(EMA.in_place)),
     ):
         main()

@@ -19,18 +19,18 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from hpcm_scale.distributed import processes, watch
-from hpcm_scale.distributed.rendezvous import initialise, join, telling_refusals
-from hpcm_scale.errors import STOPPED, UserError, one_line
-from hpcm_scale.training.run_folder import RunLock
+from hpcm_scale.distributed import processes, watchdog
+from hpcm_scale.distributed.rendezvous import init_process_group, join, share_errors
+from hpcm_scale.errors import STOPPED, UserError, entry_point
+from hpcm_scale.training.run_folder import RunFolder, RunLock
 
 
-@one_line
+@entry_point
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in processes.without_launcher_arguments(sys.argv[1:]))
     processes.complete_environment()
-    watch.STUCK_SECONDS = float(given.get("stuck_seconds", watch.STUCK_SECONDS))
-    watch.GRACE_SECONDS = float(given.get("grace_seconds", "1"))
+    watchdog.STUCK_SECONDS = float(given.get("stuck_seconds", watchdog.STUCK_SECONDS))
+    watchdog.GRACE_SECONDS = float(given.get("grace_seconds", "1"))
     for _ in range(int(given.get("times", "1"))):
         train(given)
 
@@ -38,7 +38,7 @@ def main() -> None:
 def train(given: dict[str, str]) -> None:
     rank = int(os.environ["RANK"])
     who = rank == int(given.get("who", "-1"))
-    with telling_refusals():
+    with share_errors():
         if "refused" in given and (who or "who" not in given):
             raise UserError(given["refused"])
     facts = {"setting": {"train": {"steps": given.get("fact", "5")}}}
@@ -48,11 +48,11 @@ def train(given: dict[str, str]) -> None:
         return
     folder = Path(given.get("folder", "."))
     if "lock" in given:
-        group.first(lambda: locks.append(RunLock(folder, float(given["lock"]))))
+        group.on_rank_zero(lambda: locks.append(RunLock(RunFolder(folder), float(given["lock"]))))
     asked: list[str] = []
     stall, lost = (float(given.get(name, default)) for name, default in (("stall_seconds", 60), ("lost_seconds", 25)))
-    with watch.Watch(group, stall, folder / "stacks", lost, on_orphaned=asked.append) as guard:
-        initialise(group, 30)
+    with watchdog.Watchdog(group, stall, folder / "stacks", lost, on_orphaned=asked.append) as guard:
+        init_process_group(group, 30)
         for step in range(1, int(given.get("steps", "5")) + 1):
             if step == 3 and (who or given.get("does") == "all_mistake"):
                 fail(*given["does"].split("_for_"))
@@ -61,7 +61,7 @@ def train(given: dict[str, str]) -> None:
             if total[1]:
                 say(f"process {rank} stops at step {step}: {asked}")
                 raise SystemExit(STOPPED)
-            guard.alive(step)
+            guard.progress(step)
             time.sleep(float(given.get("pause", "0.01")))
             if step == 2:
                 say(f"process {rank} is at step 2, pid {os.getpid()}")
