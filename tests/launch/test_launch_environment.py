@@ -83,16 +83,16 @@ def test_makes_its_own_environment_and_shows_why_pip_fails(checkout) -> None:
     }
     done = set_up(checkout, "test", **offline)
     assert done.returncode == 1
-    assert done.stdout.startswith("making .venv with Python 3.")
+    assert done.stdout.startswith("creating .venv with Python 3.")
     assert "ERROR: " in done.stderr  # pip's own words
     assert "pip could not install torch" in done.stderr
     assert (checkout / ".venv/bin/python").exists()
 
     again = set_up(checkout, "test", **offline)
-    assert "making .venv" not in again.stdout
+    assert "creating .venv" not in again.stdout
     activate = checkout / ".venv/bin/activate"
     activate.write_text(activate.read_text().replace(str(checkout), "/elsewhere"), encoding="utf-8")
-    assert "making .venv" in set_up(checkout, "test", **offline).stdout
+    assert "creating .venv" in set_up(checkout, "test", **offline).stdout
 
 
 def test_an_old_python_is_refused_in_one_line(checkout, tmp_path) -> None:
@@ -100,7 +100,7 @@ def test_an_old_python_is_refused_in_one_line(checkout, tmp_path) -> None:
         program(tmp_path / "old" / name, 'case "$1" in --version) echo "Python 3.8.18";; *) exit 1;; esac')
     done = set_up(checkout, "test", PATH=f"{tmp_path}/old:{BASE_PATH}")
     assert done.returncode == 1
-    assert done.stderr == "caller: Python 3.10 or newer is needed, and Python 3.8.18 was found; install one\n"
+    assert done.stderr == "caller: Python 3.10 or newer is needed, but Python 3.8.18 was found; install one\n"
     assert not (checkout / ".venv").exists()
 
 
@@ -112,11 +112,11 @@ def test_an_old_active_environment_and_a_missing_compiler_are_refused(checkout, 
     (active / "bin/c++").unlink()
     done = set_up(checkout, "test", VIRTUAL_ENV=active, PATH=tools)
     assert done.returncode == 1
-    assert done.stderr == "caller: a C++ compiler is needed, and none of c++, g++, clang++ was found; install one\n"
+    assert done.stderr == "caller: a C++ compiler is needed, but none of c++, g++, clang++ was found; install one\n"
 
     program(active / "bin/python", 'case "$1" in --version) echo "Python 3.9.18";; *) exit 1;; esac')
     done = set_up(checkout, "test", VIRTUAL_ENV=active, PATH=tools)
-    assert done.stderr == f"caller: Python 3.10 or newer is needed, and {active} has Python 3.9.18\n"
+    assert done.stderr == f"caller: Python 3.10 or newer is needed, but {active} has Python 3.9.18\n"
 
 
 def test_the_test_command_ends_with_pytest(checkout, active) -> None:

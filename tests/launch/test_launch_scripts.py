@@ -56,7 +56,7 @@ def test_many_nodes_by_hostfile_with_and_without_ssh(checkout, active, launcher,
 
     (active / "bin/pdsh").unlink()
     if not shutil.which("pdsh", path=BASE_PATH):
-        assert "pdsh is missing" in bash(script, cwd=checkout, VIRTUAL_ENV=active).stderr
+        assert "pdsh, which starts the other nodes, is missing" in bash(script, cwd=checkout, VIRTUAL_ENV=active).stderr
     assert "MASTER_ADDR is not" in bash(script, cwd=checkout, VIRTUAL_ENV=active, NODE_RANK="1").stderr
     calls()
     bash(script, cwd=checkout, VIRTUAL_ENV=active, NODE_RANK="1", MASTER_ADDR="first", MASTER_PORT="41000")
@@ -84,7 +84,7 @@ def test_exit_codes_and_signals_pass_through(checkout, active, tmp_path, exit_co
 
     program(active / "bin/deepspeed", "exit $((256 - 9))")  # as when a process was killed
     killed = bash(checkout / "launch/one_node.sh", cwd=checkout, VIRTUAL_ENV=active)
-    assert (killed.returncode, killed.stderr) == (247, "one_node.sh: a training process was ended by signal 9\n")
+    assert (killed.returncode, killed.stderr) == (247, "one_node.sh: a training process was killed by signal 9\n")
     assert "one_node.sh" in exit_codes["256 − signal"]
 
 
