@@ -53,5 +53,5 @@ def test_from_a_model_trained_for_mse(train, launch, image_folder, tmp_path):
 
 def test_evaluation_images_that_are_too_small_are_refused(shards, tmp_path):
     Image.new("RGB", (300, 160)).save(tmp_path / "small.png")
-    with pytest.raises(UserError, match=r"small.png of eval.images=.* is 300×160 pixels, and MS-SSIM is defined for"):
+    with pytest.raises(UserError, match=r"small.png of eval.images=.* is 300×160 pixels, but MS-SSIM is defined for"):
         prepare(compose(["model=nano", "objective=ms_ssim", f"data.shards={shards}", f"eval.images={tmp_path}"]), 1)
