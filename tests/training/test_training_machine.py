@@ -177,7 +177,7 @@ def test_mistakes_are_told_before_processes_meet(overrides, told, shards, tmp_pa
 def test_a_pre_editor_is_neither_dropped_nor_another(weights):
     file = weights["joint"]
     for overrides, told in (
-        ([], "machine.edit=false would drop it"),
+        ([], "which machine.edit=false would drop"),
         ([*VIEWER, "machine.edit=true", "machine.pre_editor.blocks=2"], "has a pre-editor with machine.pre_editor="),
     ):
         with pytest.raises(UserError) as error:

@@ -32,7 +32,7 @@ def test_the_launcher_passes_the_line_and_the_code_on(launch, shards):
     result = launch("model=nano", f"data.shards={shards}", "data.crop=200", "run.dir=refused", launcher=True)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
-    assert len(lines) == 1 and "data.crop=200" in lines[0]
+    assert len(lines) == 1 and "use data.crop=256" in lines[0]
     assert "Traceback" not in result.stdout + result.stderr
 
 

@@ -53,7 +53,7 @@ def test_the_umask_decides_about_all_that_it_leaves(run):
 
 
 @pytest.mark.parametrize(
-    "command", ["sweep status {}", "scaling curves {} --out {}/curves.png", "average {} --length 0.1 --out {}/average"]
+    "command", ["sweep status {}", "scaling curves {} --out {}/curves.png", "ema {} --length 0.1 --out {}/ema"]
 )
 def test_commands_read_it(command, run, fork_server, tmp_path):
     arguments = [part.replace("{}", str(run)) for part in command.split()]
