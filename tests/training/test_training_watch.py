@@ -156,7 +156,7 @@ def test_the_cause_is_the_last_line_under_deepspeed(tmp_path):
     process, log = _deepspeed(tmp_path, "does=kill", "who=1")
     process.wait(300)
     lines = log.read_text().splitlines()
-    assert lines[-1].startswith("hpcm: rank 1 (pid ") and "is gone" in lines[-1]
+    assert lines[-1].startswith("hpcm: rank 1 (pid ") and "was killed" in lines[-1]
 
 
 @pytest.mark.parametrize("whom", ["deepspeed", "launch.py"])
@@ -173,4 +173,4 @@ def test_processes_whose_launcher_is_killed_stop_in_good_order(tmp_path, whom):
     process.wait(300)
     assert not alive
     stops = [line for line in said() if "stops at step" in line]
-    assert len(stops) == 2 and any("launcher of these processes has exited" in line for line in stops)
+    assert len(stops) == 2 and any("launcher has exited" in line for line in stops)
