@@ -68,7 +68,7 @@ def test_long_names_are_cut_and_stay_apart(letter):
 
 @pytest.mark.parametrize("key", ["hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "++hydra.run.dir"])
 def test_hydras_own_folders_are_refused(key):
-    with pytest.raises(UserError, match=r"run\.dir=DIR .* run\.sweep=NAME"):
+    with pytest.raises(UserError, match=r"run\.dir=DIR.* run\.sweep=NAME"):
         refuse_hydra_folders(["model=nano", f"{key}=here"])
     refuse_hydra_folders(["model=nano", "hydra/launcher=deepspeed", "run.dir=here"])
 

@@ -268,8 +268,8 @@ def test_command_says_when_the_images_were_not_checked(hpcm, jpeg, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "name a RESULT and its --anchor"),
-        (("kodak/hpcm-base",), "name a RESULT and its --anchor"),
+        ((), "RESULT or --anchor is missing"),
+        (("kodak/hpcm-base",), "RESULT or --anchor is missing"),
         (("kodak/hpcm-base", "--anchor", "kodak/vtm-19"), "did you mean kodak/vtm-18"),
         (("kodak/hpcm-base", "--anchor", "tecnick/vtm-18"), "on kodak and tecnick/vtm-18 on tecnick"),
         (("kodak/hpcm-base", "--anchor", "kodak/vtm-18", "--metric", "ms-ssim"), "has no MS-SSIM"),

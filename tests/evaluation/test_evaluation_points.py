@@ -247,7 +247,7 @@ def test_metrics_that_are_not_asked_for_are_not_measured(hpcm_evaluate, small_im
         (["--metrics", "ms-ssim"], "a_noise.png is too small for MS-SSIM; add psnr to --metrics"),
         (["--points", "nowhere.json"], "there is no file, folder or shipped curve nowhere.json"),
         (["--points", "kodak/vtm-18", "--set", "tecnick"], "--points kodak/vtm-18 are on kodak, not on tecnick"),
-        (["--points", "kodak/vtm-18", "--task", "text"], "--points need --images with another task"),
+        (["--points", "kodak/vtm-18", "--task", "text"], "--points needs --images with another task"),
     ],
 )
 def test_evaluate_refuses_before_anything_is_written(hpcm_evaluate, small_images, tmp_path, arguments, told):
