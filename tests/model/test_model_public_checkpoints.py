@@ -230,8 +230,8 @@ def refusal(action, *arguments) -> tuple[str, str]:
         ("g_a.branch.0.weight", torch.zeros(96, 3, 2, 2), "checkpoint-mismatch", "is 96×3×2×2 instead of 96×3×4×4;"),
         ("g_a.branch.0.bias", torch.tensor(0.0), "checkpoint-mismatch", "is one number instead of 96;"),
         ("g_a.branch.0.bias", torch.zeros(96).half(), "checkpoint-dtype", "torch.float16 instead of torch.float32"),
-        ("entropy_estimation.beta", torch.tensor([2.0]), "checkpoint-constant", "not the 1.5"),
-        ("entropy_estimation.beta", torch.zeros(0), "checkpoint-constant", "not the 1.5"),
+        ("entropy_estimation.beta", torch.tensor([2.0]), "checkpoint-constant", "is not 1.5"),
+        ("entropy_estimation.beta", torch.zeros(0), "checkpoint-constant", "is not 1.5"),
     ],
 )
 def test_what_does_not_fit_is_named(name, tensor, code, detail):
