@@ -34,9 +34,9 @@ class UserError(Exception):
     """Raised by this rank, possibly by no other: this rank prints it."""
     exit_code = 2
 
-    def __init__(self, *parts: str) -> None:
-        self.code, self.key, _ = parts if len(parts) == 3 else ("", "", *parts)
-        super().__init__(*parts)
+    def __init__(self, code: str, key: str, sentence: str) -> None:
+        super().__init__(code, key, sentence)
+        self.code, self.key = code, key
 
     def __str__(self) -> str:
         return self.args[-1]

@@ -196,6 +196,12 @@ def check_writable(path: str | Path) -> None:
             pass
 
 
+def check_file(out: str | Path) -> None:
+    """Raise UserError if the file `--out` is a folder."""
+    if Path(out).is_dir():
+        raise UserError("out-is-folder", "--out", f"--out {out} is a folder; give a file name")
+
+
 def check_folder(out: str | Path) -> None:
     """Raise UserError if the folder `--out`, which is written later, cannot be written; creates nothing."""
     check_length(out)

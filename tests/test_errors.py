@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-TRANSITION = False
-"""Errors without a code are still allowed."""
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("errors.txt")
 HEADING = "# Written by `python tests/test_errors.py`: code, (key), sentence with {values} and [optional] text.\n\n"
@@ -122,13 +120,11 @@ def test_sentences_are_one_line_without_an_end():
 
 def test_every_error_has_a_code():
     without = [error.place for error in errors() if not error.code]
-    assert TRANSITION or without == []
+    assert without == []
 
 
 def test_the_golden_file_is_up_to_date():
-    if TRANSITION and not GOLDEN.is_file():
-        return
-    assert TRANSITION or GOLDEN.read_text(encoding="utf-8") == golden(errors())
+    assert GOLDEN.read_text(encoding="utf-8") == golden(errors())
 
 
 def test_the_walk_finds_errors(tmp_path):

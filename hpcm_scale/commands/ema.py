@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpcm_scale.config.schema import AVERAGE
-from hpcm_scale.errors import Parser, UserError, entry_point
+from hpcm_scale.errors import Parser, entry_point
+from hpcm_scale.files import check_file, check_length, writing
 from hpcm_scale.limits import COUNT
 
 
@@ -28,10 +29,9 @@ def main() -> None:
     parser.add_argument("--at", type=COUNT.whole, metavar="STEP", help="up to this checkpoint (default: the newest)")
     parser.add_argument("--out", help="weights to write (default: RUN/weights_ema_LENGTH_at_STEP.safetensors)")
     arguments = parser.parse_args()
-    if arguments.out and Path(arguments.out).is_dir():
-        raise UserError("out-is-a-folder", "--out", f"--out {arguments.out} is a folder; give a file name")
+    if arguments.out:
+        check_file(arguments.out)
 
-    from hpcm_scale.files import check_length, writing
     from hpcm_scale.formatting import counted
     from hpcm_scale.training.post_hoc_ema import post_hoc_ema, save
     from hpcm_scale.training.run_folder import RunFolder

@@ -8,9 +8,10 @@ import sys
 from hpcm_scale.data.build import build_shards
 from hpcm_scale.data.index import load_index
 from hpcm_scale.data.processes import available_cores
-from hpcm_scale.data.verify import counted, describe, verify_shards
+from hpcm_scale.data.verify import describe, verify_shards
 from hpcm_scale.errors import Parser, UserError, entry_point
 from hpcm_scale.files import without_secrets
+from hpcm_scale.formatting import counted
 from hpcm_scale.limits import PROCESSES, Range
 from hpcm_scale.tracking.progress import progress
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpcm_scale.errors import Parser, UserError, entry_point
+from hpcm_scale.errors import Parser, entry_point
+from hpcm_scale.files import check_file, writing
 from hpcm_scale.limits import LAMBDA
 from hpcm_scale.model.public_checkpoints import PUBLISHED
 
@@ -26,9 +27,8 @@ def import_weights() -> None:
         "--distortion", choices=("mse", "ms_ssim"), default="mse", help="distortion of its loss (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    _check_out(arguments.out)
+    check_file(arguments.out)
 
-    from hpcm_scale.files import writing
     from hpcm_scale.model.public_checkpoints import (
         import_state,
         published_config,
@@ -65,9 +65,8 @@ def export_weights() -> None:
     )
     parser.add_argument("--out", required=True, help="checkpoint to write, for example 68m.pth.tar")
     arguments = parser.parse_args()
-    _check_out(arguments.out)
+    check_file(arguments.out)
 
-    from hpcm_scale.files import writing
     from hpcm_scale.model.public_checkpoints import export_state, published_preset, write_checkpoint
     from hpcm_scale.model.weights import load_weights
 
@@ -79,8 +78,3 @@ def export_weights() -> None:
     preset = published_preset(model.config)
     assert preset is not None  # `export_state` has checked it
     print(f"{arguments.out}: {PUBLISHED[preset]} of github.com/lyq133/LIC-HPCM, {parameters:,} parameters")
-
-
-def _check_out(path: str) -> None:
-    if Path(path).is_dir():
-        raise UserError("out-is-folder", "--out", f"--out {path} is a folder; give a file name")

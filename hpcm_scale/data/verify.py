@@ -18,6 +18,7 @@ from hpcm_scale.data.images import decode
 from hpcm_scale.data.index import BLOCK, Shard, ShardIndex, is_plain
 from hpcm_scale.data.processes import parallel_map
 from hpcm_scale.files import sha256_of
+from hpcm_scale.formatting import counted
 
 IMAGES_PER_JOB = 32
 HASH_DIFFERS = "its sha256 differs, although every image in it is intact"
@@ -188,8 +189,3 @@ def describe(location: str, index: ShardIndex) -> str:
             span = f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"
             lines.append(f"  {span:>16} {count:>9,} {'█' * max(1, round(40 * count / counts.max()))}")
     return "\n".join(lines)
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun: 1 image, 1,234 images."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -143,7 +143,7 @@ def _time_steps(
     """Measurements of all ranks (`time_steps`), and the checkpoints of the run."""
     config = start.config
     train = config.train
-    task = prepared_task(config, start, engine)
+    task = prepared_task(start, engine)
     weights = [weight for weight in task.module.parameters() if weight.requires_grad]
     parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)  # ZeRO-3 keeps only shards
     kept_checkpoints = train.keep_checkpoints + len(train.keep_at) + train.keep_best + 1  # one is being written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -219,10 +218,9 @@ class Trainer:
         self.corrupt.check(self.max_corrupt_samples)
         if metrics is not None and not metrics.without_data:
             return
-        error = self._data_error
-        parts = json.dumps([error.code, error.key, str(error)]) if error else ""
-        if first := next(filter(None, self.engine.gather(parts)), None):
-            raise UserError(*json.loads(first))
+        errors = self.engine.gather(self._data_error.args if self._data_error else None)
+        if first := next(filter(None, errors), None):
+            raise UserError(*first)
 
     def log(self) -> None:
         """Write one journal line: means over the steps since the last one."""

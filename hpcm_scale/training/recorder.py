@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,16 +82,15 @@ class CorruptImages:
     def __len__(self) -> int:
         return len(self.reasons) + len(self.ahead)
 
-    def new(self, samples: Iterable[CorruptSample]) -> str:
-        """Those of the samples that this process has not counted, as JSON; empty if there are none."""
-        new = {str(sample.sample): sample.reason for sample in samples if str(sample.sample) not in self.reasons}
-        return json.dumps(new) if new else ""
+    def new(self, samples: Iterable[CorruptSample]) -> dict[str, str]:
+        """The reasons of those samples that this process has not counted, by sample."""
+        return {str(sample.sample): sample.reason for sample in samples if str(sample.sample) not in self.reasons}
 
-    def add(self, texts: Sequence[str]) -> list[str]:
+    def add(self, found: Sequence[dict[str, str]]) -> list[str]:
         """Add the results of `new` of all processes; returns a line for each image."""
         new: dict[str, str] = {}
-        for text in filter(None, texts):
-            new = json.loads(text) | new
+        for reasons in found:
+            new = reasons | new
         self.ahead = new
         return [f"skipped: {new[sample]}" for sample in sorted(new, key=int)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,7 @@ def _join_and_train(config: Config, stop: StopRequest) -> Outcome:
             translate_os_errors(local=True),
         ):
             init_process_group(group, config.train.watchdog_timeout)
-            return _train(config, start, stop, watch)
+            return _train(start, stop, watch)
     finally:
         for lock in locks:
             lock.release()
@@ -120,10 +119,11 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def _train(config: Config, start: Start, stop: StopRequest, watch: Watchdog) -> Outcome:
+def _train(start: Start, stop: StopRequest, watch: Watchdog) -> Outcome:
+    config = start.config
     engine = create_engine(config.engine, config.train, start.spec)
-    task = prepared_task(config, start, engine)
-    training = _Training(config, start, engine, task, stop, watch)
+    task = prepared_task(start, engine)
+    training = _Training(start, engine, task, stop, watch)
     try:
         resume = training.choose()
         print_once(training.opening(resume))
@@ -140,8 +140,9 @@ def _train(config: Config, start: Start, stop: StopRequest, watch: Watchdog) -> 
         engine.close()
 
 
-def prepared_task(config: Config, start: Start, engine: Engine) -> Task:
+def prepared_task(start: Start, engine: Engine) -> Task:
     """The task of a run, with its model built, prepared by the engine and compiled; every process calls it."""
+    config = start.config
     set_arithmetic(config.engine.precision)
     torch.manual_seed(config.train.seed)
     remedies = memory_remedies(config, engine.world_size)
@@ -159,7 +160,6 @@ def prepared_task(config: Config, start: Start, engine: Engine) -> Task:
 class _Training:
     """One run; each rollback after a divergence begins another attempt."""
 
-    config: Config
     start: Start
     engine: Engine
     task: Task
@@ -167,7 +167,8 @@ class _Training:
     watch: Watchdog
 
     def __post_init__(self) -> None:
-        config, start = self.config, self.start
+        start = self.start
+        config = start.config
         costs = costs_by_phase(start.spec.phases, config.model, config.machine, start.receivers)
         self.costs = {image: of_phase.training_flops_per_image for image, of_phase in costs.items()}
         self.parameters = costs[0].parameters
@@ -191,11 +192,11 @@ class _Training:
                 f"some processes find step {max(found)} in run.dir={folder.path} and others do not; put it on a file "
                 "system shared by all nodes",
             )
-        return find_resume(folder, self.config, self.start.spec, self.start.index.digest, examine)
+        return find_resume(folder, self.start.config, self.start.spec, self.start.index.digest, examine)
 
     def attempt(self, resume: Resume) -> Outcome | Diverged:
         """Train from `resume` on; returns Diverged, on all processes, for a rollback."""
-        config, spec, engine, folder = self.config, self.start.spec, self.engine, self.start.folder
+        config, spec, engine, folder = self.start.config, self.start.spec, self.engine, self.start.folder
         divergences = self.divergences()
         peak = peak_flops(engine.device, config.engine.precision == Precision.bf16)
         tracker = ComputeTracker(self.costs, engine.device, peak and peak * engine.world_size)
@@ -279,12 +280,11 @@ class _Training:
 
     def divergences(self) -> list[Divergence]:
         """Those recorded so far, as rank 0 reads them: a shared file system may show them late elsewhere."""
-        noted = json.dumps(self.start.folder.divergences()) if self.engine.rank == 0 else ""
-        return [Divergence(*values) for values in json.loads(self.engine.gather(noted)[0])]
+        return self.engine.gather(self.start.folder.divergences() if self.engine.rank == 0 else [])[0]
 
     def roll_back(self, diverged: Diverged) -> Resume:
         """The checkpoint to resume from, without the images of the step that diverged."""
-        folder, train = self.start.folder, self.config.train
+        folder, train = self.start.folder, self.start.config.train
         before = self.divergences()
         if len(before) >= train.max_rollbacks:
             raise UserError(
@@ -312,7 +312,7 @@ class _Training:
 
     def opening(self, resume: Resume) -> str:
         """Summary of the run and of its costs."""
-        config, spec, engine, folder = self.config, self.start.spec, self.engine, self.start.folder
+        config, spec, engine, folder = self.start.config, self.start.spec, self.engine, self.start.folder
         stage = f"ZeRO {config.engine.zero_stage}" if config.engine.name == EngineName.deepspeed else "accelerate"
         lines = [
             f"{folder.path}: {config.model.name}, {self.parameters:,} parameters, {self.task.aim}, "
@@ -367,7 +367,7 @@ class _Training:
 
     def _finish(self, trainer: Trainer) -> None:
         """Export the weights of a finished run, or print how a stopped one is resumed."""
-        config, folder, step = self.config, self.start.folder, trainer.step
+        config, folder, step = self.start.config, self.start.folder, trainer.step
         if step < config.train.steps:
             if not trainer.stopped:
                 trainer.recorder.print(
@@ -386,4 +386,4 @@ class _Training:
         state = self.engine.weights()
         if state is not None:
             with writing(path):
-                self.task.save(path, state, spent, self.start.folder.origin(self.config.run.cooldown_of))
+                self.task.save(path, state, spent, self.start.folder.origin(self.start.config.run.cooldown_of))

@@ -194,7 +194,10 @@ def test_batches_can_be_pinned(small_set, monkeypatch):
     with pytest.raises(RuntimeError, match="accelerator"):
         batch.pin_memory()
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # there is no such memory here
-    pinned, error = pin_memory(batch), UserError("no photo")  # as torch's loader does with what comes from a worker
+    pinned, error = (
+        pin_memory(batch),
+        UserError("no-image", "", "no image"),
+    )  # as torch's loader does with what comes from a worker
     assert pinned.images.data_ptr() != batch.images.data_ptr() and torch.equal(pinned.images, batch.images)
     assert torch.equal(pinned.image_index, batch.image_index)
     assert (pinned.keys, pinned.upscaled, pinned.corrupt) == (batch.keys, batch.upscaled, batch.corrupt)

@@ -40,7 +40,7 @@ def train(given: dict[str, str]) -> None:
     who = rank == int(given.get("who", "-1"))
     with share_errors():
         if "refused" in given and (who or "who" not in given):
-            raise UserError(given["refused"])
+            raise UserError("refused", "", given["refused"])
     facts = {"setting": {"train": {"steps": given.get("fact", "5")}}}
     group = join(facts, float(given.get("init_timeout", "0.5")))
     if "finished" in given:
@@ -77,11 +77,11 @@ def fail(how: str, seconds: str = "300") -> None:
     if how == "raise":
         raise ArithmeticError("one and one is three")
     if how == "mistake":
-        error = UserError("the shards are gone")
+        error = UserError("shards-gone", "", "the shards are gone")
         error.local = True
         raise error
     if how in ("all_mistake", "one_mistake"):
-        raise UserError("the loss is not finite")
+        raise UserError("loss-not-finite", "", "the loss is not finite")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "freeze":
