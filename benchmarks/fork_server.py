@@ -145,7 +145,7 @@ class ForkServer:
         """Do what `python -m module arguments…` would, in the folder `cwd` with the environment `env`.
 
         What is said goes to the file `output`, or waits for `Forked.communicate`. More than one of `processes` are
-        started, told of each other and ended together as by `deepspeed --num_gpus N --module module arguments…`.
+        started, reported of each other and ended together as by `deepspeed --num_gpus N --module module arguments…`.
         """
         request = {"module": module, "arguments": arguments, "cwd": str(cwd), "env": dict(env), "processes": processes}
         kept: list[IO[Any]] = []
@@ -176,18 +176,18 @@ def serve(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 pid = os.fork()
                 if pid == 0:
                     connection.close()
-                    for inherited in (descriptors[2], *running, *(told for _, told in running.values())):
+                    for inherited in (descriptors[2], *running, *(reported for _, reported in running.values())):
                         os.close(inherited)
                     return json.loads(message), descriptors[:2]
-                *output, told = descriptors
+                *output, reported = descriptors
                 for inherited in output:
                     os.close(inherited)
-                running[os.pidfd_open(pid)] = pid, told
-                _tell(told, pid)
+                running[os.pidfd_open(pid)] = pid, reported
+                _tell(reported, pid)
             else:
-                pid, told = running.pop(descriptor)
-                _tell(told, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                os.close(told)
+                pid, reported = running.pop(descriptor)
+                _tell(reported, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                os.close(reported)
                 os.close(descriptor)
 
 

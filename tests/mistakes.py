@@ -11,6 +11,6 @@ def mistake_in(main: Callable[[Sequence[str]], None], capsys: pytest.CaptureFixt
     """The one line that a wrong command is answered with."""
     with pytest.raises(SystemExit) as end:
         main([*map(str, arguments)])
-    told = capsys.readouterr()
-    assert (end.value.code, told.out, told.err.count("\n")) == (2, "", 1)
-    return told.err
+    reported = capsys.readouterr()
+    assert (end.value.code, reported.out, reported.err.count("\n")) == (2, "", 1)
+    return reported.err

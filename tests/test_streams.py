@@ -36,8 +36,8 @@ def test_standard_streams_may_be_closed_or_full():
     full = os.open("/dev/full", os.O_WRONLY)
     done = hpcm("--help", stdout=full)
     os.close(full)
-    told = b"hpcm: cannot write to standard output (No space left on device)\n"
-    assert (done.returncode, done.stderr) == (1, told)
+    reported = b"hpcm: cannot write to standard output (No space left on device)\n"
+    assert (done.returncode, done.stderr) == (1, reported)
     for closed in (">&-", "2>&-"):
         script = f"exec '{sys.executable}' -m hpcm_scale.cli --help {closed}"
         assert subprocess.run(["bash", "-c", script], capture_output=True, timeout=120).returncode == 0

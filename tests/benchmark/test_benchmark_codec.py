@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """And could be told from plain."""
+    """And differs from the reference."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 

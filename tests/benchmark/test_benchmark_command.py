@@ -116,7 +116,7 @@ def test_drawn_symbols_follow_their_tables():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (("train", "--preset", "68n"), "there is no preset 68n; did you mean 68m?"),
         (("train", "--preset", "nano", "--crop", "250"), "--crop 250 does not fit nano, whose inputs are multiples of"),
@@ -138,5 +138,5 @@ def test_drawn_symbols_follow_their_tables():
         (("trian",), "invalid choice: 'trian'"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(arguments, told, capsys):
-    assert told in mistake(capsys, *arguments)
+def test_mistakes_are_told_in_one_sentence(arguments, reported, capsys):
+    assert reported in mistake(capsys, *arguments)

@@ -1,4 +1,4 @@
-"""Where time goes: real operations, each by itself under the profiler, and the kind they are told to be of."""
+"""Where time goes: real operations, each profiled separately, and the kind that it counts as."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def test_most_of_the_time_of_an_operation_goes_to_its_kind(name):
     spent = seconds_by_kind(trace.events(), wall, CPU)
     assert list(spent) == list(KINDS)
     assert sum(spent.values()) == pytest.approx(wall)
-    told = {other: seconds for other, seconds in spent.items() if other != KINDS[-1]}
+    reported = {other: seconds for other, seconds in spent.items() if other != KINDS[-1]}
     # Making of numbers at random and of weights counts as element-wise.
-    foreign = sum(seconds for other, seconds in told.items() if other not in (kind, KINDS[6], KINDS[7]))
-    assert told[kind] > 5 * foreign
-    assert told[kind] > 0
+    foreign = sum(seconds for other, seconds in reported.items() if other not in (kind, KINDS[6], KINDS[7]))
+    assert reported[kind] > 5 * foreign
+    assert reported[kind] > 0
 
 
 def test_the_picture_holds_both_profiles(tmp_path):

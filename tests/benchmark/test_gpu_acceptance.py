@@ -44,10 +44,10 @@ def test_one_check_of_the_rehearsal_passes(project, tmp_path):
     (tmp_path / "wheels").mkdir()
     done = script(project, "--out", tmp_path, "--only", "9,13", "--wheels", tmp_path / "wheels")
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    results = {outcome["check"]: outcome["result"] for outcome in told}
+    reported = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    results = {outcome["check"]: outcome["result"] for outcome in reported}
     assert results == {"9": "needs a GPU", "13": "passed"}
-    assert json.loads((tmp_path / "results.json").read_text())["checks"] == told
+    assert json.loads((tmp_path / "results.json").read_text())["checks"] == reported
     assert "Nothing here ran on a GPU" in (tmp_path / "results.md").read_text()
 
 
@@ -56,11 +56,11 @@ def test_the_rehearsal_passes(project, tmp_path):
     """As benchmarks/results/gpu_acceptance_rehearsal.md was made."""
     done = script(project, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    for outcome in told:
+    reported = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for outcome in reported:
         needs_gpu = next(check.needs_gpu for check in CHECKS if str(check.number) == outcome["check"])
         assert outcome["result"] == ("needs a GPU" if needs_gpu else "passed"), outcome
-    assert {outcome["check"] for outcome in told} == {str(check.number) for check in CHECKS}
+    assert {outcome["check"] for outcome in reported} == {str(check.number) for check in CHECKS}
 
 
 def test_what_needs_a_gpu():
@@ -170,8 +170,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_checks(tmp_path, m
     (tmp_path / "file").touch()
     for out, reason in ((tmp_path / "file", "is a file; choose another"), (Path("/proc/new"), "is read-only")):
         assert gpu_acceptance.accept(argparse.Namespace(device="cpu", tiny=True, only="1", out=out)) == 2
-        told = capsys.readouterr().err
-        assert told.startswith(f"gpu_acceptance: --out {out} cannot be") and reason in told and told.count("\n") == 1
+        reported = capsys.readouterr().err
+        assert (
+            reported.startswith(f"gpu_acceptance: --out {out} cannot be")
+            and reason in reported
+            and reported.count("\n") == 1
+        )
 
 
 def test_ctrl_c_ends_the_script_without_a_traceback(monkeypatch):

@@ -305,7 +305,7 @@ def test_estimate_refuses_in_one_line(arguments, message, run):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         (("-m", "--cfg", "job"), "Only one of"),
         (("--run", "--multirun"), "Only one of"),
@@ -314,7 +314,7 @@ def test_estimate_refuses_in_one_line(arguments, message, run):
         (("--nonsense",), "unrecognized arguments: --nonsense"),
     ],
 )
-def test_hydras_own_options_are_refused_in_one_line(run, options, told):
+def test_hydras_own_options_are_refused_in_one_line(run, options, reported):
     code, out, err = run("train", "model=nano", *options)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("hpcm: ") and told in err and err.endswith("see hpcm train --help\n")
+    assert err.startswith("hpcm: ") and reported in err and err.endswith("see hpcm train --help\n")

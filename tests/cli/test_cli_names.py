@@ -40,7 +40,7 @@ def fresh(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | ASCII)
 
 
-def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+def reported(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What a command wrote to stderr but for the progress of an evaluation, one line per setting."""
     return [line for line in done.stderr.splitlines() if " images in " not in line]
 
@@ -74,7 +74,7 @@ def test_names_that_are_not_utf_8_pass_through_every_command(hpcm, weights, imag
         (hpcm, ("shards", "info", shards)),
     ):
         done = command(*arguments)
-        assert (done.returncode, told(done)) == (0, []), done
+        assert (done.returncode, reported(done)) == (0, []), done
         assert r"caf\xe9" in done.stdout or arguments[0] == "shards"
     assert [path.name for path in (*coded.iterdir(), *back.iterdir())] == [f"{ODD}.hpcm", f"{ODD}.png"]
     evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def test_pipes_and_links_to_nothing_hang_no_command(hpcm, weights, images, tmp_p
     )
     for arguments in (("encode", images, tmp_path / "coded"), ("evaluate", "--images", images)):
         done = hpcm(*arguments, "--weights", weights)
-        [line] = told(done)
+        [line] = reported(done)
         assert done.returncode == 0 and left_out in line
     (tmp_path / "coded" / "more").mkdir()
     (images / "pipe.hpcm").rename(tmp_path / "coded" / "more" / "pipe.hpcm")

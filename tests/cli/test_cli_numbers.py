@@ -87,8 +87,8 @@ def test_a_number_is_in_its_range_or_refused(name):
     assert max(allowed.least, allowed.above) > -math.inf and min(allowed.most, allowed.below) < math.inf
     assert action.default in (None, argparse.SUPPRESS) or action.default in allowed
     for text in NASTY:
-        value, told = parsed(action, text)
-        assert f"must be {allowed}" in told or (value in allowed and math.isfinite(value))
+        value, reported = parsed(action, text)
+        assert f"must be {allowed}" in reported or (value in allowed and math.isfinite(value))
 
 
 def parsed(action: argparse.Action, text: str) -> tuple[float | None, str]:

@@ -46,16 +46,16 @@ def levels(folder: Path) -> list[int | None]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "level", "told"),
+    ("arguments", "level", "reported"),
     [((), 201, "79"), (("--quality", 0), 0, "0"), (("--quality", "99.9"), 255, "100"), (("--quality", 10), 26, "10")],
 )
-def test_a_quality_is_in_the_file_and_in_the_line(run, weights, photos, tmp_path, arguments, level, told):
-    """Without one it is that of λ = 0.013; decoding needs to be told nothing."""
+def test_a_quality_is_in_the_file_and_in_the_line(run, weights, photos, tmp_path, arguments, level, reported):
+    """Without one it is that of λ = 0.013; decoding needs no option."""
     coded, back = tmp_path / "photo.hpcm", tmp_path / "back.png"
     chosen = ("--weights", weights["variable"], "--device", "cpu")
     code, out, err = run("encode", photos / "kodim05.png", coded, *chosen, *arguments)
     assert (code, err) == (0, "") and levels(tmp_path) == [level]
-    assert f" bits per pixel, quality {told}, in {coded}\n" in out
+    assert f" bits per pixel, quality {reported}, in {coded}\n" in out
     assert run("decode", coded, back, *chosen) == (0, f"{coded}: decoded to {back}\n", "")
 
 

@@ -140,7 +140,7 @@ def test_a_target_out_of_range_is_refused_with_the_range(learned, photo, search)
 
 
 def test_qualities_and_bytes():
-    """Whole qualities are told as they were asked for; every byte has a short quality that leads back to it."""
+    """Whole qualities are printed as given; every byte has a short quality that leads back to it."""
     assert [byte_of_quality(quality) for quality in (0, 20, 40, 60, 80, 100)] == [0, 51, 102, 153, 204, 255]
     assert [quality_of_byte(byte_of_quality(quality)) for quality in range(101)] == list(range(101))
     for byte in range(256):

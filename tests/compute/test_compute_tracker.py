@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """Seconds that pass on request."""
 
     now = 1000.0
 

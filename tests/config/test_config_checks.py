@@ -1,4 +1,4 @@
-"""Combinations that cannot work are refused, in one line that names the key and the mend."""
+"""Combinations that cannot work are refused, in one line that names the key and the remedy."""
 
 from __future__ import annotations
 

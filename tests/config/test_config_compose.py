@@ -1,4 +1,4 @@
-"""Every configuration in conf/ composes and can be trained; every mistake is told in one line."""
+"""Every configuration in conf/ composes and can be trained; every mistake is reported in one line."""
 
 from __future__ import annotations
 

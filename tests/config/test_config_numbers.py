@@ -109,11 +109,11 @@ def test_a_number_is_in_its_range_or_refused_by_name(key):
     ends = [end for end in (allowed.least, allowed.above, allowed.most, allowed.below) if math.isfinite(end)]
     near = [math.nextafter(end, towards) for end in ends for towards in (math.inf, -math.inf)]
     for value in (*NASTY, *ends, *near):
-        told = refusal(key, value)
-        assert told is None or ("\n" not in told and len(told) < 300)
+        reported = refusal(key, value)
+        assert reported is None or ("\n" not in reported and len(reported) < 300)
         if value not in allowed:
             range_told = rf"^{re.escape(key)}=.* must be {re.escape(str(allowed))}(, each)?$"
-            assert told and re.match(range_told, told), f"{key}={value}: {told}"
+            assert reported and re.match(range_told, reported), f"{key}={value}: {reported}"
 
 
 @pytest.mark.parametrize("text", ["nan", "true", "9" * 400, "9" * 5000], ids=["nan", "true", "400 digits", "5000"])
@@ -125,8 +125,8 @@ def test_what_is_typed_is_read_or_refused_in_one_sentence(key, text):
     typed = f"{{a/b: {text}}}" if "dict" in hint else f"[{text}]" if "list" in hint else text
     with pytest.raises(UserError) as refused:
         check(compose([f"{plus}{key}={typed}"]), 1)
-    told = str(refused.value)
-    assert key in told and "\n" not in told and len(told) < 300, told
+    reported = str(refused.value)
+    assert key in reported and "\n" not in reported and len(reported) < 300, reported
 
 
 LISTS = [key for key in _keys(Config) if isinstance(attrgetter(key)(Config()), list)]

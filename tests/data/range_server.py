@@ -1,4 +1,4 @@
-"""A real HTTP server that answers range requests and can be told to misbehave."""
+"""A real HTTP server that answers range requests and misbehaves on request."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 @pytest.mark.parametrize(
-    ("stranger", "told"),
+    ("stranger", "reported"),
     [
         (member("link", tarfile.SYMTYPE, "/etc/passwd"), "'link' is a symbolic link, not a regular file"),
         (member("hard", tarfile.LNKTYPE, "piece"), "'hard' is a hard link, not a regular file"),
@@ -114,7 +114,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
         (member("more.jpg"), "'more.jpg' is not in the index"),
     ],
 )
-def test_members_that_do_not_belong_are_reported(folder, stranger, told):
+def test_members_that_do_not_belong_are_reported(folder, stranger, reported):
     """Even where hash and size in the index are those of the tar with the stranger in it."""
     shard = load_index(str(folder)).shards[0]
     with tarfile.open(folder / shard.name, "a") as tar:
@@ -123,4 +123,4 @@ def test_members_that_do_not_belong_are_reported(folder, stranger, told):
     change(folder, "shards", 0, "bytes", to=len(data))
     change(folder, "shards", 0, "sha256", to=sha256(data).hexdigest())
     found = verify_shards(folder, load_index(str(folder)), workers=1, progress=progress)
-    assert [str(damage) for damage in found] == [f"{shard.name}: its member {told}"]
+    assert [str(damage) for damage in found] == [f"{shard.name}: its member {reported}"]

@@ -168,7 +168,7 @@ def turns_of(order: MixtureOrder, images: int) -> dict[tuple[int, int], int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_photos_are_replaced_within_their_set(small_set, other_set, mixed, tmp_path, workers):
-    """And told by a number that no photo of another set has."""
+    """And named by a number that no image of another set has."""
     folder = Path(shutil.copytree(other_set, tmp_path / "other"))
     index = load_index(str(folder))
     (folder / index.shards[0].name).unlink()

@@ -1,4 +1,4 @@
-"""Shards from a shell command: only when switched on, whole files only, failures told without the command."""
+"""Shards from a shell command: only when switched on, whole files only, failures reported without the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards in an S3-compatible object store, a real server on this machine; no secret is told or written anywhere."""
+"""Shards in an S3-compatible object store, a real server on this machine; no secret is reported or written anywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets in URLs and commands are refused without being repeated, and hidden wherever such text is told."""
+"""Secrets in URLs and commands are refused without being repeated, and hidden wherever such text is reported."""
 
 from __future__ import annotations
 

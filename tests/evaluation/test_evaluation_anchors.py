@@ -66,8 +66,8 @@ def test_every_curve_says_what_it_is_and_compares():
 
 
 def test_stated_bd_rates(published):
-    told = {each.codec: each.bd_rate for each in stated()}
-    assert told == {
+    reported = {each.codec: each.bd_rate for each in stated()}
+    assert reported == {
         codec: {SET_NAMES[name]: percent for name, percent in sets.items()}
         for codec, sets in published["paper_bd_vs_vtm22"].items()
     }

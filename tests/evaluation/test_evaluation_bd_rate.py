@@ -266,7 +266,7 @@ def test_command_says_when_the_images_were_not_checked(hpcm, jpeg, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         ((), "RESULT or --anchor is missing"),
         (("kodak/hpcm-base",), "RESULT or --anchor is missing"),
@@ -277,10 +277,10 @@ def test_command_says_when_the_images_were_not_checked(hpcm, jpeg, tmp_path):
         (("kodak/hpcm-base", "--anchor", "kodak/vtm-18", "--metric", "vmaf"), "see hpcm bd-rate --help"),
     ],
 )
-def test_command_refuses_in_one_line(hpcm, arguments, told):
+def test_command_refuses_in_one_line(hpcm, arguments, reported):
     code, out, error = hpcm(*arguments)
     assert (code, out, error.count("\n")) == (2, "", 1)
-    assert told in error
+    assert reported in error
 
 
 def test_command_lists_what_is_shipped(hpcm):

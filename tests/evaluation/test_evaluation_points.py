@@ -240,7 +240,7 @@ def test_metrics_that_are_not_asked_for_are_not_measured(hpcm_evaluate, small_im
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--metrics", "psnr,vmaf"], "there is no metric 'vmaf'; choose from psnr, ms-ssim"),
         (["--metrics", ""], "there is no metric ''"),
@@ -250,7 +250,7 @@ def test_metrics_that_are_not_asked_for_are_not_measured(hpcm_evaluate, small_im
         (["--points", "kodak/vtm-18", "--task", "text"], "--points needs --images with another task"),
     ],
 )
-def test_evaluate_refuses_before_anything_is_written(hpcm_evaluate, small_images, tmp_path, arguments, told):
+def test_evaluate_refuses_before_anything_is_written(hpcm_evaluate, small_images, tmp_path, arguments, reported):
     code, out, error = hpcm_evaluate("--images", small_images.folder, *arguments)
-    assert (code, out) == (2, "") and told in error and error.count("hpcm: ") == 1
+    assert (code, out) == (2, "") and reported in error and error.count("hpcm: ") == 1
     assert not (tmp_path / "out").exists()

@@ -229,7 +229,7 @@ def test_receivers_go_to_the_task_they_can_do():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--task", "agrement"], "there is no task 'agrement'; choose from agreement, text"),
         (["--task", "agreement", "--receivers", "vit"], "there is no receiver 'vit'"),
@@ -243,7 +243,7 @@ def test_receivers_go_to_the_task_they_can_do():
         (["--task", "agreement", "--against", "jpeg", "--weights", "jpeg=WEIGHTS"], "has the name of a codec"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(arguments, told, photos, trained, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_told_in_a_sentence(arguments, reported, photos, trained, tmp_path, monkeypatch, capsys):
     typed = [argument.replace("WEIGHTS", trained) for argument in arguments]
     if typed[-1] == "--images":
         typed.pop()
@@ -255,7 +255,7 @@ def test_mistakes_are_told_in_a_sentence(arguments, told, photos, trained, tmp_p
         command.main()
     written = capsys.readouterr()
     assert ended.value.code == 2 and written.out == "" and written.err.count("\n") == 1
-    assert told.replace("PHOTOS", str(photos)) in written.err and not (tmp_path / "out").exists()
+    assert reported.replace("PHOTOS", str(photos)) in written.err and not (tmp_path / "out").exists()
 
 
 def test_images_too_small_for_receivers_are_refused_before_any_is_coded(trained, tmp_path, monkeypatch, capsys):

@@ -83,15 +83,15 @@ class Cluster:
         """Submit a job of greater weight that needs the whole machine, for a moment."""
         self.submit("--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=Path("/"))
 
-    def wait(self, number: str, state: str, told: Callable[[], object], seconds: float = 400) -> dict[str, str]:
-        """The job, once it is in a state; `told` is told when it does not get there, or ends in another one."""
+    def wait(self, number: str, state: str, reported: Callable[[], object], seconds: float = 400) -> dict[str, str]:
+        """The job, once it is in a state; `reported` is in the error if it does not get there, or ends in another."""
 
         def there() -> bool:
             now = self.job(number)["JobState"]
-            assert now == state or now not in FINAL, told()
+            assert now == state or now not in FINAL, reported()
             return now == state
 
-        await_that(there, told, seconds)
+        await_that(there, reported, seconds)
         return self.job(number)
 
     def jobs(self) -> str:
@@ -104,11 +104,11 @@ class Cluster:
         await_that(lambda: not self.jobs(), self.jobs, KILL_WAIT + 120)
 
 
-def await_that(condition: Callable[[], object], told: Callable[[], object], seconds: float = 400) -> None:
-    """Wait for a condition; `told` is told when it does not come about."""
+def await_that(condition: Callable[[], object], reported: Callable[[], object], seconds: float = 400) -> None:
+    """Wait for a condition; `reported` is in the error if it does not come about."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, told()
+        assert time.monotonic() < deadline, reported()
         time.sleep(0.1)
 
 

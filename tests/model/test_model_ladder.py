@@ -151,10 +151,12 @@ def test_a_size_does_not_replace_a_preset_in_silence(preset):
     family = compose_model(preset).family
     with pytest.raises(UserError) as refused:
         compose_sized([f"model={preset}", "model.size=300k"])
-    told = str(refused.value)
-    assert told.startswith(f"model={preset} has widths and depths of its own, and model.size=300k would replace them")
-    [mend] = re.findall(r"use (model=\w+ model\.size=300k)", told)
-    assert mend == f"model={family} model.size=300k" and compose_sized(mend.split()).model.name == f"{family}_300k"
+    reported = str(refused.value)
+    assert reported.startswith(
+        f"model={preset} has widths and depths of its own, and model.size=300k would replace them"
+    )
+    [remedy] = re.findall(r"use (model=\w+ model\.size=300k)", reported)
+    assert remedy == f"model={family} model.size=300k" and compose_sized(remedy.split()).model.name == f"{family}_300k"
 
 
 @pytest.mark.parametrize("key", ["channels=[8,16,32]", "latent_channels=64", "prior_s3.before=1", "attention_heads=4"])

@@ -55,8 +55,8 @@ def test_nothing_of_the_machine_is_left(ladder_runs, tmp_path) -> None:
     assert "perf/" not in text
     run = next(run for run in find_runs([tmp_path]) if run.name == "nano-at-200")
     config = run.config
-    told = (config["run"]["dir"], config["run"]["cooldown_of"], config["data"]["shards"], config["eval"]["images"])
-    assert told == ("nano-at-200", "nano", "shards", "kodak")
+    reported = (config["run"]["dir"], config["run"]["cooldown_of"], config["data"]["shards"], config["eval"]["images"])
+    assert reported == ("nano-at-200", "nano", "shards", "kodak")
 
 
 def test_a_short_run_keeps_enough_lines_to_be_smoothed(tmp_path) -> None:

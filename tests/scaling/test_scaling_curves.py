@@ -184,9 +184,9 @@ def test_mistakes_are_one_line_and_leave_no_file(tmp_path, monkeypatch, capsys, 
     make_run(tmp_path / "young", steps=0, of=10)
     with pytest.raises(SystemExit) as end:
         main(arguments)
-    told = capsys.readouterr()
-    assert (end.value.code, told.out, told.err.count("\n")) == (2, "", 1)
-    assert reason in told.err
+    reported = capsys.readouterr()
+    assert (end.value.code, reported.out, reported.err.count("\n")) == (2, "", 1)
+    assert reason in reported.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nano", "young"]
 
 

@@ -64,9 +64,9 @@ def edit(run: Run, key: str, value: Any) -> Run:
 
 def test_a_run_becomes_a_curve_and_an_observation(tmp_path: Path) -> None:
     lines = journal(range(1, 101), rate={0: 1e-3, 61: 3e-4, 81: 1e-4})
-    told = study(find_runs([write(tmp_path / "a", lines, "train.seed=3", "data.crop=256")]))
-    assert (told.metric, told.lmbda, told.excluded, told.notes) == ("eval/loss", 0.013, [], [])
-    [curve], [seen] = told.curves, told.observations
+    reported = study(find_runs([write(tmp_path / "a", lines, "train.seed=3", "data.crop=256")]))
+    assert (reported.metric, reported.lmbda, reported.excluded, reported.notes) == ("eval/loss", 0.013, [], [])
+    [curve], [seen] = reported.curves, reported.observations
     assert (seen.run, seen.model, seen.seed, seen.images, seen.finished) == ("a", "nano", 3, 800, True)
     model = on_meta(compose(["model=nano"]).model)
     assert seen.parameters == curve.parameters == parameter_count(model)
@@ -89,9 +89,9 @@ def test_training_losses_are_smoothed(tmp_path: Path) -> None:
     for line, of_loss, of_bpp in zip(lines, *noise, strict=True):
         line["train/loss"] *= 1 + 0.1 * of_loss
         line["train/bpp"] *= 1 + 0.1 * of_bpp
-    told = study(find_runs([write(tmp_path / "a", lines, "eval.images=null", "train.steps=2000")]))
-    assert told.metric == "train/loss"
-    [curve], [seen] = told.curves, told.observations
+    reported = study(find_runs([write(tmp_path / "a", lines, "eval.images=null", "train.steps=2000")]))
+    assert reported.metric == "train/loss"
+    [curve], [seen] = reported.curves, reported.observations
     assert curve.loss.size == 2000
     true = 1 + 30 / np.arange(1, 2001)
     assert np.abs(curve.smoothed / true - 1)[500:].max() < 0.04
@@ -113,9 +113,9 @@ def test_exclusions_have_reasons(tmp_path: Path) -> None:
     write(tmp_path / "spoilt", spoilt)
     write(tmp_path / "resumed", [*whole[:70], *journal(range(31, 101))])
     runs = find_runs([tmp_path])
-    told = study(runs, lmbda=0.013)
-    assert [seen.run for seen in told.observations] == ["resumed", "spoilt", "whole"]
-    sentences = dict(sorted((sentence.split()[0].rstrip(":"), sentence) for sentence in told.excluded))
+    reported = study(runs, lmbda=0.013)
+    assert [seen.run for seen in reported.observations] == ["resumed", "spoilt", "whole"]
+    sentences = dict(sorted((sentence.split()[0].rstrip(":"), sentence) for sentence in reported.excluded))
     assert list(sentences) == ["diverged", "foreign", "merged", "other", "resumed", "spoilt", "unevaluated", "young"]
     assert sentences["young"] == "young is excluded: it has no line yet"
     assert sentences["unevaluated"] == "unevaluated is excluded: it has no evaluation yet"
@@ -125,11 +125,11 @@ def test_exclusions_have_reasons(tmp_path: Path) -> None:
     assert "channels" in sentences["foreign"]
     assert sentences["spoilt"] == "spoilt: 1 line has no finite eval/loss and is excluded"
     assert sentences["resumed"] == "resumed: 2 lines have the step of a later line, which is used instead"
-    resumed, spoilt, whole = told.curves
+    resumed, spoilt, whole = reported.curves
     assert np.array_equal(resumed.loss, whole.loss) and np.array_equal(resumed.pflops, whole.pflops)
     assert spoilt.loss.tolist() == whole.loss[[0, 2, 3, 4]].tolist()
-    assert study(runs[::-1], lmbda=0.013).excluded == told.excluded
-    assert study(runs[::-1], lmbda=0.013).observations == told.observations
+    assert study(runs[::-1], lmbda=0.013).excluded == reported.excluded
+    assert study(runs[::-1], lmbda=0.013).observations == reported.observations
 
 
 def test_of_repeated_steps_the_later_line_counts(tmp_path: Path) -> None:
@@ -143,15 +143,17 @@ def test_of_repeated_steps_the_later_line_counts(tmp_path: Path) -> None:
 def test_training_lines_may_be_too_few(tmp_path: Path) -> None:
     write(tmp_path / "short", journal(range(1, 20)))
     write(tmp_path / "long", journal(range(1, 21)))
-    told = study(find_runs([tmp_path]), metric="train/loss")
-    assert [seen.run for seen in told.observations] == ["long"]
-    assert told.excluded == ["short is excluded: 19 training lines are too few to smooth; 20 are needed: train longer"]
+    reported = study(find_runs([tmp_path]), metric="train/loss")
+    assert [seen.run for seen in reported.observations] == ["long"]
+    assert reported.excluded == [
+        "short is excluded: 19 training lines are too few to smooth; 20 are needed: train longer"
+    ]
 
 
-@pytest.mark.parametrize(("every", "told"), [(1, "longer"), (100, "longer or with a lower log.every (it is 100)")])
-def test_too_few_training_lines_name_what_to_change(tmp_path: Path, every: int, told: str) -> None:
+@pytest.mark.parametrize(("every", "reported"), [(1, "longer"), (100, "longer or with a lower log.every (it is 100)")])
+def test_too_few_training_lines_name_what_to_change(tmp_path: Path, every: int, reported: str) -> None:
     write(tmp_path / "short", journal(range(1, 2)), f"log.every={every}")
-    sentence = f"1 training line is too few to smooth; 20 are needed: train {told}"
+    sentence = f"1 training line is too few to smooth; 20 are needed: train {reported}"
     with pytest.raises(UserError, match=re.escape(sentence) + "$"):
         study(find_runs([tmp_path]), metric="train/loss")
 
@@ -162,10 +164,10 @@ def test_the_metric_is_what_every_run_has(tmp_path: Path) -> None:
     assert study(find_runs([tmp_path])).metric == "eval/loss"
     edit(load_run(young), "eval.images", None)
     write(tmp_path / "c", journal(range(1, 81), evaluate_every=0), "eval.images=null")
-    told = study(find_runs([tmp_path]))
-    assert told.metric == "train/loss"
-    assert [seen.run for seen in told.observations] == ["c", "a"]
-    assert [seen.finished for seen in told.observations] == [False, True]
+    reported = study(find_runs([tmp_path]))
+    assert reported.metric == "train/loss"
+    assert [seen.run for seen in reported.observations] == ["c", "a"]
+    assert [seen.finished for seen in reported.observations] == [False, True]
 
 
 def test_several_lambdas_need_a_choice(tmp_path: Path) -> None:
@@ -218,16 +220,16 @@ def test_a_cooldown_is_an_observation_of_its_own(tmp_path: Path) -> None:
     decaying = journal(range(51, 71), rate={0: 1e-3, 61: 1e-5}, evaluate_every=10)
     branch = load_run(write(tmp_path / "ladder" / "nano-at-50", decaying, "train.steps=70", "run.sweep=ladder"))
     edit(branch, "run.cooldown_of", str(trunk))
-    told = study(find_runs([tmp_path]))
-    assert [(seen.run, seen.annealed, seen.finished, seen.cooldown_of) for seen in told.observations] == [
+    reported = study(find_runs([tmp_path]))
+    assert [(seen.run, seen.annealed, seen.finished, seen.cooldown_of) for seen in reported.observations] == [
         ("nano-at-50", True, True, "ladder/nano"),
         ("ladder/nano", False, False, None),
         ("elsewhere/nano", False, True, None),
     ]
-    assert told.group == "ladder" and told.project == "hpcm_scale"
-    curve = told.curves[0]
+    assert reported.group == "ladder" and reported.project == "hpcm_scale"
+    curve = reported.curves[0]
     assert curve.pflops == pytest.approx([8 * step * FLOPS_PER_IMAGE / 1e15 for step in (60, 70)])
-    assert told.observations[0].flops_per_pixel == told.observations[2].flops_per_pixel
+    assert reported.observations[0].flops_per_pixel == reported.observations[2].flops_per_pixel
     edit(branch, "run.cooldown_of", "/moved/since/ladder/nano")  # a copy of the ladder on another machine
     assert study(find_runs([tmp_path])).observations[0].cooldown_of == "ladder/nano"
     assert study(find_runs([branch.folder])).observations[0].cooldown_of == "nano"
@@ -236,8 +238,8 @@ def test_a_cooldown_is_an_observation_of_its_own(tmp_path: Path) -> None:
 def test_runs_that_may_not_be_compared_are_told(tmp_path: Path) -> None:
     write(tmp_path / "a", journal(range(1, 101)), "eval.images=/here/kodak")
     write(tmp_path / "b", journal(range(1, 101)), "eval.images=/there/kodak", "run.sweep=other")
-    told = study(find_runs([tmp_path]))
-    assert (told.notes, told.group) == ([], None)
+    reported = study(find_runs([tmp_path]))
+    assert (reported.notes, reported.group) == ([], None)
     write(tmp_path / "c", journal(range(1, 101)), "eval.images=clic", "data.crop=512")
     assert study(find_runs([tmp_path])).notes == [
         "the runs differ in data.crop (256, 512): their losses may not be comparable",
@@ -253,11 +255,17 @@ def test_crops_that_grow_leave_the_pixels_of_a_step(tmp_path: Path) -> None:
     write(tmp_path / "growing", lines, *growing, "train.seed=1")
     write(tmp_path / "growing-too", lines, *growing)
     write(tmp_path / "plain", journal(range(1, 101)), "train.batch_size=8")
-    told = study(find_runs([tmp_path]))
-    assert {seen.run: seen.images for seen in told.observations} == {"growing": 680, "growing-too": 680, "plain": 800}
-    assert all(seen.pixels == 800 * 256**2 for seen in told.observations)
-    assert all(curve.pixels.tolist() == [8 * step * 256**2 for step in (20, 40, 60, 80, 100)] for curve in told.curves)
-    assert told.notes == ["the runs differ in schedule.crops (None, [512]): their losses may not be comparable"]
+    reported = study(find_runs([tmp_path]))
+    assert {seen.run: seen.images for seen in reported.observations} == {
+        "growing": 680,
+        "growing-too": 680,
+        "plain": 800,
+    }
+    assert all(seen.pixels == 800 * 256**2 for seen in reported.observations)
+    assert all(
+        curve.pixels.tolist() == [8 * step * 256**2 for step in (20, 40, 60, 80, 100)] for curve in reported.curves
+    )
+    assert reported.notes == ["the runs differ in schedule.crops (None, [512]): their losses may not be comparable"]
     alone = study(find_runs([tmp_path / "growing", tmp_path / "growing-too"]), metric="train/loss")
     assert alone.notes == ["the training crops of growing, growing-too change during training, and the loss with them"]
 
@@ -268,9 +276,13 @@ def test_losses_of_other_objectives_are_not_mixed_in(tmp_path: Path) -> None:
     write(tmp_path / "variable", lines, "model.rate.levels=6")
     write(tmp_path / "started", lines, "init_from=runs/other")
     write(tmp_path / "machine", lines, "objective.target=vision_model", "machine.receivers=[random-vit]")
-    told = study(find_runs([tmp_path]))
-    assert [seen.run for seen in told.observations] == ["plain"]
-    assert [sentence.split(" is excluded: ")[1].split()[1] for sentence in told.excluded] == ["is", "started", "has"]
+    reported = study(find_runs([tmp_path]))
+    assert [seen.run for seen in reported.observations] == ["plain"]
+    assert [sentence.split(" is excluded: ")[1].split()[1] for sentence in reported.excluded] == [
+        "is",
+        "started",
+        "has",
+    ]
     write(tmp_path / "ms_ssim", lines, "objective=ms_ssim")
     write(tmp_path / "fine", lines, "objective=ms_ssim", "init_from=runs/other")
     similar = study(find_runs([tmp_path]), lmbda=8.73)
@@ -295,9 +307,9 @@ def test_averages_of_the_weights_have_curves_of_their_own(tmp_path: Path) -> Non
     write(tmp_path / "averaged", lines)
     write(tmp_path / "plain", journal(range(1, 101)))
     runs = find_runs([tmp_path])
-    told = study(runs, metric="eval_ema_0.05/loss")
+    reported = study(runs, metric="eval_ema_0.05/loss")
     raw = {seen.run: seen.loss for seen in study(runs).observations}
-    assert [seen.run for seen in told.observations] == ["averaged"]
-    assert told.observations[0].loss == pytest.approx(raw["averaged"] - 0.25)
-    assert told.observations[0].psnr == pytest.approx(30)
-    assert "plain is excluded: it has no eval_ema_0.05/loss" in told.excluded
+    assert [seen.run for seen in reported.observations] == ["averaged"]
+    assert reported.observations[0].loss == pytest.approx(raw["averaged"] - 0.25)
+    assert reported.observations[0].psnr == pytest.approx(30)
+    assert "plain is excluded: it has no eval_ema_0.05/loss" in reported.excluded

@@ -44,7 +44,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def test_one_run_in_the_group_with_frontier_law_tables_figures_and_report(fitted, ladder_analysis, capfd) -> None:
-    told = publish(fitted)
+    reported = publish(fitted)
     everything = records(fitted)
     [run] = [record["run"] for record in everything if record["type"] == "run"]
     identifier = (fitted / "wandb_id").read_text().strip()
@@ -53,7 +53,7 @@ def test_one_run_in_the_group_with_frontier_law_tables_figures_and_report(fitted
         run["config"]["update"]["laws"]["law_of_parameters_and_data"]["parameters"]
         == ladder_analysis.laws["law_of_parameters_and_data"].parameters
     )
-    assert "wandb sync" in told and identifier in told
+    assert "wandb sync" in reported and identifier in reported
     assert capfd.readouterr() == ("", "")
 
     metrics = {record["metric"]["name"]: record["metric"] for record in everything if record["type"] == "metric"}

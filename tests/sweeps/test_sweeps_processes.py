@@ -129,7 +129,7 @@ def test_a_run_that_another_call_trains_is_left_to_it(tmp_path, monkeypatch, cap
 
 
 def test_runs_of_one_name_in_several_folders_are_kept_apart(tmp_path, monkeypatch, capfd):
-    """Each is waited for and told of: here, that it fails."""
+    """Each is waited for, and here reported as failed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     jobs = [Job(compose([f"run.dir={size}/trial", "model=nano"]), ()) for size in ("a", "b")]

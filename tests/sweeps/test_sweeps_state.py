@@ -36,7 +36,7 @@ def long_ago(*paths) -> None:
         os.utime(path, (time.time() - 3600,) * 2)
 
 
-def told(folder, text: str) -> None:
+def reported(folder, text: str) -> None:
     log_of(folder).write_text(text, encoding="utf-8")
 
 
@@ -59,7 +59,7 @@ def test_why_a_run_failed(text):
 
 def test_a_run_whose_end_fails_is_not_finished(make_run):
     run = make_run("run", 10)  # the journal is whole, the export of the weights met a full disk
-    told(run, started(1) + "OSError: no space\n" + ended(1))
+    reported(run, started(1) + "OSError: no space\n" + ended(1))
     assert Follower(run).look().state == "failed"
 
 
@@ -129,20 +129,20 @@ def test_what_ended_is_told_from_what_runs(make_run):
     assert Follower(quiet).look().seconds_left is None
 
     failed = make_run("failed", 4)
-    told(failed, started(1) + "ValueError: bad\n" + ended(1))
+    reported(failed, started(1) + "ValueError: bad\n" + ended(1))
     state = Follower(failed).look()
     assert state.state == "failed" and state.note == f"ValueError: bad (log: {log_of(failed)})"
     asked = make_run("asked", 4)
-    told(asked, started(1) + ended(0))
+    reported(asked, started(1) + ended(0))
     assert Follower(asked).look().state == "stopped"
     gone = make_run("gone", 4)  # its launcher was killed, and its processes are not there
-    told(gone, started(2**22 + 1))
+    reported(gone, started(2**22 + 1))
     assert Follower(gone).look().state == "stopped"
 
 
 def test_a_log_older_than_the_journal_tells_of_an_earlier_start(make_run):
     run = make_run("run", 4)
-    told(run, started(1) + "ValueError: bad\n" + ended(1))
+    reported(run, started(1) + "ValueError: bad\n" + ended(1))
     long_ago(log_of(run))
     assert Follower(run).look().state == "running"
 

@@ -15,7 +15,7 @@ from hpcm_scale.tracking.environment import environment
 PRINT = "import json; from hpcm_scale.tracking import environment; print(json.dumps(environment.{}()))"
 
 
-def told(function: str, package_root: Path, **variables: str) -> dict | None:
+def reported(function: str, package_root: Path, **variables: str) -> dict | None:
     """What a function of the module says in a process that uses the package in `package_root`."""
     done = subprocess.run(
         [sys.executable, "-c", PRINT.format(function), str(Path.home() / "photos")],
@@ -49,7 +49,7 @@ def test_names_versions_and_hardware() -> None:
 
 
 def test_tells_no_secret_and_no_home(copy: Path) -> None:
-    text = json.dumps(told("environment", copy, HPCM_TEST_SECRET="hunter2"))
+    text = json.dumps(reported("environment", copy, HPCM_TEST_SECRET="hunter2"))
     assert "hunter2" not in text
     assert str(Path.home()) + "/" not in text
     assert "~/photos" in text
@@ -61,15 +61,15 @@ def test_git_is_that_of_the_checkout_that_tracks_the_package(copy: Path) -> None
         command = ["git", "-C", str(copy), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    assert told("_git", copy) is None
+    assert reported("_git", copy) is None
     git("init")
     (copy / "other").write_text("x")
     git("add", "other")
     git("commit", "-m", "a checkout that happens to surround the package")
-    assert told("_git", copy) is None
+    assert reported("_git", copy) is None
     git("add", ".")
     git("commit", "-m", "the package")
-    assert told("_git", copy) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert reported("_git", copy) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     with (copy / "hpcm_scale" / "errors.py").open("a") as module:
         module.write("# changed\n")
-    assert told("_git", copy) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert reported("_git", copy) == {"commit": git("rev-parse", "HEAD"), "dirty": True}

@@ -29,7 +29,7 @@ def remembering(self, stream):
 
 
 def diverging(self, module, batch, device):
-    """The losses of a batch; that of the faulty photo is spoilt."""
+    """The losses of a batch; that of the faulty image is not finite."""
     index = load_index(self.config.data.shards)
     faulty = index.keys[sample_at(self.config.train.seed, FAULT["image"], len(index))]
     result = loss(self, module, batch, device)

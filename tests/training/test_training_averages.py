@@ -66,9 +66,12 @@ def runs(train, launch, photo, project):
     train("averaged_zero3", *CHEAP, *SHORT, "engine=accelerate", *looking, "train.stop_after=1", processes=1)
     train("averaged_zero3", *CHEAP, *SHORT, "engine=zero3", *looking)
     # Image 6 spoils a weight in step 2, which the loss of step 3 tells: the averages of step 2 are not finite then.
-    spoilt = {"DIVERGE": json.dumps({"kind": "weight", "image": 6}), "PYTHONPATH": str(project / "tests" / "training")}
+    diverging = {
+        "DIVERGE": json.dumps({"kind": "weight", "image": 6}),
+        "PYTHONPATH": str(project / "tests" / "training"),
+    }
     rollback = ("engine=zero2", "train.on_divergence=rollback")
-    train("averaged_rolled_back", *CHEAP, *SHORT, *rollback, processes=1, module="diverging_train", **spoilt)
+    train("averaged_rolled_back", *CHEAP, *SHORT, *rollback, processes=1, module="diverging_train", **diverging)
     return {run: launch.folder / f"averaged_{run}" for run in RUNS}
 
 
@@ -149,8 +152,10 @@ def test_the_journal_tells_the_losses_of_the_averages(run, runs, photo):
         objective = RateDistortionObjective(facts["lmbda"])
         device = torch.device("cpu")
         mean = evaluate(model, ImageSet(photo), multiple=128, objective=objective, device=device).mean()
-        told = {key.partition("/")[2]: value for key, value in evaluations[-1].items() if key.startswith(f"{group}/")}
-        assert told == pytest.approx(mean, rel=1e-5)
+        reported = {
+            key.partition("/")[2]: value for key, value in evaluations[-1].items() if key.startswith(f"{group}/")
+        }
+        assert reported == pytest.approx(mean, rel=1e-5)
     losses = [evaluations[-1][f"{group}/loss"] for group in groups]
     assert len(set(losses)) == len(losses)
 
@@ -260,7 +265,7 @@ def test_an_average_up_to_a_step_over_trunk_and_branch(runs, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("length", "more", "told"),
+    ("length", "more", "reported"),
     [
         (0.29, (), "--length: 0.29 must be at least 0.001 and less than 0.2886751346"),
         (0.0, (), "--length: 0.0 must be at least 0.001"),
@@ -268,8 +273,8 @@ def test_an_average_up_to_a_step_over_trunk_and_branch(runs, monkeypatch, tmp_pa
         (0.01, ("--at", 1, "--out", "."), "--out . is a folder"),
     ],
 )
-def test_what_cannot_be_averaged_is_told_in_one_sentence(length, more, told, runs, monkeypatch, capsys):
-    refused(monkeypatch, capsys, told, runs["zero0"], "--length", length, *more)
+def test_what_cannot_be_averaged_is_told_in_one_sentence(length, more, reported, runs, monkeypatch, capsys):
+    refused(monkeypatch, capsys, reported, runs["zero0"], "--length", length, *more)
 
 
 def test_too_few_checkpoints_and_none_are_told(runs, monkeypatch, capsys, tmp_path):
@@ -307,11 +312,11 @@ def keeps(run: Path, lengths: list[float]) -> None:
     (run / "config.yaml").write_text(to_yaml(config))
 
 
-def refused(monkeypatch, capsys, told: str, *arguments: object) -> None:
+def refused(monkeypatch, capsys, reported: str, *arguments: object) -> None:
     with pytest.raises(SystemExit) as end:
         average(monkeypatch, *arguments)
     captured = capsys.readouterr()
-    assert end.value.code == 2 and told in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert end.value.code == 2 and reported in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 @pytest.mark.parametrize("lengths", ["0.0", "-0.1", "0.2887", "0.05,0.05", "nan"])

@@ -121,7 +121,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(engine, checkpoints):
     train_step(engine)
     while saver.flags() == (0.0, 0.0):
         pass
-    assert checkpoints.newest() is None  # not before all have told
+    assert checkpoints.newest() is None  # not before all ranks have committed
     assert saver.commit(*saver.flags()) == []
     assert saver.finish() == []
     saver.close()

@@ -24,8 +24,8 @@ def test_a_line_of_the_first_process_every_so_many_seconds(launch, shards):
     lines = [LINE.fullmatch(line) for line in result.stderr.splitlines() if line.startswith("log: ")]
     assert [int(line[1]) for line in lines] == [1, 2, 3]
     assert lines[-1][6] == "00:00"
-    for line, told in zip(lines, (launch.folder / "log" / "metrics.jsonl").open(), strict=True):
-        record = json.loads(told)
+    for line, reported in zip(lines, (launch.folder / "log" / "metrics.jsonl").open(), strict=True):
+        record = json.loads(reported)
         names = ("train/loss", "train/bpp", "train/psnr", "compute/pflops")
         expected = [record[name] for name in names]
         assert [float(value) for value in line.groups()[1:5]] == pytest.approx(expected, rel=1e-2)

@@ -148,7 +148,7 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "reported"),
     [
         (["machine.edit=true"], "machine.edit needs objective.target=vision_model"),
         (["objective.target=vision_model"], "needs machine.receivers"),
@@ -167,22 +167,22 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypat
         (["stage=joint", *RECEIVER], "there are no weights at runs/machine/stage=pre_editor"),
     ],
 )
-def test_mistakes_are_told_before_processes_meet(overrides, told, shards, tmp_path, monkeypatch):
+def test_mistakes_are_told_before_processes_meet(overrides, reported, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         prepare(compose(["model=nano", f"data.shards={shards}", "train.batch_size=4", *overrides]), world_size=2)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert reported in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_pre_editor_is_neither_dropped_nor_another(weights):
     file = weights["joint"]
-    for overrides, told in (
+    for overrides, reported in (
         ([], "which machine.edit=false would drop"),
         ([*VIEWER, "machine.edit=true", "machine.pre_editor.blocks=2"], "has a pre-editor with machine.pre_editor="),
     ):
         with pytest.raises(UserError) as error:
             check_origin(compose(["model=nano", "model.rate.levels=6", *overrides]), file)
-        assert told in str(error.value)
+        assert reported in str(error.value)
 
 
 def test_costs_count_all_that_is_computed():

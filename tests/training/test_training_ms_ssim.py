@@ -33,10 +33,10 @@ def test_from_a_model_trained_for_mse(train, launch, image_folder, tmp_path):
     journal = train("ms_ssim", *options, "engine=accelerate", "log.wandb=disabled", processes=1)
     assert "λ of MS-SSIM = 8.73" in train.output
 
-    told = {key: value for line in journal for key, value in line.items()}
+    reported = {key: value for line in journal for key, value in line.items()}
     for kind in ("train", "eval"):
-        distortion = LAMBDA * (1 - told[f"{kind}/ms_ssim"])
-        assert told[f"{kind}/loss"] == pytest.approx(distortion + told[f"{kind}/bpp"], rel=1e-5)
+        distortion = LAMBDA * (1 - reported[f"{kind}/ms_ssim"])
+        assert reported[f"{kind}/loss"] == pytest.approx(distortion + reported[f"{kind}/bpp"], rel=1e-5)
 
     weights = launch.folder / "ms_ssim" / "weights.safetensors"
     facts = read_weights_file(weights).facts
@@ -48,7 +48,7 @@ def test_from_a_model_trained_for_mse(train, launch, image_folder, tmp_path):
     ((read,),) = read_weights([str(weights)])
     assert (read.curve, read.distortion) == ("hpcm nano ms-ssim", Distortion.ms_ssim)
     coder = estimate_runner(load_encoder(str(weights)), torch.device("cpu"), LAMBDA, distortion=read.distortion)
-    assert code_images(coder, ImageSet(images))[0].loss == pytest.approx(told["eval/loss"], rel=1e-4)
+    assert code_images(coder, ImageSet(images))[0].loss == pytest.approx(reported["eval/loss"], rel=1e-4)
 
 
 def test_evaluation_images_that_are_too_small_are_refused(shards, tmp_path):

@@ -53,8 +53,8 @@ def test_the_sentence_without_a_run_folder():
     )
     with pytest.raises(Fault) as fault, explain_out_of_memory(memory_remedies(config, 8), 3, None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    told = "rank 3 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); "
-    assert str(fault.value) == told + LAST_RESORT
+    reported = "rank 3 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); "
+    assert str(fault.value) == reported + LAST_RESORT
 
 
 @pytest.mark.launch

@@ -28,7 +28,7 @@ def composed(*overrides: str) -> Config:
     return compose(["model=nano", *GROWING, *overrides])
 
 
-def told(records: list[dict]) -> list[dict]:
+def reported(records: list[dict]) -> list[dict]:
     """What does not depend on the clock."""
     return [
         {key: value for key, value in record.items() if not key.startswith(("perf/", "time"))} for record in records
@@ -50,7 +50,7 @@ def test_a_stopped_run_is_the_unbroken_one(train, launch):
         train("growing_stopped", *overrides, f"train.stop_after={stop}")
     resumed = train("growing_stopped", *overrides)
     assert "resuming from step 3" in train.output
-    assert told(resumed) == told(unbroken)
+    assert reported(resumed) == reported(unbroken)
     assert [record["train/images"] for record in resumed] == [16, 32, 36, 40]
     config = composed()
     small, large = (task_costs(config.model, config.machine, crop).training_flops_per_image for crop in (128, 256))
