@@ -347,7 +347,7 @@ def survive(setting: Setting, found: Findings) -> None:
 
 FAULTS = {
     "memory": (1, "hpcm: .*memory.*"),
-    "nan": (2, "hpcm: step 3 ends the run: .*"),
+    "nan": (2, "hpcm: the run stopped at step 3: .*"),
     "stall": (1, "hpcm: no step for .* minutes after step 2 .*; stack traces: .*"),
 }
 """Exit code and last line of runs whose third step fails."""
