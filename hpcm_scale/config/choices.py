@@ -23,6 +23,15 @@ class Fusion(Enum):
     """The new parameters are the next context (phi-context and 1B models)."""
 
 
+class Start(Enum):
+    """Initialization of a new model."""
+
+    random = "random"
+    """Random weights that preserve variance."""
+    klt = "klt"
+    """The Karhunen–Loève transform of a model of images (`model.start`)."""
+
+
 class Precision(Enum):
     """Arithmetic of convolutions and context networks; rates and distortions are always fp32."""
 

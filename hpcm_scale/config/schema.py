@@ -15,6 +15,7 @@ from hpcm_scale.config.choices import (
     OnDivergence,
     Parametrisation,
     Precision,
+    Start,
     Target,
     WandbMode,
 )
@@ -102,6 +103,8 @@ class ModelConfig:
     expansion: int = number(4, Range(least=1, most=64))
     """m: the residual blocks of the transforms widen C to mC."""
     hyper_placement: HyperPlacement = HyperPlacement.aligned
+    start: Start = Start.random
+    """Initialization of a new model; conf/config.yaml sets klt."""
     rate: RateConfig = field(default_factory=RateConfig)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -307,6 +307,10 @@ class Block(nn.Module, ABC):
         """`forward` without activation checkpointing."""
 
     @abstractmethod
+    def branches(self) -> Iterable[nn.Conv2d]:
+        """The last layer of each residual branch."""
+
+    @abstractmethod
     def halo(self, depth: int) -> int:
         """Positions next to a cut whose results are wrong, if `depth` of the input's are."""
 
@@ -323,6 +327,9 @@ class ResidualBlock(Block):
 
     def compute(self, x: Tensor) -> Tensor:
         return self.reduce(self.expand(self.spatial(x), leaky=True), onto=x)
+
+    def branches(self) -> Iterable[nn.Conv2d]:
+        return (self.reduce,)
 
     def halo(self, depth: int) -> int:
         return depth + self.spatial.kernel_size[0] // 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from hpcm_scale.config.checks import check_pre_editor
 from hpcm_scale.config.compose import from_dict, model_from_dict, to_dict
-from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig, RateConfig
+from hpcm_scale.config.schema import Distortion, ModelConfig, PreEditorConfig
 from hpcm_scale.devices import device_kind
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import atomic_file, utf_8_path
@@ -212,7 +211,8 @@ def digest(model: HPCM) -> bytes:
     Fields added later, with a default that changes nothing, keep the digest, so that older files stay readable.
     """
     default = to_dict(ModelConfig())
-    config = {key: value for key, value in to_dict(model.config).items() if value != default[key] and key != "name"}
+    ours = to_dict(model.config).items()
+    config = {key: value for key, value in ours if value != default[key] and key not in ("name", "start")}
     hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tuple(tensor.shape)} ".encode())
@@ -261,6 +261,7 @@ def init_from_weights(model: HPCM, file: WeightsFile) -> None:
 
 def _structure(config: ModelConfig) -> dict:
     """The part of a configuration that determines names and shapes of weights, except levels."""
-    structure = to_dict(replace(config, rate=RateConfig()))
-    del structure["name"], structure["rate"]
+    structure = to_dict(config)
+    for key in ("name", "rate", "start"):
+        del structure[key]
     return structure

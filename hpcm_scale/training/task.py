@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.compose import to_dict
-from hpcm_scale.config.schema import Config, DataConfig, Distortion, Parametrisation
+from hpcm_scale.config.schema import Config, DataConfig, Distortion, Parametrisation, Start
 from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.data.mixture import Mixture
 from hpcm_scale.data.stream import Batch, open_stream
@@ -22,6 +22,7 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
 from hpcm_scale.model.hpcm import HPCM, Coded, Noise
 from hpcm_scale.model.parameters import parametrise
+from hpcm_scale.model.start import karhunen_loeve_start, lmbda_of_start
 from hpcm_scale.model.variable_rate import level_of, lmbda_of
 from hpcm_scale.model.weights import WeightsFile, init_from_weights, save_weights
 from hpcm_scale.objective import Objective, RateDistortion, RateDistortionObjective
@@ -172,6 +173,8 @@ def task_of(config: Config, origin: WeightsFile | None, receivers: Receivers) ->
     )
     if config.train.parametrisation == Parametrisation.mup:
         parametrise(codec)
+    if config.model.start == Start.klt and not origin:
+        karhunen_loeve_start(codec, lmbda_of_start(config.model.rate, config.objective))
     if origin:
         init_from_weights(codec, origin)
     rate, objective = config.model.rate, config.objective

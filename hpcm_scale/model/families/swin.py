@@ -7,6 +7,7 @@ that of arXiv 2103.14030. The strided convolutions of all families replace patch
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -56,6 +57,9 @@ class SwinBlock(Block):
     def compute(self, x: Tensor) -> Tensor:
         x = self.attention(self.attention_norm(x), onto=x)
         return self.reduce(F.gelu(self.expand(self.norm(x))), onto=x)
+
+    def branches(self) -> Iterable[nn.Conv2d]:
+        return (self.attention.project, self.reduce)
 
     def halo(self, depth: int) -> int:
         """A window with one wrong position is wrong as a whole."""
