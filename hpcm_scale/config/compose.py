@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from hpcm_scale.config.checks import check_model
-from hpcm_scale.config.schema import Config, ModelConfig
+from hpcm_scale.config.schema import Config, ModelConfig, Start
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import check_no_secret
 from hpcm_scale.limits import COUNT, Range, abbreviated
@@ -83,6 +83,10 @@ def preset_names(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
+_STORED_MODEL = ModelConfig(start=Start.random)
+"""Defaults of keys that a stored configuration lacks."""
+
+
 def from_yaml(path: str | Path) -> Config:
     """The inverse of `to_yaml`, for example for a run folder's config.yaml.
 
@@ -95,7 +99,7 @@ def from_yaml(path: str | Path) -> Config:
             "damaged-yaml", "run.dir", f"{path} is not valid YAML; restore it, or choose another run.dir"
         ) from error
     try:
-        return _objects(OmegaConf.merge(OmegaConf.structured(Config), loaded))
+        return _objects(OmegaConf.merge(OmegaConf.structured(Config(model=_STORED_MODEL)), loaded))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(
             "other-version-yaml",
@@ -114,8 +118,11 @@ def to_dict(config: object) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
-def from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    """The inverse of `to_dict` for a configuration dataclass. Raises UserError if the values do not fit it."""
+def from_dict(kind: type[T] | T, values: dict[str, Any]) -> T:
+    """The inverse of `to_dict` for a configuration dataclass, or one with other defaults.
+
+    Raises UserError if the values do not fit it.
+    """
     try:
         return _objects(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -126,7 +133,7 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
 
 def model_from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of `to_dict` for a model's configuration. Raises UserError if it describes no model."""
-    model = from_dict(ModelConfig, values)
+    model = from_dict(_STORED_MODEL, values)
     check_model(model)
     return model
 

@@ -103,8 +103,8 @@ class ModelConfig:
     expansion: int = number(4, Range(least=1, most=64))
     """m: the residual blocks of the transforms widen C to mC."""
     hyper_placement: HyperPlacement = HyperPlacement.aligned
-    start: Start = Start.random
-    """Initialization of a new model; conf/config.yaml sets klt."""
+    start: Start = Start.klt
+    """Initialization of a new model. Stored configurations without this key have random."""
     rate: RateConfig = field(default_factory=RateConfig)
 
 
