@@ -110,9 +110,6 @@ def _encoder_missing(codec: str, library: str, encoder: str) -> UserError:
     )
 
 
-# JPEG, WebP and AVIF, through Pillow.
-
-
 class PillowCodec(Baseline):
     """A format that Pillow writes; its setting is the format's quality."""
 
