@@ -53,13 +53,15 @@ def _measured(point: Point, index: int) -> tuple[float, float]:
 
 def sentences(results: Results) -> list[str]:
     """The means in words, one sentence for each point of a model: N % fewer bits than a baseline at a PSNR."""
-    found = []
-    for row in equal_psnr(results):
-        parts = [
-            f"{abs(value):.1%} {'fewer' if value < 0 else 'more'} bits than {label}"
-            for label, value in row.relative.items()
-            if value is not None
-        ]
-        if row.image == MEANS and parts:
-            found.append(f"{row.curve.label} {row.point.setting} at {row.psnr:.2f} dB: {', '.join(parts)}")
-    return found
+    return [
+        f"{row.curve.label} {row.point.setting} at {row.psnr:.2f} dB: "
+        + ", ".join(_in_words(label, value) for label, value in row.relative.items())
+        for row in equal_psnr(results)
+        if row.image == MEANS
+    ]
+
+
+def _in_words(label: str, value: float | None) -> str:
+    if value is None:
+        return f"outside the curve of {label}"
+    return f"{abs(value):.1%} {'fewer' if value < 0 else 'more'} bits than {label}"
