@@ -36,7 +36,8 @@ fi
 
 echo "== evaluation on the held-out images"
 if [ "$run/weights.safetensors" -nt "$run/visual.png" ]; then # also if visual.png is missing
-    hpcm evaluate --weights "$run/weights.safetensors" --images "$data/photos/held_out" --out "$run"
+    hpcm evaluate --weights "$run/weights.safetensors" --images "$data/photos/held_out" --out "$run" \
+        --against jpeg,webp
 fi
 if [ "$run/metrics.jsonl" -nt "$run/loss_vs_compute.png" ]; then
     hpcm scaling curves "$run" --out "$run/loss_vs_compute.png"
@@ -45,8 +46,8 @@ fi
 cat <<END
 
 Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Look at
-  $run/visual.png            held-out images beside their reconstructions
-  $run/evaluation.md         their rates and PSNR
+  $run/visual.png            held-out images beside their reconstructions and JPEGs of the same rate
+  $run/evaluation.md         their rates and PSNR, and bits relative to JPEG and WebP at equal PSNR
   $run/loss_vs_compute.png   its loss against compute
   $run/metrics.jsonl         the journal, one JSON object per line
   $run/weights.safetensors   the weights

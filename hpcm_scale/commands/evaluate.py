@@ -28,6 +28,7 @@ def main() -> None:
     from hpcm_scale.evaluation.baselines import open_baseline
     from hpcm_scale.evaluation.crops import Crops
     from hpcm_scale.evaluation.curves import read_weights
+    from hpcm_scale.evaluation.equal_psnr import sentences
     from hpcm_scale.evaluation.tables import console_table
     from hpcm_scale.model.layers import set_arithmetic
     from hpcm_scale.model.weights import device_of
@@ -66,6 +67,8 @@ def main() -> None:
     console = Console(markup=False, emoji=False, highlight=False)  # names of images may look like markup
     if images:
         console.print(console_table(images.results))
+        for sentence in sentences(images.results):
+            console.print(sentence)
     if tasks:
         console.print(tasks.console(models))
     if out:
@@ -155,7 +158,8 @@ def _parser() -> Parser:
         type=Range(least=0, most=100).whole,
         default=3,
         metavar="N",
-        help="crops in visual.png (default: %(default)s; 0: no figure)",
+        help="crops in visual.png, beside the first codec of --against at the same rate (default: %(default)s; 0: no "
+        "figure)",
     )
     parser.add_argument("--limit", type=COUNT.whole, metavar="N", help="use only the first N images")
     parser.add_argument("--device", help="for example cuda or cpu; default: cuda if there is one")

@@ -47,12 +47,16 @@ class Baseline(ABC):
     settings: ClassVar[Sequence[float]]
     """By increasing rate: from 0.1 bpp or less to about 2 bpp on Kodak."""
     setting_name: ClassVar[str] = "quality"
+    lowest: ClassVar[float | None] = None
+    """The setting of the smallest files, if that is not the first of `settings`."""
+    whole: ClassVar[bool] = True
+    """Whether settings are whole numbers."""
     description: str
     """One line: library, versions, fixed settings, chroma format."""
 
     def label(self, setting: float) -> str:
         """A setting with its name: "quality 50", "QP 32"."""
-        return f"{self.setting_name} {setting:g}"
+        return f"{self.setting_name} {setting:.3g}"
 
     def code(self, pixels: Tensor, setting: float) -> CodedBaseline:
         """Encode `pixels`, uint8 (3, H, W), at a setting and decode the file.
@@ -106,9 +110,6 @@ def _encoder_missing(codec: str, library: str, encoder: str) -> UserError:
     )
 
 
-# JPEG, WebP and AVIF, through Pillow.
-
-
 class PillowCodec(Baseline):
     """A format that Pillow writes; its setting is the format's quality."""
 
@@ -116,10 +117,10 @@ class PillowCodec(Baseline):
     options: ClassVar[Mapping[str, object]]
     """Of `Image.save`, besides the quality."""
 
-    def encode(self, image: np.ndarray, setting: float) -> bytes:
-        """See `Baseline.encode`."""
+    def encode(self, image: np.ndarray, setting: float, **options: object) -> bytes:
+        """See `Baseline.encode`; `options` are further ones of `Image.save`."""
         file = BytesIO()
-        Image.fromarray(image).save(file, self.format, quality=setting, **self.options)
+        Image.fromarray(image).save(file, self.format, quality=setting, **self.options, **options)
         return file.getvalue()
 
     def decode(self, data: bytes, height: int, width: int) -> np.ndarray:
@@ -129,10 +130,12 @@ class PillowCodec(Baseline):
 
 
 class JPEG(PillowCodec):
-    """Baseline JPEG: 4:2:0, default quantization tables, optimised Huffman tables."""
+    """Baseline JPEG: 4:2:0, default quantization tables, optimised Huffman tables; also between whole qualities."""
 
     name = "jpeg"
     settings = (5, 10, 20, 35, 50, 70, 85, 92)
+    lowest = 1
+    whole = False
     format = "JPEG"
     options: ClassVar[Mapping[str, object]] = {"subsampling": "4:2:0", "optimize": True}
 
@@ -140,6 +143,17 @@ class JPEG(PillowCodec):
         turbo = features.version("libjpeg_turbo")
         library = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
         self.description = f"Pillow {PIL.__version__}, {library}; baseline, optimised Huffman tables, 4:2:0"
+
+    def encode(self, image: np.ndarray, setting: float) -> bytes:
+        """See `Baseline.encode`."""
+        if setting == int(setting):
+            return super().encode(image, int(setting))
+        with Image.open(BytesIO(super().encode(image, 50))) as usual:
+            scale = 50 / setting if setting < 50 else 2 - setting / 50
+            tables = [
+                [min(max(round(step * scale), 1), 255) for step in table] for table in usual.quantization.values()
+            ]
+        return super().encode(image, -1, qtables=tables)
 
 
 class WebP(PillowCodec):
@@ -184,9 +198,6 @@ class AVIF(PillowCodec):
         self.description = f"Pillow {PIL.__version__}, {versions}; speed 4, tuned for PSNR, one tile, 8 bit, 4:4:4"
 
 
-# JPEG XL, through imagecodecs.
-
-
 class JPEGXL(Baseline):
     """JPEG XL (VarDCT, XYB, 4:4:4) at the default effort; it is tuned for visual quality, not for PSNR.
 
@@ -195,6 +206,7 @@ class JPEGXL(Baseline):
 
     name = "jxl"
     settings = (25, 16, 10, 6, 4, 2.5, 1.5, 0.9)
+    whole = False
     setting_name = "distance"
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import bjontegaard
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from hpcm_scale.errors import UserError
 
@@ -245,6 +246,17 @@ def bd_rate(line: Line, anchor: Line, scale: Scale) -> Comparison:
         min_overlap=0,  # only a warning; checked above
     )
     return Comparison(float(percent), low, high, (high - low) / span, (high - low) / anchor_span)  # pyright: ignore[reportArgumentType]
+
+
+def rate_at(line: Line, quality: float, scale: Scale) -> float | None:
+    """bpp of `line` at a quality, log rate interpolated by pchip; None outside its points and without a BD-rate."""
+    try:
+        rates, qualities = _points(line, scale)
+    except UserError:
+        return None
+    if not qualities[0] <= quality <= qualities[-1]:
+        return None
+    return math.exp(PchipInterpolator(qualities, np.log(rates))(quality))
 
 
 def same_images(curve: RateCurve, anchor: RateCurve) -> bool:

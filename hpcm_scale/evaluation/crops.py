@@ -1,7 +1,8 @@
-"""visual.png: the crops with the largest error of a model, beside the originals and the nearest baseline."""
+"""visual.png: the crops with the largest error of a model, beside the originals and a baseline at the same rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hpcm_scale.evaluation.measures import Estimated, Measured
-from hpcm_scale.evaluation.runners import Watcher
+from hpcm_scale.evaluation.baselines import Baseline, CodedBaseline
+from hpcm_scale.evaluation.bd_rate import labelled
+from hpcm_scale.evaluation.measures import Estimated, Measured, measure
+from hpcm_scale.evaluation.runners import Images, Watcher
 from hpcm_scale.formatting import label, new_figure, save
 
 CROP = 256
@@ -24,7 +27,9 @@ RULE = (
     "The crop with the largest squared error of each image, for the images where it is largest.\n"
     "Rates and PSNR are of the whole image."
 )
-NEAREST = " Right: the baseline codec and setting with the nearest rate."
+SAME_RATE = " Right: the baseline codec at the nearest rate that it reaches."
+STEPS = 12
+"""Most files of a bisection."""
 
 # In pixels of the figure; each pixel of a crop is a square of several pixels.
 SIDE = 512
@@ -66,12 +71,12 @@ class Crop:
     """Mean squared error of the model, in 8-bit levels."""
     original: Tensor
     model: Panel
-    nearest: Panel | None = None
-    """The baseline and setting with the nearest bpp on this image; the first of equals."""
+    baseline: Panel | None = None
+    """A baseline at the rate of the model on this image."""
 
 
 class Crops:
-    """Chooses crops while images are coded: first by the model, then by any number of baselines.
+    """Chooses crops while images are coded by the model; a baseline codes the chosen images again.
 
     One crop per image, the `CROP`×`CROP` window with the largest squared error of the model, for the `number` images
     where it is largest; the first of equals.
@@ -96,15 +101,14 @@ class Crops:
 
         return watch
 
-    def watch_baseline(self, codec: str) -> Watcher:
-        """The watcher of a baseline, titled `codec`."""
-
-        def watch(index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
-            crop = self._chosen.get(index)
-            if crop and (crop.nearest is None or _distance(crop, measured) < _distance(crop, crop.nearest.measured)):
-                crop.nearest = Panel(codec, crop.window.cut(decoded), measured)
-
-        return watch
+    def compare(self, codec: Baseline, images: Images) -> None:
+        """Code the chosen images of the set with a baseline, each at the rate of the model (`code_to_size`)."""
+        for index, crop in self._chosen.items():
+            pixels = images.load(index)
+            setting, coded = code_to_size(codec, pixels, crop.model.measured.bits / 8)
+            title = f"{labelled(codec.name, codec.description)} {codec.label(setting)}"
+            measured = measure(images.names[index], pixels, coded.decoded, 8.0 * coded.size_bytes, metrics=["psnr"])
+            crop.baseline = Panel(title, crop.window.cut(coded.decoded), measured)
 
     def chosen(self) -> list[Crop]:
         """The crops, largest error first."""
@@ -130,23 +134,38 @@ def _starts(side: int, window: int) -> Tensor:
     return torch.tensor(sorted({*range(0, last + 1, STRIDE), last}))
 
 
-def _distance(crop: Crop, measured: Measured) -> float:
-    return abs(measured.bpp - crop.model.measured.bpp)
+def code_to_size(codec: Baseline, pixels: Tensor, size_bytes: float) -> tuple[float, CodedBaseline]:
+    """The setting whose file of an image, uint8 (3, H, W), is nearest to a size by ratio, and its result.
+
+    Found by bisection between the settings of the smallest and the largest files. Raises UserError as `codec.code`.
+    """
+    low, high = codec.settings[0] if codec.lowest is None else codec.lowest, codec.settings[-1]
+    tried: dict[float, CodedBaseline] = {low: codec.code(pixels, low)}
+    for _ in range(STEPS):
+        setting = round((low + high) / 2) if codec.whole else (low + high) / 2
+        if setting in tried:
+            break
+        tried[setting] = codec.code(pixels, setting)
+        if tried[setting].size_bytes < size_bytes:
+            low = setting
+        else:
+            high = setting
+    return min(tried.items(), key=lambda item: abs(math.log(item[1].size_bytes / size_bytes)))
 
 
 def draw_crops(crops: Sequence[Crop], path: str | Path, images: str) -> None:
-    """Draw one row per crop: the original, the model and, if there is one, the nearest baseline.
+    """Draw one row per crop: the original, the model and, if there is one, the baseline.
 
     `images`: title of the set; the suffix of `path` sets the format.
     """
-    columns = 3 if any(crop.nearest for crop in crops) else 2
+    columns = 3 if any(crop.baseline for crop in crops) else 2
     rows = [_panels(crop)[:columns] for crop in crops]
     heights = [max(image.height for image, _ in row) for row in rows]
     width = columns * (SIDE + GAP) + GAP
     height = TITLE_HEIGHT + sum(heights) + len(rows) * (CAPTION_HEIGHT + GAP)
     with new_figure(figsize=(width / DPI, height / DPI), dpi=DPI) as figure:
         title = f"Largest errors of {label(crops[0].model.codec)}: {label(images)}"
-        rule = RULE + (NEAREST if columns == 3 else "")
+        rule = RULE + (SAME_RATE if columns == 3 else "")
         figure.text(0.5, 1 - 26 / height, title, fontsize=14, fontweight="bold", ha="center", va="center")
         figure.text(0.5, 1 - 64 / height, rule, fontsize=10, color="0.3", ha="center", va="center", linespacing=1.4)
         bottom = height - TITLE_HEIGHT
@@ -169,7 +188,7 @@ def _panels(crop: Crop) -> list[tuple[Image.Image, str]]:
     window, measured = crop.window, crop.model.measured
     place = f"{window.width}×{window.height} of {measured.width}×{measured.height}, at ({window.left}, {window.top})"
     panels = [(_shown(crop.original), f"{label(measured.name)}\n{place}")]
-    for panel in (crop.model, crop.nearest):
+    for panel in (crop.model, crop.baseline):
         if panel:
             estimated = " (estimated)" if isinstance(panel.measured, Estimated) else ""
             rate = f"{panel.measured.bpp:.3f} bpp{estimated}"

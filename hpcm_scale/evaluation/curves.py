@@ -307,7 +307,7 @@ class Section:
     ) -> Iterator[Curve]:
         """Code the images with every model (`read_weights`) and baseline; adds each curve to the results.
 
-        `crops` are chosen from the first model.
+        `crops` are chosen from the first model and compared with the first baseline.
         """
         for group in models:
             watch = self._watch(crops.watch_model if crops and group is models[0] else None)
@@ -315,8 +315,9 @@ class Section:
             self.results.curves.append(model_curve(group, self.images, watch=watch, **options))
             yield self.results.curves[-1]
         for codec in baselines:
-            watch = self._watch(crops.watch_baseline if crops else None)
-            self.results.curves.append(baseline_curve(codec, self.images, watch=watch, metrics=metrics))
+            self.results.curves.append(baseline_curve(codec, self.images, watch=self._watch(None), metrics=metrics))
+            if crops and codec is baselines[0]:
+                crops.compare(codec, self.images)
             yield self.results.curves[-1]
 
     def _watch(self, also: Watchdog | None) -> Watchdog:

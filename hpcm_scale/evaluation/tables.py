@@ -15,6 +15,7 @@ from rich.table import Table
 from hpcm_scale import files
 from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point, Results
+from hpcm_scale.evaluation.equal_psnr import equal_psnr
 from hpcm_scale.evaluation.points import FORMAT
 from hpcm_scale.formatting import code, escaped
 from hpcm_scale.formatting import markdown_table as table_of
@@ -88,6 +89,10 @@ COSTS = (
     "kMAC/px: thousands of multiply-accumulates per pixel of the forward pass at 256×256. loss: λ·255²·MSE + bpp, or "
     "λ·(1 − MS-SSIM) + bpp of weights trained for MS-SSIM; for estimates only."
 )
+EQUAL_PSNR = (
+    "Bits relative to those of a baseline at the same PSNR (negative: fewer), interpolated on its curve of the same "
+    "image, or of means: log rate over PSNR, by pchip. –: outside its curve."
+)
 WORDS = ("codec", "setting", "image", "metric")
 MEASURES = {
     "loss": ("loss", 4),
@@ -121,6 +126,7 @@ def markdown(results: Results) -> str:
     """evaluation.md: methods, a table of means and a table of images."""
     rates = [RATES[rate] for rate in dict.fromkeys(curve.rate for curve in results.curves)]
     checked = f"checked to be the set `{results.set_name}`" if results.set_name else "not checked to be a known set"
+    compared = equal_psnr_rows(results)
     lines = [
         f"# {escaped(results.title)}",
         f"Folder {code(results.folder)} ({checked}).",
@@ -128,6 +134,7 @@ def markdown(results: Results) -> str:
         "## Means",
         markdown_table(mean_rows(results)),
         COSTS,
+        *(["## Bits at equal PSNR", EQUAL_PSNR, markdown_table(compared)] if compared else ()),
         "## Codecs",
         "\n".join([*map(_codec, results.curves), *map(_given, results.given)]),
         measured_on(results.system),
@@ -202,6 +209,18 @@ def image_rows(results: Results) -> list[dict[str, str]]:
         for curve, point in results.points()
         for image in point.images
     ]
+
+
+def equal_psnr_rows(results: Results) -> list[dict[str, str]]:
+    """One row per point of a model and image, and one of its means, by headings; none without a comparison."""
+    rows = [
+        {"codec": row.curve.label, "setting": row.point.setting, "image": row.image}
+        | _measures({"bpp": row.bpp, "psnr": row.psnr})
+        | {label: "–" if value is None else f"{value:+.1%}" for label, value in row.relative.items()}
+        for row in equal_psnr(results)
+    ]
+    labels = {curve.label for curve in results.curves}
+    return rows if any(row[label] != "–" for row in rows for label in labels & row.keys()) else []
 
 
 def _measures(values: dict[str, Any]) -> dict[str, str]:

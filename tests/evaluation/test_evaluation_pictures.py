@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hpcm_scale.data.sources import ImageSet
-from hpcm_scale.evaluation.crops import Crop, Crops, Panel, Window, draw_crops, worst_window
-from hpcm_scale.evaluation.measures import Estimated, Measured
+from hpcm_scale.evaluation.baselines import BASELINES, open_baseline
+from hpcm_scale.evaluation.crops import Crop, Crops, Panel, Window, code_to_size, draw_crops, worst_window
+from hpcm_scale.evaluation.measures import Estimated, Measured, peak_signal_to_noise
 
 
 def spoiled(pixels: torch.Tensor, top: int, left: int, by: int, side: int = 40) -> torch.Tensor:
@@ -67,23 +70,46 @@ def test_crops_of_the_images_with_the_largest_errors(photos):
         assert top <= 300 and left <= 300 and top + 256 >= 340 and left + 256 >= 340
         assert torch.equal(crop.original, photos.load(i)[:, top : top + 256, left : left + 256])
         assert torch.equal(crop.model.pixels, ours[i][:, top : top + 256, left : left + 256])
-        assert crop.nearest is None
+        assert crop.baseline is None
 
 
-def test_the_nearest_other_codec_is_found_image_by_image(photos):
-    crops = Crops(2)
-    pictures = {i: spoiled(photos.load(i), 0, 0, 40) for i in range(2)}
-    offer(crops.watch_model("ours"), photos, pictures, {0: 1000, 1: 2000})
-    for name, bits in (("low", {0: 500, 1: 400}), ("high", {0: 1900, 1: 1900}), ("same", {0: 1500, 1: 2100})):
-        offer(crops.watch_baseline(name), photos, {i: spoiled(photos.load(i), 0, 0, len(name)) for i in range(2)}, bits)
-    nearest = {crop.model.measured.name: crop.nearest for crop in crops.chosen()}
-    # 500 of 1000 comes before 1500 of 1000; 1900 and 2100 are as far from 2000: the first.
-    assert nearest[photos.names[0]].codec == "low" and nearest[photos.names[1]].codec == "high"
-    assert nearest[photos.names[1]].measured.bits == 1900
+def test_a_baseline_at_the_rate_of_the_model_image_by_image(photos):
+    crops, jpeg = Crops(2), open_baseline("jpeg")
+    bits = {0: 2e5, 1: 6e4}
+    offer(crops.watch_model("ours"), photos, {i: spoiled(photos.load(i), 0, 0, 40) for i in range(2)}, bits)
+    crops.compare(jpeg, photos)
     for crop in crops.chosen():
-        i = photos.names.index(crop.model.measured.name)
-        expected = spoiled(photos.load(i), 0, 0, len(crop.nearest.codec))
-        assert torch.equal(crop.nearest.pixels, crop.window.cut(expected))
+        i, panel = photos.names.index(crop.model.measured.name), crop.baseline
+        assert panel.measured.bits == pytest.approx(bits[i], rel=0.02)
+        quality = float(panel.codec.removeprefix("jpeg 4:2:0 quality "))
+        assert panel.measured.psnr == pytest.approx(measured_psnr(jpeg, photos.load(i), quality), abs=0.1)
+        assert panel.pixels.shape == crop.original.shape
+
+
+def measured_psnr(codec, pixels: torch.Tensor, setting: float) -> float:
+    return peak_signal_to_noise(pixels, codec.code(pixels, setting).decoded)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "webp", "avif"])
+def test_the_setting_of_a_size(photos, name):
+    """The nearest whole setting, or of JPEG a setting within 2 %; for too small sizes the lowest."""
+    codec, pixels = open_baseline(name), photos.load(3)[:, :192, :256]
+    sizes = [codec.code(pixels, setting).size_bytes for setting in range(27, 35)]
+    setting, coded = code_to_size(codec, pixels, sizes[4] + 1)
+    assert coded.size_bytes == codec.code(pixels, setting).size_bytes
+    nearest = min(abs(size - sizes[4] - 1) for size in sizes)
+    assert abs(coded.size_bytes - sizes[4] - 1) <= (nearest if codec.whole else 0.02 * sizes[4])
+    setting, coded = code_to_size(codec, pixels, 1)
+    assert setting == codec.settings[0] if codec.lowest is None else codec.lowest
+
+
+def test_a_quality_between_two_whole_ones(photos):
+    """At whole ones the tables are libjpeg's own; sizes and quality rise in between."""
+    pixels, jpeg = photos.load(3), BASELINES["jpeg"]()
+    coded = [jpeg.code(pixels, quality) for quality in (5, 5.3, 5.7, 6, 70, 70.5, 71)]
+    for low, high in pairwise(coded):
+        assert low.size_bytes < high.size_bytes
+        assert peak_signal_to_noise(pixels, low.decoded) < peak_signal_to_noise(pixels, high.decoded)
 
 
 def test_equal_errors_keep_the_first_images(photos):
@@ -95,7 +121,7 @@ def test_equal_errors_keep_the_first_images(photos):
 def test_no_crops_are_kept_unasked(photos):
     crops = Crops(0)
     offer(crops.watch_model("ours"), photos, {0: photos.load(0)}, {0: 1.0})
-    offer(crops.watch_baseline("jpeg"), photos, {0: photos.load(0)}, {0: 1.0})
+    crops.compare(open_baseline("jpeg"), photos)
     assert crops.chosen() == []
 
 
@@ -114,20 +140,20 @@ def drawn(monkeypatch, tmp_path):
     return draw
 
 
-def crop(name: str, height: int, width: int, nearest: bool = True, kind: type = Measured) -> Crop:
+def crop(name: str, height: int, width: int, baseline: bool = True, kind: type = Measured) -> Crop:
     random = torch.Generator().manual_seed(height * width)
     pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random)
     more = {"loss": 1.0, "bpp_y": 0.1, "bpp_z": 0.1, "mse": 0.1} if kind is Estimated else {}
     measured = kind(name, 768, 512, 1e5, 0.254, 31.257, 0.9, 10, 1, 1, **more)
     ours = Panel("hpcm nano λ = 0.013", 255 - pixels, measured)
-    other = Panel("vvc 4:2:0 QP 37", pixels // 2, measured) if nearest else None
+    other = Panel("vvc 4:2:0 QP 37", pixels // 2, measured) if baseline else None
     return Crop(Window(32, 64, height, width), 100.0, pixels, ours, other)
 
 
 def test_crops_are_shown_pixel_by_pixel(drawn):
     shown = crop("kodim04.png", 256, 256)
     picture, figure = drawn([shown])
-    panels = (shown.original, shown.model.pixels, shown.nearest.pixels)
+    panels = (shown.original, shown.model.pixels, shown.baseline.pixels)
     for axes, pixels in zip(figure.axes, panels, strict=True):
         box = axes.get_window_extent()
         assert (round(box.width), round(box.height)) == (512, 512)
@@ -140,13 +166,13 @@ def test_captions_tell_codec_rate_and_psnr(drawn):
     _, figure = drawn([crop("kodim04.png", 256, 256)])
     title, rule, *captions = [text.get_text() for text in figure.texts]
     assert title == "Largest errors of hpcm nano λ = 0.013: kodak, 24 images"
-    assert "largest squared error" in rule and "with the nearest rate" in rule and "whole image" in rule
+    assert "largest squared error" in rule and "at the nearest rate" in rule and "whole image" in rule
     assert captions == [
         "kodim04.png\n256×256 of 768×512, at (64, 32)",
         "hpcm nano λ = 0.013\n0.254 bpp, 31.26 dB",
         "vvc 4:2:0 QP 37\n0.254 bpp, 31.26 dB",
     ]
-    _, figure = drawn([crop("kodim04.png", 256, 256, nearest=False, kind=Estimated)])
+    _, figure = drawn([crop("kodim04.png", 256, 256, baseline=False, kind=Estimated)])
     texts = [text.get_text() for text in figure.texts]
     assert len(texts) == 4 and "nearest" not in texts[1]
     assert texts[3] == "hpcm nano λ = 0.013\n0.254 bpp (estimated), 31.26 dB"

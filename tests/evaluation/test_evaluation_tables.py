@@ -11,6 +11,7 @@ from odd_names import ODD_NAMES
 from rich.console import Console
 
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point, Results, system_info
+from hpcm_scale.evaluation.equal_psnr import equal_psnr, sentences
 from hpcm_scale.evaluation.measures import Estimated, Measured
 from hpcm_scale.evaluation.points import find_curves
 from hpcm_scale.evaluation.tables import console_table, csv_table, markdown, write_json
@@ -92,6 +93,38 @@ def test_markdown_of_estimates_says_so(estimates):
     text = markdown(estimates)
     assert "Rates of hpcm are estimated" in text and "those of real files" not in text and "Seconds" not in text
     assert "| hpcm nano | λ = 0.013 | 1.7500 | 0.4000 | 31.00 |" in text
+
+
+def at_equal_psnr(*ours: tuple[float, float]) -> Results:
+    """A model at these points of bpp and PSNR, one an image, against a baseline whose log2 rate is linear in PSNR."""
+    exact = {"28": 28, "30": 30, "32": 32, "34": 34}  # bpp 0.25, 0.5, 1, 2; twice that for the second image
+    line = [
+        Point(name, [image("a", 2 ** (q / 2 - 16), q), image("b", 2 ** (q / 2 - 15), q)]) for name, q in exact.items()
+    ]
+    model = [
+        Point("λ = 0.01", [image(name, *values) for name, values in zip("ab", ours, strict=True)], "w", FACTS, 1.0)
+    ]
+    return results(Curve("hpcm", "HPCM", FILES, model), Curve("jpeg", "Pillow, 4:2:0", FILES, line))
+
+
+def test_bits_at_equal_psnr_of_images_and_of_means():
+    shown = at_equal_psnr((0.25, 31), (2.0, 33))
+    found = {row.image: row.relative["jpeg 4:2:0"] for row in equal_psnr(shown)}
+    # 31 dB costs 2^-0.5 bpp on a, 33 dB 2^1.5 on b; the means are 1.125 bpp at 32 dB, which cost 1.5 bpp.
+    assert found == pytest.approx({"a": 0.25 * 2**0.5 - 1, "b": 2 / 2**1.5 - 1, "means": -0.25}, rel=1e-9)
+    assert sentences(shown) == ["hpcm λ = 0.01 at 32.00 dB: 25.0% fewer bits than jpeg 4:2:0"]
+    text = markdown(shown)
+    assert "## Bits at equal PSNR" in text and "| hpcm | λ = 0.01 | means | 1.1250 | 32.00 | -25.0% |" in text
+    assert sentences(at_equal_psnr((2.5, 31), (2.0, 33)))[0].endswith(": 50.0% more bits than jpeg 4:2:0")
+
+
+def test_bits_at_equal_psnr_only_within_the_curve_of_the_baseline(files, estimates):
+    shown = at_equal_psnr((0.1, 27), (2.0, 33))
+    assert [row.relative["jpeg 4:2:0"] is None for row in equal_psnr(shown)] == [True, False, False]
+    assert "| hpcm | λ = 0.01 | a | 0.1000 | 27.00 | – |" in markdown(shown)
+    assert sentences(files)[0] == "hpcm 68m λ = 0.013 at 31.50 dB: outside the curve of jpeg 4:2:0"  # of one point
+    assert sentences(estimates) == []  # no baseline
+    assert not any("equal PSNR" in markdown(each) for each in (files, estimates))
 
 
 def test_json_is_what_bd_rate_reads(files, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launch_shell import BASE_PATH, bash, program
+from PIL import Image
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import STOPPED
@@ -143,14 +144,25 @@ def test_slurm_numbers_the_ranks_and_requeues_what_was_stopped(checkout, project
 
 
 def test_the_photos_of_the_quickstart(project: Path, tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
-    command = [sys.executable, str(project / "launch/quickstart_photos.py"), str(tmp_path)]
-    subprocess.run(command, check=True)
+    """Each image once, large enough for a crop of 256 in training, written only once; a missing package is named."""
+    pytest.importorskip("mvtbdata")
+    script = str(project / "launch/quickstart_photos.py")
+    subprocess.run([sys.executable, script, str(tmp_path)], check=True)
     train, held_out = ({path.name: path for path in (tmp_path / part).iterdir()} for part in ("train", "held_out"))
-    assert len(train) == 7 and len(held_out) == 2 and not train.keys() & held_out.keys()
+    assert len(train) == 44 and len(held_out) == 5 and not train.keys() & held_out.keys()
+    for path in train.values():
+        with Image.open(path) as image:
+            assert min(image.size) >= 256 and max(image.size) <= 1100
     written = held_out["chelsea.png"].stat().st_mtime_ns
-    subprocess.run(command, check=True)
+    subprocess.run([sys.executable, script, str(tmp_path)], check=True)
     assert held_out["chelsea.png"].stat().st_mtime_ns == written
+    without = "import runpy, sys; sys.modules['mvtbdata'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", without, script], capture_output=True, text=True)
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("hpcm: mvtb-data is not installed")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_the_quickstart_skips_what_is_done(checkout, active, calls, tmp_path) -> None:
