@@ -108,7 +108,7 @@ def _measure(
     nodes = measurements.nodes_of(group, start.spec.folder)
     _print_table(lambda: nodes_table(nodes))
     init_process_group(group, config.train.watchdog_timeout)
-    engine = create_engine(config.engine, config.train, start.spec)
+    engine = create_engine(config.engine, config.train, config.optimizer, start.spec)
     devices = engine.gather(measurements.device_of(engine))
     nodes = [replace(node, devices=[devices[rank] for rank in node.ranks]) for node in nodes]
     _print_table(lambda: devices_table(nodes))

@@ -121,7 +121,7 @@ def print_once(text: str) -> None:
 
 def _train(start: Start, stop: StopRequest, watch: Watchdog) -> Outcome:
     config = start.config
-    engine = create_engine(config.engine, config.train, start.spec)
+    engine = create_engine(config.engine, config.train, config.optimizer, start.spec)
     task = prepared_task(start, engine)
     training = _Training(start, engine, task, stop, watch)
     try:
