@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcm_scale.config.schema import OptimizerConfig, OptimizerName
-from hpcm_scale.model.parameters import Matrix
+from hpcm_scale.model.parameters import Matrix, matrices, shape_of
 from hpcm_scale.training.state_shards import StateShard
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -181,6 +182,59 @@ def rule_of(matrix: Matrix, config: OptimizerConfig) -> type[Muon | Soap] | None
     return None
 
 
+def spread_evenly(costs: Sequence[float], ranks: int) -> list[int]:
+    """A rank for each item, so that sums of costs are about equal: the largest first, each to the rank with least."""
+    loads, owners = [0.0] * ranks, [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        owners[item] = min(range(ranks), key=loads.__getitem__)
+        loads[owners[item]] += costs[item]
+    return owners
+
+
+class Cost(NamedTuple):
+    """Costs of the optimizer in one step, and its state."""
+
+    state: int
+    """Elements of the whole state: Adam's moments, and the state of matrices."""
+    state_per_rank: int
+    """Elements on the rank with most."""
+    flops: int
+    """FLOPs of the products of matrices, each matrix counted once."""
+    flops_per_rank: int
+    """Those of the rank with most."""
+    exchanged: float
+    """Elements that a rank sends to the owners of matrices, and as many back to the holders."""
+
+
+def cost(model: nn.Module, config: OptimizerConfig, ranks: int = 1) -> Cost:
+    """The costs for a model, also on meta or sharded by ZeRO-3, whose state is sharded over so many ranks."""
+    elements = sum(prod(shape_of(parameter)) for parameter in model.parameters())
+    found, flops, state = [], [], []
+    for matrix in matrices(model).values():
+        if rule := rule_of(matrix, config):
+            found.append(matrix)
+            flops.append(rule.flops(matrix.rows, matrix.columns, config))
+            kept = rule(1, matrix.rows, matrix.columns, config, torch.device("meta")).state.values()
+            state.append(sum(values.numel() for values in kept))
+    of_matrices = sum(matrix.size for matrix in found)
+    moments = 2 * (elements - of_matrices)
+    owners = spread_evenly(flops, ranks)
+
+    def most(values: Sequence[int]) -> int:
+        shares = [0] * ranks
+        for owner, value in zip(owners, values, strict=True):
+            shares[owner] += value
+        return max(shares)
+
+    return Cost(
+        state=moments + sum(state),
+        state_per_rank=-(-moments // ranks) + most(state),
+        flops=sum(flops),
+        flops_per_rank=most(flops),
+        exchanged=of_matrices * (ranks - 1) / ranks**2,
+    )
+
+
 # Matrices on several ranks.
 
 Exchange = Callable[[list[Tensor], list[int]], list[Tensor]]
@@ -215,15 +269,6 @@ class Member(NamedTuple):
     layout: Layout
     factor: float
     """Of the learning rate."""
-
-
-def spread_evenly(costs: Sequence[float], ranks: int) -> list[int]:
-    """A rank for each item, so that sums of costs are about equal: the largest first, each to the rank with least."""
-    loads, owners = [0.0] * ranks, [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        owners[item] = min(range(ranks), key=loads.__getitem__)
-        loads[owners[item]] += costs[item]
-    return owners
 
 
 class MatrixGroup:

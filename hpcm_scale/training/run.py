@@ -169,7 +169,7 @@ class _Training:
     def __post_init__(self) -> None:
         start = self.start
         config = start.config
-        costs = costs_by_phase(start.spec.phases, config.model, config.machine, start.receivers)
+        costs = costs_by_phase(start.spec.phases, config.model, config.machine, config.optimizer, start.receivers)
         self.costs = {image: of_phase.training_flops_per_image for image, of_phase in costs.items()}
         self.parameters = costs[0].parameters
         self.described = {"parameters": self.parameters, "parameters_by_part": costs[0].parameters_by_part}

@@ -43,7 +43,7 @@ def needs(*overrides: str, world_size: int = 1) -> estimates.Estimate:
 
 def estimate(config: Config, world_size: int) -> estimates.Estimate:
     spec = RunSpec.of(config, world_size)
-    return estimates.estimate(spec, config.model, config.engine, len(config.train.ema))
+    return estimates.estimate(spec, config.model, config.engine, config.optimizer, len(config.train.ema))
 
 
 # Bytes per parameter: weights, gradients, optimizer. Measured as tensors alive after a step of a real engine of
