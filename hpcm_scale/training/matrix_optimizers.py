@@ -27,6 +27,9 @@ _STACKED = 2**26
 """Most elements of a batch, to bound the memory of temporary tensors."""
 _EPSILON = 1e-8
 """As Adam's."""
+_SHIFT = 0.01
+"""Added to SOAP's preconditioners in power iterations, times the mean eigenvalue and the identity: directions without
+gradients keep their basis, whatever the rounding errors."""
 
 
 class Rule(ABC):
@@ -88,32 +91,30 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 class Soap(Rule):
     """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3).
 
-    The first step only sets the preconditioner and its eigenbasis. Without an eigenbasis on a side, that side is not
-    rotated (the paper's one-sided version, section 7.1).
+    A side without an eigenbasis is not rotated (the paper's one-sided version, section 7.1). Eigenbases begin as the
+    identity, not as those of the first gradient: its Gram matrices are singular, so most of their eigenvectors are
+    arbitrary, and training would depend on rounding errors. The first `basis_every` steps are thus Adam's.
     """
 
     def __init__(self, count: int, rows: int, columns: int, config: OptimizerConfig, device: torch.device) -> None:
         self._decay, self._basis_every = config.momentum, config.basis_every
         self._sides = soap_sides(rows, columns, config)
-        shape = {"left": (rows, rows), "right": (columns, columns)}
+        lengths = {"left": rows, "right": columns}
         self.state = {kind: torch.zeros(count, rows, columns, device=device) for kind in ("exp_avg", "exp_avg_sq")}
         for side in self._sides:
-            self.state |= {kind: torch.zeros(count, *shape[side], device=device) for kind in (side, f"{side}_basis")}
+            identity = torch.eye(lengths[side], device=device).repeat(count, 1, 1)
+            self.state |= {side: torch.zeros_like(identity), f"{side}_basis": identity}
 
     def update(self, gradients: Tensor, step: int) -> Tensor:
         with _exact_products():
             for side in self._sides:
                 self.state[side].lerp_(_gram(gradients, side), 1 - self._decay)
-                if step == 0:
-                    self.state[f"{side}_basis"].copy_(torch.linalg.eigh(self.state[side]).eigenvectors.flip(-1))
-        if step == 0:
-            return torch.zeros_like(gradients)
         mean = self.state["exp_avg"].lerp_(gradients, 1 - self._decay)
         squared = self.state["exp_avg_sq"].lerp_(self._rotated(gradients).square_(), 1 - self._decay)
-        correction = 1 - self._decay**step
+        correction = 1 - self._decay ** (step + 1)
         deviation = (squared / correction).sqrt_().add_(_EPSILON)
         update = self._rotated(self._rotated(mean).div_(deviation).div_(correction), back=True)
-        if step % self._basis_every == 0:
+        if (step + 1) % self._basis_every == 0:
             self._update_bases()
         return update
 
@@ -130,8 +131,10 @@ class Soap(Rule):
         squared = self.state["exp_avg_sq"]
         for side in self._sides:
             basis = self.state[f"{side}_basis"]
+            factor = self.state[side]
+            shift = _SHIFT * factor.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
             with _exact_products():
-                product = self.state[side] @ basis
+                product = torch.baddbmm(shift * basis, factor, basis)
             order = (basis * product).sum(-2).argsort(dim=-1, descending=True)
             basis.copy_(torch.linalg.qr(product.gather(-1, order[:, None].expand_as(product))).Q)
             index = order[:, :, None] if side == "left" else order[:, None]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import Barrier
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,9 +40,9 @@ from hpcm_scale.training.matrix_optimizers import (
 )
 from hpcm_scale.training.optimizer import create_optimizer, set_learning_rate
 
-MUON, SOAP = (OptimizerConfig(name=name) for name in (OptimizerName.muon, OptimizerName.soap))
-BOTH_SIDES = replace(SOAP, max_state=6.0, basis_every=2)
-"""For square matrices; of others, the Gram matrix of the longer side is singular and its eigenvectors are arbitrary."""
+MUON = OptimizerConfig(name=OptimizerName.muon)
+SOAP = OptimizerConfig(name=OptimizerName.soap, basis_every=3)
+BOTH_SIDES = replace(SOAP, max_state=1000.0, basis_every=2)
 RATE, STEPS = 1e-2, 6
 
 
@@ -60,23 +65,25 @@ def plain_soap(weight: Tensor, gradients: list[Tensor], config: OptimizerConfig)
     sides = soap_sides(*weight.shape, config)
     left, right, mean, squared = (torch.zeros(()) for _ in range(4))
     rows, columns = (torch.eye(size) for size in weight.shape)
-    for step, gradient in enumerate(gradients):
+    for step, gradient in enumerate(gradients, start=1):
         left, right = 0.95 * left + 0.05 * gradient @ gradient.T, 0.95 * right + 0.05 * gradient.T @ gradient
-        if step == 0:
-            rows = torch.linalg.eigh(left)[1].flip(1) if "left" in sides else rows
-            columns = torch.linalg.eigh(right)[1].flip(1) if "right" in sides else columns
-            continue
         mean, squared = 0.95 * mean + 0.05 * gradient, 0.95 * squared + 0.05 * (rows.T @ gradient @ columns) ** 2
         correction = 1 - 0.95**step
         normalized = (rows.T @ mean @ columns) / correction / ((squared / correction).sqrt() + 1e-8)
         weight = weight - RATE * rows @ normalized @ columns.T
         if step % config.basis_every == 0 and "left" in sides:
-            order = (rows.T @ left @ rows).diagonal().argsort(descending=True)
-            rows, squared = torch.linalg.qr(left @ rows[:, order])[0], squared[order]
+            rows, order = plain_basis(left, rows)
+            squared = squared[order]
         if step % config.basis_every == 0 and "right" in sides:
-            order = (columns.T @ right @ columns).diagonal().argsort(descending=True)
-            columns, squared = torch.linalg.qr(right @ columns[:, order])[0], squared[:, order]
+            columns, order = plain_basis(right, columns)
+            squared = squared[:, order]
     return weight
+
+
+def plain_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    order = (basis.T @ factor @ basis).diagonal().argsort(descending=True)
+    shifted = factor + 0.01 * factor.trace() / len(factor) * torch.eye(len(factor))
+    return torch.linalg.qr(shifted @ basis[:, order])[0], order
 
 
 def model() -> nn.Module:
@@ -265,12 +272,11 @@ def test_newton_schulz_relative_to_a_step(size, of_32, of_2):
 @pytest.mark.parametrize(("rows", "columns"), [(16, 48), (48, 16)])
 def test_flops_of_products_are_those_that_torch_counts(rows, columns):
     """But for SOAP's QR decomposition, 8/3·d³ of the 14/3·d³ of an update of a basis."""
-    config = replace(SOAP, max_state=1000.0, basis_every=1)
+    config = replace(BOTH_SIDES, basis_every=1)
     for rule, left_out in ((Muon, 0), (Soap, 8 * (rows**3 + columns**3) / 3)):
         updating = rule(1, rows, columns, config, torch.device("cpu"))
-        updating.update(torch.randn(1, rows, columns), 0)
         with FlopCounterMode(display=False) as counter:
-            updating.update(torch.randn(1, rows, columns), 1)
+            updating.update(torch.randn(1, rows, columns), 0)
         expected = rule.flops(rows, columns, config) - left_out
         assert counter.get_total_flops() == pytest.approx(expected, abs=2)
 
@@ -284,3 +290,53 @@ def test_ranks_share_state_and_work():
         )
         assert shared.flops_per_rank < 0.3 * whole.flops and shared.state_per_rank < 0.35 * whole.state
         assert whole.exchanged == 0
+
+
+# Engines.
+
+ENGINES = ("accelerate", "zero0", "zero1", "zero2", "zero3")
+TINY = ("model=nano", "model.fusion=none", "model.channels=[8,8,16]", "model.latent_channels=8", "data.crop=128")
+KEPT = "+engine.options.zero_optimization.stage3_param_persistence_threshold=0"
+
+
+@pytest.fixture(scope="module", params=["muon", "soap"])
+def trainings(request, fork_server, tmp_path_factory):
+    """What two processes find with each engine: see optimizer_probe.py."""
+    cases = [
+        [*TINY, "train.batch_size=2", "train.steps=20", f"optimizer={request.param}", f"engine={engine}"]
+        + ([KEPT] if engine == "zero3" else [])
+        for engine in ENGINES
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    folder = tmp_path_factory.mktemp("optimizers")
+    process = fork_server.start("optimizer_probe", [json.dumps(cases)], cwd=folder, env=environment, processes=2)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return dict(zip(ENGINES, map(json.loads, out.splitlines()), strict=True))
+
+
+@pytest.mark.launch
+def test_engines_have_the_same_losses_and_continue_each_others_state(trainings):
+    expected = trainings[ENGINES[0]]["whole"]
+    for engine in ENGINES:
+        assert trainings[engine]["whole"] == pytest.approx(expected, rel=1e-5), engine
+        assert trainings[engine]["continued"] == pytest.approx(expected[10:], rel=1e-5), engine
+
+
+@pytest.mark.launch
+def test_a_killed_training_goes_on_with_another_engine_and_number_of_processes(train, launch):
+    """And is refused with another optimizer."""
+    common = ("model.fusion=none", "data.crop=128", "data.workers=0", "log.wandb=disabled", "optimizer=soap")
+    common = (*common, "optimizer.basis_every=2", "train.steps=6", "train.ema=[0.1]")
+    unbroken = train("soap_unbroken", "engine=accelerate", *common, processes=1)
+    train("soap_killed", "engine=zero3", *common, "train.checkpoint_every=1", "train.stop_after=4")
+    newest = max((launch.folder / "soap_killed" / "checkpoints").iterdir())
+    shutil.rmtree(newest)  # as after kill -9 before it was complete
+    records = train("soap_killed", "engine=zero1", *common)
+    assert [record["train/loss"] for record in records if record["step"] > 3] == pytest.approx(
+        [record["train/loss"] for record in unbroken if record["step"] > 3], rel=1e-5
+    )
+    averages = [
+        load_file(launch.folder / run / "weights_ema_0.1.safetensors") for run in ("soap_unbroken", "soap_killed")
+    ]
+    assert max((averages[0][name] - averages[1][name]).abs().max() for name in averages[0]) < 1e-4
