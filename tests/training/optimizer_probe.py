@@ -27,10 +27,12 @@ from hpcm_scale.training.task import image_noise
 
 RATE = 3e-4
 """Low, so that rounding errors seldom decide how an element of y is rounded."""
+CONTINUED = 4
+"""Steps."""
 
 
 def train(config: Config, before: list[Path], save: Path) -> dict[str, list[float]]:
-    """Losses of all steps, with the state saved half-way; then of the second half from the state `before`."""
+    """Losses of all steps, with the state saved half-way; then of some steps from the state `before`."""
     half, steps = config.train.steps // 2, config.train.steps
     engine = create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, world_size()))
     torch.manual_seed(0)
@@ -45,7 +47,7 @@ def train(config: Config, before: list[Path], save: Path) -> dict[str, list[floa
     engine.barrier()
     load(before or [save], engine.state_shards())
     engine.load_master_weights(half)
-    continued = [take_step(engine, model, config, step) for step in range(half, steps)]
+    continued = [take_step(engine, model, config, step) for step in range(half, half + CONTINUED)]
     engine.close()
     return {"whole": whole, "continued": continued}
 
