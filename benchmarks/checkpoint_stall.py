@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     config = compose([f"model={arguments.model}", "engine=accelerate", "train.batch_size=2"])
-    engine = create_engine(config.engine, config.train, RunSpec.of(config, 1))
+    engine = create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, 1))
     model = HPCM(config.model)
     engine.prepare(model)
 

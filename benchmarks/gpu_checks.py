@@ -271,7 +271,7 @@ def evaluated(setting: Setting, found: Findings) -> None:
 
 def exact_under(config: Config, checkpoint: Checkpoint) -> bool:
     """Whether an engine returns the weights of a loaded checkpoint to the bit; every process calls it."""
-    engine = create_engine(config.engine, config.train, RunSpec.of(config, world_size()))
+    engine = create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, world_size()))
     engine.prepare(HPCM(config.model))
     names, state = checkpoint.read()
     files = [checkpoint.folder / name for name in names]

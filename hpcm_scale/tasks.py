@@ -53,8 +53,11 @@ class TaskPlugin(Protocol):
 
     def training_costs(
         self, machine: MachineConfig, codec: HPCM, side: int, receivers: Mapping[str, nn.Module]
-    ) -> tuple[dict[str, int], int]:
-        """Trained parameters by part, and model FLOPs of training on one side×side crop; `codec` is on `meta`."""
+    ) -> tuple[dict[str, int], int, list[nn.Module]]:
+        """Trained parameters by part, model FLOPs of training on one side×side crop, and the trained modules.
+
+        `codec` and the modules are on `meta`.
+        """
         ...
 
     def training_task(

@@ -147,7 +147,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, overri
     choose_device()
     torch.set_num_threads(1)
     config = compose_sized(overrides)
-    engine = create_engine(config.engine, config.train, RunSpec.of(config, world_size))
+    engine = create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, world_size))
     torch.manual_seed(config.train.seed)
     model = HPCM(config.model, precision=config.engine.precision)
     engine.prepare(model)

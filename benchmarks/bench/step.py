@@ -53,8 +53,9 @@ class Steps:
         self.config, self.device = config, device
         torch.manual_seed(config.train.seed)
         with device:  # initializing a large model is slow on a CPU
-            self._weights = HPCM(config.model).to(device).state_dict(keep_vars=True)
-        self._optimizer = create_optimizer(self._weights.values(), config.train)
+            model = HPCM(config.model).to(device)
+        self._weights = model.state_dict(keep_vars=True)
+        self._optimizer = create_optimizer(model, config.optimizer)
         side = config.data.crop
         self.images = torch.rand(batch, 3, side, side, device=device)
 

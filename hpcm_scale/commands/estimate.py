@@ -49,7 +49,7 @@ def main() -> None:
     from hpcm_scale.training.estimate import estimate
 
     spec = RunSpec.of(config, world_size)
-    needs = estimate(spec, config.model, config.engine, len(config.train.ema))
+    needs = estimate(spec, config.model, config.engine, config.optimizer, len(config.train.ema))
     bandwidth = _bandwidth(arguments, world_size)
     _print(config.model.name, config.engine, spec, needs, peak, bandwidth, arguments)
 

@@ -134,7 +134,8 @@ class PeakMemory(TorchDispatchMode):
 
 PETA = 1e15
 Costs = Mapping[int, float]
-"""Model FLOPs of a training image, forward and backward, by the global index of the first image with this cost."""
+"""Model FLOPs of a training image, forward and backward, and its share of the optimizer's products of matrices, by the
+global index of the first image with this cost."""
 
 
 def flops_of(costs: Costs, images: int) -> float:
@@ -169,7 +170,7 @@ class ComputeTracker:
 
     @property
     def pflops(self) -> float:
-        """Model PFLOPs (1e15 floating-point operations) so far, without recomputation."""
+        """Model PFLOPs (1e15 floating-point operations) so far, with those of the optimizer, without recomputation."""
         return flops_of(self.costs, self.images) / PETA
 
     def start_clock(self) -> None:

@@ -44,6 +44,9 @@ def check(config: Config, world_size: int) -> None:
     _check_distortion(config)
     _check_crops(config, world_size)
     _check_train(config.train)
+    betas = config.optimizer.betas
+    if len(betas) != 2:
+        raise UserError("betas-length", "optimizer.betas", f"optimizer.betas={betas} must be two numbers")
     rate, lmbda = config.model.rate, config.objective.lmbda
     if rate.levels > 1 and not rate.lowest <= lmbda <= rate.highest:
         raise UserError(
@@ -177,8 +180,6 @@ def _check_train(train: TrainConfig) -> None:
             f"train.profile_steps={abbreviated(profiled)} must be two ascending steps between 1 and "
             f"train.steps={train.steps}, the first and the last one to profile, such as [100,103]",
         )
-    if len(train.betas) != 2:
-        raise UserError("betas-length", "train.betas", f"train.betas={train.betas} must be two numbers")
     if len(set(train.ema)) < len(train.ema):
         raise UserError("duplicate-ema", "train.ema", f"train.ema={train.ema} lists a length twice; remove it")
 

@@ -50,6 +50,17 @@ class Checkpointing(Enum):
     """Those within residual blocks of the transforms and within the steps of the coding order."""
 
 
+class OptimizerName(Enum):
+    """Update rule of the weights of convolutions and linear layers; all other parameters have Adam."""
+
+    adam = "adam"
+    """Adam, or AdamW with weight decay."""
+    muon = "muon"
+    """Momentum, orthogonalized by Newton-Schulz iterations."""
+    soap = "soap"
+    """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321)."""
+
+
 class Target(Enum):
     """Receiver of the decoded images, which determines the distortion."""
 

@@ -40,7 +40,7 @@ _GENERATED = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.micro_batch_size",
     "gradient_clipping": "train.clip_norm",
-    "optimizer": "train.betas and schedule",
+    "optimizer": "optimizer and schedule",
     "scheduler": "schedule",
     "fp16": "engine.precision",
     "bf16": "engine.precision",

@@ -13,6 +13,7 @@ from hpcm_scale.config.choices import (
     HyperPlacement,
     Likelihood,
     OnDivergence,
+    OptimizerName,
     Parametrisation,
     Precision,
     Start,
@@ -243,6 +244,31 @@ class ScheduleConfig:
 
 
 @dataclass
+class OptimizerConfig:
+    """Update rule; the learning rate is in `schedule`, and gradient clipping in train.clip_norm.
+
+    Matrices are the weights of convolutions and linear layers. Depthwise kernels, layers from or to the three colours,
+    biases and all other parameters are none: they always have Adam.
+    """
+
+    name: OptimizerName = OptimizerName.adam
+    betas: list[float] = number([0.9, 0.999], Range(least=0, below=1))
+    """Of Adam's averages of the gradient and of its square."""
+    momentum: float = number(0.95, Range(least=0, below=1))
+    """Of Muon's Nesterov momentum; of all of SOAP's averages."""
+    weight_decay: float = number(0.0, Range(least=0, most=1000))
+    """Decoupled weight decay of matrices: each step subtracts the scheduled learning rate times this times the
+    weights, independent of the factors of muP."""
+    basis_every: int = number(10, COUNT)
+    """Steps between two updates of SOAP's eigenbases."""
+    max_state: float = number(4.0, Range(least=2, most=1e6))
+    """Most elements of SOAP's state per element of a matrix: it has an eigenbasis for both sides, for the smaller one,
+    or none (Adam), so as not to exceed this. Two square sides need 6."""
+    max_dimension: int = number(8192, Range(least=1, most=1_000_000))
+    """Largest side of a matrix that has an eigenbasis in SOAP."""
+
+
+@dataclass
 class TrainConfig:
     """The training loop."""
 
@@ -255,7 +281,6 @@ class TrainConfig:
     micro_batch_size: int | None = number(None, IMAGES)
     """Images per process and forward pass; unset: batch_size / processes, no accumulation."""
     seed: int = number(0, Range(least=0, most=2**63 - 1))
-    betas: list[float] = number([0.9, 0.999], Range(least=0, below=1))
     parametrisation: Parametrisation = Parametrisation.standard
     ema: list[float] = number([], AVERAGE)
     """Lengths of moving averages of the weights to evaluate and export: standard deviations of their power-function
@@ -365,6 +390,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

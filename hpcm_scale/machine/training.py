@@ -86,16 +86,18 @@ def training_task(task: Task, lmbda: Lmbda, origin: WeightsFile | None, receiver
     return MachineTask(config, codec, module, training_objective(machine, lmbda, receivers), receivers)
 
 
-def training_costs(machine: MachineConfig, codec: HPCM, side: int, receivers: Receivers) -> tuple[dict[str, int], int]:
-    """Trained parameters by part, and model FLOPs of training on one side×side crop; `codec` is on `meta`.
+def training_costs(
+    machine: MachineConfig, codec: HPCM, side: int, receivers: Receivers
+) -> tuple[dict[str, int], int, list[nn.Module]]:
+    """See `TaskPlugin.training_costs`.
 
     A receiver has two forward passes, of the original and of the decoded image, and a backward pass to its input: three
     in all, as a trained network has. A frozen codec has no gradients of weights: two. Eigenvalues are not counted.
     """
     codec_flops = forward_flops_per_image(codec, side)
-    parts, passes = parameters_by_part(codec), TRAINING_FACTOR * codec_flops
+    parts, passes, trained = parameters_by_part(codec), TRAINING_FACTOR * codec_flops, [codec]
     if machine.freeze_codec:
-        parts, passes = {}, (TRAINING_FACTOR - 1) * codec_flops
+        parts, passes, trained = {}, (TRAINING_FACTOR - 1) * codec_flops, []
     on_meta = {name: copy.deepcopy(receiver).to("meta") for name, receiver in receivers.items()}
     x = torch.empty(1, 3, side, side, device="meta")
     flops = {name: forward_flops(receiver, x) for name, receiver in on_meta.items()}
@@ -107,4 +109,5 @@ def training_costs(machine: MachineConfig, codec: HPCM, side: int, receivers: Re
         total = forward_flops(MachineCodec(codec, pre_editor, seen), x)
         flops["pre_editor"] = total - codec_flops - flops.get(tokens, 0)
         parts["pre_editor"] = parameter_count(pre_editor)
-    return parts, passes + TRAINING_FACTOR * sum(flops.values())
+        trained.append(pre_editor)
+    return parts, passes + TRAINING_FACTOR * sum(flops.values()), trained

@@ -1,10 +1,12 @@
-"""Parameters of a model: counts and FLOPs on the meta device, access under ZeRO-3, muP learning rates."""
+"""Parameters of a model: counts and FLOPs on the meta device, access under ZeRO-3, matrices, muP learning rates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod, sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
@@ -70,16 +72,84 @@ def kmac_per_pixel(flops: int, side: int) -> float:
     return flops / 2 / side**2 / 1e3
 
 
+# Matrices: the parameters that optimizers may treat as linear maps.
+
+Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+_COLOURS = 3
+
+
+class Matrix(NamedTuple):
+    """A weight as a matrix (outputs, inputs); of a convolution (outputs, inputs·k·k)."""
+
+    shape: tuple[int, ...]
+    """Of the weight."""
+    transposed: bool = False
+    """Whether the weight is (inputs, outputs, k, k), as that of a transposed convolution, not (outputs, inputs, …)."""
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return self.shape[1 if self.transposed else 0]
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs, of a convolution times k·k."""
+        return self.size // self.rows
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The matrix (rows, columns) of a flattened weight (n,): a view if possible."""
+        weight = weight.view(self.shape)
+        return (weight.transpose(0, 1) if self.transposed else weight).flatten(1)
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        """The inverse of `of`."""
+        if not self.transposed:
+            return matrix.reshape(-1)
+        inputs, outputs, *kernel = self.shape
+        return matrix.view(outputs, inputs, *kernel).transpose(0, 1).reshape(-1)
+
+
+def matrices(model: nn.Module) -> dict[str, Matrix]:
+    """The weights of a model that are matrices, by name; also of a model that ZeRO-3 shards.
+
+    Those of convolutions and linear layers, except depthwise ones, vectors, and layers from or to the three colours,
+    whose rows or columns are no features of the network.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Layer) and getattr(layer, "groups", 1) == 1:
+            matrix = _matrix(layer)
+            ends = shape_of(layer.weight)[:2]
+            if min(matrix.rows, matrix.columns) > 1 and (ends[0] == _COLOURS) == (ends[1] == _COLOURS):
+                found[f"{name}.weight" if name else "weight"] = matrix
+    return found
+
+
+def _matrix(layer: Layer) -> Matrix:
+    return Matrix(tuple(shape_of(layer.weight)), isinstance(layer, nn.ConvTranspose2d))
+
+
 # Maximal update parametrisation (muP; Tensor Programs V, arXiv 2203.03466, table 3, for Adam).
 #
 # Weights with more inputs in a wider network start smaller and have lower learning rates, so that the outputs of every
 # layer change by as much per step at any width, and the best learning rate does not depend on width. The default
 # initialization (weights of variance 1/inputs, heads of one size) follows muP in all layers but the last.
+#
+# The factor of the rate depends on the update. A layer's outputs change by as much at any width if the spectral norm of
+# its weights changes in proportion to √(outputs/inputs) (arXiv 2310.17813, condition 1).
+# - Adam and SOAP: elements of one size, aligned over inputs and outputs, have a spectral norm in proportion to
+#   √(outputs·inputs). The factor is inverse to the number of inputs.
+# - Muon: all singular values of an update are 0.2·√max(outputs, inputs) (`training.matrix_optimizers`). The factor is
+#   proportional to √(outputs / (inputs · max(outputs, inputs))): inverse to the root of the width if both sides grow.
 
 
 BASE = {"channels": [8, 16, 32], "latent_channels": 24, "hyper_latent_channels": 24, "hyper_channels": 24}
 """Widths at which all factors of the learning rate are 1: those of the preset 450k."""
-Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 
 
 def fan_in(layer: Layer) -> int:
@@ -91,10 +161,14 @@ def fan_in(layer: Layer) -> int:
 
 def widening(codec: HPCM) -> dict[str, float]:
     """Ratio of the fan-in of each layer to that in a network of the widths `BASE`, by name of the layer."""
+    return {name: fan_in(ours) / fan_in(base) for name, (ours, base) in _with_base(codec).items()}
+
+
+def _with_base(codec: HPCM) -> dict[str, tuple[Layer, Layer]]:
+    """Each layer, and the same in a network of the widths `BASE`, on meta, since weights of `codec` may be sharded."""
     ratio = min(codec.config.partial_ratio, *BASE["channels"])  # at least one channel
     base = _layers(on_meta(replace(codec.config, **BASE, partial_ratio=ratio)))
-    ours = _layers(on_meta(codec.config))  # weights of `codec` may be sharded
-    return {name: fan_in(layer) / fan_in(base[name]) for name, layer in ours.items()}
+    return {name: (layer, base[name]) for name, layer in _layers(on_meta(codec.config)).items()}
 
 
 def _layers(codec: HPCM) -> dict[str, Layer]:
@@ -103,21 +177,32 @@ def _layers(codec: HPCM) -> dict[str, Layer]:
 
 @torch.no_grad()
 def parametrise(codec: HPCM) -> None:
-    """Apply muP to a new codec: set `learning_rate_factor` of its weights, and rescale those of the last layer.
+    """Apply muP to a new codec: set the factors of its weights' learning rates, and rescale those of the last layer.
 
-    Weights of layers whose fan-in is r times that of the base have the factor 1/r; biases, channel scales, depthwise
-    convolutions and others with constant fan-in have 1. Initial weights of the last layer, whose number of outputs is
-    constant, are multiplied by 1/√r.
+    Weights of layers whose fan-in is r times that of the base have the `learning_rate_factor` 1/r; biases, channel
+    scales, depthwise convolutions and others with constant fan-in have 1. The `spectral_factor` is that for Muon.
+    Initial weights of the last layer, whose number of outputs is constant, are multiplied by 1/√r.
     """
-    ratios = widening(codec)
     layers = _layers(codec)
-    for name, ratio in ratios.items():
-        layers[name].weight.learning_rate_factor = 1 / ratio  # pyright: ignore[reportAttributeAccessIssue]
-    last = f"g_s.{len(codec.g_s) - 1}"
-    with gathered(layers[last].weight):
-        layers[last].weight.mul_(ratios[last] ** -0.5)
+    for name, (ours, base) in _with_base(codec).items():
+        weight = layers[name].weight
+        weight.learning_rate_factor = fan_in(base) / fan_in(ours)  # pyright: ignore[reportAttributeAccessIssue]
+        weight.spectral_factor = _spectral_scale(ours) / _spectral_scale(base)  # pyright: ignore[reportAttributeAccessIssue]
+    last = layers[f"g_s.{len(codec.g_s) - 1}"].weight
+    with gathered(last):
+        last.mul_(learning_rate_factor(last) ** 0.5)
 
 
-def learning_rate_factor(parameter: nn.Parameter) -> float:
-    """Factor of the learning rate of a parameter, as `parametrise` has set it; 1 by default."""
+def learning_rate_factor(parameter: Tensor) -> float:
+    """Factor of the learning rate of a parameter for Adam and SOAP, as `parametrise` has set it; 1 by default."""
     return getattr(parameter, "learning_rate_factor", 1.0)
+
+
+def spectral_factor(parameter: Tensor) -> float:
+    """The same for Muon, whose updates have one spectral norm for all matrices of one shape."""
+    return getattr(parameter, "spectral_factor", 1.0)
+
+
+def _spectral_scale(layer: Layer) -> float:
+    matrix = _matrix(layer)
+    return sqrt(matrix.rows / (matrix.columns * max(matrix.rows, matrix.columns)))

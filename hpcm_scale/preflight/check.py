@@ -92,7 +92,7 @@ def _estimate(start: Start) -> Estimate | None:
         return None
     first = replace(config, schedule=replace(config.schedule, crops=[], crop_boundaries=[]))
     spec = RunSpec.of(first, start.spec.world_size)
-    return estimate(spec, config.model, config.engine, len(config.train.ema))
+    return estimate(spec, config.model, config.engine, config.optimizer, len(config.train.ema))
 
 
 def _measure(
@@ -108,7 +108,7 @@ def _measure(
     nodes = measurements.nodes_of(group, start.spec.folder)
     _print_table(lambda: nodes_table(nodes))
     init_process_group(group, config.train.watchdog_timeout)
-    engine = create_engine(config.engine, config.train, start.spec)
+    engine = create_engine(config.engine, config.train, config.optimizer, start.spec)
     devices = engine.gather(measurements.device_of(engine))
     nodes = [replace(node, devices=[devices[rank] for rank in node.ranks]) for node in nodes]
     _print_table(lambda: devices_table(nodes))
@@ -144,10 +144,9 @@ def _time_steps(
     config = start.config
     train = config.train
     task = prepared_task(start, engine)
-    weights = [weight for weight in task.module.parameters() if weight.requires_grad]
-    parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)  # ZeRO-3 keeps only shards
     kept_checkpoints = train.keep_checkpoints + len(train.keep_at) + train.keep_best + 1  # one is being written
-    checkpoints = Checkpoints(bytes=checkpoint_bytes(parameters, len(train.ema)), most=kept_checkpoints)
+    size = checkpoint_bytes(task.module, config.optimizer, len(train.ema))
+    checkpoints = Checkpoints(bytes=size, most=kept_checkpoints)
     try:
         with diagnostics.explain_out_of_memory(memory_remedies(config, engine.world_size), engine.rank, folder=None):
             timing = measurements.time_steps(train, config.schedule, engine, task, kept, progress)

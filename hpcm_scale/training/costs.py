@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from hpcm_scale.compute.tracker import TRAINING_FACTOR
-from hpcm_scale.config.schema import MachineConfig, ModelConfig
+from hpcm_scale.config.schema import MachineConfig, ModelConfig, OptimizerConfig
 from hpcm_scale.config.spec import Phase
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.parameters import (
@@ -19,6 +19,7 @@ from hpcm_scale.model.parameters import (
     parameters_by_part,
 )
 from hpcm_scale.tasks import plugin
+from hpcm_scale.training.matrix_optimizers import cost
 
 
 def training_flops_per_image(model: HPCM, side: int) -> int:
@@ -33,7 +34,17 @@ class TaskCosts(NamedTuple):
     """Trained ones only."""
     parameters_by_part: dict[str, int]
     training_flops_per_image: int
-    """Model FLOPs of a crop, forward and backward."""
+    """Model FLOPs of a crop, forward and backward; in `costs_by_phase` with its share of the optimizer's."""
+    trained: list[nn.Module]
+    """The trained modules, on meta."""
+
+
+def optimizer_flops(model: nn.Module, optimizer: OptimizerConfig) -> int:
+    """FLOPs of an optimizer step: the products of Muon or SOAP, once for each matrix; 0 for Adam.
+
+    A run whose ranks all compute the same updates (ZeRO 0, accelerate) counts them once, as it counts no recomputation.
+    """
+    return cost(model, optimizer).flops
 
 
 def task_costs(
@@ -42,20 +53,27 @@ def task_costs(
     """The costs of training on crop×crop images, for `receivers` if the target is not human; computed on `meta`."""
     codec = on_meta(model)
     if receivers:
-        parts, flops = plugin().training_costs(machine, codec, crop, receivers)
+        parts, flops, trained = plugin().training_costs(machine, codec, crop, receivers)
     else:
-        parts, flops = parameters_by_part(codec), training_flops_per_image(codec, crop)
-    return TaskCosts(sum(parts.values()), parts, flops)
+        parts, flops, trained = parameters_by_part(codec), training_flops_per_image(codec, crop), [codec]
+    return TaskCosts(sum(parts.values()), parts, flops, trained)
 
 
 def costs_by_phase(
     phases: Sequence[Phase],
     model: ModelConfig,
     machine: MachineConfig,
+    optimizer: OptimizerConfig,
     receivers: Mapping[str, nn.Module] | None = None,
 ) -> dict[int, TaskCosts]:
     """The costs in each phase of crops, by the global index of its first image."""
-    return {phase.first_image: task_costs(model, machine, phase.crop, receivers) for phase in phases}
+    found = {}
+    for phase in phases:
+        costs = task_costs(model, machine, phase.crop, receivers)
+        per_step = sum(optimizer_flops(module, optimizer) for module in costs.trained)
+        flops = costs.training_flops_per_image + per_step // phase.batch_size
+        found[phase.first_image] = costs._replace(training_flops_per_image=flops)
+    return found
 
 
 class SizeRow(NamedTuple):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from hpcm_scale.compute.tracker import PETA
-from hpcm_scale.config.schema import EngineConfig, EngineName, ModelConfig
+from hpcm_scale.config.schema import EngineConfig, EngineName, ModelConfig, OptimizerConfig
 from hpcm_scale.config.spec import Phase, RunSpec
-from hpcm_scale.model.parameters import on_meta, parameter_count
+from hpcm_scale.model.parameters import on_meta, parameter_count, shape_of
 from hpcm_scale.training.costs import training_flops_per_image
 from hpcm_scale.training.dry_run import GatherCost, GatherLimits, dry_run, gather_cost
-from hpcm_scale.training.state_shards import KINDS
+from hpcm_scale.training.matrix_optimizers import Cost, cost
 
 # Communication model: bytes per optimizer step, and how much of their time overlaps with compute.
 #
@@ -55,22 +56,29 @@ class Communication(NamedTuple):
     """Fraction of the compute that gradients can overlap with: the backward passes that send some."""
     weights_overlap: bool
     """Whether weights are sent during compute (ZeRO-3) or between two steps."""
+    matrices: float = 0.0
+    """Bytes of gradients sent to the owners of matrices, and of updates back, between two steps (Muon, SOAP)."""
 
     def times(self, compute: float, bandwidth: float) -> Times:
         """With `compute` seconds per step and `bandwidth` bytes/s per process, in one direction.
 
         Without latencies: many small messages between many processes take longer.
         """
-        gradients, weights = self.gradients / bandwidth, self.weights / bandwidth
+        gradients, weights, matrices = (sent / bandwidth for sent in (self.gradients, self.weights, self.matrices))
         if self.weights_overlap:
             overlapped = max(compute, gradients + weights)
         else:
             overlapped = compute + max(0.0, gradients - self.overlap * compute) + weights
-        return Times(compute, gradients + weights, overlapped)
+        return Times(compute, gradients + weights + matrices, overlapped + matrices)
 
 
-def communication(engine: EngineConfig, spec: RunSpec, parameters: int, gathered: GatherCost | None) -> Communication:
-    """Communication of a model with so many `parameters`; `gathered`: of ZeRO-3, None for other stages."""
+def communication(
+    engine: EngineConfig, spec: RunSpec, parameters: int, gathered: GatherCost | None, exchanged: float = 0.0
+) -> Communication:
+    """Communication of a model with so many `parameters`.
+
+    `gathered`: of ZeRO-3, None for other stages; `exchanged`: elements of matrices that the optimizer sends each way.
+    """
     passes = spec.accumulation
     share = (spec.world_size - 1) / spec.world_size
     whole = FP32 * parameters * share
@@ -78,16 +86,14 @@ def communication(engine: EngineConfig, spec: RunSpec, parameters: int, gathered
         return Communication(2 * whole, 0.0, _BACKWARD / passes, weights_overlap=False)
     if engine.zero_stage == 0:  # once, after all backward passes
         return Communication(2 * whole, 0.0, 0.0, weights_overlap=False)
+    matrices = 2 * FP32 * exchanged
     if engine.zero_stage == 1:  # during the last backward pass
-        return Communication(2 * whole, whole, _BACKWARD / passes, weights_overlap=False)
+        return Communication(2 * whole, whole, _BACKWARD / passes, weights_overlap=False, matrices=matrices)
     if engine.zero_stage == 2:  # during every backward pass; DeepSpeed all-reduces here, too
-        return Communication(2 * whole * passes, whole, _BACKWARD, weights_overlap=False)
+        return Communication(2 * whole * passes, whole, _BACKWARD, weights_overlap=False, matrices=matrices)
     assert gathered is not None
     weights = FP32 * share * (gathered.always + passes * gathered.elements)
-    return Communication(whole * passes, weights, 1.0, weights_overlap=True)
-
-
-_ADAM_MOMENTS = 2
+    return Communication(whole * passes, weights, 1.0, weights_overlap=True, matrices=matrices)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Memory:
     """With ZeRO-3: this process's share, the gathered layers, and small tensors that are not sharded."""
     gradients: int
     optimizer: int
-    """Adam's two moments, and ZeRO's fp32 master copy of this process's share."""
+    """Its state, and ZeRO's fp32 master copy of this process's share; with Muon and SOAP, of the process with most."""
     averages: int
     """Moving averages of the weights (train.ema) of this process's share."""
     activations: int
@@ -120,7 +126,7 @@ class PhaseCost(NamedTuple):
 
     steps: int
     flops: int
-    """Model FLOPs of all processes."""
+    """Model FLOPs of all processes, with those of the optimizer."""
     launches: int
     """Operations that the host of each process launches."""
 
@@ -139,11 +145,13 @@ class Estimate:
     else the whole model."""
     images: int
     flops_per_step: int
-    """Of one process, in the crop phase that needs most."""
+    """Of one process, in the crop phase that needs most, with those of the optimizer."""
     launches_per_step: int
     """Operations launched eagerly in forward and backward passes, in the crop phase that needs most."""
     phases: list[PhaseCost]
     """In order."""
+    checkpoint: int
+    """Bytes of one checkpoint; from the first one on each process keeps a copy of its share in host memory."""
 
     @property
     def flops(self) -> int:
@@ -154,11 +162,6 @@ class Estimate:
     def pflops(self) -> float:
         """Model PFLOPs of the whole run."""
         return self.flops / PETA
-
-    @property
-    def checkpoint(self) -> int:
-        """Bytes of one checkpoint; from the first one on each process keeps a copy of its share in host memory."""
-        return checkpoint_bytes(self.parameters, self.averages)
 
     def seconds(self, peak: float, mfu: float, launch: float = 0.0) -> float:
         """Time of the run at `peak` FLOP/s of all processes together and an MFU of `mfu` (0 to 1).
@@ -173,15 +176,19 @@ class Estimate:
         return self.communication.times(computing, bandwidth)
 
 
-def estimate(spec: RunSpec, config: ModelConfig, engine: EngineConfig, averages: int) -> Estimate:
+def estimate(
+    spec: RunSpec, config: ModelConfig, engine: EngineConfig, optimizer: OptimizerConfig, averages: int
+) -> Estimate:
     """Estimate a run of a model with `averages` moving averages of its weights, one device per process.
 
-    Memory follows ZeRO (arXiv 1910.02054, section 3): fp32 weights, gradients and Adam moments, each replicated or
+    Memory follows ZeRO (arXiv 1910.02054, section 3): fp32 weights, gradients and optimizer state, each replicated or
     sharded by stage; verified against the tensors of DeepSpeed 0.19.8's engine. Fragmentation and temporary memory of
     kernels and of the communication library come on top, usually 10 to 20 %.
     """
     model = on_meta(config)
     parameters = parameter_count(model)
+    sharded = engine.name == EngineName.deepspeed and engine.zero_stage > 0
+    update = cost(model, optimizer, spec.world_size if sharded else 1)
     dry_runs = [
         dry_run(
             config,
@@ -201,24 +208,27 @@ def estimate(spec: RunSpec, config: ModelConfig, engine: EngineConfig, averages:
     return Estimate(
         parameters=parameters,
         memory=_memory(
-            engine, spec.world_size, averages, parameters, activations, gathered, zero["reduce_bucket_size"]
+            engine, spec.world_size, averages, parameters, update, activations, gathered, zero["reduce_bucket_size"]
         ),
-        communication=communication(engine, spec, parameters, gathered),
+        communication=communication(engine, spec, parameters, gathered, update.exchanged),
         averages=averages,
         building=FP32 * (_largest_layer(model) if engine.zero_stage == 3 else parameters),
         images=spec.images,
-        flops_per_step=max(costs[phase.first_image] * phase.batch_size // spec.world_size for phase in spec.phases),
+        flops_per_step=update.flops_per_rank
+        + max(costs[phase.first_image] * phase.batch_size // spec.world_size for phase in spec.phases),
         launches_per_step=max(launches),
         phases=[
-            _phase_cost(phase, costs[phase.first_image], launched)
+            _phase_cost(phase, costs[phase.first_image] * phase.batch_size + update.flops, launched)
             for phase, launched in zip(spec.phases, launches, strict=True)
         ],
+        checkpoint=checkpoint_bytes(model, optimizer, averages),
     )
 
 
-def checkpoint_bytes(parameters: int, averages: int) -> int:
-    """Bytes of a checkpoint of a model with so many parameters and moving averages."""
-    return FP32 * (len(KINDS) + averages) * parameters
+def checkpoint_bytes(model: nn.Module, optimizer: OptimizerConfig, averages: int) -> int:
+    """Bytes of a checkpoint of a model, also on meta or sharded by ZeRO-3, with so many moving averages."""
+    parameters = sum(prod(shape_of(parameter)) for parameter in model.parameters())
+    return FP32 * ((1 + averages) * parameters + cost(model, optimizer).state)
 
 
 def launch_seconds(compiled: bool, launch_us: float) -> float:
@@ -231,9 +241,9 @@ def _largest_layer(model: nn.Module) -> int:
     return max(sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in model.modules())
 
 
-def _phase_cost(phase: Phase, flops_per_image: int, launches_per_step: int) -> PhaseCost:
+def _phase_cost(phase: Phase, flops_per_step: int, launches_per_step: int) -> PhaseCost:
     steps = phase.last_step - phase.first_step
-    return PhaseCost(steps, steps * phase.batch_size * flops_per_image, steps * launches_per_step)
+    return PhaseCost(steps, steps * flops_per_step, steps * launches_per_step)
 
 
 def gather_limits(zero: dict[str, Any]) -> GatherLimits:
@@ -251,6 +261,7 @@ def _memory(
     world_size: int,
     averages: int,
     parameters: int,
+    update: Cost,
     activations: int,
     gathered: GatherCost | None,
     reduced: int,
@@ -264,7 +275,7 @@ def _memory(
     whole = FP32 * (gathered.most + gathered.always) if gathered else 0
     # Stages 1 and 2 update an fp32 copy of this process's share; stage 3 only with offload.
     master = FP32 * share(1) if stage in (1, 2) or engine.offload else 0
-    optimizer = _ADAM_MOMENTS * FP32 * share(1) + master
+    optimizer = FP32 * update.state_per_rank + master
     averages = FP32 * share(1) * averages
     # Two alternating buffers at stages 1 and 2, one at stage 3; DDP copies every gradient into its buckets.
     buffers = FP32 * reduced * (0, 2, 2, 1)[stage]

@@ -94,10 +94,8 @@ def post_hoc_ema(run: str | Path, length: float, at: int | None = None) -> PostH
     steps = [checkpoint.step for checkpoint in checkpoints]
     images = checkpoints[-1].read()[1]["tracker"]["images"]
     phases = RunSpec.of(config, 1).phases
-    costs = {
-        image: costs.training_flops_per_image
-        for image, costs in costs_by_phase(phases, config.model, config.machine, receivers).items()
-    }
+    by_phase = costs_by_phase(phases, config.model, config.machine, config.optimizer, receivers)
+    costs = {image: each.training_flops_per_image for image, each in by_phase.items()}
     sources = {"lengths": config.train.ema, "steps": steps, "error": error}
     spent = {"step": steps[-1], "images": images, "pflops": flops_of(costs, images) / PETA}
     spent |= {"ema": length, "ema_from": sources}

@@ -121,7 +121,7 @@ def print_once(text: str) -> None:
 
 def _train(start: Start, stop: StopRequest, watch: Watchdog) -> Outcome:
     config = start.config
-    engine = create_engine(config.engine, config.train, start.spec)
+    engine = create_engine(config.engine, config.train, config.optimizer, start.spec)
     task = prepared_task(start, engine)
     training = _Training(start, engine, task, stop, watch)
     try:
@@ -169,7 +169,7 @@ class _Training:
     def __post_init__(self) -> None:
         start = self.start
         config = start.config
-        costs = costs_by_phase(start.spec.phases, config.model, config.machine, start.receivers)
+        costs = costs_by_phase(start.spec.phases, config.model, config.machine, config.optimizer, start.receivers)
         self.costs = {image: of_phase.training_flops_per_image for image, of_phase in costs.items()}
         self.parameters = costs[0].parameters
         self.described = {"parameters": self.parameters, "parameters_by_part": costs[0].parameters_by_part}

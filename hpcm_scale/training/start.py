@@ -195,7 +195,7 @@ _MAY_CHANGE = (
 """Keys that may change between two starts of a run; every other key makes it another run."""
 _COOLDOWN_MAY_CHANGE = (*_MAY_CHANGE, "schedule.", "run.")
 """Keys that may differ between a constant-rate run and its cooldown."""
-_SAME_NETWORK = ("train.", "objective.", "schedule.", "data.", "engine.")
+_SAME_NETWORK = ("train.", "optimizer.", "objective.", "schedule.", "data.", "engine.")
 """Keys whose change makes another run of the same network, which can start from this run's weights."""
 
 

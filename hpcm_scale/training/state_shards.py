@@ -1,4 +1,4 @@
-"""Engine-independent training state: parts of named parameters, of their Adam moments and of their EMAs.
+"""Engine-independent training state: parts of named parameters, of the optimizer's state and of EMAs.
 
 So a checkpoint can be resumed with another engine and another number of ranks.
 """
@@ -21,8 +21,6 @@ from hpcm_scale.files import utf_8_path
 
 ALIGNMENT = 64
 """fp32 elements to which copies in host memory are aligned."""
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""A parameter, and Adam's running means of its gradient and squared gradient."""
 
 
 def ema_kind(length: float) -> str:
@@ -34,11 +32,11 @@ class StateShard(NamedTuple):
     """A contiguous part of one flattened tensor."""
 
     kind: str
-    """One of KINDS, or `ema_kind`."""
+    """"weight", a kind of the optimizer's state, such as "exp_avg", or `ema_kind`."""
     name: str
     """Name of the parameter in the model."""
     start: int
-    """First element in the flattened parameter."""
+    """First element in the flattened tensor: the parameter, or state of its shape or of another one."""
     values: Tensor
     """fp32 (n,), a view of the state: training continues from values written to it."""
 

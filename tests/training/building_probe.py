@@ -48,7 +48,10 @@ def compare(config: Config, origin: WeightsFile | None, path: Path) -> dict[str,
     whole = make(config, origin, receivers)
     layers = [sum(each.nbytes for each in layer.parameters(recurse=False)) for layer in whole.module.modules()]
     rates = [getattr(each, "learning_rate_factor", None) for each in whole.module.parameters()]
-    engine, living = create_engine(config.engine, config.train, RunSpec.of(config, world_size())), Living()
+    engine, living = (
+        create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, world_size())),
+        Living(),
+    )
     with engine.building():
         hook = register_module_parameter_registration_hook(living.register)
         task = make(config, origin, receivers)

@@ -27,7 +27,7 @@ def main() -> None:
         group = join(facts(to_dict(config), "digest"), minutes=1)
         init_process_group(group, watchdog_timeout=90)
         before = torch.distributed.group.WORLD
-        engine = create_engine(config.engine, config.train, RunSpec.of(config, world_size()))
+        engine = create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, world_size()))
         same = "same" if torch.distributed.group.WORLD is before else "another"
         say(f"group {name} {engine.rank} of {engine.world_size}: {same}")
     made = [torch.distributed.group.WORLD, torch.distributed.new_group(), groups._get_data_parallel_group()]

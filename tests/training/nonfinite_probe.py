@@ -22,7 +22,7 @@ def main() -> None:
 def probe(name: str) -> None:
     config = compose([f"engine={name}", "train.batch_size=2"])
     spec = RunSpec.of(config, processes.world_size())
-    engine = create_engine(config.engine, config.train, spec)
+    engine = create_engine(config.engine, config.train, config.optimizer, spec)
     torch.manual_seed(0)
     engine.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)))
 

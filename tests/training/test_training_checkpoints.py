@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from hpcm_scale.config.compose import compose
+from hpcm_scale.config.schema import OptimizerConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
 from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, FailedSave, Retention, Saver
@@ -28,7 +28,7 @@ from hpcm_scale.training.state_shards import ALIGNMENT, HostCopy, StateShard, lo
 @pytest.fixture(scope="module")
 def engine() -> AccelerateEngine:
     """A real engine with a real, small model: one process, no group."""
-    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]).train, accumulation=1)
+    engine = AccelerateEngine(OptimizerConfig(), accumulation=1, clip_norm=1.0)
     torch.manual_seed(0)
     engine.prepare(nn.Linear(4, 4))
     return engine
@@ -146,7 +146,7 @@ def test_a_save_that_fails_leaves_the_last_one_valid(error, engine, checkpoints)
 
 
 def test_weights_that_are_not_finite_are_never_saved(checkpoints):
-    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]).train, accumulation=1)
+    engine = AccelerateEngine(OptimizerConfig(), accumulation=1, clip_norm=1.0)
     engine.prepare(nn.Linear(4, 4))
     save(engine, checkpoints, 10)
     engine.state_shards()[0].values[3] = torch.nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpcm_scale.config.compose import compose, compose_model
-from hpcm_scale.config.schema import Checkpointing, Config, Precision
+from hpcm_scale.config.schema import Checkpointing, Config, OptimizerConfig, Precision
 from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.parameters import on_meta
@@ -43,7 +43,7 @@ def needs(*overrides: str, world_size: int = 1) -> estimates.Estimate:
 
 def estimate(config: Config, world_size: int) -> estimates.Estimate:
     spec = RunSpec.of(config, world_size)
-    return estimates.estimate(spec, config.model, config.engine, len(config.train.ema))
+    return estimates.estimate(spec, config.model, config.engine, config.optimizer, len(config.train.ema))
 
 
 # Bytes per parameter: weights, gradients, optimizer. Measured as tensors alive after a step of a real engine of
@@ -161,7 +161,7 @@ def test_a_run_whose_crops_grow():
 
 
 def test_bytes_of_a_checkpoint():
-    engine = AccelerateEngine(compose(["model=nano", "engine=accelerate"]).train, accumulation=1)
+    engine = AccelerateEngine(OptimizerConfig(), accumulation=1, clip_norm=1.0)
     engine.prepare(HPCM(compose_model("nano")))
     assert (
         sum(shard.values.nbytes for shard in engine.state_shards()) == estimate(compose(["model=nano"]), 2).checkpoint

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.config.schema import Fusion, ModelConfig, TrainConfig
+from hpcm_scale.config.schema import Fusion, ModelConfig, OptimizerConfig
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.families import names
 from hpcm_scale.model.hpcm import HPCM, Noise
@@ -53,7 +53,7 @@ def changes(factor: int, x: Tensor, mup: bool) -> dict[str, float]:
     model = HPCM(widened(factor))
     if mup:
         parametrise(model)
-    optimizer = create_optimizer(model.parameters(), TrainConfig())
+    optimizer = create_optimizer(model, OptimizerConfig())
     set_learning_rate(optimizer, LEARNING_RATE)
     before = outputs(model, x)
     generator = torch.Generator().manual_seed(1)

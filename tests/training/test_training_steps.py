@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.config.schema import Config, TrainConfig
+from hpcm_scale.config.schema import OptimizerConfig
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.distributed.processes import without_launcher_arguments
 from hpcm_scale.model.hpcm import HPCM
@@ -45,8 +45,7 @@ def test_the_guarded_adam_leaves_a_bad_step_out_and_goes_on():
     torch.manual_seed(0)
     reference, guarded = nn.Linear(4, 3), nn.Linear(4, 3)
     guarded.load_state_dict(reference.state_dict())
-    train = Config().train
-    optimizers = [create_optimizer(layer.parameters(), train) for layer in (reference, guarded)]
+    optimizers = [create_optimizer(layer, OptimizerConfig()) for layer in (reference, guarded)]
     x = torch.randn(5, 4)
 
     def step(layer, optimizer, scale: float, skip: bool = False) -> float:
@@ -79,7 +78,7 @@ def test_a_model_learns_within_a_few_steps(image_folder):
     """From its own initialisation, on one crop: more than half of the loss is gone after 40 steps."""
     torch.manual_seed(0)
     model = HPCM(compose_model("nano"))
-    optimizer = create_optimizer(model.parameters(), TrainConfig())
+    optimizer = create_optimizer(model, OptimizerConfig())
     set_learning_rate(optimizer, 5e-3)
     x = ImageSet(image_folder, limit=1).load(0)[None, :, 128:384, 256:512].float() / 255
     losses = []

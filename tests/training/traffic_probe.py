@@ -43,7 +43,7 @@ class Collectives(TorchDispatchMode):
 
 def count(config: Config) -> None:
     spec = RunSpec.of(config, world_size())
-    engine = create_engine(config.engine, config.train, spec)
+    engine = create_engine(config.engine, config.train, config.optimizer, spec)
     torch.manual_seed(0)
     model = HPCM(
         config.model, precision=config.engine.precision, activation_checkpointing=config.engine.activation_checkpointing

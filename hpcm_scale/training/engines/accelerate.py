@@ -7,10 +7,10 @@ import warnings
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from hpcm_scale.config.schema import TrainConfig
+from hpcm_scale.config.schema import OptimizerConfig
 from hpcm_scale.devices import CPU, device_kind
 from hpcm_scale.training.engines.base import Engine, StepResult, propagate_non_finite
-from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, unsharded_state
+from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate
 from hpcm_scale.training.state_shards import StateShard
 
 
@@ -19,8 +19,8 @@ class AccelerateEngine(Engine):
 
     replicated = True
 
-    def __init__(self, train: TrainConfig, accumulation: int) -> None:
-        self._train = train
+    def __init__(self, optimizer: OptimizerConfig, accumulation: int, clip_norm: float) -> None:
+        self._config, self._clip_norm = optimizer, clip_norm
         # The buffers are constants.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # accelerate chooses the number of threads on CPUs.
@@ -38,7 +38,7 @@ class AccelerateEngine(Engine):
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._model = model.to(self.device)
         self.module = self._accelerator.prepare_model(self._model)
-        self._optimizer = create_optimizer(self.module.parameters(), self._train)
+        self._optimizer = create_optimizer(self._model, self._config)
         self._sync_gradients_in_last_round()
 
     def backward(self, loss: Tensor) -> None:
@@ -51,7 +51,7 @@ class AccelerateEngine(Engine):
         self.module.require_backward_grad_sync = self._done + 1 == self._rounds  # pyright: ignore[reportArgumentType]
 
     def clip(self) -> Tensor:
-        return clip(self._optimizer, self._train.clip_norm)
+        return clip(self._optimizer, self._clip_norm)
 
     def step(self, learning_rate: float, norm: float, skip: bool = False) -> StepResult:
         set_learning_rate(self._optimizer, learning_rate)
@@ -63,7 +63,7 @@ class AccelerateEngine(Engine):
         return StepResult(norm, self._optimizer.overflow)
 
     def state_shards(self) -> list[StateShard]:
-        return unsharded_state(self._optimizer, self._model.named_parameters())
+        return [*self._optimizer.state_shards()]
 
     def load_master_weights(self, updates: int) -> None:
         self._optimizer.set_updates(updates)

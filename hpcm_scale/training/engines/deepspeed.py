@@ -16,10 +16,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from hpcm_scale.config.schema import EngineConfig, TrainConfig
+from hpcm_scale.config.schema import EngineConfig, OptimizerConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.training.engines.base import Engine, StepResult, propagate_non_finite
-from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate, unsharded_state
+from hpcm_scale.training.matrix_optimizers import Layout
+from hpcm_scale.training.optimizer import GuardedOptimizer, clip, guard, set_learning_rate
 from hpcm_scale.training.state_shards import StateShard
 
 BARRIER_WARNING = r"barrier\(\): using the device under current context"
@@ -32,7 +33,9 @@ class DeepSpeedEngine(Engine):
     _engine: Any
     """DeepSpeed's; its optimizer is of another class in each stage."""
 
-    def __init__(self, engine: EngineConfig, train: TrainConfig, dictionary: dict[str, Any]) -> None:
+    def __init__(
+        self, engine: EngineConfig, optimizer: OptimizerConfig, dictionary: dict[str, Any], clip_norm: float
+    ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         # For ZeRO-3's barriers on a single GPU, whose process group has no device id.
@@ -42,7 +45,8 @@ class DeepSpeedEngine(Engine):
         # use are compiled without the probe.
         deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(verbose=False)
-        self._train, self._options, self._dictionary = train, engine.options, dictionary
+        self._config, self._options, self._dictionary = optimizer, engine.options, dictionary
+        self._clip_norm = clip_norm
         self._stage = engine.zero_stage
         self.replicated, self.sharded = self._stage == 0, self._stage == 3
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
@@ -83,11 +87,17 @@ class DeepSpeedEngine(Engine):
 
     def prepare(self, model: nn.Module) -> None:
         model.to(self.device)  # also moves the buffers, which ZeRO-3's sharding does not
-        self._optimizer = create_optimizer(model.parameters(), self._train)
+        self._optimizer = GuardedOptimizer(model, self._config)
         groups = enumerate(self._optimizer.param_groups)
-        self._group_of = {parameter: number for number, group in groups for parameter in group["params"]}
+        group_of = {parameter: number for number, group in groups for parameter in group["params"]}
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=self._dictionary)
         self.module = self._engine
+        if self._stage == 0:
+            self._optimizer.place()
+        else:
+            layout = self._layout_of_stage_3 if self._stage == 3 else self._layout_of_stages_1_and_2
+            layouts = {name: layout(each, group_of[each]) for name, each in model.named_parameters()}
+            self._optimizer.place(layouts, self.rank, self._exchange)
         self._check_state_shards()
 
     def backward(self, loss: Tensor) -> None:
@@ -99,7 +109,7 @@ class DeepSpeedEngine(Engine):
     def clip(self) -> Tensor:
         if self._stage > 0:
             return torch.full((), torch.nan, device=self.device)
-        return clip(self._optimizer, self._train.clip_norm)
+        return clip(self._optimizer, self._clip_norm)
 
     def step(self, learning_rate: float, norm: float, skip: bool = False) -> StepResult:
         set_learning_rate(self._engine.optimizer, learning_rate)
@@ -111,35 +121,30 @@ class DeepSpeedEngine(Engine):
         return StepResult(norm, skip or self._engine.skipped_steps > before)
 
     def state_shards(self) -> list[StateShard]:
-        if self._stage == 0:
-            return unsharded_state(self._optimizer, self._engine.module.named_parameters())
-        held = self._held_by_stage_3 if self._stage == 3 else self._held_by_stages_1_and_2
-        return [
-            shard
-            for name, parameter in self._engine.module.named_parameters()
-            for part in held(parameter)
-            for shard in self._optimizer.state_shards(name, *part)
-        ]
+        return [*self._optimizer.state_shards()]
 
-    def _held_by_stages_1_and_2(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int, int]]:
-        """Start in the flattened parameter, flat optimized tensor, offset in it, number of elements."""
-        group = self._group_of[parameter]
+    def _layout_of_stages_1_and_2(self, parameter: nn.Parameter, group: int) -> Layout:
         held = self._engine.optimizer.single_partition_of_fp32_groups[group]
         # The parameters of a group are contiguous in one tensor, of which every rank optimizes a part. DeepSpeed's own
         # map of it is wrong if round_robin_gradients changes their order.
-        begin = parameter.storage_offset() - self.rank * held.numel()
-        first, last = max(begin, 0), min(begin + parameter.numel(), held.numel())
-        if first < last:
-            yield first - begin, held, first, last - first
+        begins = [rank * held.numel() - parameter.storage_offset() for rank in range(self.world_size + 1)]
+        cuts = tuple(min(max(begin, 0), parameter.numel()) for begin in begins)
+        return Layout(held, max(-begins[self.rank], 0), cuts)
 
-    def _held_by_stage_3(self, parameter: Any) -> Iterator[tuple[int, Tensor, int, int]]:
-        """The same for stage 3, which splits every parameter into one part per rank."""
+    def _layout_of_stage_3(self, parameter: Any, _: int) -> Layout:
+        """Every parameter is split into one part per rank."""
         zero = self._engine.optimizer
-        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-        start = self.rank * parameter.ds_tensor.ds_numel
-        size = min(int(size), parameter.ds_numel - start)  # the last part is padded
-        if size > 0:
-            yield start, zero.fp32_partitioned_groups_flat[group], int(offset), size
+        group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        begins = [rank * parameter.ds_tensor.ds_numel for rank in range(self.world_size + 1)]
+        cuts = tuple(min(begin, parameter.ds_numel) for begin in begins)  # the last part is padded
+        return Layout(zero.fp32_partitioned_groups_flat[group], int(offset), cuts)
+
+    def _exchange(self, parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        """See `matrix_optimizers.Exchange`; offloaded tensors are exchanged on the device."""
+        sent = torch.cat(parts)
+        received = torch.empty(sum(sizes), device=self.device)
+        deepspeed.comm.all_to_all_single(received, sent.to(self.device), sizes, [len(part) for part in parts])
+        return [*received.to(sent.device).split(sizes)]
 
     def _check_state_shards(self) -> None:
         """Raise UserError on all ranks unless the shards are the model, since DeepSpeed's layout may change."""
