@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from small_training import SMALL
 
 pytestmark = pytest.mark.launch
 
@@ -16,7 +17,7 @@ LINE = re.compile(
 
 
 def test_a_line_of_the_first_process_every_so_many_seconds(launch, shards):
-    options = ("model=nano", "train.batch_size=4", "train.steps=3", "log.wandb=disabled", "engine=accelerate")
+    options = (*SMALL, "train.steps=3", "engine=accelerate")
     # Where the user has not set OMP_NUM_THREADS, libraries do, and warn of it.
     result = launch(*options, f"data.shards={shards}", "run.dir=log", "log.print_seconds=1e-6", OMP_NUM_THREADS=None)
     assert result.returncode == 0, result.stdout + result.stderr
