@@ -45,7 +45,7 @@ def journal(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_bad_photos_are_left_out_counted_and_the_same_for_any_number_of_processes(damaged, launch):
+def test_bad_images_are_left_out_counted_and_the_same_for_any_number_of_processes(damaged, launch):
     losses = []
     for processes in (2, 1):
         run = f"bad_{processes}"

@@ -167,7 +167,7 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypat
         (["stage=joint", *RECEIVER], "there are no weights at runs/machine/stage=pre_editor"),
     ],
 )
-def test_mistakes_are_told_before_processes_meet(overrides, reported, shards, tmp_path, monkeypatch):
+def test_mistakes_are_reported_before_processes_meet(overrides, reported, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         prepare(compose(["model=nano", f"data.shards={shards}", "train.batch_size=4", *overrides]), world_size=2)

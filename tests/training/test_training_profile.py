@@ -44,7 +44,7 @@ def test_a_run_that_stops_in_between_goes_on_with_the_rest(train, launch):
     assert [steps_in(trace) for trace in traces] == [["step 2"], ["step 3"]]
 
 
-def test_steps_that_a_command_does_not_come_by_are_told():
+def test_steps_that_a_command_does_not_come_by_are_reported():
     assert [out_of_reach([3, 5], done, last) for done, last in ((0, 3), (2, 9), (4, 9))] == ["", "", ""]
     assert out_of_reach([], 0, 9) == ""
     assert out_of_reach([3, 5], 5, 9).endswith("train.profile_steps=[3, 5], and this command resumes after step 5")

@@ -40,7 +40,7 @@ def run(shards, two_images, tmp_path_factory) -> Path:
     return place / "run"
 
 
-def test_it_is_trained_to_its_end_though_nobody_reads_what_it_says(run):
+def test_it_is_trained_to_its_end_though_nobody_reads_its_output(run):
     assert [line["step"] for line in read_journal(run / "metrics.jsonl") if "eval/loss" in line] == [2, 4]
     assert (run / "weights.safetensors").is_file()
     assert list((run / "wandb").glob("offline-run-*/*.wandb")) and len(list(run.glob("reconstructions/*/*.png"))) == 2
