@@ -130,18 +130,22 @@ def two_images(image_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """A set of twelve images to train on: real ones, or drawn ones without ../shared."""
+def training_images(tmp_path_factory) -> list[Path]:
+    """Twelve images to train on: real ones, or drawn ones without ../shared."""
+    names = [f"{name}.jpg" for name in TRAINING_IMAGES]
+    if SHARED.is_dir():
+        return [SHARED / "data" / "photos" / "train" / name for name in names]
+    return write_images(tmp_path_factory.mktemp("drawn"), dict.fromkeys(names, (614, 819)))
+
+
+@pytest.fixture(scope="session")
+def shards(training_images, tmp_path_factory) -> Path:
+    """A set of shards of `training_images`."""
     from hpcm_scale.data.build import build_shards  # imports torch
     from hpcm_scale.tracking.progress import progress
 
-    names = [f"{name}.jpg" for name in TRAINING_IMAGES]
-    if SHARED.is_dir():
-        images = [SHARED / "data" / "photos" / "train" / name for name in names]
-    else:
-        images = write_images(tmp_path_factory.mktemp("drawn"), dict.fromkeys(names, (614, 819)))
     out = tmp_path_factory.mktemp("data") / "shards"
-    build_shards(images, out, min_side=0, shard_size=10**9, workers=1, progress=progress)
+    build_shards(training_images, out, min_side=0, shard_size=10**9, workers=1, progress=progress)
     return out
 
 
