@@ -13,6 +13,7 @@ import pytest
 from drawn_images import write_images
 from fork_server import TRAINING, ForkServer
 from hypothesis import settings
+from PIL import Image
 
 from hpcm_scale.config import compose
 from hpcm_scale.config.schema import Config
@@ -119,23 +120,39 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """A set of twelve images to train on: real ones, or drawn ones without ../shared."""
+def two_images(image_folder, tmp_path_factory) -> Path:
+    """A folder of two images of 256×256 pixels, to evaluate trainings on."""
+    folder = tmp_path_factory.mktemp("two_images")
+    for name in ("kodim01.png", "kodim02.png"):
+        with Image.open(image_folder / name) as image:
+            image.crop((0, 0, 256, 256)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_images(tmp_path_factory) -> list[Path]:
+    """Twelve images to train on: real ones, or drawn ones without ../shared."""
+    names = [f"{name}.jpg" for name in TRAINING_IMAGES]
+    if SHARED.is_dir():
+        return [SHARED / "data" / "photos" / "train" / name for name in names]
+    return write_images(tmp_path_factory.mktemp("drawn"), dict.fromkeys(names, (614, 819)))
+
+
+@pytest.fixture(scope="session")
+def shards(training_images, tmp_path_factory) -> Path:
+    """A set of shards of `training_images`."""
     from hpcm_scale.data.build import build_shards  # imports torch
     from hpcm_scale.tracking.progress import progress
 
-    names = [f"{name}.jpg" for name in TRAINING_IMAGES]
-    if SHARED.is_dir():
-        images = [SHARED / "data" / "photos" / "train" / name for name in names]
-    else:
-        images = write_images(tmp_path_factory.mktemp("drawn"), dict.fromkeys(names, (614, 819)))
     out = tmp_path_factory.mktemp("data") / "shards"
-    build_shards(images, out, min_side=0, shard_size=10**9, workers=1, progress=progress)
+    build_shards(training_images, out, min_side=0, shard_size=10**9, workers=1, progress=progress)
     return out
 
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """A process that has imported what trainings import."""
-    with ForkServer(TRAINING, os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}) as server:
+    """A process that has imported what trainings import, and knows what `counted_costs` counts."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
+    with ForkServer((*TRAINING, "counted_costs"), environment) as server:
         yield server

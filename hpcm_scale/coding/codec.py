@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -312,7 +312,7 @@ def _checksum(*symbols: np.ndarray) -> int:
 
 
 @contextmanager
-def _exact_arithmetic(x: Tensor) -> Iterator[None]:
+def _exact_arithmetic(x: Tensor) -> Generator[None]:
     """Exact, deterministic fp32 on the device of `x`, regardless of the settings of training."""
     cudnn = torch.backends.cudnn
     before = [place.fp32_precision for place in _PRECISIONS]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 from weakref import WeakSet
 
-import aiohttp
 import fsspec.config
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
@@ -340,6 +339,8 @@ def options(url: str, timeout: float) -> dict[str, Any]:
     """Options of fsspec for a URL: time-outs, and a single attempt, because `Retrying` repeats it."""
     chosen: dict[str, Any] = {"skip_instance_cache": True}  # closed when the storage is
     if url.startswith(("http://", "https://")):
+        import aiohttp  # slow, and local shards do without
+
         stalled = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         chosen["client_kwargs"] = {"timeout": stalled}
     elif url.startswith(("s3://", "s3a://")):

@@ -32,7 +32,7 @@ class _LowerBound(torch.autograd.Function):
         return value.clamp(min=bound)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (within,) = ctx.saved_tensors
         return torch.where(within | (gradient < 0), gradient, 0.0), None
 
@@ -149,7 +149,7 @@ class _BinProbability(torch.autograd.Function):
         return beyond + around_mode
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         residual, scale = ctx.saved_tensors
         near, far, near_root, _, _, growth = _bin(residual, scale)
         common = gradient * DENSITY_AT_MODE * torch.exp(-near_root * near.abs()) / scale
@@ -169,6 +169,6 @@ class _Distribution(torch.autograd.Function):
         return 0.5 * (1 + value.sign() * torch.special.gammainc(order, value.abs().pow(SHAPE)))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (value,) = ctx.saved_tensors
         return gradient * DENSITY_AT_MODE * torch.exp(-value.abs().pow(SHAPE))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from constriction import stream  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+from constriction import stream  # pyright: ignore[reportAttributeAccessIssue, reportMissingTypeStubs] (compiled)
 from torch import Tensor
 
 # Tables. Their frequencies are integers that are equal on all machines and with all versions of mathematics libraries:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-import bjontegaard
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
@@ -236,6 +235,8 @@ def bd_rate(line: Line, anchor: Line, scale: Scale) -> Comparison:
             f"least {scale.least:g} {scale.unit} and {SHARED:.0%} of the narrower range in common: evaluate at other "
             "settings, or choose another anchor",
         )
+    import bjontegaard  # imports matplotlib.pyplot, which trainings and most commands do without
+
     percent = bjontegaard.bd_rate(
         anchor_rates,
         anchor_qualities,

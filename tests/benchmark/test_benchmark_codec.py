@@ -50,14 +50,14 @@ def test_both_ways_are_timed_in_both_directions(model):
     assert speed.bytes == len(Codec(model).compress(synthetic_image(256, 300)))  # nothing plain is left behind
 
 
-def test_a_picture_that_does_not_come_out_of_its_file_is_no_result(model, monkeypatch):
+def test_an_image_that_does_not_come_out_of_its_file_is_no_result(model, monkeypatch):
     right = Codec.decompress
     monkeypatch.setattr(Codec, "decompress", lambda codec, data: right(codec, data) ^ 1)
     with pytest.raises(UserError, match="the decoded made differs from the encoder's reconstruction"):
         measure_codec(model, [("made", lambda: synthetic_image(64, 64))], 1, CPU)
 
 
-def test_the_made_picture_is_always_the_same_and_soft_as_photos_are():
+def test_the_made_image_is_always_the_same_and_soft_as_images_are():
     pixels = synthetic_image()
     assert (pixels.shape, pixels.dtype) == ((3, 512, 768), torch.uint8)
     assert torch.equal(pixels, synthetic_image())

@@ -138,5 +138,5 @@ def test_drawn_symbols_follow_their_tables():
         (("trian",), "invalid choice: 'trian'"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(arguments, reported, capsys):
+def test_mistakes_are_reported_in_one_sentence(arguments, reported, capsys):
     assert reported in mistake(capsys, *arguments)

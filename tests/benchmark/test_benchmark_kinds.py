@@ -87,7 +87,7 @@ def test_most_of_the_time_of_an_operation_goes_to_its_kind(name):
     assert reported[kind] > 0
 
 
-def test_the_picture_holds_both_profiles(tmp_path):
+def test_the_image_holds_both_profiles(tmp_path):
     spent = {
         "slow": dict.fromkeys(KINDS, 0.2) | {KINDS[8]: 0.0},
         "fast": dict.fromkeys(KINDS, 0.1) | {KINDS[8]: 0.0},

@@ -136,7 +136,7 @@ KINDS = [grey, palette, black_and_white, grey_of_16_bits, colour_of_16_bits, cmy
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_photo(kind, run, weights, codecs, photo, tmp_path):
+def test_every_kind_of_image(kind, run, weights, codecs, photo, tmp_path):
     """It is coded as the RGB picture that it shows, and comes back as that."""
     data, shown = kind(photo)
     source, coded, back = (tmp_path / name for name in ("photo.png", "photo.hpcm", "back.png"))
@@ -201,7 +201,7 @@ def test_transparency_is_never_lost_silently(kind, run, weights, codecs, photo, 
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_thin_photos(size, run, weights, photo, tmp_path):
+def test_thin_images(size, run, weights, photo, tmp_path):
     source, coded, back = (tmp_path / name for name in ("photo.png", "photo.hpcm", "back.png"))
     source.write_bytes(saved(np.resize(photo, (*size, 3))))
     for command, files in (("encode", (source, coded)), ("decode", (coded, back))):
@@ -293,7 +293,7 @@ def test_an_old_file_outlives_a_failure(run, weights, photo, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_wrong_weights_are_told_with_both_digests(run, weights, codecs, photo, tmp_path):
+def test_wrong_weights_are_reported_with_both_digests(run, weights, codecs, photo, tmp_path):
     coded = tmp_path / "photo.hpcm"
     coded.write_bytes(codecs[0].compress(tensor(photo)))
     code, out, err = run("decode", coded, tmp_path / "back.png", "--weights", weights[1], "--device", "cpu")

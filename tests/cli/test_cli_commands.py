@@ -48,7 +48,7 @@ def answers(fork_server, tmp_path_factory) -> dict[tuple[str, ...], subprocess.C
     return {arguments: answer(arguments) for arguments in TYPED}
 
 
-def test_without_arguments_it_says_what_there_is(answers):
+def test_without_arguments_it_lists_the_commands(answers):
     for arguments in ((), ("--help",)):
         assert answers[arguments].returncode == 0
         for command, purpose in COMMANDS.items():
@@ -264,7 +264,7 @@ def test_estimate_asks_for_links_that_no_data_sheet_tells(run):
     assert "for the communication time, give --bandwidth-node" in out and "efficiency" not in out
 
 
-def test_estimate_says_how_long_the_host_takes(run):
+def test_estimate_reports_the_time_of_the_host(run):
     """A step takes no less than that, but for a compiled one, of which it is not known."""
     arguments = ("model=nano", "train.steps=3600000", "train.batch_size=4", "engine.precision=bf16")
     code, out, err = run("estimate", *arguments, "--launch-us", "10")

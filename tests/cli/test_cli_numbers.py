@@ -101,7 +101,7 @@ def parsed(action: argparse.Action, text: str) -> tuple[float | None, str]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("value", ["nan", "1e400", TOO_LONG], ids=lambda value: value[:6])
-def test_a_command_that_is_typed_so_says_one_sentence(run, name, value):
+def test_a_command_that_is_typed_so_prints_one_sentence(run, name, value):
     *command, option = name.split()[1:]
     code, out, err = run(command[0], *command[1:], option, value)
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -59,7 +59,7 @@ def test_a_quality_is_in_the_file_and_in_the_line(run, weights, photos, tmp_path
     assert run("decode", coded, back, *chosen) == (0, f"{coded}: decoded to {back}\n", "")
 
 
-def test_every_photo_of_a_folder_is_searched_for(shared, run, weights, photos, tmp_path):
+def test_every_image_of_a_folder_is_searched_for(shared, run, weights, photos, tmp_path):
     chosen = ("--weights", weights["variable"], "--device", "cpu")
     by_rate = tmp_path / "rate"
     code, out, err = run("encode", photos, by_rate, *chosen, "--bpp", 4.2)
@@ -72,7 +72,7 @@ def test_every_photo_of_a_folder_is_searched_for(shared, run, weights, photos, t
     assert re.search(r", quality 0, PSNR [\d.]+ to [\d.]+ dB, in ", out)
 
 
-def test_a_photo_out_of_range_does_not_stop_the_others(shared, run, weights, photos, tmp_path):
+def test_an_image_out_of_range_does_not_stop_the_others(shared, run, weights, photos, tmp_path):
     """The rate is that of one photo's smallest file, and the other's smallest is larger."""
     chosen = ("--weights", weights["variable"], "--device", "cpu")
     assert run("encode", photos, tmp_path / "smallest", *chosen, "--quality", 0)[0] == 0

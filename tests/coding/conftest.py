@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.hpcm import HPCM, Noise
 from hpcm_scale.objective import rate_distortion_loss
 
@@ -37,18 +38,22 @@ def codec(model) -> Codec:
 @pytest.fixture(scope="session")
 def photo(image_folder) -> Tensor:
     """An image, uint8 (3, 512, 768)."""
-    with Image.open(image_folder / "kodim05.png") as image:
+    return pixels(image_folder / "kodim05.png")
+
+
+def pixels(path: Path) -> Tensor:
+    """A file's image, uint8 (3, H, W)."""
+    with Image.open(path) as image:
         return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
 
 
 @pytest.fixture(scope="session")
-def trained_model(image_folder) -> HPCM:
+def trained_model(training_images) -> HPCM:
     """A nano after a few seconds of learning, so that its estimated rates mean something."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = HPCM(compose_model("nano"))
-    photos = ImageSet(image_folder, 2)
-    crops = torch.stack([photos.load(i)[:, :256, :256] for i in range(len(photos))]).float() / 255
+    crops = torch.stack([pixels(path)[:, :256, :256] for path in training_images[:2]]).float() / 255
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(60):
         noise = Noise(

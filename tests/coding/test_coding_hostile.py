@@ -124,7 +124,7 @@ def forged(codec: Codec, z: int, y: int) -> bytes:
 @pytest.mark.parametrize(
     ("z", "y"), [(1, 1), (LARGEST_SYMBOL, 0), (0, LARGEST_SYMBOL), (LARGEST_SYMBOL, LARGEST_SYMBOL)]
 )
-def test_a_forged_file_is_a_picture_of_something(codec, z, y):
+def test_a_forged_file_decodes_to_some_image(codec, z, y):
     picture = codec.decompress(forged(codec, z, y))
     assert picture.shape == (3, 256, 256) and picture.dtype == torch.uint8
 

@@ -85,7 +85,7 @@ def test_shifts_cost_little(trained_model, kodak):
 
 
 @pytest.mark.parametrize("call", [0, 1, 11])
-def test_a_wrong_symbol_is_an_error_not_a_picture(codec, files, monkeypatch, call):
+def test_a_wrong_symbol_is_an_error_not_an_image(codec, files, monkeypatch, call):
     """A decoder that reads one symbol otherwise, of z or of any step of y, says so."""
     read, calls = SymbolReader.read, []
 

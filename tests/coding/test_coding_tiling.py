@@ -138,7 +138,7 @@ def test_tiles_are_large_and_bounded(model, least):
     assert 4 * side**2 / 4 * config.expansion * config.channels[0] <= 2**30
 
 
-def test_a_large_photo_has_no_seams(model, photo, monkeypatch):
+def test_a_large_image_has_no_seams(model, photo, monkeypatch):
     """A photo in many tiles or in one: the same symbols and pixels, but for ties in rounding."""
     large = torch.cat([photo, photo.flip(1)], dim=1)[:, :1001, :743]
     whole = Codec(model)

@@ -116,7 +116,7 @@ def test_searches_find_the_best_of_all_files(learned, photo):
         assert 8 * len(data) / pixels[0].numel() <= min(enough)
 
 
-def test_the_psnr_is_that_of_the_decoded_picture(learned, photo):
+def test_the_psnr_is_that_of_the_decoded_image(learned, photo):
     pixels = photo[:, 100:300, 300:520]
     data, level, psnr = smallest_with_psnr(learned, pixels, 1.0)
     assert data == learned.compress(pixels, level) and len(data) <= len(learned.compress(pixels, 0))

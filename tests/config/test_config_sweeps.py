@@ -84,7 +84,7 @@ def test_one_job_is_no_sweep():
     assert named(["model=nano"], ["-m", "model=nano"]) == (None, None)
 
 
-def test_what_a_launcher_is_told_names_no_run():
+def test_options_of_a_launcher_name_no_run():
     arguments = ["-m", "model=nano,micro", "hydra/launcher=deepspeed", "hydra.launcher.gpus=[0,1]"]
     assert swept_keys(arguments) == ["model"]
 

@@ -76,7 +76,7 @@ def test_webdataset_and_tarfile_read_the_shards(small_set):
     assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {(0, 0, 0, "")}
 
 
-def test_width_and_height_are_those_of_the_upright_photo(packaged_photos, tmp_path):
+def test_width_and_height_are_those_of_the_upright_image(packaged_photos, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(packaged_photos[5]) as rocket:  # 640 × 427
@@ -85,7 +85,7 @@ def test_width_and_height_are_those_of_the_upright_photo(packaged_photos, tmp_pa
     assert (index.width.tolist(), index.height.tolist()) == ([427], [640])
 
 
-def test_the_same_photos_give_the_same_bytes(photo_folder, small_set, tmp_path):
+def test_the_same_images_give_the_same_bytes(photo_folder, small_set, tmp_path):
     moved = tmp_path / "elsewhere" / "moved"
     shutil.copytree(photo_folder, moved, copy_function=shutil.copy)
     build([moved], tmp_path / "set", workers=3)
@@ -243,7 +243,7 @@ def test_a_build_killed_while_it_moves_shards_up_goes_on(photo_folder, small_set
     assert contents(out) == contents(small_set)
 
 
-def test_an_unfinished_build_of_other_photos_is_begun_anew(photo_folder, small_set, tmp_path):
+def test_an_unfinished_build_of_other_images_is_begun_anew(photo_folder, small_set, tmp_path):
     out = tmp_path / "set"
     (out / "unfinished").mkdir(parents=True)
     (out / "unfinished" / "plan.json").write_text('{"fingerprint": "of something else"}')

@@ -37,7 +37,7 @@ def jpeg(photo: Image.Image, orientation: int = 1, **options) -> bytes:
     epoch=st.integers(0, 99),
     sample=st.integers(0, 10**6),
 )
-def test_the_square_lies_in_the_photo_and_is_never_too_small_or_large(size, crop, downscale, epoch, sample):
+def test_the_square_lies_in_the_image_and_is_never_too_small_or_large(size, crop, downscale, epoch, sample):
     where = {"seed": 1, "epoch": epoch, "sample": sample}
     box, side, mirrored = place(size, crop, True, downscale=downscale, **where)
     assert box[2] - box[0] == box[3] - box[1] == side and min(box) >= 0 and box[2] <= size[0] and box[3] <= size[1]
@@ -55,7 +55,7 @@ def test_crops_that_are_not_scaled_are_those_of_ever():
 
 
 @pytest.mark.parametrize(("size", "least"), [((4000, 3000), 0.25), ((512, 640), 0.5)])
-def test_factors_are_uniform_over_what_the_photo_allows(size, least):
+def test_factors_are_uniform_over_what_the_image_allows(size, least):
     sides = [place(size, 256, False, seed=0, epoch=0, sample=n, downscale=0.25).side for n in range(4000)]
     assert min(sides) == 256 and max(sides) == 256 / least
     assert kstest(256 / np.array(sides), "uniform", (least, 1 - least)).pvalue > 0.01
@@ -63,7 +63,7 @@ def test_factors_are_uniform_over_what_the_photo_allows(size, least):
 
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}], ids=str)
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
-def test_crops_of_files_are_those_of_photos_that_were_scaled(photo, options, orientation):
+def test_crops_of_files_are_those_of_images_that_were_scaled(photo, options, orientation):
     """To the bit those of decoded photos; and but for rounding those of Pillow's Lanczos over all of a photo."""
     data = jpeg(photo, orientation, **options)
     whole = decode(data)

@@ -74,7 +74,7 @@ def test_an_index_that_no_build_writes_is_refused(folder, where, value):
         load_index(str(folder))
 
 
-def test_photos_over_each_other_are_refused(folder):
+def test_images_over_each_other_are_refused(folder):
     index = load_index(str(folder))
     change(folder, "samples", "offset", 1, to=int(index.offset[0]) + 1)
     with pytest.raises(UserError, match="overlap"):

@@ -49,7 +49,7 @@ def test_palette(photo):
     assert np.abs(found - pixels(photo)).mean() < 6
 
 
-def test_cmyk_jpeg_looks_like_the_photo(photo):
+def test_cmyk_jpeg_looks_like_the_image(photo):
     found = pixels(decode(encoded(photo.convert("CMYK"), "JPEG", quality=95)))
     assert np.abs(found - pixels(photo)).mean() < 4
 
@@ -163,7 +163,7 @@ def test_any_damage_gives_an_image_or_a_value_error(data, kind):
         assert decode(bytes(file)).mode == "RGB"
 
 
-def test_crops_are_pieces_of_the_photo_at_all_places(photo):
+def test_crops_are_pieces_of_the_image_at_all_places(photo):
     original = pixels(photo)
     lefts, tops, mirrored = set(), set(), 0
     for sample in range(200):
@@ -182,7 +182,7 @@ def test_crops_are_pieces_of_the_photo_at_all_places(photo):
     assert 70 < mirrored < 130
 
 
-def test_a_small_photo_is_scaled_up_not_stretched(photo):
+def test_a_small_image_is_scaled_up_not_stretched(photo):
     small = photo.resize((60, 40), Image.Resampling.LANCZOS)
     square, upscaled = cut(small, 128, False, seed=0, epoch=0, sample=0)
     assert upscaled and square.size == (128, 128)

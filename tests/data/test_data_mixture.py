@@ -124,7 +124,7 @@ def test_every_set_comes_as_it_would_alone(small_set, other_set, mixed):
     assert share == pytest.approx(5 / 8, abs=0.1)
 
 
-def test_without_weights_the_photos_count(small_set, other_set):
+def test_without_weights_the_images_count(small_set, other_set):
     def shares(*entries: object) -> list[Fraction]:
         return load_mixture(DataConfig(shards=list(entries))).shares
 
@@ -167,7 +167,7 @@ def turns_of(order: MixtureOrder, images: int) -> dict[tuple[int, int], int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_photos_are_replaced_within_their_set(small_set, other_set, mixed, tmp_path, workers):
+def test_bad_images_are_replaced_within_their_set(small_set, other_set, mixed, tmp_path, workers):
     """And named by a number that no image of another set has."""
     folder = Path(shutil.copytree(other_set, tmp_path / "other"))
     index = load_index(str(folder))

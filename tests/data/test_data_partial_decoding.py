@@ -196,7 +196,7 @@ def test_fill_bytes_before_a_marker(photo):
 
 @pytest.mark.parametrize("crop", [64, 300])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_crops_of_files_are_those_of_decoded_photos(photo, crop, orientation):
+def test_crops_of_files_are_those_of_decoded_images(photo, crop, orientation):
     """Small photos, which are scaled up, too."""
     data = jpeg(photo, "4:2:0", orientation)
     for sample in range(20):

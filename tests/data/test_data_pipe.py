@@ -69,7 +69,7 @@ def test_the_name_of_a_file_is_no_part_of_the_command(tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
-def test_failed_and_wrong_output_is_tried_again_and_then_told(small_set, tmp_path):
+def test_failed_and_wrong_output_is_tried_again_and_then_reported(small_set, tmp_path):
     """The first two runs for each file fail: by exit code, then with half of the file."""
     script = tmp_path / "flaky"
     script.write_text(

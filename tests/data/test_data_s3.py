@@ -115,7 +115,7 @@ def test_which_answers_of_s3_last(code, status, lasts):
     assert is_permanent(translate_boto_error(ClientError(answer, "GetObject"))) == lasts
 
 
-def test_no_secret_is_told_or_written(server, tmp_path, capfd):
+def test_no_secret_is_reported_or_written(server, tmp_path, capfd):
     """All that a stream leaves behind and says, where it works and where it fails."""
     said = []
     seen("s3://photos/kept", last=24, cache=str(tmp_path / "cache"), workers=1)

@@ -102,7 +102,7 @@ def odd_folder(packaged_photos, tmp_path) -> Path:
     return folder
 
 
-def test_images_are_known_by_name_or_content_and_the_rest_is_told(odd_folder, capsys):
+def test_images_are_known_by_name_or_content_and_the_rest_is_reported(odd_folder, capsys):
     images = ImageSet(odd_folder)
     assert images.names == ["a.png", "sub/b.jfif"] and images.load(1).shape == (3, 30, 40)
     assert capsys.readouterr().err == (

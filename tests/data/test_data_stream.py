@@ -38,7 +38,7 @@ def stream_of(folder, *, last=None, seed=0, **data):
     return open_stream(config, seed=seed, first_image=0, last_image=last, **ONE_PROCESS)
 
 
-def test_crops_are_cut_from_the_stored_photos(small_set, photo_folder):
+def test_crops_are_cut_from_the_stored_images(small_set, photo_folder):
     index = load_index(str(small_set))
     files = dict(zip(index.keys, sorted(p for p in photo_folder.rglob("*") if p.is_file()), strict=True))
     for batch in stream_of(small_set, last=48, crop=80):
@@ -49,7 +49,7 @@ def test_crops_are_cut_from_the_stored_photos(small_set, photo_folder):
             assert (np.asarray(square) == pixels.permute(1, 2, 0).numpy()).all()
 
 
-def test_small_photos_are_scaled_up_and_counted(small_set):
+def test_small_images_are_scaled_up_and_counted(small_set):
     index = load_index(str(small_set))
     small = dict(zip(index.keys, index.smaller_sides < 160, strict=True))
     assert 0 < sum(small.values()) < 23
@@ -94,7 +94,7 @@ def test_the_loop_s_random_numbers_are_left_alone(small_set, workers):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_missing_shards_are_told_before_iterating(tmp_path):
+def test_missing_shards_are_reported_before_iterating(tmp_path):
     with refused("no-shards-there", "data.shards"):
         stream_of(tmp_path)
 
@@ -256,7 +256,7 @@ def test_the_thread_that_pins_batches_ends_before_the_workers_it_reads_from(smal
         assert not errors, errors[0].exc_value
 
 
-def test_workers_that_cannot_be_started_are_told_to_end():
+def test_workers_that_cannot_be_started_are_ended():
     """What kept them from it, a Ctrl-C for example, is not buried under another error."""
 
     class Loader:

@@ -45,7 +45,7 @@ def scratch(small_set, tmp_path_factory) -> Path:
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), bits=st.integers(1, 255))
-def test_any_flipped_byte_of_a_photo_names_shard_and_sample(scratch, data, bits):
+def test_any_flipped_byte_of_an_image_names_shard_and_sample(scratch, data, bits):
     index = load_index(str(scratch))
     sample = data.draw(st.integers(0, len(index) - 1))
     position = int(index.offset[sample]) + data.draw(st.integers(0, int(index.length[sample]) - 1))
@@ -70,7 +70,7 @@ def test_any_flipped_byte_anywhere_names_the_shard(scratch, data, bits):
         flip(scratch / shard.name, position, bits)
 
 
-def test_damage_between_photos_is_told_apart(copy):
+def test_damage_between_images_is_told_apart(copy):
     index = load_index(str(copy))
     shard, offset, length = index.shards[0], int(index.offset[1]), int(index.length[1])
     key = index.keys[1]

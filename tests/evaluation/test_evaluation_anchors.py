@@ -56,7 +56,7 @@ def test_recommended_anchors(published):
     assert {curve.set for curve in shipped().values() if curve.recommended} == set(SETS)
 
 
-def test_every_curve_says_what_it_is_and_compares():
+def test_every_curve_names_its_source_and_compares():
     for name, curve in shipped().items():
         assert name == curve.name and name.startswith(f"{curve.set}/")
         assert curve.codec and curve.source and curve.rate == "published"

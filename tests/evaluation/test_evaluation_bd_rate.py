@@ -258,7 +258,7 @@ def test_command_against_a_curve_of_the_same_evaluation(hpcm, jpeg):
     assert code == 2 and "choose one with --anchor-curve: jpeg, hpcm nano, hpcm lone" in error
 
 
-def test_command_says_when_the_images_were_not_checked(hpcm, jpeg, tmp_path):
+def test_command_reports_when_the_images_were_not_checked(hpcm, jpeg, tmp_path):
     text = (jpeg / "evaluation.json").read_text()
     (tmp_path / "evaluation.json").write_text(text.replace('"set": "kodak"', '"set": null'))
     code, out, _ = hpcm(tmp_path, "--anchor", "kodak/vtm-18", "--curve", "jpeg")

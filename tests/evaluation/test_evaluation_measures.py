@@ -18,7 +18,7 @@ def test_psnr_of_identical_images_is_finite():
     assert peak_signal_to_noise(x, x + 255) == 0
 
 
-def test_a_photo_by_hand(image_folder):
+def test_an_image_by_hand(image_folder):
     photo = ImageSet(image_folder, limit=1).load(0)
     darker = (photo.int() - 10).clamp(min=0).to(torch.uint8)
     measured = measure("kodim01.png", photo, darker, 4096.0, 0.5, 0.25)

@@ -59,7 +59,7 @@ def test_more_bits_and_more_quality_at_every_setting(codec, crop):
         assert one.encode_seconds > 0 and one.decode_seconds > 0
 
 
-def test_versions_settings_and_chroma_format_are_told(codec):
+def test_versions_settings_and_chroma_format_are_reported(codec):
     assert re.fullmatch(VERSIONS[codec.name], codec.description)
     assert "None" not in codec.description and "\n" not in codec.description
     assert len({codec.label(setting) for setting in codec.settings}) == len(codec.settings)

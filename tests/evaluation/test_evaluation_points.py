@@ -113,7 +113,7 @@ def test_csv_in_many_spellings(tmp_path, text):
     assert (curve.name, curve.bpp, curve.psnr, curve.ms_ssim) == ("my codec", BPP, PSNR, MS_SSIM)
 
 
-def test_ms_ssim_in_decibels_is_told_by_its_size(tmp_path):
+def test_ms_ssim_in_decibels_is_reported_by_its_size(tmp_path):
     decibels = "\n".join(["bpp,ms-ssim (dB)", "0.1,10", "0.2,20"])
     curve = one(tmp_path, decibels)
     assert curve.psnr is None and curve.ms_ssim == pytest.approx((0.9, 0.99))

@@ -84,5 +84,5 @@ def test_small_images_are_refused():
         Agreement(receiver("random-vit"), CPU).score(0, small, small)
 
 
-def test_distances_are_told_in_decibels():
+def test_distances_are_reported_in_decibels():
     assert [distance_in_decibels(x) for x in (1, 0.1, 0, 10)] == pytest.approx([0, 10, 100, -10])

@@ -188,7 +188,7 @@ def test_the_plot_has_a_panel_per_receiver_and_metric(section, tmp_path, monkeyp
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours 4:2:0", "jpeg 4:2:0"]
 
 
-def test_text_of_a_folder_is_scored_with_its_uncoded_pictures(tmp_path, section):
+def test_text_of_a_folder_is_scored_with_its_uncoded_images(tmp_path, section):
     """A folder with labels, and the scanned page beside it."""
     picture = Image.new("RGB", (120, 40), "white")
     picture.save(tmp_path / "a.png")
@@ -243,7 +243,7 @@ def test_receivers_go_to_the_task_they_can_do():
         (["--task", "agreement", "--against", "jpeg", "--weights", "jpeg=WEIGHTS"], "has the name of a codec"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(arguments, reported, photos, trained, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_a_sentence(arguments, reported, photos, trained, tmp_path, monkeypatch, capsys):
     typed = [argument.replace("WEIGHTS", trained) for argument in arguments]
     if typed[-1] == "--images":
         typed.pop()

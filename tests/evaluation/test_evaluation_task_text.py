@@ -28,14 +28,14 @@ from hpcm_scale.machine.text import (
 CPU = torch.device("cpu")
 
 
-def test_rendered_pictures_are_the_same_every_time_and_differ_from_each_other():
+def test_rendered_images_are_the_same_every_time_and_differ_from_each_other():
     one, two = RenderedText(1), RenderedText(2)
     assert torch.equal(one.load(0), two.load(0)) and one.lines(0) == two.lines(0)
     assert not torch.equal(two.load(0), two.load(1)) and digest(one) != digest(two) == digest(RenderedText(2))
     assert one.load(0).shape == (3, HEIGHT, WIDTH) and one.load(0).dtype == torch.uint8
 
 
-def test_lines_lie_in_the_picture_beside_each_other():
+def test_lines_lie_in_the_image_beside_each_other():
     pictures = RenderedText(2)
     for i in range(2):
         lines, taken = pictures.lines(i), np.zeros((HEIGHT, WIDTH), dtype=int)
@@ -132,7 +132,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_labels_name_pictures_and_lines(folder):
+def test_labels_name_images_and_lines(folder):
     (folder / "labels.csv").write_text("file,text\nb.png,two words\na.png,one\n", encoding="utf-8-sig")
     pictures = LabelledImages(folder)
     assert pictures.names == ["a.png", "b.png"] and pictures.lines(1) == [TextLine(0, 0, 60, 20, "two words")]
@@ -161,7 +161,7 @@ def test_labels_name_pictures_and_lines(folder):
         (b"file,text\na.png,\xff\n", "damaged-labels"),
     ],
 )
-def test_wrong_labels_are_told_in_a_sentence(folder, table, code):
+def test_wrong_labels_are_reported_in_a_sentence(folder, table, code):
     if table is not None:
         (folder / "labels.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
     with pytest.raises(UserError) as error:

@@ -63,7 +63,7 @@ def test_what_changes_is_installed_again(checkout, active, calls, tmp_path) -> N
     assert len(calls()) == 2
 
 
-def test_a_failed_installation_says_so_and_is_tried_again(checkout, active, calls) -> None:
+def test_a_failed_installation_is_reported_and_is_tried_again(checkout, active, calls) -> None:
     failed = set_up(checkout, "test", VIRTUAL_ENV=active, PIP_FAILS="1")
     assert failed.returncode == 1
     assert failed.stderr == "caller: pip could not install torch; correct the error above and run the script again\n"

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_training import SMALL
 
 from hpcm_scale.errors import STOPPED
 
 pytestmark = pytest.mark.launch
 
-CHANGES = ("model=nano", "train.batch_size=4", "engine=accelerate", "engine.precision=fp32", "train.steps=5000")
-QUIET = ("log.wandb=disabled", "data.workers=0")
+CHANGES = (*SMALL, "engine=accelerate", "engine.precision=fp32", "train.steps=5000")
 
 
 def steps(run: Path) -> list[int]:
@@ -60,7 +60,7 @@ def test_ctrl_c_on_one_node_leaves_a_checkpoint(checkout, active, shards, tmp_pa
     (active / "bin/deepspeed").symlink_to(Path(sys.executable).with_name("deepspeed"))
     environment = os.environ | {"VIRTUAL_ENV": str(active), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     run = tmp_path / "run"
-    script = ["bash", str(checkout / "launch/one_node.sh"), *CHANGES, *QUIET, f"data.shards={shards}", f"run.dir={run}"]
+    script = ["bash", str(checkout / "launch/one_node.sh"), *CHANGES, f"data.shards={shards}", f"run.dir={run}"]
     ours, terminal = pty.openpty()
     process = subprocess.Popen(
         script, env=environment, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=partial(own, terminal)

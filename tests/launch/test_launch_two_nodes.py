@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from small_training import SMALL
 
 from hpcm_scale.errors import STOPPED
 
 pytestmark = pytest.mark.launch
 
-COMMON = ("model=nano", "train.batch_size=4", "engine=accelerate", "engine.precision=fp32", "schedule=constant")
-QUICK = ("log.wandb=disabled", "data.workers=0", "train.steps=5000")
+COMMON = (*SMALL, "engine=accelerate", "engine.precision=fp32", "schedule=constant", "train.steps=5000")
 MODULE = "hpcm_scale.train"
 COMPARED = ("step", "train/images", "compute/pflops", "train/loss", "train/bpp", "train/psnr", "train/grad_norm")
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -95,7 +95,7 @@ def start(checkout, active, tmp_path, shards) -> Iterator[Callable[..., Nodes]]:
 
 
 def overrides(shards: Path, run: Path, *changes: str) -> list[str]:
-    return [*COMMON, *QUICK, f"data.shards={shards}", f"run.dir={run}", *changes]
+    return [*COMMON, f"data.shards={shards}", f"run.dir={run}", *changes]
 
 
 def script(rank: int, port: str) -> list[str | Path]:

@@ -120,7 +120,7 @@ def files(weights) -> tuple:
     return "--weights", weights / "machine.safetensors"
 
 
-def test_a_pre_editor_that_does_not_fit_is_told(weights, tmp_path, machine_codec):
+def test_a_pre_editor_that_does_not_fit_is_reported(weights, tmp_path, machine_codec):
     codec = machine_codec.codec
     other = PreEditorWeights(PreEditorConfig(tokens=None), machine_codec.pre_editor.state_dict())
     save_weights(tmp_path / "w.safetensors", codec.state_dict(), codec.config, FACTS, other)

@@ -104,7 +104,7 @@ def test_images_of_another_shape_are_refused():
 
 
 @every_classifier
-def test_imagenet_classes_of_photos(name):
+def test_imagenet_classes_of_images(name):
     """Class numbers of ImageNet: 967 is espresso, 281 to 285 are cats."""
     assert loaded(name).posterior(photo("coffee")).argmax().item() == 967
     assert loaded(name).posterior(photo("chelsea")).argmax().item() in range(281, 286)

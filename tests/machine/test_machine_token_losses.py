@@ -192,7 +192,7 @@ def test_shapes_that_are_not_tokens_are_refused():
             loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, 4))
 
 
-def test_jpeg_raises_the_rank_of_a_photos_tokens(image_folder):
+def test_jpeg_raises_the_rank_of_an_images_tokens(image_folder):
     """So a larger rank is no better one: what counts is the distance, which grows as quality falls."""
     photo = Image.open(image_folder / "kodim04.png").convert("RGB").crop((200, 100, 456, 356))
     pictures = [photo]

@@ -64,17 +64,17 @@ def test_evaluation_compiles_for_all_image_sizes():
     model = HPCM(compose_model("nano"), precision=Precision.bf16)
     compile_regions(model, backend="eager")
     with torch.no_grad():
-        model(images(1, 512, 768))
-        model(images(1, 768, 512))
+        model(images(1, 256, 512))
+        model(images(1, 512, 256))
         compiled = graphs()
-        for height, width in ((512, 512), (768, 1024), (1024, 768)):
+        for height, width in ((256, 256), (512, 768), (768, 512)):
             with torch._dynamo.config.patch(error_on_recompile=True):
                 model(images(1, height, width))
     assert graphs() == compiled
 
 
 @pytest.mark.parametrize("region", [depthwise_block(16), partial_block(16, 4, 2), WindowFusion(16, 2, 4)])
-def test_the_code_generator_computes_what_the_region_says(region):
+def test_the_code_generator_computes_what_the_region_defines(region):
     """fp32: results and gradients to 1e-5."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)]

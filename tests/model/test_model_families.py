@@ -65,7 +65,7 @@ def name(request) -> str:
 
 
 @pytest.mark.parametrize("precision", Precision)
-def test_latents_and_pictures_are_fp32_whatever_the_image(kind, precision):
+def test_latents_and_images_are_fp32_whatever_the_image(kind, precision):
     """Sides are multiples of 128 pixels, and need not be alike."""
     model, reduced = build(kind, precision=precision), []
     for layer in model.modules():
@@ -262,7 +262,7 @@ def test_tiles_equal_the_whole_and_overlap_no_more_than_they_must(name, monkeypa
         assert off(network, x, 256) > 1e-11
 
 
-def test_a_picture_comes_back_from_its_file(kind, tmp_path):
+def test_an_image_comes_back_from_its_file(kind, tmp_path):
     """Of any size, by weights that were saved and loaded: the decoder reaches the encoder's ŷ to the bit."""
     model, path = build(kind).eval(), tmp_path / "weights.safetensors"
     save_weights(path, model.state_dict(), model.config, {"lmbda": 0.013})

@@ -88,7 +88,7 @@ def test_from_run_folders(ladder_runs, tmp_path):
     assert read_laws(tmp_path) == found
 
 
-def test_few_runs_are_told_what_they_lack():
+def test_what_few_runs_lack_is_reported():
     with pytest.raises(UserError) as refused:
         analyse(study_of([training(1e6, 1e8, 1.0)]))
     assert refused.value.code == "too-few-runs"
@@ -206,7 +206,7 @@ def test_degenerate_runs_give_whole_results(runs, tmp_path):
             json.loads(make_plan(again, Setting(), **asked).to_json(), parse_constant=pytest.fail)
 
 
-def test_equal_losses_are_told_as_such():
+def test_equal_losses_are_reported_as_such():
     found = analyse(study_of(DEGENERATE["all losses equal"]))
     assert set(found.laws) == {*()}
     assert found.refused["power_law_of_parameters"].endswith("are equal and do not depend on N")

@@ -72,7 +72,7 @@ def test_runs_are_found_once_at_any_depth(tmp_path: Path) -> None:
     assert names == ["d", "a", "b", "c"]
 
 
-def test_what_is_no_run_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_what_is_no_run_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         find_runs([tmp_path / "nowhere"])
     assert refused.value.code == "missing-run-path"
@@ -156,7 +156,7 @@ def test_twenty_runs_fit(tmp_path: Path) -> None:
     assert all(f"seed{index:02d}" in text for index in range(20))
 
 
-def test_the_command_draws_and_says_how_far_each_run_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_draws_and_prints_the_progress_of_each_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_run(tmp_path / "runs" / "nano")
     make_run(tmp_path / "runs" / "young", steps=0, of=10)
     main(["curves", str(tmp_path / "runs"), "--out", str(tmp_path / "curve.png")])

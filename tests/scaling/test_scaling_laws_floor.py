@@ -83,7 +83,7 @@ def test_few_sizes_are_refused_or_warned_of():
     assert fit_saturating_power_law(size_points(floor_surface(SIZES, 0.4))).warnings == ()
 
 
-def test_solutions_on_a_boundary_are_told():
+def test_solutions_on_a_boundary_are_reported():
     line = fit_saturating_power_law(size_points(SIZES**-0.2 * [1, 1, 1.02, 1.02, 1, 1]))  # bent down in a log-log plot
     assert line.parameters["E"] == 0
     assert any("E = 0" in warning for warning in line.warnings)

@@ -235,7 +235,7 @@ def test_a_cooldown_is_an_observation_of_its_own(tmp_path: Path) -> None:
     assert study(find_runs([branch.folder])).observations[0].cooldown_of == "nano"
 
 
-def test_runs_that_may_not_be_compared_are_told(tmp_path: Path) -> None:
+def test_runs_that_may_not_be_compared_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "a", journal(range(1, 101)), "eval.images=/here/kodak")
     write(tmp_path / "b", journal(range(1, 101)), "eval.images=/there/kodak", "run.sweep=other")
     reported = study(find_runs([tmp_path]))

@@ -103,7 +103,7 @@ def test_each_weakness_is_a_caveat(study: Study, caveat: str) -> None:
     assert caveat.lower() in report(analysis, []).split("\n\n")[1].lower()
 
 
-def test_without_any_law_the_report_says_so_and_shows_what_there_is() -> None:
+def test_without_any_law_the_report_explains_it_and_shows_what_there_is() -> None:
     analysis = replace(
         believable(),
         laws={},

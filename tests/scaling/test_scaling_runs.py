@@ -116,7 +116,7 @@ def test_links_to_folders_above_are_followed_once(tmp_path: Path) -> None:
     assert [found.folder for found in find_runs([tmp_path])] == [run]
 
 
-def test_a_damaged_run_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_damaged_run_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (write(tmp_path / "a") / "config.yaml").write_text("model: [")
     with pytest.raises(UserError) as refused:
         load_run(tmp_path / "a")

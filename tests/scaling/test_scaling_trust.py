@@ -108,7 +108,7 @@ def test_the_largest_size_is_held_out_with_all_its_trainings():
     assert len(trust.leave_one_out) == 18
 
 
-def test_what_cannot_be_left_out_is_told():
+def test_what_cannot_be_left_out_is_reported():
     points = size_points(floor_surface(SIZES[:3], 0.4), SIZES[:3])
     trust = diagnose(fit_saturating_power_law, points, fit_saturating_power_law(points))
     assert trust.leave_one_out == trust.largest == ()

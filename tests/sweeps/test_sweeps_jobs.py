@@ -85,7 +85,7 @@ def test_a_job_alone_has_the_configuration_that_it_has_among_others():
     assert job.overrides[-1] == "hydra.mode=RUN"
 
 
-def test_the_ladder_is_a_multirun_without_being_told(train, shards, tmp_path):
+def test_the_ladder_is_a_multirun_without_the_flag(train, shards, tmp_path):
     code, output, errors = train("experiment=ladder", f"data.shards={shards}", *ONLY_WRITE)
     assert code == 0, errors
     plan = read_plan(tmp_path / "runs" / "ladder")
@@ -165,7 +165,7 @@ def test_a_mistake_is_refused_before_anything_starts(train, shards, tmp_path, mi
 
 
 @pytest.mark.parametrize("launcher", [(), ONLY_WRITE])
-def test_another_sweep_over_the_same_key_is_told_the_way_out(train, shards, tmp_path, launcher):
+def test_another_sweep_over_the_same_key_is_refused_with_the_remedy(train, shards, tmp_path, launcher):
     call = ("-m", "model=nano,450k", f"data.shards={shards}")
     first = tmp_path / "runs" / "sweep_model" / "model=450k"
     first.mkdir(parents=True)
@@ -218,14 +218,14 @@ def test_launchers_are_for_several_runs_and_start_their_own_processes(train, sha
     assert code == 2 and "without deepspeed" in errors
 
 
-def test_without_sbatch_one_sentence_says_so(train, shards, tmp_path, monkeypatch):
+def test_without_sbatch_one_sentence_explains_it(train, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, errors = train("-m", "model=nano,450k", f"data.shards={shards}", "hydra/launcher=slurm", *ONLY_WRITE[2:])
     assert code == 2 and errors.count("\n") == 1 and "sbatch is not installed" in errors
     assert not (tmp_path / "runs" / "sweep_model").exists()
 
 
-def test_slurm_scripts_say_what_they_were_told(train, shards, tmp_path):
+def test_slurm_scripts_have_the_options_given(train, shards, tmp_path):
     options = (
         "nodes=2",
         "gpus_per_node=4",

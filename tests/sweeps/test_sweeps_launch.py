@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from fork_server import Forked
+from small_training import SMALL
 
 from hpcm_scale.config.compose import compose, to_yaml
 from hpcm_scale.errors import STOPPED
@@ -20,19 +20,9 @@ from hpcm_scale.sweeps.status import Follower
 
 pytestmark = pytest.mark.launch
 
-COMMON = ("train.batch_size=2", "train.checkpoint_every=1", "log.wandb=disabled", "data.workers=0", "engine=accelerate")
+COMMON = (*SMALL[1:], "train.batch_size=2", "train.checkpoint_every=1", "engine=accelerate")
+"""But for the model, which is swept."""
 SWEEP = Path("runs") / "sweep_model"
-
-
-def start(folder: Path, shards: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hpcm_scale.train", *arguments, f"data.shards={shards}", *COMMON],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def steps(run: Path) -> list[int]:
@@ -48,7 +38,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], process: Forked) -> None:
     deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -68,11 +58,17 @@ def contents(run: Path) -> dict[str, int]:
     return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
-def test_interrupted_then_one_killed_the_same_command_finishes_what_is_missing(shards, train, tmp_path, exit_codes):
+def test_interrupted_then_one_killed_the_same_command_finishes_what_is_missing(
+    shards, train, fork_server, tmp_path, exit_codes
+):
     runs = nano, micro = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "micro")]
     call = ("-m", "model=nano,micro", "hydra/launcher=deepspeed", "hydra.launcher.jobs_at_once=2")
 
-    process = start(tmp_path, shards, *call, "train.steps=5000")
+    def start(*call: str) -> Forked:
+        arguments = [*call, f"data.shards={shards}", *COMMON]
+        return fork_server.start("hpcm_scale.train", arguments, cwd=tmp_path, env=os.environ)
+
+    process = start(*call, "train.steps=5000")
     wait_for(lambda: all(steps(run) for run in runs), process)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 6  # of each run: deepspeed, its launcher, training
@@ -89,7 +85,7 @@ def test_interrupted_then_one_killed_the_same_command_finishes_what_is_missing(s
     stopped_at = steps(micro)[-1]
     last = max(steps(run)[-1] for run in runs) + 6
     call = (*call, f"train.steps={last}")
-    process = start(tmp_path, shards, *call)
+    process = start(*call)
     wait_for(lambda: steps(micro)[-1] > stopped_at, process)
     ranks = [
         child for child in psutil.Process(process.pid).children(recursive=True) if "model=micro" in child.cmdline()

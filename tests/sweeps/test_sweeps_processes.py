@@ -50,7 +50,7 @@ def group(log) -> int:
     return last_mark(line).group
 
 
-def test_a_job_that_fails_says_why_in_its_log(start):
+def test_the_log_of_a_failed_job_has_the_reason(start):
     assert wait(start("echo ready; echo 'ValueError: bad' >&2; exit 3")) == 3
     text = tail(start.log)
     assert last_mark(text).code == 3 and last_error(text) == "ValueError: bad"
@@ -99,7 +99,7 @@ def test_a_job_can_be_killed_at_once(start):
     assert wait(process) == -9 and group_members(group(start.log)) == []
 
 
-def test_what_outlives_its_launcher_is_ended_and_told_as_a_failure(start):
+def test_what_outlives_its_launcher_is_ended_and_reported_as_a_failure(start):
     process = start("sleep 60 & echo ready; kill -KILL $$")
     assert wait(process) == -9 and group_members(group(start.log)) == []
     assert last_error(tail(start.log)) == "a process was killed by SIGKILL"
@@ -157,7 +157,7 @@ print("the summary", flush=True)
     assert done.returncode == 0
 
 
-def test_the_exit_code_of_a_sweep_says_how_its_runs_ended(make_run, tmp_path, monkeypatch, exit_codes):
+def test_the_exit_code_of_a_sweep_tells_how_its_runs_ended(make_run, tmp_path, monkeypatch, exit_codes):
     monkeypatch.chdir(tmp_path)
 
     def job(name: str, done: int, end: str = "") -> Job:

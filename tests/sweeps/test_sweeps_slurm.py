@@ -22,7 +22,7 @@ def program(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def test_what_is_not_in_the_queue_is_submitted_and_says_how_far_it_is(shards, train, tmp_path, monkeypatch):
+def test_what_is_not_in_the_queue_is_submitted_and_its_progress_is_printed(shards, train, tmp_path, monkeypatch):
     """sbatch runs the script at once, its output appended where the script says."""
     variables = "SLURM_JOB_ID=41 SLURM_JOB_NODELIST=n SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_CPUS_PER_TASK=1"
     program(

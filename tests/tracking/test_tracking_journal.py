@@ -134,7 +134,7 @@ def test_lines_that_find_no_room_wait_for_it(tmp_path: Path) -> None:
     assert read_journal(journal.path) == [line(step) for step in (1, 2, 3, 4)]
 
 
-def test_damage_and_absence_are_told_in_one_sentence(tmp_path: Path) -> None:
+def test_damage_and_absence_are_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_journal(tmp_path / "metrics.jsonl")
     assert caught.value.code == "no-journal"

@@ -204,7 +204,7 @@ def test_a_launcher_that_stops_every_descendant_leaves_the_view_whole(tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_pictures_of_every_kind_show_the_same(dtype: torch.dtype) -> None:
+def test_images_of_every_kind_show_the_same(dtype: torch.dtype) -> None:
     pixels = np.array([[[0, 255, 255], [255, 0, 0]]], dtype=np.uint8)  # height 1, width 2
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     tensor = tensor if dtype is torch.uint8 else (tensor / 255 * 3 - 1).to(dtype)  # beyond 0 … 1 is clipped

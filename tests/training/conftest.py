@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from small_training import SMALL
 from watch_processes import Probes, free_port
 
 _KEPT = "zero_optimization.stage3_param_persistence_threshold"
@@ -68,18 +69,10 @@ def started(module: str, arguments: tuple[str, ...], processes: int, cwd: Path, 
 
 @pytest.fixture(scope="session")
 def train(launch, shards):
-    """`train(run, *overrides, ...)`: a nano training that must succeed; returns its journal."""
+    """`train(run, *overrides, ...)`: a `SMALL` training that must succeed; returns its journal."""
 
     def start(run: str, *overrides: str, **options) -> list[dict]:
-        result = launch(
-            "model=nano",
-            f"data.shards={shards}",
-            "train.batch_size=4",
-            "schedule.learning_rate=1e-3",
-            f"run.dir={run}",
-            *overrides,
-            **options,
-        )
+        result = launch(*SMALL, f"data.shards={shards}", f"run.dir={run}", *overrides, **options)
         assert result.returncode == 0, result.stdout + result.stderr
         start.output = result.stdout + result.stderr
         return journal(launch.folder / run)

@@ -36,7 +36,6 @@ pytestmark = pytest.mark.launch
 LENGTHS = (0.1, 0.25)
 STEPS = 3
 SHORT = (f"train.steps={STEPS}", f"train.ema={list(LENGTHS)}", "train.checkpoint_every=1", "train.keep_every=1")
-CHEAP = ("model.fusion=none", "data.crop=128", "data.workers=0", "log.wandb=disabled")
 WEIGHTS = "weights.safetensors"
 FILES = (WEIGHTS, *(f"weights_ema_{length}.safetensors" for length in LENGTHS))
 RUNS = ("zero0", "zero1", "zero2", "zero3", "rolled_back")
@@ -59,19 +58,19 @@ def runs(train, launch, photo, project):
     Two look at a photo on their way, and two are stopped and go on: one with other processes and another engine.
     """
     looking = (f"eval.images={photo}", "eval.every=2")
-    train("averaged_zero0", *CHEAP, *SHORT, "engine=zero0")
-    train("averaged_zero1", *CHEAP, *SHORT, "engine=zero1", *looking)
-    train("averaged_zero2", *CHEAP, *SHORT, "engine=zero2", "train.stop_after=2")
-    train("averaged_zero2", *CHEAP, *SHORT, "engine=zero2")
-    train("averaged_zero3", *CHEAP, *SHORT, "engine=accelerate", *looking, "train.stop_after=1", processes=1)
-    train("averaged_zero3", *CHEAP, *SHORT, "engine=zero3", *looking)
+    train("averaged_zero0", *SHORT, "engine=zero0")
+    train("averaged_zero1", *SHORT, "engine=zero1", *looking)
+    train("averaged_zero2", *SHORT, "engine=zero2", "train.stop_after=2")
+    train("averaged_zero2", *SHORT, "engine=zero2")
+    train("averaged_zero3", *SHORT, "engine=accelerate", *looking, "train.stop_after=1", processes=1)
+    train("averaged_zero3", *SHORT, "engine=zero3", *looking)
     # Image 6 spoils a weight in step 2, which the loss of step 3 tells: the averages of step 2 are not finite then.
     diverging = {
         "DIVERGE": json.dumps({"kind": "weight", "image": 6}),
         "PYTHONPATH": str(project / "tests" / "training"),
     }
     rollback = ("engine=zero2", "train.on_divergence=rollback")
-    train("averaged_rolled_back", *CHEAP, *SHORT, *rollback, processes=1, module="diverging_train", **diverging)
+    train("averaged_rolled_back", *SHORT, *rollback, processes=1, module="diverging_train", **diverging)
     return {run: launch.folder / f"averaged_{run}" for run in RUNS}
 
 

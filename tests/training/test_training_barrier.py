@@ -23,7 +23,7 @@ def test_a_barrier_reads_the_sum():
         Engine.barrier(SimpleNamespace(reduce=reduce))
 
 
-def test_what_torch_says_of_a_barrier_on_a_gpu_is_not_printed(monkeypatch):
+def test_the_warning_of_torch_about_a_barrier_on_a_gpu_is_not_printed(monkeypatch):
     """Only there, and only of a process alone: here of a group that says it computes on a GPU."""
     from hpcm_scale.training.engines.deepspeed import BARRIER_WARNING
 

@@ -142,7 +142,7 @@ def test_a_cooldown_is_no_other_run(changes, digest, code, key, tmp_path):
 def test_cooldowns_train(train, launch, monkeypatch, capsys):
     """The first step is that of the constant-rate run to the bit; a second call of the command has nothing to do."""
     keys = ("schedule=wsd", "schedule.decay=0", "schedule.learning_rate=1e-3", "train.keep_at=[3]", "train.steps=5")
-    options = ("engine=zero2", "train.keep_checkpoints=1", "log.wandb=disabled")
+    options = ("engine=zero2", "train.keep_checkpoints=1")
     whole = train("trunk", *keys, *options)
     command = ("trunk", "--at", "3", "--decay", "0.5")
     result = launch(*command, module="hpcm_scale.commands.cooldown")

@@ -10,6 +10,7 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from small_training import SMALL
 
 from hpcm_scale.data.index import load_index
 
@@ -37,19 +38,18 @@ def damaged(shards, tmp_path) -> Path:
 
 def options(shards: object, run: str) -> list[str]:
     """Twelve photos, four a step: the third step has seen all."""
-    common = ["model=nano", "train.batch_size=4", "schedule.learning_rate=1e-3", "data.workers=1"]
-    return [*common, f"train.steps={STEPS}", f"data.shards={shards}", f"run.dir={run}"]
+    return [*SMALL, "data.workers=1", f"train.steps={STEPS}", f"data.shards={shards}", f"run.dir={run}"]
 
 
 def journal(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_bad_photos_are_left_out_counted_and_the_same_for_any_number_of_processes(damaged, launch):
+def test_bad_images_are_left_out_counted_and_the_same_for_any_number_of_processes(damaged, launch):
     losses = []
     for processes in (2, 1):
         run = f"bad_{processes}"
-        result = launch(*options(damaged, run), "log.wandb=disabled", processes=processes)
+        result = launch(*options(damaged, run), processes=processes)
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout.count("skipped: sample ") == 3
         lines = journal(launch.folder / run)
@@ -59,7 +59,7 @@ def test_bad_photos_are_left_out_counted_and_the_same_for_any_number_of_processe
 
 
 def test_too_many_end_all_with_one_error_and_a_checkpoint(damaged, shards, launch):
-    command = [*options(damaged, "too_bad"), "data.max_corrupt_samples=2", "log.wandb=disabled"]
+    command = [*options(damaged, "too_bad"), "data.max_corrupt_samples=2"]
     result = launch(*command)
     assert result.returncode == 2, result.stdout + result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
@@ -78,7 +78,7 @@ def test_a_set_that_is_gone_ends_all_with_one_error(shards, launch, tmp_path):
     shutil.copytree(shards, tmp_path / "shards")
     for shard in (tmp_path / "shards").glob("*.tar"):
         shard.unlink()
-    result = launch(*options(tmp_path / "shards", "gone"), "log.wandb=disabled")
+    result = launch(*options(tmp_path / "shards", "gone"))
     assert result.returncode == 2
     said = [line for line in result.stderr.splitlines() if line.startswith("hpcm: ")]
     assert len(said) == 1 and str(tmp_path / "shards") in said[0], result.stdout + result.stderr
@@ -97,6 +97,7 @@ def test_credentials_of_an_object_store_are_written_nowhere(shards, launch):
             client.upload_file(str(path), "photos", f"set/{path.name}")
     result = launch(
         *options("s3://photos/set", "from_s3"),
+        "log.wandb=offline",
         AWS_ENDPOINT_URL=f"http://{host}:{port}",
         AWS_ACCESS_KEY_ID="AKIAEXAMPLE",
         AWS_SECRET_ACCESS_KEY=SECRET,

@@ -8,26 +8,23 @@ import random
 
 import pytest
 from fault_campaign.injections import flip_byte
+from small_training import SMALL
 
 from hpcm_scale.training.divergence import MIN_LOSSES, WINDOW, Divergence, LossHistory, images_to_skip
 
 pytestmark = pytest.mark.launch
 
-FAST = ("log.wandb=disabled", "train.checkpoint_every=2", "data.workers=0")
-
 
 @pytest.fixture(scope="module")
 def diverge(launch, shards, project):
-    """`diverge(run, kind, *overrides, …)`: a nano training of two processes with something wrong in image `image`."""
+    """`diverge(run, kind, *overrides, …)`: a `SMALL` training of two processes with a fault in image `image`."""
 
     def start(run: str, kind: str, *overrides: str, image: int = 18, processes: int = 2):
         return launch(
-            "model=nano",
+            *SMALL,
             f"data.shards={shards}",
-            "train.batch_size=4",
-            "schedule.learning_rate=1e-3",
             f"run.dir={run}",
-            *FAST,
+            "train.checkpoint_every=2",
             *overrides,
             processes=processes,
             module="diverging_train",
@@ -111,8 +108,7 @@ def test_stop_ends_the_run_in_one_sentence(diverge, launch):
 
 def test_a_leaping_loss_is_skipped(diverge, launch):
     """Image 89 is in step 23; twenty losses make a history."""
-    small = ("model.fusion=none", "data.crop=128", "train.checkpoint_every=50")
-    result = diverge("spike", "spike", "train.steps=24", *small, image=89, processes=1)
+    result = diverge("spike", "spike", "train.steps=24", "train.checkpoint_every=50", image=89, processes=1)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "step 23 skipped: its loss of " in result.stdout and "times the usual" in result.stdout
     assert [line["step"] for line in journal(launch, "spike") if line["train/skipped"]] == [23]

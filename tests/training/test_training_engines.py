@@ -1,16 +1,21 @@
-"""Every engine and every number of processes and workers trains the same; one of each library as a user starts it."""
+"""Every engine and every number of processes and workers trains the same.
+
+Others start one of each library as a user does: test_training_resume.py and tests/launch/test_launch_two_nodes.py.
+"""
 
 from __future__ import annotations
 
 import pytest
 from safetensors.torch import load_file
+from small_training import SMALL
 
 from hpcm_scale.errors import STOPPED
 
 pytestmark = pytest.mark.launch
 
 STEPS = 3
-COMMON = (f"train.steps={STEPS}", "train.parametrisation=mup", "log.wandb=disabled")
+WHOLE = ("model.fusion=attention", "data.crop=256", "train.batch_size=2", "data.workers=1")
+COMMON = (*WHOLE, f"train.steps={STEPS}", "train.parametrisation=mup")
 """With several groups of parameters, each of which engines lay out by itself."""
 
 
@@ -20,14 +25,13 @@ def curve(records: list[dict], key: str = "train/loss") -> list[float]:
 
 @pytest.fixture(scope="module")
 def baseline(train):
-    return train("zero2", "engine=zero2", *COMMON, launcher=True)
+    return train("zero2", "engine=zero2", *COMMON)
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", "zero3_offload", "accelerate"])
 def test_engines_agree(engine, baseline, train, launch):
     """In losses, gradients and exported weights, whatever is sharded."""
-    launcher = engine == "accelerate"
-    records = train(engine, f"engine={engine}", *COMMON, launcher=launcher)
+    records = train(engine, f"engine={engine}", *COMMON)
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-5)
     assert curve(records, "train/grad_norm") == pytest.approx(curve(baseline, "train/grad_norm"), rel=1e-4)
     ours, theirs = (load_file(launch.folder / run / "weights.safetensors") for run in (engine, "zero2"))
@@ -36,7 +40,7 @@ def test_engines_agree(engine, baseline, train, launch):
 
 
 def test_one_process_accumulating_agrees_with_two(baseline, train):
-    records = train("alone", "engine=zero0", "data.workers=0", "train.micro_batch_size=2", *COMMON, processes=1)
+    records = train("alone", "engine=zero0", *COMMON, "data.workers=0", "train.micro_batch_size=1", processes=1)
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-5)
 
 
@@ -55,14 +59,12 @@ def test_bf16_trains_close_to_fp32(baseline, train):
 
 def test_a_diverging_run_skips_counts_and_stops(launch, shards):
     result = launch(
-        "model=nano",
+        *SMALL,
         f"data.shards={shards}",
-        "train.batch_size=4",
         "schedule.learning_rate=1000",
         "train.steps=20",
         "train.max_skipped=4",
         "engine=zero0",
-        "log.wandb=disabled",
         "run.dir=diverged",
         processes=1,
     )
@@ -75,14 +77,12 @@ def test_a_sweep_that_is_asked_to_stop_begins_no_further_run(launch, shards):
     """In the last step of the first."""
     command = (
         "-m",
-        "model=nano",
+        *SMALL,
         "objective.lmbda=0.0067,0.025",
         f"data.shards={shards}",
-        "train.batch_size=2",
         "train.steps=1",
         "train.max_hours=1e-6",
         "engine=zero0",
-        "log.wandb=disabled",
     )
     result = launch(*command, processes=1)
     assert result.returncode == STOPPED, result.stdout + result.stderr

@@ -11,7 +11,6 @@ from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.training import estimate as estimates
 from hpcm_scale.training.costs import training_flops_per_image
-from hpcm_scale.training.dry_run import dry_run
 from hpcm_scale.training.engines.accelerate import AccelerateEngine
 
 
@@ -65,7 +64,7 @@ def test_memory_on_one_process(engine_name):
     measured = memory.weights, memory.gradients, memory.optimizer
     assert [value / result.parameters for value in measured] == pytest.approx(expected)
     assert memory.host == 0
-    rehearsed = dry_run(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8, True)
+    rehearsed = estimates.dry_run(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8, True)
     assert memory.activations == rehearsed.activations
     assert result.launches_per_step == rehearsed.launches
     assert memory.device >= sum(measured) + memory.activations

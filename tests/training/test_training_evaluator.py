@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_training import SMALL
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.data.sources import ImageSet
@@ -67,10 +68,7 @@ def vanish(launch, shards, images, project):
         image, away = images / "kodim02.png", images / "kodim02.away"
         events = {"image": str(image), "rank": 1} | moments
         result = launch(
-            "model=nano",
-            "train.batch_size=4",
-            "schedule.learning_rate=1e-3",
-            "log.wandb=disabled",
+            *SMALL,
             f"data.shards={shards}",
             f"eval.images={images}",
             f"run.dir={run}",

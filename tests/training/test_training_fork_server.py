@@ -49,7 +49,7 @@ def test_a_forked_process_is_and_ends_as_a_fresh_one(ending, probe):
     assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
 
 
-def test_forked_processes_are_told_what_the_launcher_tells(probe):
+def test_forked_processes_have_the_environment_of_the_launcher(probe):
     def ranks(launcher: bool) -> dict[str, dict]:
         """What each process found; the launcher itself writes other lines."""
         output = probe("whole", launcher=launcher).stdout

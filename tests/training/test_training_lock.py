@@ -39,7 +39,7 @@ def test_a_lock_is_given_back(tmp_path):
     RunLock(RunFolder(tmp_path / "run"), seconds=0).release()
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_in_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/run \(Not a directory\)"):
         RunLock(RunFolder(tmp_path / "file" / "run"), seconds=0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
+from small_training import SMALL
+from watch_processes import await_line
 
 pytestmark = pytest.mark.launch
 
@@ -16,7 +19,7 @@ LINE = re.compile(
 
 
 def test_a_line_of_the_first_process_every_so_many_seconds(launch, shards):
-    options = ("model=nano", "train.batch_size=4", "train.steps=3", "log.wandb=disabled", "engine=accelerate")
+    options = (*SMALL, "train.steps=3", "engine=accelerate")
     # Where the user has not set OMP_NUM_THREADS, libraries do, and warn of it.
     result = launch(*options, f"data.shards={shards}", "run.dir=log", "log.print_seconds=1e-6", OMP_NUM_THREADS=None)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -31,10 +34,16 @@ def test_a_line_of_the_first_process_every_so_many_seconds(launch, shards):
         assert [float(value) for value in line.groups()[1:5]] == pytest.approx(expected, rel=1e-2)
 
 
-def test_a_run_that_could_not_be_exported_says_so_at_its_start(launch, shards):
+def test_a_run_that_cannot_be_exported_reports_it_at_its_start(fork_server, shards, tmp_path):
     """Of the public presets alone: a size of another name has no counterpart."""
-    options = ("model=68m", "train.batch_size=1", "train.steps=1", "data.workers=0")
-    where = (f"data.shards={shards}", "run.dir=export", "log.wandb=disabled", "engine=accelerate")
-    result = launch(*options, *where, processes=1)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "`hpcm export` needs model.hyper_placement=upstream" in " ".join(result.stdout.splitlines()[:2])
+    options = ("model=68m", "train.batch_size=1", "data.workers=0", "engine=accelerate", "log.wandb=disabled")
+    log = tmp_path / "log.txt"
+    with log.open("w", encoding="utf-8") as output:
+        arguments = [*options, f"data.shards={shards}", "run.dir=export"]
+        process = fork_server.start("hpcm_scale.train", arguments, cwd=tmp_path, env=os.environ, output=output)
+    lines = lambda: log.read_text(encoding="utf-8").splitlines()  # noqa: E731
+    try:
+        await_line(lines, "`hpcm export` needs model.hyper_placement=upstream")
+    finally:
+        process.kill()
+    assert len(lines()) <= 2

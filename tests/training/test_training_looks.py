@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from small_training import SMALL
 
 pytestmark = pytest.mark.launch
 
@@ -14,13 +15,11 @@ def test_a_step_copies_values_to_the_host_once(engine, launch, shards, project, 
     """However many micro-batches it has. With sharded gradients DeepSpeed looks at some by itself."""
     looked_at = tmp_path / "looks.json"
     result = launch(
-        "model=nano",
+        *SMALL,
         f"engine={engine}",
         f"data.shards={shards}",
-        "train.batch_size=4",
         "train.micro_batch_size=2",
         "train.steps=3",
-        "log.wandb=disabled",
         f"run.dir={tmp_path / 'run'}",
         processes=1,
         module="looking_train",

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from small_training import SMALL
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
@@ -21,15 +22,14 @@ pytestmark = pytest.mark.launch
 RECEIVER = ("machine.receivers=[random-vit]", "machine.pre_editor.tokens=random-vit")
 VIEWER = ("objective.target=vision_model", *RECEIVER)
 STAGES = ("experiment=machine", "stage=variable,pre_editor,joint", "machine.fixed_rate=fixed", *RECEIVER)
-SHORT = ("train.steps=2", "train.ema=[0.1]", "schedule.warmup=0", "log.wandb=disabled")
+SHORT = ("train.steps=2", "train.ema=[0.1]", "schedule.warmup=0")
 
 
 @pytest.fixture(scope="module")
 def stages(train, launch, shards):
     """Folders of the stages, and of a fixed-rate model before them."""
     train("fixed", *SHORT, "engine=zero2")
-    command = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", *SHORT)
-    result = launch(*command, *STAGES, "engine=zero3")
+    result = launch(*SMALL, f"data.shards={shards}", *SHORT, *STAGES, "engine=zero3")
     assert result.returncode == 0, result.stdout + result.stderr
     names = ("variable", "pre_editor", "joint")
     folders = {name: launch.folder / "runs" / "machine" / f"stage={name}" for name in names}
@@ -110,16 +110,16 @@ def test_stages_that_follow_each_other_are_not_trained_at_once(stages, shards, t
 
 
 def job_of(stage: str, shards, *overrides: str) -> Job:
-    arguments = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", *SHORT)
-    chosen = [*arguments, "experiment=machine", f"stage={stage}", "machine.fixed_rate=fixed", *RECEIVER, "engine=zero3"]
-    chosen = [*chosen, "+engine.options.zero_optimization.stage3_param_persistence_threshold=0", *overrides]
+    chosen = [*SMALL, f"data.shards={shards}", *SHORT, "experiment=machine", f"stage={stage}", *RECEIVER]
+    chosen += ["machine.fixed_rate=fixed", "engine=zero3"]
+    chosen += ["+engine.options.zero_optimization.stage3_param_persistence_threshold=0", *overrides]
     return make_job(compose(chosen), chosen, ["stage"])
 
 
 def test_a_frozen_codec_comes_back_when_its_run_goes_on(stages, weights, train, launch):
     """It is in no checkpoint. The journal is that of the stage, which ran without a break at another ZeRO stage."""
     overrides = (*VIEWER, "machine.edit=true", "machine.freeze_codec=true", "model.rate.levels=6", "train.steps=2")
-    overrides = (*overrides, 'init_from="runs/machine/stage=variable"', "log.wandb=disabled", "schedule=wsd")
+    overrides = (*overrides, 'init_from="runs/machine/stage=variable"', "schedule=wsd")
     overrides = (*overrides, "schedule.warmup=0", "engine=zero2")
     train("resumed_machine", *overrides, "train.stop_after=1")
     resumed = train("resumed_machine", *overrides)
@@ -167,7 +167,7 @@ def test_a_frozen_codec_must_be_the_one_it_was(stages, launch, shards, monkeypat
         (["stage=joint", *RECEIVER], "there are no weights at runs/machine/stage=pre_editor"),
     ],
 )
-def test_mistakes_are_told_before_processes_meet(overrides, reported, shards, tmp_path, monkeypatch):
+def test_mistakes_are_reported_before_processes_meet(overrides, reported, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         prepare(compose(["model=nano", f"data.shards={shards}", "train.batch_size=4", *overrides]), world_size=2)
@@ -181,7 +181,7 @@ def test_a_pre_editor_is_neither_dropped_nor_another(weights):
         ([*VIEWER, "machine.edit=true", "machine.pre_editor.blocks=2"], "has a pre-editor with machine.pre_editor="),
     ):
         with pytest.raises(UserError) as error:
-            check_origin(compose(["model=nano", "model.rate.levels=6", *overrides]), file)
+            check_origin(compose([*SMALL, "model.rate.levels=6", *overrides]), file)
         assert reported in str(error.value)
 
 

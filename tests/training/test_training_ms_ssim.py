@@ -30,7 +30,8 @@ def test_from_a_model_trained_for_mse(train, launch, image_folder, tmp_path):
     with Image.open(image_folder / "kodim04.png") as photo:
         photo.crop((200, 100, 200 + 250, 100 + 170)).save(images / "part.png")
     options = ("objective=ms_ssim", f"init_from={tmp_path}/mse.safetensors", f"eval.images={images}", "train.steps=1")
-    journal = train("ms_ssim", *options, "engine=accelerate", "log.wandb=disabled", processes=1)
+    whole = ("model.fusion=attention", "data.crop=256")  # that of the file, and MS-SSIM needs 161 pixels
+    journal = train("ms_ssim", *options, *whole, "engine=accelerate", processes=1)
     assert "λ of MS-SSIM = 8.73" in train.output
 
     reported = {key: value for line in journal for key, value in line.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_training import SMALL
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import Fault
@@ -60,8 +61,8 @@ def test_the_sentence_without_a_run_folder():
 @pytest.mark.launch
 def test_one_process_of_a_training(launch, shards, project):
     """It says the sentence last, once, and the same command goes on with what it names."""
-    keys = ["model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3", "engine=zero2"]
-    keys += ["run.dir=exhausted", "train.steps=4", "train.checkpoint_every=1", "log.wandb=disabled"]
+    keys = [*SMALL, f"data.shards={shards}", "engine=zero2"]
+    keys += ["run.dir=exhausted", "train.steps=4", "train.checkpoint_every=1"]
     result = launch(*keys, module="exhausted_train", PYTHONPATH=str(project / "tests" / "training"))
     said = result.stdout + result.stderr
     assert result.returncode == 1 and "Traceback" not in said, said

@@ -42,7 +42,7 @@ def weights(launch, run: str) -> dict[str, torch.Tensor]:
 @pytest.mark.launch
 def test_a_stopped_run_is_the_unbroken_one(train, launch):
     """Stopped before its crops grow, and afterwards; in two rounds per step."""
-    overrides = (*GROWING, "engine=zero2", "log.wandb=disabled", "data.workers=1")
+    overrides = (*GROWING, "engine=zero2", "data.workers=1")
     unbroken = train("growing", *overrides)
     assert "4 steps of 16 crops of 128² (4 of 256² from step 2 on)" in train.output
     assert train.output.count("step 2: 4 crops of 256² from this step on") == 1

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_training import SMALL
 
 from hpcm_scale.training.diagnostics import out_of_reach
 
@@ -23,7 +24,7 @@ def steps_in(file: Path) -> list[str]:
 
 
 def test_the_steps_asked_for_are_in_the_trace(train, launch):
-    lines = train("profile", "engine=zero2", "train.steps=4", "train.profile_steps=[2,3]", "log.wandb=disabled")
+    lines = train("profile", "engine=zero2", "train.steps=4", "train.profile_steps=[2,3]")
     folder = launch.folder / "profile/profile"
     assert sorted(file.name for file in folder.iterdir()) == ["steps_2-3.json.gz", "steps_2-3.txt"]
     assert steps_in(folder / "steps_2-3.json.gz") == ["step 2", "step 3"]
@@ -34,7 +35,7 @@ def test_the_steps_asked_for_are_in_the_trace(train, launch):
 
 def test_a_run_that_stops_in_between_goes_on_with_the_rest(train, launch):
     """Steps are counted as the run's, and what was written before stays."""
-    keys = ("profile_resumed", "engine=accelerate", "train.steps=4", "train.profile_steps=[2,3]", "log.wandb=disabled")
+    keys = ("profile_resumed", "engine=accelerate", "train.steps=4", "train.profile_steps=[2,3]")
     train(*keys, "train.stop_after=2", processes=1)
     train(*keys, processes=1)
     folder = launch.folder / "profile_resumed/profile"
@@ -43,7 +44,7 @@ def test_a_run_that_stops_in_between_goes_on_with_the_rest(train, launch):
     assert [steps_in(trace) for trace in traces] == [["step 2"], ["step 3"]]
 
 
-def test_steps_that_a_command_does_not_come_by_are_told():
+def test_steps_that_a_command_does_not_come_by_are_reported():
     assert [out_of_reach([3, 5], done, last) for done, last in ((0, 3), (2, 9), (4, 9))] == ["", "", ""]
     assert out_of_reach([], 0, 9) == ""
     assert out_of_reach([3, 5], 5, 9).endswith("train.profile_steps=[3, 5], and this command resumes after step 5")
@@ -53,16 +54,13 @@ def test_steps_that_a_command_does_not_come_by_are_told():
 def test_a_rollback_profiles_the_steps_once_more(launch, shards, project):
     """The profiler of an attempt that diverged while it was on does not keep the next one from starting."""
     result = launch(
-        "model=nano",
+        *SMALL,
         f"data.shards={shards}",
-        "train.batch_size=4",
-        "schedule.learning_rate=1e-3",
         "run.dir=profile_rollback",
         "engine=accelerate",
         "train.steps=3",
         "train.on_divergence=rollback",
         "train.profile_steps=[1,2]",
-        "log.wandb=disabled",
         processes=1,
         module="diverging_train",
         DIVERGE=json.dumps({"kind": "loss", "image": 4}),

@@ -10,10 +10,11 @@ import sys
 import time
 
 import pytest
+from small_training import SMALL
 
 pytestmark = pytest.mark.launch
 
-EVALUATION = ("eval.every=3", "eval.limit=2", "log.images=1")
+EVALUATION = ("eval.every=3", "log.images=1", "log.wandb=offline")
 NUMBERS = ("train/", "eval/", "compute/", "step")
 
 
@@ -23,8 +24,8 @@ def numbers(records: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def evaluation(image_folder):
-    return (f"eval.images={image_folder}", *EVALUATION)
+def evaluation(two_images):
+    return (f"eval.images={two_images}", *EVALUATION)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +100,12 @@ def test_more_steps_lengthen_a_finished_run_and_say_so(unbroken, train, evaluati
 
 
 def test_asked_to_stop_where_it_was_to_stop_anyway_it_is_done(train):
-    train("done", "train.stop_after=1", "train.max_hours=1e-6", "log.wandb=disabled", processes=1)
+    train("done", "train.stop_after=1", "train.max_hours=1e-6", processes=1)
     assert "stopped at step 1 of" in train.output
 
 
 def test_fewer_steps_than_done_and_another_run_are_refused(unbroken, launch, shards):
-    base = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "engine=zero2", "run.dir=unbroken")
+    base = (*SMALL, f"data.shards={shards}", "engine=zero2", "run.dir=unbroken")
     other = launch(*base, "schedule.learning_rate=2e-3", "train.steps=8", processes=1)
     assert other.returncode == 2
     assert other.stderr.count("\n") == 1 and "schedule.learning_rate=0.001, not 0.002" in other.stderr
@@ -113,9 +114,8 @@ def test_fewer_steps_than_done_and_another_run_are_refused(unbroken, launch, sha
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(train, launch, shards, exit_codes):
-    overrides = ("engine=zero1", "train.steps=5000", "log.wandb=disabled")
-    options = ("model=nano", f"data.shards={shards}", "train.batch_size=4", "schedule.learning_rate=1e-3")
-    process = launch(*options, *overrides, "run.dir=terminated", wait=False, launcher=True)
+    overrides = ("engine=zero1", "train.steps=5000")
+    process = launch(*SMALL, f"data.shards={shards}", *overrides, "run.dir=terminated", wait=False, launcher=True)
     journal = launch.folder / "terminated" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (journal.is_file() and journal.read_text().count("\n") >= 3):

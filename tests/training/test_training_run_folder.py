@@ -229,7 +229,7 @@ def test_a_setting_of_the_family_that_is_left_out_is_missed(tmp_path):
     assert refused(folder, compose(plain)).key == "model.options.kernel"
 
 
-def test_other_photos_and_fewer_steps_are_refused(run_at_40):
+def test_other_images_and_fewer_steps_are_refused(run_at_40):
     config = compose(["model=nano"])
     assert refused(run_at_40, config, digest="other").code == "other-training-images"
     shorter = compose(["model=nano", "train.steps=39"])
@@ -238,7 +238,7 @@ def test_other_photos_and_fewer_steps_are_refused(run_at_40):
     assert resumed(run_at_40, longer).previous_steps == 2_000_000
 
 
-def test_a_damaged_configuration_is_told(tmp_path):
+def test_a_damaged_configuration_is_reported(tmp_path):
     folder = started(tmp_path / "run")
     folder.config_file.write_text("train: {steps: 10")
     assert refused(folder, compose(["model=nano"])).code == "damaged-yaml"

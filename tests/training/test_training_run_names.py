@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_training import SMALL
 
 from hpcm_scale.tracking.journal import read_journal
 
@@ -17,15 +18,15 @@ UMASK = 0o002
 
 
 @pytest.fixture(scope="module")
-def run(shards, image_folder, tmp_path_factory) -> Path:
+def run(shards, two_images, tmp_path_factory) -> Path:
     """A run that was trained with closed pipes for its streams."""
     place = tmp_path_factory.mktemp("odd") / os.fsdecode(b"caf\xe9")
     place.mkdir()
-    common = ("model=nano", "engine=accelerate", f"data.shards={shards}", "train.batch_size=2", "data.workers=1")
+    common = (*SMALL, "engine=accelerate", f"data.shards={shards}", "data.workers=1", "log.wandb=offline")
     common += ("train.ema=[0.1]", "train.checkpoint_every=1", "eval.every=2", "eval.limit=1", "log.images=1")
     images = place / "images"
     images.mkdir()
-    (images / os.fsdecode(b"caf\xe9.png")).symlink_to(image_folder / "kodim01.png")
+    (images / os.fsdecode(b"caf\xe9.png")).symlink_to(two_images / "kodim01.png")
     before = os.umask(UMASK)
     try:
         reader, writer = os.pipe()
@@ -39,7 +40,7 @@ def run(shards, image_folder, tmp_path_factory) -> Path:
     return place / "run"
 
 
-def test_it_is_trained_to_its_end_though_nobody_reads_what_it_says(run):
+def test_it_is_trained_to_its_end_though_nobody_reads_its_output(run):
     assert [line["step"] for line in read_journal(run / "metrics.jsonl") if "eval/loss" in line] == [2, 4]
     assert (run / "weights.safetensors").is_file()
     assert list((run / "wandb").glob("offline-run-*/*.wandb")) and len(list(run.glob("reconstructions/*/*.png"))) == 2

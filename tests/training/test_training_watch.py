@@ -41,7 +41,7 @@ def test_a_mistake_that_one_process_meets_is_the_last_line(probes):
     assert (ended.codes, ended.lines[-1]) == ([2, 2], "hpcm: the shards are gone")
 
 
-def test_a_mistake_that_all_meet_is_told_once_and_at_once(probes):
+def test_a_mistake_that_all_meet_is_reported_once_and_at_once(probes):
     ended = probes(2, "does=all_mistake").end()
     assert ended.codes == [2, 2]
     assert [line for line in ended.lines if "hpcm" in line] == ["hpcm: the loss is not finite"]
@@ -97,7 +97,7 @@ def test_who_reads_a_value_off_the_device_waits_for_the_others():
     assert summarize({0: waits, 1: waits}) == f"ranks 0-1 are in {waits.partition(' < ')[0]}"
 
 
-def test_a_stall_leaves_stack_traces_of_all_and_says_where_it_hangs(probes, tmp_path):
+def test_a_stall_leaves_stack_traces_of_all_and_names_where_it_hangs(probes, tmp_path):
     ended = probes(2, "does=sleep", "who=1", "stall_seconds=3").end()
     assert ended.codes == [1, 1]
     assert re.fullmatch(

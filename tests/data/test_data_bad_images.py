@@ -65,7 +65,7 @@ def assert_replaced(found, sound, index: ShardIndex, bad: set[int]) -> None:
     assert {photo.sample for photo in found.corrupt} == bad
 
 
-def test_damaged_photos_are_replaced_by_the_same_place_of_the_next_epoch(folder, sound):
+def test_damaged_images_are_replaced_by_the_same_place_of_the_next_epoch(folder, sound):
     index = load_index(str(folder))
     bad = {sample_at(SEED, 5, 23), sample_at(SEED, 28, 23), 11}  # 28 is what would replace 5
     for sample in bad:
@@ -95,7 +95,7 @@ def test_what_replaces_them_depends_on_no_process(folder, sound, workers, proces
     assert reasons[cut].endswith("is damaged")
 
 
-def test_photos_that_do_not_decode_are_replaced(folder, sound):
+def test_images_that_do_not_decode_are_replaced(folder, sound):
     """With their hashes right: they were broken before they were stored, or Pillow has become stricter."""
     content = json.loads((folder / "index.json").read_text())
     index = load_index(str(folder))
@@ -126,7 +126,7 @@ def test_images_left_out_are_replaced_alike(small_set, sound):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_set_without_a_sound_photo_is_one_error(folder, workers):
+def test_a_set_without_a_sound_image_is_one_error(folder, workers):
     index = load_index(str(folder))
     for shard in index.shards:
         (folder / shard.name).unlink()
@@ -137,7 +137,7 @@ def test_a_set_without_a_sound_photo_is_one_error(folder, workers):
     assert "cannot be read: the shard is missing); restore the shards" in text
 
 
-def test_a_set_of_one_photo(packaged_photos, tmp_path):
+def test_a_set_of_one_image(packaged_photos, tmp_path):
     built = build_shards(
         [packaged_photos[5]], tmp_path / "one", min_side=0, shard_size=10**9, workers=1, progress=progress
     )
