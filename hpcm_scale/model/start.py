@@ -6,7 +6,7 @@ convolutions of g_s with the transposes, and the entropy model with the standard
 is used. Without truncation four stages of 2×2 patches are the Karhunen–Loève transform of blocks of 16×16 pixels.
 
 The model of images is a separable first-order autoregressive process with a colour covariance. Its constants, and those
-of the quantization step, are fitted to photographs (benchmarks/results/start.md).
+of the quantization step, are fitted to photographs (docs/families.md).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ BEYOND_RANK = (0.1, 0.05)
 """Factor of the random weights in g_a and g_s of outputs for which there is no eigenvector."""
 SCALE_PER_DEVIATION, SMALLEST_SCALE = 0.9, 0.15
 """Initial scale of a channel of y: a multiple of its standard deviation under the model, at least the second."""
-PARAMETER_WEIGHTS = 0.01
-"""Factor of the weights of the layers that return scales and means of y: their biases alone set them at first."""
-HYPER_WEIGHTS, HYPER_SCALE = 0.1, 0.3
-"""Factor of the weights that return z, which tells nothing yet, and the initial scale of its prior: few bits."""
+PARAMETER_WEIGHTS = 0.1
+"""Factor of the weights of the layers that return scales and means of y: at first their biases set them."""
+HYPER_WEIGHTS = 0.3
+"""Factor of the weights of the layer that returns z: few bits, but not 0, where h_a and h_s would not learn."""
 MS_SSIM_LMBDAS = ((2.4, 0.0018), (4.58, 0.0035), (8.73, 0.0067), (16.64, 0.013), (31.73, 0.025), (60.5, 0.0483))
 """The public λ of MS-SSIM, each with the λ of MSE of the same quality."""
 
@@ -170,7 +170,7 @@ def _scale(layer: nn.Conv2d, factor: float) -> None:
 
 
 def _start_entropy_model(codec: HPCM, deviations: np.ndarray) -> None:
-    """Initialize the scales of y (M channels) from the standard deviations of its first channels, and quiet z."""
+    """Initialize the scales of y (M channels) from the standard deviations of its first channels, and reduce z."""
     scales = torch.full((codec.config.latent_channels,), SMALLEST_SCALE)
     known = torch.from_numpy(SCALE_PER_DEVIATION * deviations).clamp(min=SMALLEST_SCALE)
     scales[: len(known)] = known
@@ -180,8 +180,6 @@ def _start_entropy_model(codec: HPCM, deviations: np.ndarray) -> None:
             layer.weight.mul_(PARAMETER_WEIGHTS)
             layer.bias[: len(scales)] = scales.to(layer.bias)
     _scale([layer for layer in codec.h_a if isinstance(layer, nn.Conv2d)][-1], HYPER_WEIGHTS)
-    with gathered(codec.hyper_prior.scales):
-        codec.hyper_prior.scales.fill_(HYPER_SCALE)
 
 
 def scale_layers(codec: HPCM) -> list[nn.Conv2d | nn.ConvTranspose2d]:
