@@ -10,4 +10,4 @@ from hpcm_scale.training.costs import costs_by_phase
 
 for overrides in (SMALL, ("model=nano",)):
     config = compose(overrides)
-    costs_by_phase(RunSpec.of(config, 1).phases, config.model, config.machine)
+    costs_by_phase(RunSpec.of(config, 1).phases, config.model, config.machine, config.optimizer)

@@ -25,6 +25,7 @@ def parser() -> Parser:
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_optimizer(commands)
     _add_processes(commands)
     _add_data(commands)
     _add_codec(commands)
@@ -104,6 +105,32 @@ def _add_train(commands) -> None:
         "--profile",
         action="store_true",
         help="draw the time by kind of operation, for baseline and fastest, to train_profile.png",
+    )
+
+
+def _add_optimizer(commands) -> None:
+    optimizer = commands.add_parser(
+        "optimizer",
+        help="steps of Adam, Muon and SOAP, and whole steps by number of crops",
+        description="Time the optimizers' steps and forward and backward passes over several numbers of crops, and "
+        "relate them to Adam's in the same rounds.",
+    )
+    _add_common(optimizer, rounds=7)
+    _add_size(optimizer, "68m")
+    optimizer.add_argument(
+        "--batches",
+        type=Range(least=1, most=4096).whole,
+        nargs="+",
+        metavar="N",
+        default=[2, 8],
+        help="numbers of crops in a step (default: 2 8)",
+    )
+    _add_crop(optimizer)
+    optimizer.add_argument(
+        "--precision",
+        choices=[precision.value for precision in Precision],
+        default="bf16",
+        help="of forward and backward (default: %(default)s)",
     )
 
 
@@ -200,6 +227,10 @@ def _add_crops(command: Parser, batch: int, of: str) -> None:
         default=batch,
         help=f"crops {of} (default: %(default)s)",
     )
+    _add_crop(command)
+
+
+def _add_crop(command: Parser) -> None:
     command.add_argument(
         "--crop", type=CROP.whole, metavar="PX", default=256, help="side of a crop (default: %(default)s)"
     )

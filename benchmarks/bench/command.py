@@ -48,6 +48,17 @@ def _with_profile(report, steps, speed, folder):
     return replace(report, results=report.results | {"profile": spent}, figures=(PROFILE,))
 
 
+def optimizer(chosen) -> None:
+    """`hpcm bench optimizer`: steps of Adam, Muon and SOAP."""
+    config = configuration(chosen.preset, chosen.crop)
+    from bench.optimizer import measure_optimizers, optimizer_report
+    from hpcm_scale.config.schema import Precision
+
+    device = _device(chosen)
+    speed = measure_optimizers(config, chosen.batches, Precision(chosen.precision), chosen.rounds, device)
+    _publish(optimizer_report(speed, device), chosen)
+
+
 def processes(chosen) -> None:
     """`hpcm bench processes`: two processes against one."""
     configuration(chosen.preset, chosen.crop)
@@ -135,8 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm bench` and `python -m bench.command`."""
     chosen = parser().parse_args(arguments)
     check(chosen)
-    commands = {"train": train, "processes": processes, "data": data, "codec": codec, "entropy": entropy}
-    commands[chosen.command](chosen)
+    commands = (train, optimizer, processes, data, codec, entropy)
+    {command.__name__: command for command in commands}[chosen.command](chosen)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,18 @@ def test_train_writes_times_utilisation_memory_and_a_profile(tmp_path, capsys, m
 
 
 @pytest.mark.long
+def test_optimizer_relates_steps_to_those_with_adam(tmp_path, capsys, monkeypatch):
+    arguments = ("--preset", "nano", "--crop", "256", "--batches", "1", "2", "--rounds", "1", "--device", "cpu")
+    found = bench(monkeypatch, tmp_path, "optimizer", *arguments)
+    adam, muon, soap = (found["optimizers"][name] for name in ("adam", "muon", "soap"))
+    assert adam["flops"] == 0 < min(muon["flops"], soap["flops"])
+    assert adam["update"]["median"] == adam["step"]["2"]["median"] == 1
+    [gradients], [ours], [theirs] = found["gradients"]["2"], muon["seconds"], adam["seconds"]
+    assert muon["step"]["2"]["median"] == pytest.approx((gradients + ours) / (gradients + theirs))
+    assert "step of 1" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_data_times_the_stream_from_synthetic_images(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "IMAGES", 2)
     arguments = ("--rounds", "1", "--batch", "2", "--batches", "1", "--workers", "1", "--crop", "512")

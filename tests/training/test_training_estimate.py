@@ -10,7 +10,8 @@ from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.training import estimate as estimates
-from hpcm_scale.training.costs import training_flops_per_image
+from hpcm_scale.training.costs import optimizer_flops, training_flops_per_image
+from hpcm_scale.training.dry_run import dry_run
 from hpcm_scale.training.engines.accelerate import AccelerateEngine
 
 
@@ -93,6 +94,25 @@ def test_averages_are_shared_out_as_the_optimizer_is(engine_name, processes):
     assert result.checkpoint == 5 * 4 * result.parameters
     hosted = needs("engine=zero3_offload", "train.ema=[0.05]").memory.host
     assert hosted - needs("engine=zero3_offload").memory.host == 4 * result.parameters
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
+def test_state_and_work_of_matrices_are_shared_where_state_is_sharded(optimizer):
+    chosen = f"optimizer={optimizer}"
+    alone, adam = needs(chosen), needs()
+    assert alone.checkpoint - adam.checkpoint == alone.memory.optimizer - adam.memory.optimizer
+    assert (alone.memory.optimizer < adam.memory.optimizer) == (optimizer == "muon")  # one tensor, not two
+    products = alone.flops_per_step - adam.flops_per_step
+    assert products == optimizer_flops(on_meta(compose_model("micro")), compose([chosen]).optimizer)
+    assert alone.flops - adam.flops == products * sum(phase.steps for phase in alone.phases)
+    whole, shared = needs(chosen, "engine=zero0", world_size=8), needs(chosen, world_size=8)
+    assert (
+        whole.flops == shared.flops == alone.flops
+        and whole.memory.optimizer == needs(chosen, "engine=zero0").memory.optimizer
+    )
+    assert whole.flops_per_step - adam.flops_per_step // 8 == products
+    assert shared.flops_per_step - adam.flops_per_step // 8 < products / 6
+    assert shared.communication.matrices > 0 == whole.communication.matrices
 
 
 def test_offload_keeps_the_state_in_host_memory():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.config.schema import Fusion, ModelConfig, OptimizerConfig
+from hpcm_scale.config.schema import Fusion, ModelConfig, OptimizerConfig, OptimizerName
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.families import names
 from hpcm_scale.model.hpcm import HPCM, Noise
@@ -47,13 +47,13 @@ def outputs(model: HPCM, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def changes(factor: int, x: Tensor, mup: bool) -> dict[str, float]:
+def changes(factor: int, x: Tensor, mup: bool, config: OptimizerConfig) -> dict[str, float]:
     """By how much a few steps change every layer's outputs: root mean square."""
     torch.manual_seed(0)
     model = HPCM(widened(factor))
     if mup:
         parametrise(model)
-    optimizer = create_optimizer(model, OptimizerConfig())
+    optimizer = create_optimizer(model, config)
     set_learning_rate(optimizer, LEARNING_RATE)
     before = outputs(model, x)
     generator = torch.Generator().manual_seed(1)
@@ -69,14 +69,15 @@ def changes(factor: int, x: Tensor, mup: bool) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def slopes(shared) -> dict[bool, dict[str, float]]:
-    """The power of the width with which changes grow, by layer; without and with muP."""
+def slopes(shared):
+    """The power of the width with which changes grow, by layer: a function of the optimizer, without or with muP."""
     photo = ImageSet(shared / "data" / "kodak", 1).load(0)
     x = torch.stack([photo[:, top : top + 128, :128] for top in (0, 128)]).float() / 255
-    found = {}
-    for mup in (False, True):
-        measured = [changes(factor, x, mup) for factor in WIDTHS]
-        found[mup] = {name: slope([change[name] for change in measured]) for name in measured[0]}
+
+    def found(mup: bool, name: OptimizerName = OptimizerName.adam) -> dict[str, float]:
+        measured = [changes(factor, x, mup, OptimizerConfig(name=name)) for factor in WIDTHS]
+        return {layer: slope([change[layer] for change in measured]) for layer in measured[0]}
+
     return found
 
 
@@ -87,11 +88,18 @@ def slope(values: list[float]) -> float:
 
 def test_the_coordinate_check(slopes):
     """Wider networks change by as much as narrow ones; with one rate for all, the context model by ever more."""
-    context = {mup: [value for name, value in slopes[mup].items() if "prior_s3" in name] for mup in slopes}
-    assert max(slopes[True].values()) < 0.35
-    assert abs(median(slopes[True].values())) < 0.2
+    found = {mup: slopes(mup) for mup in (False, True)}
+    context = {mup: [value for name, value in found[mup].items() if "prior_s3" in name] for mup in found}
+    assert max(found[True].values()) < 0.35
+    assert abs(median(found[True].values())) < 0.2
     assert max(context[False]) > 0.9
     assert median(context[False]) > median(context[True]) + 0.4
+
+
+def test_the_coordinate_check_of_muon(slopes):
+    found = slopes(True, OptimizerName.muon)
+    assert max(found.values()) < 0.35
+    assert abs(median(found.values())) < 0.2
 
 
 def test_rates_and_start_follow_the_inputs_of_a_layer():

@@ -14,6 +14,7 @@ from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.training.dry_run import GatherCost, GatherLimits, LayerUse, dry_run, gather_cost
 from hpcm_scale.training.estimate import Communication, communication, gather_limits
+from hpcm_scale.training.matrix_optimizers import cost
 
 CHEAP = ["model=nano", "model.fusion=none", "data.crop=128", "train.batch_size=2"]
 SMALL = "+engine.options.zero_optimization.stage3_"
@@ -39,6 +40,8 @@ CASES = {
         f"{SMALL}prefetch_bucket_size=0",
     ],
     "accelerate": ["engine=accelerate", *ACCUMULATE],
+    "muon": ["engine=zero2", "optimizer=muon"],
+    "muon, zero3": ["engine=zero3", "optimizer=muon"],
 }
 
 
@@ -47,11 +50,12 @@ def overrides(case: list[str]) -> list[str]:
 
 
 def computed(config: Config, world_size: int) -> Communication:
-    gathered, spec = None, RunSpec.of(config, world_size)
+    gathered, spec, model = None, RunSpec.of(config, world_size), on_meta(config.model)
     if config.engine.zero_stage == 3:
         uses = dry_run(config.model, Precision.fp32, config.engine.activation_checkpointing, config.data.crop, 1).uses
         gathered = gather_cost(uses, gather_limits(spec.deepspeed["zero_optimization"]))
-    return communication(config.engine, spec, parameter_count(on_meta(config.model)), gathered)
+    exchanged = cost(model, config.optimizer, world_size).exchanged
+    return communication(config.engine, spec, parameter_count(model), gathered, exchanged)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,8 @@ def test_two_processes_send_what_is_computed(case, counted):
     reduced = measured.get("allreduce_", 0) + measured.get("_reduce_scatter_base_", 0) / 2
     assert reduced == pytest.approx(expected.gradients, abs=64)  # flags, and what fills up the last part
     assert measured.get("_allgather_base_", 0) / 2 == pytest.approx(expected.weights, rel=0.015, abs=64)
+    # Half of it stays with the process: gradients of its own matrices, updates of its own parts.
+    assert measured.get("alltoall_base_", 0) / 2 == pytest.approx(expected.matrices, rel=0.2)
 
 
 def test_traffic_by_engine_and_processes():
