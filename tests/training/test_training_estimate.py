@@ -11,7 +11,6 @@ from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.training import estimate as estimates
 from hpcm_scale.training.costs import optimizer_flops, training_flops_per_image
-from hpcm_scale.training.dry_run import dry_run
 from hpcm_scale.training.engines.accelerate import AccelerateEngine
 
 
