@@ -64,10 +64,10 @@ def test_evaluation_compiles_for_all_image_sizes():
     model = HPCM(compose_model("nano"), precision=Precision.bf16)
     compile_regions(model, backend="eager")
     with torch.no_grad():
-        model(images(1, 256, 512))
-        model(images(1, 512, 256))
+        model(images(1, 512, 768))
+        model(images(1, 768, 512))
         compiled = graphs()
-        for height, width in ((256, 256), (512, 768), (768, 512)):
+        for height, width in ((512, 512), (768, 1024), (1024, 768)):
             with torch._dynamo.config.patch(error_on_recompile=True):
                 model(images(1, height, width))
     assert graphs() == compiled
