@@ -169,9 +169,9 @@ def _runs(analysis: Analysis) -> str:
     kind = "smoothed training" if analysis.metric == TRAINING else "evaluation"
     note = (
         f"Loss: {kind} loss at the end of the run, {LOSSES[analysis.distortion]} (bits per pixel). Pixels: images × "
-        "crop². PFLOPs: 1e15 floating-point operations of training, forward, backward and of matrices in the "
-        "optimizer; a cooldown includes those of its constant-rate run. Annealed: the learning rate has decayed to a "
-        "tenth of its peak or less."
+        "crop². PFLOPs: 1e15 floating-point operations of training: forward, backward, optimizer; "
+        "a cooldown includes those of its constant-rate run. Annealed: the learning rate has decayed to a tenth of its "
+        "peak or less."
     )
     return f"{markdown_table(headings, [[*map(escaped, row)] for row in rows], 2)}\n\n{note}"
 
