@@ -52,9 +52,11 @@ def test_a_checkpoint_follows_deepspeeds_order_of_parameters(baseline, train):
     assert curve(records) == pytest.approx(curve(baseline), rel=1e-6)
 
 
-def test_bf16_trains_close_to_fp32(baseline, train):
-    records = train("bf16", "engine=zero2", "engine.precision=bf16", *COMMON)
-    assert curve(records) == pytest.approx(curve(baseline), rel=0.02)
+def test_bf16_trains_close_to_fp32(train):
+    """At a small learning rate: Adam's first steps have its size also where bf16 rounds the sign of a gradient."""
+    common = ("engine=zero2", *COMMON, "schedule.learning_rate=1e-4")
+    fp32, bf16 = (train(name, *common, f"engine.precision={name}") for name in ("fp32", "bf16"))
+    assert curve(bf16) == pytest.approx(curve(fp32), rel=0.02)
 
 
 def test_a_diverging_run_skips_counts_and_stops(launch, shards):
