@@ -95,9 +95,10 @@ def training_costs(
     in all, as a trained network has. A frozen codec has no gradients of weights: two. Eigenvalues are not counted.
     """
     codec_flops = forward_flops_per_image(codec, side)
-    parts, passes, trained = parameters_by_part(codec), TRAINING_FACTOR * codec_flops, [codec]
+    parts, passes = parameters_by_part(codec), TRAINING_FACTOR * codec_flops
+    trained: list[nn.Module] = [] if machine.freeze_codec else [codec]
     if machine.freeze_codec:
-        parts, passes, trained = {}, (TRAINING_FACTOR - 1) * codec_flops, []
+        parts, passes = {}, (TRAINING_FACTOR - 1) * codec_flops
     on_meta = {name: copy.deepcopy(receiver).to("meta") for name, receiver in receivers.items()}
     x = torch.empty(1, 3, side, side, device="meta")
     flops = {name: forward_flops(receiver, x) for name, receiver in on_meta.items()}

@@ -35,7 +35,7 @@ class TaskCosts(NamedTuple):
     parameters_by_part: dict[str, int]
     training_flops_per_image: int
     """Model FLOPs of a crop, forward and backward; in `costs_by_phase` with its share of the optimizer's."""
-    trained: list[nn.Module]
+    trained: Sequence[nn.Module]
     """The trained modules, on meta."""
 
 

@@ -293,10 +293,9 @@ class MatrixGroup:
         self._ranks = range(len(members[0].layout.cuts) - 1)
         self.updates = 0
         """Number of updates so far."""
-        rules = [rule_of(member.matrix, config) for member in members]
-        assert all(rules)
+        rules = [rule for member in members if (rule := rule_of(member.matrix, config))]
         shapes = [(member.matrix.rows, member.matrix.columns) for member in members]
-        costs = [rule.flops(*shape, config) for rule, shape in zip(rules, shapes, strict=True) if rule]
+        costs = [rule.flops(*shape, config) for rule, shape in zip(rules, shapes, strict=True)]
         owners = spread_evenly(costs, len(self._ranks))
         self._owned = [[item for item, owner in enumerate(owners) if owner == rank] for rank in self._ranks]
         self._stacks: list[tuple[list[int], Rule]] = []

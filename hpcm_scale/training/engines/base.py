@@ -41,7 +41,7 @@ class Engine(ABC):
     module: nn.Module
     """The prepared model; all ranks call it together."""
     replicated: bool
-    """Whether every rank holds all weights and Adam moments."""
+    """Whether every rank holds all weights and the whole state of the optimizer."""
     sharded: bool = False
     """Whether a forward pass gathers weights (ZeRO-3), so that one that fails on a single rank blocks the others."""
 
@@ -76,7 +76,7 @@ class Engine(ABC):
 
     @abstractmethod
     def state_shards(self) -> list[StateShard]:
-        """Master weights and Adam moments that this rank holds, or all of them if `replicated`."""
+        """Master weights and state of the optimizer that this rank holds, or all of it if `replicated`."""
 
     @abstractmethod
     def load_master_weights(self, updates: int) -> None:
