@@ -77,7 +77,13 @@ def kmac_per_pixel(flops: int, side: int) -> float:
 # initialization (weights of variance 1/inputs, heads of one size) follows muP in all layers but the last.
 
 
-BASE = {"channels": [8, 16, 32], "latent_channels": 24, "hyper_latent_channels": 24, "hyper_channels": 24}
+BASE = {
+    "channels": [8, 16, 32],
+    "latent_channels": 24,
+    "hyper_latent_channels": 24,
+    "hyper_channels": 24,
+    "context_channels": None,
+}
 """Widths at which all factors of the learning rate are 1: those of the preset 450k."""
 Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 
