@@ -97,6 +97,13 @@ def check_model(model: ModelConfig) -> None:
             "model.attention_heads",
             f"model.attention_heads={model.attention_heads} must divide 2 × model.latent_channels={latent}",
         )
+    if model.context_channels is not None and any(model.adaptor_blocks):
+        raise UserError(
+            "adaptor-blocks-and-context-channels",
+            "model.context_channels",
+            f"model.context_channels={model.context_channels} needs adaptors of one 1×1 convolution; set "
+            "model.adaptor_blocks=[0,0,0], or omit it",
+        )
     if model.stem_kernel not in (2, 4):
         raise UserError("stem-kernel", "model.stem_kernel", f"model.stem_kernel={model.stem_kernel} must be 2 or 4")
     if rate.lowest >= rate.highest:

@@ -92,6 +92,8 @@ class ModelConfig:
     """Residual blocks before each upsampling, coarse to fine: at M, c3, c2, c1."""
     hyper_blocks: list[int] = number([1, 3], BLOCKS)
     """a, b: blocks of the hyper transforms at 1/16 and at 1/32 resolution."""
+    context_channels: int | None = number(None, WIDTH)
+    """Channels of the prior networks, which the adaptors reduce 3M channels to; unset: 3M."""
     prior_s1_s2: PriorConfig = field(default_factory=PriorConfig)
     prior_s3: PriorConfig = field(default_factory=lambda: PriorConfig(before=3, after=2))
     adaptor_blocks: list[int] = number([0, 0, 0], BLOCKS)

@@ -74,6 +74,7 @@ class ContextModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         latent = config.latent_channels
+        wide = config.context_channels or 3 * latent
         self.order = CodingOrder()
         self.aligned = config.hyper_placement == HyperPlacement.aligned
         self._without_network = (1, 0, 0)  # the first step uses the hyper parameters
@@ -81,14 +82,14 @@ class ContextModel(nn.Module):
             len(scale.steps) - bare for scale, bare in zip(self.order.scales, self._without_network, strict=True)
         ]
         adaptors = nn.ModuleList(
-            nn.ModuleList(_adaptor(3 * latent, blocks) for _ in range(count))
+            nn.ModuleList(_adaptor(3 * latent, wide, blocks) for _ in range(count))
             for count, blocks in zip(networks, config.adaptor_blocks, strict=True)
         )
         self.adaptors = cast("Sequence[nn.ModuleList]", adaptors)
-        self.q = nn.ModuleList(ChannelScale(3 * latent, config.rate.levels) for _ in range(sum(networks)))
+        self.q = nn.ModuleList(ChannelScale(wide, config.rate.levels) for _ in range(sum(networks)))
         self.gains = Gains(config.rate, latent) if config.rate.levels > 1 else None
-        self.prior_s1_s2 = _Prior(latent, config.prior_s1_s2)
-        self.prior_s3 = _Prior(latent, config.prior_s3)
+        self.prior_s1_s2 = _Prior(wide, latent, config.prior_s1_s2)
+        self.prior_s3 = _Prior(wide, latent, config.prior_s3)
         self.merge = nn.ModuleList(Pointwise(2 * latent, 2 * latent) for _ in range(2))
         self.fusion = nn.ModuleList()
         if config.fusion == Fusion.attention:
@@ -158,21 +159,21 @@ def _zeros_of_half(parameters: Tensor) -> Tensor:
     return torch.zeros_like(half, memory_format=memory_format_of(parameters))
 
 
-def _adaptor(channels: int, blocks: int) -> nn.Module:
+def _adaptor(channels: int, outputs: int, blocks: int) -> nn.Module:
     if blocks == 0:
-        return Pointwise(channels, channels)
+        return Pointwise(channels, outputs)
     return nn.Sequential(*(depthwise_block(channels) for _ in range(blocks)))
 
 
 class _Prior(nn.Module):
-    """Prior network: context and decoded ŷ (3M channels) to parameters (2M, fp32: scales, then means).
+    """Prior network: adapted context and ŷ (`wide` channels) to parameters (2M, fp32: scales, then means).
 
     In two halves, `before` and `after` the channel scale q of the step.
     """
 
-    def __init__(self, latent_channels: int, depth: PriorConfig) -> None:
+    def __init__(self, wide: int, latent_channels: int, depth: PriorConfig) -> None:
         super().__init__()
-        wide, narrow = 3 * latent_channels, 2 * latent_channels
+        narrow = 2 * latent_channels
         self.before = nn.Sequential(*(depthwise_block(wide) for _ in range(depth.before)))
         self.after = nn.Sequential(
             *(depthwise_block(wide) for _ in range(depth.after)),

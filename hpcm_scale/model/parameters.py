@@ -155,7 +155,13 @@ def _matrix(layer: Layer) -> Matrix:
 #   proportional to √(outputs / (inputs · max(outputs, inputs))): inverse to the root of the width if both sides grow.
 
 
-BASE = {"channels": [8, 16, 32], "latent_channels": 24, "hyper_latent_channels": 24, "hyper_channels": 24}
+BASE = {
+    "channels": [8, 16, 32],
+    "latent_channels": 24,
+    "hyper_latent_channels": 24,
+    "hyper_channels": 24,
+    "context_channels": None,
+}
 """Widths at which all factors of the learning rate are 1: those of the preset 450k."""
 
 
