@@ -85,7 +85,8 @@ def test_a_number_is_in_its_range_or_refused(name):
     allowed = getattr(action.type, "__self__", None)
     assert isinstance(allowed, Range), f"{name}: write type=Range(…).whole or .real"
     assert max(allowed.least, allowed.above) > -math.inf and min(allowed.most, allowed.below) < math.inf
-    assert action.default in (None, argparse.SUPPRESS) or action.default in allowed
+    defaults = action.default if isinstance(action.default, list) else [action.default]
+    assert all(default in (None, argparse.SUPPRESS) or default in allowed for default in defaults)
     for text in NASTY:
         value, reported = parsed(action, text)
         assert f"must be {allowed}" in reported or (value in allowed and math.isfinite(value))
