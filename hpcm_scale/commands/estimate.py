@@ -165,6 +165,7 @@ def _print(
     print(
         f"each GPU sends {communication.gradients / 1e9:,.2f} GB of gradients and "
         f"{communication.weights / 1e9:,.2f} GB of weights per step"
+        f"{f', and {communication.matrices / 1e9:,.2f} GB to update matrices' if communication.matrices else ''}"
     )
     if bandwidth is None:
         print("for the communication time, give --bandwidth-node and, for several nodes, --bandwidth-network")
