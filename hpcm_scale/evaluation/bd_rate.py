@@ -235,7 +235,7 @@ def bd_rate(line: Line, anchor: Line, scale: Scale) -> Comparison:
             f"least {scale.least:g} {scale.unit} and {SHARED:.0%} of the narrower range in common: evaluate at other "
             "settings, or choose another anchor",
         )
-    import bjontegaard  # imports matplotlib.pyplot, which trainings and most commands do without
+    import bjontegaard  # imports matplotlib, which trainings and most commands do without
 
     percent = bjontegaard.bd_rate(
         anchor_rates,
