@@ -12,7 +12,7 @@ from odd_names import ODD_NAMES
 from PIL import Image
 
 from hpcm_scale.evaluation.bd_rate import RateCurve
-from hpcm_scale.evaluation.crops import Crops, draw_crops
+from hpcm_scale.evaluation.crops import Crops, Panel, draw_crops
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point
 from hpcm_scale.evaluation.measures import Measured, measure
 from hpcm_scale.evaluation.rate_distortion_plot import draw_rate_distortion
@@ -131,6 +131,7 @@ def test_crops_show_names_as_they_are_spelled(name, tmp_path):
     crops = Crops(1)
     measured = measure(name, pixels, pixels + 1, 8.0)
     crops.watch_model(f"{name} λ = 0.013")(0, pixels, pixels + 1, measured)
-    crops.watch_baseline(name)(0, pixels, pixels + 2, measured)
-    draw_crops(crops.chosen(), tmp_path / "visual.png", name)
+    (crop,) = crops.chosen()
+    crop.baseline = Panel(name, crop.window.cut(pixels + 2), measured)
+    draw_crops([crop], tmp_path / "visual.png", name)
     assert (tmp_path / "visual.png").is_file()
