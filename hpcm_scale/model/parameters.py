@@ -53,8 +53,8 @@ def on_meta(config: ModelConfig) -> HPCM:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameters of a module."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters of a module, also on meta or sharded by ZeRO-3."""
+    return sum(prod(shape_of(parameter)) for parameter in model.parameters())
 
 
 def parameters_by_part(model: HPCM) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.schema import EngineConfig, EngineName, ModelConfig, OptimizerConfig
 from hpcm_scale.config.spec import Phase, RunSpec
-from hpcm_scale.model.parameters import on_meta, parameter_count, shape_of
+from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.training.costs import training_flops_per_image
 from hpcm_scale.training.dry_run import GatherCost, GatherLimits, dry_run, gather_cost
 from hpcm_scale.training.matrix_optimizers import Cost, cost
@@ -227,8 +226,7 @@ def estimate(
 
 def checkpoint_bytes(model: nn.Module, optimizer: OptimizerConfig, averages: int) -> int:
     """Bytes of a checkpoint of a model, also on meta or sharded by ZeRO-3, with so many moving averages."""
-    parameters = sum(prod(shape_of(parameter)) for parameter in model.parameters())
-    return FP32 * ((1 + averages) * parameters + cost(model, optimizer).state)
+    return FP32 * ((1 + averages) * parameter_count(model) + cost(model, optimizer).state)
 
 
 def launch_seconds(compiled: bool, launch_us: float) -> float:

@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hpcm_scale.config.schema import OptimizerConfig, OptimizerName
-from hpcm_scale.model.parameters import Matrix, matrices, shape_of
+from hpcm_scale.model.parameters import Matrix, matrices, parameter_count
 from hpcm_scale.training.state_shards import StateShard
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -211,7 +210,6 @@ class Cost(NamedTuple):
 
 def cost(model: nn.Module, config: OptimizerConfig, ranks: int = 1) -> Cost:
     """The costs for a model, also on meta or sharded by ZeRO-3, whose state is sharded over so many ranks."""
-    elements = sum(prod(shape_of(parameter)) for parameter in model.parameters())
     found, flops, state = [], [], []
     for matrix in matrices(model).values():
         if rule := rule_of(matrix, config):
@@ -220,7 +218,7 @@ def cost(model: nn.Module, config: OptimizerConfig, ranks: int = 1) -> Cost:
             kept = rule(1, matrix.rows, matrix.columns, config, torch.device("meta")).state.values()
             state.append(sum(values.numel() for values in kept))
     of_matrices = sum(matrix.size for matrix in found)
-    moments = 2 * (elements - of_matrices)
+    moments = 2 * (parameter_count(model) - of_matrices)
     owners = spread_evenly(flops, ranks)
 
     def most(values: Sequence[int]) -> int:
