@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import NamedTuple
 
 from hpcm_scale.evaluation.bd_rate import METRICS, Line, rate_at
@@ -47,8 +46,9 @@ def equal_psnr(results: Results) -> Iterator[Row]:
 
 def _measured(point: Point, index: int) -> tuple[float, float]:
     """bpp and PSNR of an image, or of the means after the last."""
-    values = asdict(point.images[index]) if index < len(point.images) else point.mean
-    return values["bpp"], values["psnr"]
+    if index < len(point.images):
+        return point.images[index].bpp, point.images[index].psnr
+    return point.mean["bpp"], point.mean["psnr"]
 
 
 def sentences(results: Results) -> list[str]:

@@ -213,14 +213,15 @@ def image_rows(results: Results) -> list[dict[str, str]]:
 
 def equal_psnr_rows(results: Results) -> list[dict[str, str]]:
     """One row per point of a model and image, and one of its means, by headings; none without a comparison."""
-    rows = [
+    compared = [*equal_psnr(results)]
+    if all(value is None for row in compared for value in row.relative.values()):
+        return []
+    return [
         {"codec": row.curve.label, "setting": row.point.setting, "image": row.image}
         | _measures({"bpp": row.bpp, "psnr": row.psnr})
         | {label: "–" if value is None else f"{value:+.1%}" for label, value in row.relative.items()}
-        for row in equal_psnr(results)
+        for row in compared
     ]
-    labels = {curve.label for curve in results.curves}
-    return rows if any(row[label] != "–" for row in rows for label in labels & row.keys()) else []
 
 
 def _measures(values: dict[str, Any]) -> dict[str, str]:
