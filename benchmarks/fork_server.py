@@ -144,8 +144,8 @@ class ForkServer:
     ) -> Forked:
         """Do what `python -m module arguments…` would, in the folder `cwd` with the environment `env`.
 
-        What is said goes to the file `output`, or waits for `Forked.communicate`. More than one of `processes` are
-        started, reported of each other and ended together as by `deepspeed --num_gpus N --module module arguments…`.
+        The output goes to the file `output`, or waits for `Forked.communicate`. Several `processes` are started as one
+        group, and stopped together, as by `deepspeed --num_gpus N --module module arguments…`.
         """
         request = {"module": module, "arguments": arguments, "cwd": str(cwd), "env": dict(env), "processes": processes}
         kept: list[IO[Any]] = []
@@ -176,22 +176,22 @@ def serve(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 pid = os.fork()
                 if pid == 0:
                     connection.close()
-                    for inherited in (descriptors[2], *running, *(reported for _, reported in running.values())):
+                    for inherited in (descriptors[2], *running, *(status for _, status in running.values())):
                         os.close(inherited)
                     return json.loads(message), descriptors[:2]
-                *output, reported = descriptors
+                *output, status = descriptors
                 for inherited in output:
                     os.close(inherited)
-                running[os.pidfd_open(pid)] = pid, reported
-                _tell(reported, pid)
+                running[os.pidfd_open(pid)] = pid, status
+                _send(status, pid)
             else:
-                pid, reported = running.pop(descriptor)
-                _tell(reported, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                os.close(reported)
+                pid, status = running.pop(descriptor)
+                _send(status, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                os.close(status)
                 os.close(descriptor)
 
 
-def _tell(descriptor: int, number: int) -> None:
+def _send(descriptor: int, number: int) -> None:
     with suppress(BrokenPipeError):  # nobody is interested any more
         os.write(descriptor, f"{number}\n".encode())
 

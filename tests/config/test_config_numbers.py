@@ -112,8 +112,8 @@ def test_a_number_is_in_its_range_or_refused_by_name(key):
         reported = refusal(key, value)
         assert reported is None or ("\n" not in reported and len(reported) < 300)
         if value not in allowed:
-            range_told = rf"^{re.escape(key)}=.* must be {re.escape(str(allowed))}(, each)?$"
-            assert reported and re.match(range_told, reported), f"{key}={value}: {reported}"
+            range_named = rf"^{re.escape(key)}=.* must be {re.escape(str(allowed))}(, each)?$"
+            assert reported and re.match(range_named, reported), f"{key}={value}: {reported}"
 
 
 @pytest.mark.parametrize("text", ["nan", "true", "9" * 400, "9" * 5000], ids=["nan", "true", "400 digits", "5000"])
