@@ -87,16 +87,8 @@ def test_it_is_a_pure_function():
 @pytest.mark.parametrize("stem", [2, 4])
 def test_complete_transforms_are_inverse(stem, mup):
     """With enough channels and without blocks, g_s inverts g_a; muP's factor of the last layer is left out."""
-    config = ModelConfig(
-        channels=[14, 48, 192],
-        latent_channels=768,
-        hyper_latent_channels=8,
-        hyper_channels=8,
-        g_a_blocks=[0, 0, 0, 0],
-        g_s_blocks=[0, 0, 0, 0],
-        stem_kernel=stem,
-        fusion=Fusion.none,
-    )
+    widths = {"channels": [14, 48, 192], "latent_channels": 768}
+    config = replace(small(Fusion.none), **widths, g_a_blocks=[0] * 4, g_s_blocks=[0] * 4, stem_kernel=stem)
     model = started(config, mup=mup)
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -109,25 +109,25 @@ def test_exclusions_have_reasons(tmp_path: Path) -> None:
     write(tmp_path / "diverged", [line | ({"eval/loss": None} if "eval/loss" in line else {}) for line in whole])
     write(tmp_path / "merged", [*whole, *journal(range(101, 141), batch=4)])
     edit(load_run(write(tmp_path / "foreign", whole)), "model.channels", [8, 16])
-    spoilt = [line | ({"eval/loss": None} if line["step"] == 40 and "eval/loss" in line else {}) for line in whole]
-    write(tmp_path / "spoilt", spoilt)
+    sparse = [line | ({"eval/loss": None} if line["step"] == 40 and "eval/loss" in line else {}) for line in whole]
+    write(tmp_path / "sparse", sparse)
     write(tmp_path / "resumed", [*whole[:70], *journal(range(31, 101))])
     runs = find_runs([tmp_path])
     reported = study(runs, lmbda=0.013)
-    assert [seen.run for seen in reported.observations] == ["resumed", "spoilt", "whole"]
+    assert [seen.run for seen in reported.observations] == ["resumed", "sparse", "whole"]
     sentences = dict(sorted((sentence.split()[0].rstrip(":"), sentence) for sentence in reported.excluded))
-    assert list(sentences) == ["diverged", "foreign", "merged", "other", "resumed", "spoilt", "unevaluated", "young"]
+    assert list(sentences) == ["diverged", "foreign", "merged", "other", "resumed", "sparse", "unevaluated", "young"]
     assert sentences["young"] == "young is excluded: it has no line yet"
     assert sentences["unevaluated"] == "unevaluated is excluded: it has no evaluation yet"
     assert sentences["other"] == "other is excluded: its λ is 0.05, not 0.013"
     assert sentences["diverged"] == "diverged is excluded: its eval/loss was never finite"
     assert "do not grow from step 100 to 120" in sentences["merged"]
     assert "channels" in sentences["foreign"]
-    assert sentences["spoilt"] == "spoilt: 1 line has no finite eval/loss and is excluded"
+    assert sentences["sparse"] == "sparse: 1 line has no finite eval/loss and is excluded"
     assert sentences["resumed"] == "resumed: 2 lines have the step of a later line, which is used instead"
-    resumed, spoilt, whole = reported.curves
+    resumed, sparse, whole = reported.curves
     assert np.array_equal(resumed.loss, whole.loss) and np.array_equal(resumed.pflops, whole.pflops)
-    assert spoilt.loss.tolist() == whole.loss[[0, 2, 3, 4]].tolist()
+    assert sparse.loss.tolist() == whole.loss[[0, 2, 3, 4]].tolist()
     assert study(runs[::-1], lmbda=0.013).excluded == reported.excluded
     assert study(runs[::-1], lmbda=0.013).observations == reported.observations
 

@@ -51,13 +51,13 @@ def test_a_bad_step_is_skipped_by_all(diverge, launch):
 
 def test_harm_that_shows_a_step_later_is_found(diverge, launch):
     """A photo that spoils the weights in step 5 is found out in step 6: the second rollback leaves out both steps."""
-    result = diverge("spoilt", "weight", "engine=zero2", "train.on_divergence=rollback", "train.steps=8")
+    result = diverge("corrupt", "weight", "engine=zero2", "train.on_divergence=rollback", "train.steps=8")
     assert result.returncode == 0, result.stdout + result.stderr
     sentence = "step 6: its loss is not finite: rolled back to step 4, continuing without the images 20 to 23"
     assert sentence in result.stdout
-    noted = json.loads((launch.folder / "spoilt" / "divergences.json").read_text())
+    noted = json.loads((launch.folder / "corrupt" / "divergences.json").read_text())
     assert [(entry["step"], entry["first"], entry["last"]) for entry in noted] == [(6, 20, 23), (6, 16, 23)]
-    lines = journal(launch, "spoilt")
+    lines = journal(launch, "corrupt")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["train/rollbacks"] for line in lines] == [0] * 4 + [2] * 4
     assert all(math.isfinite(line["train/loss"]) for line in lines)
