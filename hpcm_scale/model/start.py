@@ -27,12 +27,13 @@ CORRELATION = (0.945, 0.955)
 """Of vertical and horizontal neighbours. In photographs horizontal ones are more alike, and no two eigenvalues of a
 colour may coincide: the eigenvectors of a common eigenvalue would depend on the library that computes them."""
 VARIANCE = 0.06
-"""Of the model: a scale of all three colours."""
+"""Mean variance of R, G and B under the model, of pixels in [0, 1]."""
 _COLOURS = ((1, 1, 1), (1, 1, -2), (1, -1, 0))
 _COLOUR_VARIANCES = (2.75, 0.15, 0.10)
 """Times VARIANCE, along each of the colours in RGB."""
 GAIN = 4.3
-"""Of y at λ = 0.013; at other λ in proportion to √λ. Rounding with the step 1/gain is then worth its bits."""
+"""Of y at λ = 0.013; at other λ in proportion to √λ. The step 1/gain of rounding is then near the rate-distortion
+optimum."""
 REFERENCE = 0.013
 BRANCH = 0.01
 """Factor of the last layers of residual branches, so that the stream passes through."""
@@ -60,15 +61,13 @@ class Stage(NamedTuple):
 def linear_stages(widths: list[int]) -> list[Stage]:
     """The truncated Karhunen–Loève transform stage by stage, for RGB and `widths` outputs.
 
-    A stage has at most four times as many outputs as the one before. A pure function of its arguments: the colours are
-    transformed one by one, since eigenvalues of two colours may coincide.
+    A stage has at most four times as many outputs as the one before, so it may have fewer than its width. A pure
+    function of its arguments: the colours are transformed one by one, since eigenvalues of two colours may coincide.
     """
     axes = np.array([np.divide(colour, np.linalg.norm(colour)) for colour in _COLOURS])
-    colours, transform, side = (
-        np.arange(3),
-        np.ones((3, 1, 1)),
-        1,
-    )  # of each channel: colour, and its weights in a block
+    colours = np.arange(3)  # of each channel
+    transform = np.ones((3, 1, 1))  # weights of each channel in a block
+    side = 1
     stages: list[Stage] = []
     for width in widths:
         inputs = len(transform)
@@ -82,6 +81,8 @@ def linear_stages(widths: list[int]) -> list[Stage]:
         found = []
         for colour, variance in enumerate(_COLOUR_VARIANCES):
             own = np.flatnonzero(colours == colour)
+            if not own.size:  # no channel of it within the width of the stage before
+                continue
             patch = patches[own].reshape(4 * len(own), -1)
             variances, vectors = np.linalg.eigh(VARIANCE * variance * patch @ correlation @ patch.T)
             basis = np.zeros((len(variances), inputs, 2, 2))
@@ -102,7 +103,7 @@ def _autoregressive(correlation: float, side: int) -> np.ndarray:
 
 
 def _with_fixed_signs(vectors: np.ndarray) -> np.ndarray:
-    """Rows with a positive first component, of those that are not 0 but for rounding."""
+    """The rows, negated where the first component above 1e-6 in magnitude is negative."""
     first = np.argmax(np.abs(vectors) > 1e-6, axis=1)
     return vectors * np.sign(vectors[np.arange(len(vectors)), first])[:, None]
 
@@ -110,7 +111,7 @@ def _with_fixed_signs(vectors: np.ndarray) -> np.ndarray:
 def lmbda_of_start(rate: RateConfig, objective: ObjectiveConfig) -> float:
     """The λ of MSE that the gain of y is initialized for: the reference of a variable-rate model.
 
-    A λ of MS-SSIM is interpolated, in the logarithm, between the six public ones.
+    A λ of MS-SSIM is interpolated, in the logarithm, between the six public ones; outside them the nearest is used.
     """
     lmbda = objective.lmbda if rate.levels == 1 else rate.reference
     if objective.distortion == Distortion.mse:
@@ -134,8 +135,8 @@ def karhunen_loeve_start(codec: HPCM, lmbda: float) -> None:
     stages = linear_stages([down.out_channels for down in downs])
     for number, (stage, down, up) in enumerate(zip(stages, downs, ups, strict=True)):
         factor = gain if number == len(stages) - 1 else 1.0
-        _set(down, stage.basis * factor, BEYOND_RANK[0], centre=0.5 if number == 0 else 0.0)
-        _set(up, stage.basis / factor, BEYOND_RANK[1])
+        _set_basis(down, stage.basis * factor, BEYOND_RANK[0], centre=0.5 if number == 0 else 0.0)
+        _set_basis(up, stage.basis / factor, BEYOND_RANK[1])
     assert ups[0].bias is not None
     with gathered(ups[0].bias):
         ups[0].bias.fill_(0.5)
@@ -146,7 +147,7 @@ def karhunen_loeve_start(codec: HPCM, lmbda: float) -> None:
     _start_entropy_model(codec, gain * stages[-1].deviations)
 
 
-def _set(layer: nn.Conv2d | nn.ConvTranspose2d, basis: np.ndarray, beyond: float, centre: float = 0.0) -> None:
+def _set_basis(layer: nn.Conv2d | nn.ConvTranspose2d, basis: np.ndarray, beyond: float, centre: float = 0.0) -> None:
     """Set the inner 2×2 of a kernel to `basis` (n, inputs, 2, 2), with the inputs beyond its own at 0, and scale the
     random weights of the outputs beyond n; of a transposed convolution, outputs and inputs change places.
 

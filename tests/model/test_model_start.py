@@ -75,6 +75,14 @@ def test_eigenvectors_do_not_depend_on_rounding(widths, monkeypatch):
         assert np.allclose(ours.basis, theirs.basis, atol=1e-6)
 
 
+@pytest.mark.parametrize("widths", [[1, 1, 1, 8], [2, 3, 4, 8], [16, 24, 4, 8]])
+def test_narrow_stages_may_have_no_channel_of_a_colour(widths):
+    stages = linear_stages(widths)
+    outputs = [len(stage.basis) for stage in stages]
+    assert outputs == [min(width, 4 * before) for width, before in zip(widths, [3, *outputs], strict=False)]
+    assert stages[-1].deviations[0] > 0.5  # that of the mean of a block
+
+
 def test_it_is_a_pure_function():
     for ours, again in zip(linear_stages([16, 24, 48, 40]), linear_stages([16, 24, 48, 40]), strict=True):
         assert np.array_equal(ours.basis, again.basis)
