@@ -51,8 +51,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def set_arithmetic(precision: Precision) -> None:
     """Set, for the whole process, how products are computed.
 
-    With fp32, products of fp32 numbers are exact in fp32. With bf16, the few layers with fp32 results use TF32 on a GPU
-    and bf16 in matrix products on a CPU; sums and results stay fp32. Products of bf16 or fp16 numbers are always
+    With fp32, products of fp32 matrices are computed in fp32. With bf16, the few layers with fp32 results use TF32 on a
+    GPU and bf16 in matrix products on a CPU; sums and results stay fp32. Products of bf16 or fp16 numbers are always
     accumulated in fp32: by default cuBLAS may split a long sum, such as a weight's gradient, and round the parts.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -20,8 +20,9 @@ from hpcm_scale.model.parameters import Matrix, matrices, parameter_count
 from hpcm_scale.training.state_shards import StateShard
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""a, b, c of x ↦ a·x + b·x³ + c·x⁵, which moves singular values towards 1."""
+"""a, b, c of x ↦ a·x + b·x³ + c·x⁵, which moves singular values towards 1 (Jordan et al., 2024)."""
 ITERATIONS = 5
+"""Applications of that polynomial."""
 _STACKED = 2**26
 """Most elements of a batch, to bound the memory of temporary tensors."""
 _EPSILON = 1e-8
@@ -38,10 +39,14 @@ class Rule(ABC):
     """By kind of state shard."""
 
     @abstractmethod
+    def __init__(self, count: int, rows: int, columns: int, config: OptimizerConfig, device: torch.device) -> None:
+        """Allocate the state, zeros or identities, on `device`."""
+
+    @abstractmethod
     def update(self, gradients: Tensor, step: int) -> Tensor:
         """Update the state with gradients (count, rows, columns) of update number `step`, from 0.
 
-        Returns what the learning rate multiplies and the weights lose, of the same shape.
+        Returns the update, of the same shape: the weights change by −learning rate × update.
         """
 
     @staticmethod
@@ -53,8 +58,8 @@ class Rule(ABC):
 class Muon(Rule):
     """Nesterov momentum, orthogonalized (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
 
-    Updates are multiplied by 0.2·√max(rows, columns): their root mean square is then that of Adam's updates, and so are
-    learning rates (arXiv 2502.16982, section 2.2).
+    Updates are multiplied by 0.2·√max(rows, columns): an update of full rank then has the root mean square of Adam's,
+    and Adam's learning rates can be used (arXiv 2502.16982, section 2.2).
     """
 
     def __init__(self, count: int, rows: int, columns: int, config: OptimizerConfig, device: torch.device) -> None:
@@ -71,12 +76,14 @@ class Muon(Rule):
         return ITERATIONS * (4 * short**2 * long + 2 * short**3)
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """U·Vᵀ of each matrix U·S·Vᵀ of (…, rows, columns), approximately: singular values from 0.7 to 1.2; fp32.
+def orthogonalized(x: Tensor) -> Tensor:
+    """Approximately U·Vᵀ of each matrix U·S·Vᵀ of (count, rows, columns), fp32.
 
-    Newton-Schulz iterations, in bf16 on GPUs and in fp32 elsewhere.
+    Newton-Schulz iterations, in bf16 on GPUs, and elsewhere in the precision of matrix products that
+    `model.layers.set_arithmetic` set. Singular values above about 0.002 of the Frobenius norm become 0.7 to 1.2;
+    smaller ones grow by a factor of at most 490, and 0 stays 0.
     """
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.bfloat16() if x.is_cuda else x
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -92,7 +99,8 @@ class Soap(Rule):
 
     A side without an eigenbasis is not rotated (the paper's one-sided version, section 7.1). Eigenbases begin as the
     identity, not as those of the first gradient: its Gram matrices are singular, so most of their eigenvectors are
-    arbitrary, and training would depend on rounding errors. The first `basis_every` steps are thus Adam's.
+    arbitrary, and training would depend on rounding errors. The first `basis_every` updates are therefore those of Adam
+    with both β equal to `momentum`. All products are in fp32, whatever the precision of training.
     """
 
     def __init__(self, count: int, rows: int, columns: int, config: OptimizerConfig, device: torch.device) -> None:
@@ -105,9 +113,12 @@ class Soap(Rule):
             self.state |= {side: torch.zeros_like(identity), f"{side}_basis": identity}
 
     def update(self, gradients: Tensor, step: int) -> Tensor:
-        with _exact_products():
-            for side in self._sides:
-                self.state[side].lerp_(_gram(gradients, side), 1 - self._decay)
+        with _fp32_products():
+            return self._update(gradients, step)
+
+    def _update(self, gradients: Tensor, step: int) -> Tensor:
+        for side in self._sides:
+            self.state[side].lerp_(_gram(gradients, side), 1 - self._decay)
         mean = self.state["exp_avg"].lerp_(gradients, 1 - self._decay)
         squared = self.state["exp_avg_sq"].lerp_(self._rotated(gradients).square_(), 1 - self._decay)
         correction = 1 - self._decay ** (step + 1)
@@ -132,8 +143,7 @@ class Soap(Rule):
             basis = self.state[f"{side}_basis"]
             factor = self.state[side]
             shift = _SHIFT * factor.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            with _exact_products():
-                product = torch.baddbmm(shift * basis, factor, basis)
+            product = torch.baddbmm(shift * basis, factor, basis)
             order = (basis * product).sum(-2).argsort(dim=-1, descending=True)
             basis.copy_(torch.linalg.qr(product.gather(-1, order[:, None].expand_as(product))).Q)
             index = order[:, :, None] if side == "left" else order[:, None]
@@ -165,8 +175,8 @@ def _gram(x: Tensor, side: str) -> Tensor:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
-    """Context in which products of fp32 numbers are exact in fp32, whatever the precision of training."""
+def _fp32_products() -> Iterator[None]:
+    """Context in which products of fp32 matrices are computed in fp32, not in TF32 or bf16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -175,7 +185,7 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def rule_of(matrix: Matrix, config: OptimizerConfig) -> type[Muon | Soap] | None:
+def rule_of(matrix: Matrix, config: OptimizerConfig) -> type[Rule] | None:
     """The update rule of a matrix; None for Adam."""
     if config.name == OptimizerName.muon:
         return Muon
@@ -209,7 +219,7 @@ class Cost(NamedTuple):
 
 
 def cost(model: nn.Module, config: OptimizerConfig, ranks: int = 1) -> Cost:
-    """The costs for a model, also on meta or sharded by ZeRO-3, whose state is sharded over so many ranks."""
+    """The costs for a model, which may be on meta or sharded by ZeRO-3, with the state of the optimizer on `ranks`."""
     found, flops, state = [], [], []
     for matrix in matrices(model).values():
         if rule := rule_of(matrix, config):
@@ -258,7 +268,7 @@ class Layout(NamedTuple):
         return self.cuts[rank + 1] - self.cuts[rank]
 
     def part(self, values: Tensor, rank: int) -> Tensor:
-        """Of the values of `held` those of this rank's part, flattened (n,)."""
+        """This rank's part of `values`, which has the shape of `held`; flattened (n,). `rank`: this rank, no other."""
         return values.reshape(-1)[self.offset : self.offset + self.size(rank)]
 
 
@@ -276,8 +286,8 @@ class MatrixGroup:
     """Matrices that are updated together, each by its owner among the ranks, which has the whole state.
 
     The owners get the gradients from all ranks, and return to each its part of the updates: two all-to-all operations
-    of all matrices, which send less than the gradients' reduction by a factor of the number of ranks. Owners do not
-    depend on who holds a part, so that ranks have equal work.
+    of all matrices, which send less than the gradients' reduction by a factor of the number of ranks. Owners are chosen
+    for equal work, whichever ranks have the parts.
     """
 
     def __init__(

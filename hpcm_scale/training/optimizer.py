@@ -19,7 +19,7 @@ from hpcm_scale.training.state_shards import StateShard
 def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
     """Learning rate of step `step` (from 0) of `steps`; a function of the step only, so it needs no saved state.
 
-    The final decay is 1 − √progress, the best shape in arXiv 2405.18392, section 4.
+    The final decay is 1 − √progress, the cooldown that arXiv 2405.18392 found better than a linear one.
     """
     boundaries = schedule.boundaries
     fractions = bool(boundaries) and boundaries[-1] <= 1
@@ -32,7 +32,7 @@ def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def decay_start(schedule: ScheduleConfig, steps: int) -> float:
-    """First step of the final decay in a run of `steps`; `steps` if there is no decay."""
+    """Step after which the learning rate decays in a run of `steps`, maybe fractional; `steps` if there is no decay."""
     return steps - (schedule.decay * steps if schedule.decay <= 1 else schedule.decay)
 
 
@@ -57,8 +57,8 @@ class GuardedOptimizer(torch.optim.Adam):
         beta1, beta2 = config.betas
         super().__init__(
             [
-                {"params": members, "matrices": whether, "factor": factor, "weight_decay": decay / factor}
-                for (whether, factor, decay), members in groups.items()
+                {"params": members, "matrices": is_matrix, "factor": factor, "weight_decay": decay / factor}
+                for (is_matrix, factor, decay), members in groups.items()
             ],
             lr=0.0,  # set at every step
             betas=(beta1, beta2),
@@ -73,7 +73,7 @@ class GuardedOptimizer(torch.optim.Adam):
         are cut into parts.
         """
         held = {name: Layout(parameter, 0, (0, parameter.numel())) for parameter, name in self._names.items()}
-        self._layouts, self._rank = layouts or held, rank
+        self._layouts, self._rank = held if layouts is None else layouts, rank
         first = {parameter: group["params"][0] for group in self.param_groups for parameter in group["params"]}
         together: dict[Tensor, list[Member]] = {}
         for parameter, name in self._names.items():
@@ -85,13 +85,16 @@ class GuardedOptimizer(torch.optim.Adam):
         self._groups = {key: MatrixGroup(members, self._config, rank, exchange) for key, members in together.items()}
 
     def step(self, closure=None):
-        """Take a step; with matrices on several ranks all ranks call it together."""
+        """Take a step; with matrices on several ranks all ranks call it together. `closure` is not supported."""
+        assert closure is None
         if self.overflow:
             return
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["matrices"]]
-        super().step()
-        self.param_groups = groups
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
         for group in groups:
             if group["matrices"] and group["params"]:
                 self._groups[group["params"][0]].step(group["lr"], group["weight_decay"])
@@ -100,10 +103,11 @@ class GuardedOptimizer(torch.optim.Adam):
     def updates(self) -> int:
         """Number of steps taken, without skipped ones."""
         steps = [state["step"] for state in self.state.values() if state]
-        return int(torch.stack(steps).max()) if steps else 0
+        adam = int(torch.stack(steps).max()) if steps else 0
+        return max([adam, *(group.updates for group in self._groups.values())])
 
     def set_updates(self, updates: int) -> None:
-        """Set the number of steps taken, for the bias correction."""
+        """Set the number of steps taken, for the bias correction; `state_shards`, called before, creates the state."""
         for state in self.state.values():
             if state:
                 state["step"].fill_(updates)
@@ -132,14 +136,17 @@ class GuardedOptimizer(torch.optim.Adam):
 
 
 def create_optimizer(model: nn.Module, config: OptimizerConfig) -> GuardedOptimizer:
-    """The optimizer of a model that every rank has whole; the rate is set at every step."""
+    """The optimizer of a model that every rank has whole; the learning rate is set at every step."""
     optimizer = GuardedOptimizer(model, config)
     optimizer.place()
     return optimizer
 
 
 def clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
-    """Clip the global gradient norm to `clip_norm`; the norm before, a device scalar that may be NaN or infinite."""
+    """Clip the global gradient norm to `clip_norm`.
+
+    Returns the norm before clipping, a scalar on the device that may be NaN or infinite.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return nn.utils.clip_grad_norm_(parameters, clip_norm)
 
@@ -150,6 +157,6 @@ def guard(optimizer: GuardedOptimizer, norm: float, skip: bool) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of the next step, times the factor of each group."""
+    """Set the learning rate of the next step, times the factor of each group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]

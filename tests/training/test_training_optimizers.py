@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.config.schema import OptimizerConfig, OptimizerName
+from hpcm_scale.config.schema import OptimizerConfig, OptimizerName, Precision
 from hpcm_scale.model.families import names
 from hpcm_scale.model.hpcm import HPCM
+from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.model.parameters import Matrix, matrices, on_meta, parameter_count, parametrise, spectral_factor
 from hpcm_scale.training.costs import optimizer_flops, training_flops_per_image
 from hpcm_scale.training.matrix_optimizers import (
@@ -123,6 +124,26 @@ def test_updates_are_those_of_plain_versions(config):
         sequence = [view(each[name]) for each in gradients]
         plain = plain_muon if config is MUON else lambda w, g: plain_soap(w, g, config)
         torch.testing.assert_close(view(after[name]), plain(view(before[name]), sequence), rtol=1e-4, atol=1e-5)
+
+
+def test_the_precision_of_training_does_not_change_soap():
+    def updates() -> Tensor:
+        rule, generator = Soap(2, 40, 64, BOTH_SIDES, torch.device("cpu")), torch.Generator().manual_seed(0)
+        gradients = [torch.randn(2, 40, 64, generator=generator) for _ in range(5)]
+        return torch.stack([rule.update(each, step) for step, each in enumerate(gradients)])
+
+    in_fp32 = updates()
+    try:
+        set_arithmetic(Precision.bf16)
+        assert torch.equal(updates(), in_fp32)
+    finally:
+        set_arithmetic(Precision.fp32)
+
+
+def test_steps_are_counted_without_parameters_of_adam():
+    network = nn.Sequential(nn.Linear(8, 8, bias=False))
+    gradients = [{"0.weight": torch.ones(8, 8)} for _ in range(3)]
+    trained(network, MUON, gradients)  # asserts the number
 
 
 def test_singular_values_become_about_one():
