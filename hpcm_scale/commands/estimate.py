@@ -9,7 +9,7 @@ import math
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from hpcm_scale.compute.hardware import LAUNCH_US, MFU, Links, links_of, peak_of
+from hpcm_scale.compute.hardware import LAUNCH_US, MFU, Links, links_of, peak_of_option
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.schema import EngineConfig, Precision, Target
 from hpcm_scale.config.spec import RunSpec
@@ -32,20 +32,13 @@ def main() -> None:
         raise UserError(
             "estimate-target",
             "objective.target",
-            "hpcm estimate supports codecs without pre-editor and receivers; omit stage and objective.target",
+            "hpcm estimate supports only codecs without pre-editor and receivers; omit stage and objective.target",
         )
     from hpcm_scale.model import families
 
     families.check(config.model)
 
-    peak = peak_of(arguments.gpu, config.engine.precision == Precision.bf16)
-    if peak is None:
-        raise UserError(
-            "unknown-gpu",
-            "--gpu",
-            f"the peak rate of --gpu {arguments.gpu} is unknown; give another, such as A100, H100 or 'H100 PCIe', or "
-            "add it to hpcm_scale/compute/hardware.py",
-        )
+    peak = peak_of_option(arguments.gpu, config.engine.precision == Precision.bf16)
     from hpcm_scale.training.estimate import estimate
 
     spec = RunSpec.of(config, world_size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from hpcm_scale.errors import UserError
+
 if TYPE_CHECKING:  # torch is slow to import
     import torch
 
@@ -72,12 +74,24 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
 def peak_of(name: str, bf16: bool) -> float | None:
     """Peak FLOP/s of an accelerator by name, for example "NVIDIA H100 80GB HBM3"; None if unknown.
 
-    The full name must match: laptop and "Ti" variants and MIG slices have other rates.
+    The full name must match, in any case: laptop and "Ti" variants and MIG slices have other rates.
     """
     for pattern, fp32_peak, bf16_peak in _PEAKS:
-        if re.fullmatch(f"(NVIDIA )?{pattern}", name):
+        if re.fullmatch(f"(NVIDIA )?{pattern}", name, re.IGNORECASE):
             return bf16_peak if bf16 else fp32_peak
     return None
+
+
+def peak_of_option(name: str, bf16: bool) -> float:
+    """Peak FLOP/s of the accelerator that `--gpu` names. Raises UserError if it is unknown."""
+    peak = peak_of(name, bf16)
+    if peak is None:
+        raise UserError(
+            "unknown-gpu",
+            "--gpu",
+            f"the peak rate of --gpu {name} is unknown; give another, such as A100, H100 or 'H100 PCIe'",
+        )
+    return peak
 
 
 def links_of(name: str) -> Links | None:

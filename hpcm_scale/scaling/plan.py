@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import linregress
 
-from hpcm_scale.compute.hardware import peak_of
+from hpcm_scale.compute.hardware import peak_of_option
 from hpcm_scale.compute.tracker import PETA, TRAINING_FACTOR
 from hpcm_scale.config.checks import check, side_multiple
 from hpcm_scale.config.compose import compose_model, preset_names
@@ -52,15 +52,7 @@ class Setting:
 
     def peak(self) -> float:
         """Peak FLOP/s of all GPUs. Raises UserError for an unknown GPU."""
-        bf16 = self.precision == "bf16"
-        peak = peak_of(self.gpu, bf16) or peak_of(self.gpu.upper(), bf16)
-        if peak is None:
-            raise UserError(
-                "unknown-peak-rate",
-                "--gpu",
-                f"the peak rate of --gpu {self.gpu} is unknown; give another, such as A100, H100 or 'H100 PCIe'",
-            )
-        return self.gpus * peak
+        return self.gpus * peak_of_option(self.gpu, self.precision == "bf16")
 
     @property
     def batch(self) -> int:

@@ -72,7 +72,7 @@ def test_what_gpus_do_in_days() -> None:
     assert Setting(gpus=1, gpu="A100", mfu=1.0, precision="fp32").pflops(1) == pytest.approx(19.5e12 * 86400 / 1e15)
     with pytest.raises(UserError) as refused:
         Setting(gpu="abacus").pflops(1)
-    assert (refused.value.code, refused.value.key) == ("unknown-peak-rate", "--gpu")
+    assert (refused.value.code, refused.value.key) == ("unknown-gpu", "--gpu")
 
 
 @pytest.mark.parametrize(("gpus", "launch"), [(4, "--num_gpus 4"), (24, "--hostfile hostfile")])
