@@ -176,7 +176,8 @@ class Codec:
             raise UserError(
                 "header-rate",
                 "",
-                f"its header describes a {rate}-rate file, but its weights do not; copy it again from its source",
+                f"its header is damaged: it is that of a {rate}-rate model, unlike these weights; copy it again "
+                "from its source",
             )
         _, z_shape = model.latent_shapes(*self._padded(content.height, content.width))
         _, z_rows, z_columns = z_shape

@@ -210,7 +210,8 @@ def run_jobs(
         raise UserError(
             "failed-files",
             "",
-            f"{len(failures)} of {len(jobs)} files failed, the others were written: {'; '.join(failures)}",
+            f"{len(failures)} of {len(jobs)} files failed ({'; '.join(failures)}); correct the causes and repeat the "
+            "command for them, the others are written",
         )
     return results
 

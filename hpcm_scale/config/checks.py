@@ -46,7 +46,9 @@ def check(config: Config, world_size: int) -> None:
     _check_train(config.train)
     betas = config.optimizer.betas
     if len(betas) != 2:
-        raise UserError("betas-length", "optimizer.betas", f"optimizer.betas={betas} must be two numbers")
+        raise UserError(
+            "betas-length", "optimizer.betas", f"optimizer.betas={betas} must be two numbers, such as [0.9,0.999]"
+        )
     rate, lmbda = config.model.rate, config.objective.lmbda
     if rate.levels > 1 and not rate.lowest <= lmbda <= rate.highest:
         raise UserError(
@@ -188,7 +190,7 @@ def _check_train(train: TrainConfig) -> None:
             f"train.steps={train.steps}, the first and the last one to profile, such as [100,103]",
         )
     if len(set(train.ema)) < len(train.ema):
-        raise UserError("duplicate-ema", "train.ema", f"train.ema={train.ema} lists a length twice; remove it")
+        raise UserError("duplicate-ema", "train.ema", f"train.ema={train.ema} lists a length twice; list it once")
 
 
 def _check_engine(engine: EngineConfig, world_size: int) -> None:
@@ -207,7 +209,8 @@ def _check_engine(engine: EngineConfig, world_size: int) -> None:
         raise UserError(
             "accelerate-stage",
             "engine.zero_stage",
-            "engine.name=accelerate does not shard; use engine=accelerate or engine.zero_stage=0",
+            f"engine.name=accelerate does not shard, but engine.zero_stage={engine.zero_stage}; set "
+            f"engine.zero_stage=0, or use engine=zero{engine.zero_stage}",
         )
     if engine.name == EngineName.accelerate and engine.options:
         raise UserError(
@@ -271,7 +274,7 @@ def _check_vision_model(config: Config) -> None:
         raise UserError(
             "duplicate-receivers",
             "machine.receivers",
-            f"machine.receivers={machine.receivers} lists a receiver twice; remove it",
+            f"machine.receivers={machine.receivers} lists a receiver twice; list it once",
         )
     if not (machine.mse or machine.token_distortion_weight or machine.token_rank_weight):
         raise UserError(

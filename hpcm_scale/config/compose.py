@@ -127,7 +127,9 @@ def from_dict(kind: type[T] | T, values: dict[str, Any]) -> T:
         return _objects(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(values)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(
-            "other-version-description", "", f"its description is not of this version ({_one_sentence(error)})"
+            "other-version-description",
+            "",
+            f"its description is not of this version ({_one_sentence(error)}); read it with the version that wrote it",
         ) from error
 
 

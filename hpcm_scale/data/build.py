@@ -288,6 +288,7 @@ def finish(out: Path, records: list[dict], built: dict) -> ShardIndex:
         raise UserError(
             "no-usable-images",
             "--min-side",
-            f"none of the {len(skipped)} files is a usable image; {out / REPORT} lists the reasons",
+            f"none of the {len(skipped)} files is a usable image; {out / REPORT} lists the reasons; correct "
+            "them, or lower --min-side",
         )
     return index

@@ -203,13 +203,17 @@ class Watchdog:
                 return Fault(
                     "rank-killed",
                     "",
-                    f"{rank} was killed, perhaps because memory ran out; the same command resumes the run",
+                    f"{rank} was killed, probably because memory ran out; the same command resumes the run",
                 )
         now = time.monotonic()
         if self._heartbeat.broken or now > self._heartbeat.last_answer + self._lost_seconds:
             self._heartbeat.broken = True
             host = self._group.members[0] if self._group.hosts_store(0) else "torchrun, which hosts the store,"
-            return Fault("store-lost", "", f"{host} is lost, or its node is down; the same command resumes the run")
+            return Fault(
+                "store-lost",
+                "",
+                f"no connection to {host}: it has ended, or its node is down; the same command resumes the run",
+            )
         if self._others and now > self._heartbeat.last_beat + self._lost_seconds:
             previous = self._group.members[self._rank - 1]
             return Fault(
@@ -247,7 +251,7 @@ class Watchdog:
             "stall",
             "train.watchdog_timeout",
             f"no step for {self._stall_seconds / 60:g} minutes{after} ({summarize(locations)}); stack traces: "
-            f"{self._folder}",
+            f"{self._folder}; raise train.watchdog_timeout if a step takes that long",
         )
         self._end_run(error.args, self._rank, replaces=stall)
 

@@ -62,7 +62,8 @@ class TaskEvaluation:
             raise UserError(
                 "no-text-images",
                 "--text-images",
-                "there are no images of text; omit --text-images 0, or install hpcm-scale[machine]",
+                f"--text-images 0 leaves no images of text; use 1 or more, give --images a folder with {LABELS}, or "
+                "install hpcm-scale[machine]",
             )
         sections = [
             TaskSection(

@@ -293,7 +293,7 @@ def _check_constants(state: Mapping[str, Tensor]) -> None:
             raise UserError(
                 "checkpoint-constant",
                 "",
-                f"{name} is not {value:g}, as in all published models; give a published checkpoint",
+                f"{name} is not {value:g}, its value in all published models; give a published checkpoint",
             )
 
 

@@ -133,7 +133,8 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
         except Excluded as reason:  # noqa: PERF203
             excluded.append(f"{run.name} is excluded: {reason}")
     if not pairs:
-        raise UserError("no-usable-runs", "", f"no run is usable: {'; '.join(excluded) or 'there is none'}")
+        causes = "; ".join(excluded) or "there is none"
+        raise UserError("no-usable-runs", "", f"no run is usable ({causes}); correct these causes or give other runs")
     pairs.sort(key=lambda pair: (pair[1].parameters, pair[1].pflops, pair[1].run))
     curves, observations = map(list, zip(*pairs, strict=True))
     names = {observation.run for observation in observations}

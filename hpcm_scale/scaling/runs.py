@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hpcm_scale.errors import UserError, printable
+from hpcm_scale.errors import UserError, first_line, printable
 from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, new_records
 from hpcm_scale.tracking.progress import progress
 from hpcm_scale.tracking.wandb_view import RUN_ID_FILE
@@ -149,7 +149,9 @@ def load_run(folder: str | Path) -> Run:
         values = OmegaConf.to_container(OmegaConf.load(config))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(
-            "unreadable-run-config", CONFIG_NAME, f"{config} cannot be read; correct it or omit this run"
+            "unreadable-run-config",
+            CONFIG_NAME,
+            f"{config} cannot be read ({first_line(error)}); correct it or omit this run",
         ) from error
     return Run(printable(folder.name), folder, _described(values, config), _journal(folder / FILE_NAME))
 

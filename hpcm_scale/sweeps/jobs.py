@@ -223,7 +223,7 @@ def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -
                 raise UserError(
                     "init-from-unfinished-job",
                     "init_from",
-                    f"it starts from init_from={job.config.init_from}, which this command trains too; omit "
+                    f"the run starts from init_from={job.config.init_from}, which this command also trains; omit "
                     "hydra/launcher to train the runs in sequence",
                 )
             start = prepare(job.config, world_size, **once, to_come=to_come)

@@ -69,7 +69,7 @@ def visible_gpus() -> list[int]:
         raise UserError(
             "device-names",
             "CUDA_VISIBLE_DEVICES",
-            f"deepspeed does not accept the device names in CUDA_VISIBLE_DEVICES={visible}; use indices",
+            f"DeepSpeed does not accept the device names in CUDA_VISIBLE_DEVICES={visible}; use indices",
         ) from None
 
 
@@ -87,7 +87,7 @@ def shares(gpus: Sequence[int], per_job: int, at_once: int | None, cores: int) -
     """
     if len(set(gpus)) < len(gpus):
         raise UserError(
-            "duplicate-gpu", "hydra.launcher.gpus", f"hydra.launcher.gpus={list(gpus)} lists a GPU twice; remove it"
+            "duplicate-gpu", "hydra.launcher.gpus", f"hydra.launcher.gpus={list(gpus)} lists a GPU twice; list it once"
         )
     if not gpus:
         return [Share(per_job, ())] * (at_once or max(1, cores // per_job))
