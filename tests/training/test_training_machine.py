@@ -105,7 +105,7 @@ def test_stages_that_follow_each_other_are_not_trained_at_once(stages, shards, t
     fixed = f"machine.fixed_rate={stages['fixed']}"
     jobs = [job_of(stage, shards, "train.steps=2", fixed) for stage in ("variable", "pre_editor")]
     assert unfinished(jobs, 2, in_turn=True) == jobs
-    with pytest.raises(UserError, match="which this command trains too; omit hydra/launcher"):
+    with pytest.raises(UserError, match="which this command also trains; omit hydra/launcher"):
         unfinished(jobs, 2)
 
 
