@@ -24,6 +24,7 @@ else
         overrides=(train.batch_size=$((8 * gpus)))
     else
         export DS_ACCELERATOR=cpu
+        export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: fewer page faults
         processes=(--num_gpus 2) # two processes on the CPU
         overrides=()
     fi

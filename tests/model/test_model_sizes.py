@@ -18,6 +18,7 @@ from hpcm_scale.model.parameters import on_meta, parameter_count, parameters_by_
 from hpcm_scale.training.costs import size_row
 
 PARAMETERS = {
+    "800k": 793_307,
     "68m": 68_505_299,
     "120m": 120_079_459,
     "246m": 246_431_635,
