@@ -1,4 +1,4 @@
-"""Run under a launcher: do the engines use the process group that was initialised for them, and what is it like?"""
+"""Run under a launcher: do the engines keep the process group and the number of threads, and what is the group like?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 
 import deepspeed.ops
+import torch
 import torch.distributed
 from deepspeed.utils import groups
 
@@ -22,6 +23,7 @@ def main() -> None:
     end = lambda: say(f"group {rank} at the end: {torch.distributed.is_initialized()}")  # noqa: E731
     atexit.register(end)  # registered first, it is called last
     deepspeed.ops._probe_compatible_ops = refuse
+    torch.set_num_threads(1)
     for name in ("accelerate", "deepspeed"):
         config = compose([f"engine.name={name}", "engine.zero_stage=0", "train.batch_size=4"])
         group = join(facts(to_dict(config), "digest"), minutes=1)
@@ -29,7 +31,7 @@ def main() -> None:
         before = torch.distributed.group.WORLD
         engine = create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, world_size()))
         same = "same" if torch.distributed.group.WORLD is before else "another"
-        say(f"group {name} {engine.rank} of {engine.world_size}: {same}")
+        say(f"group {name} {engine.rank} of {engine.world_size}: {same}, threads: {torch.get_num_threads()}")
     made = [torch.distributed.group.WORLD, torch.distributed.new_group(), groups._get_data_parallel_group()]
     limits = [each._get_backend(torch.device("cpu")).options._timeout for each in made]
     limits.append(torch.distributed.distributed_c10d._get_default_store().timeout)

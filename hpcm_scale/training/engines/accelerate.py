@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
@@ -23,9 +24,10 @@ class AccelerateEngine(Engine):
         self._config, self._clip_norm = optimizer, clip_norm
         # The buffers are constants.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        # accelerate chooses the number of threads on CPUs.
         warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)
+        threads = torch.get_num_threads()
         self._accelerator = Accelerator(cpu=device_kind() == CPU, mixed_precision="no", kwargs_handlers=[ddp])
+        torch.set_num_threads(threads)  # accelerate sets that of all cores under launchers other than its own
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
         self._rounds = accumulation
