@@ -73,7 +73,7 @@ def test_help(command, answers):
     [
         (("nonsense",), "there is no command `nonsense`; choose one of shards, models"),
         (("modles",), "there is no command `modles`; did you mean `models`?"),
-        (("estimate", "experiment=machine", "stage=joint"), "supports codecs without pre-editor"),
+        (("estimate", "experiment=machine", "stage=joint"), "supports only codecs without pre-editor"),
         (("estimate", "modle=nano"), "unknown key modle in modle=nano; did you mean model?"),
         (("evaluate", "--weights", "nowhere.safetensors", "--images", "."), "no weights at nowhere.safetensors"),
     ],

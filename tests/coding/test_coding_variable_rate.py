@@ -164,7 +164,7 @@ def test_levels_and_rates_that_do_not_belong_together(variable, codec, photo):
             reader.decompress(data)
         assert refusal.value.code == "other-weights"
         forged = pack(replace(unpack(data), digest=reader.digest))
-        with pytest.raises(UserError, match=f"{rate}-rate file") as refusal:
+        with pytest.raises(UserError, match=f"{rate}-rate model") as refusal:
             reader.decompress(forged)
         assert refusal.value.code == "header-rate"
 

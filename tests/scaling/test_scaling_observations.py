@@ -154,7 +154,7 @@ def test_training_lines_may_be_too_few(tmp_path: Path) -> None:
 def test_too_few_training_lines_name_what_to_change(tmp_path: Path, every: int, reported: str) -> None:
     write(tmp_path / "short", journal(range(1, 2)), f"log.every={every}")
     sentence = f"1 training line is too few to smooth; 20 are needed: train {reported}"
-    with pytest.raises(UserError, match=re.escape(sentence) + "$"):
+    with pytest.raises(UserError, match=re.escape(f"{sentence}); ")):
         study(find_runs([tmp_path]), metric="train/loss")
 
 
