@@ -94,6 +94,17 @@ def orthogonalized(x: Tensor) -> Tensor:
     return (x.mT if tall else x).float()
 
 
+@contextmanager
+def _fp32_products() -> Iterator[None]:
+    """Context in which products of fp32 matrices are computed in fp32, not in TF32 or bf16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Soap(Rule):
     """Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321, algorithm 3).
 
@@ -112,11 +123,8 @@ class Soap(Rule):
             identity = torch.eye(lengths[side], device=device).repeat(count, 1, 1)
             self.state |= {side: torch.zeros_like(identity), f"{side}_basis": identity}
 
+    @_fp32_products()
     def update(self, gradients: Tensor, step: int) -> Tensor:
-        with _fp32_products():
-            return self._update(gradients, step)
-
-    def _update(self, gradients: Tensor, step: int) -> Tensor:
         for side in self._sides:
             self.state[side].lerp_(_gram(gradients, side), 1 - self._decay)
         mean = self.state["exp_avg"].lerp_(gradients, 1 - self._decay)
@@ -172,17 +180,6 @@ def soap_sides(rows: int, columns: int, config: OptimizerConfig) -> tuple[str, .
 
 def _gram(x: Tensor, side: str) -> Tensor:
     return x @ x.mT if side == "left" else x.mT @ x
-
-
-@contextmanager
-def _fp32_products() -> Iterator[None]:
-    """Context in which products of fp32 matrices are computed in fp32, not in TF32 or bf16."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def rule_of(matrix: Matrix, config: OptimizerConfig) -> type[Rule] | None:
