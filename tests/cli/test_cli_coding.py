@@ -268,6 +268,7 @@ def test_what_is_broken_does_not_stop_the_others(run, weights, folder, tmp_path)
     code, out, err = run("encode", folder, coded, "--weights", weights[0], "--device", "cpu")
     assert code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("hpcm: 2 of 5 files failed (")
+    assert err.endswith("); correct the causes and repeat the command for them, the others are written\n")
     assert re.search(r"cannot read \S+/photos/cut\.png \(broken image: .+\); replace or remove it", err)
     assert "more/0 empty.jpg (not a JPEG, PNG or WebP image)" in err
     assert below(coded) == ["a.hpcm", "b.v2.hpcm", "more/a.hpcm"]
@@ -277,6 +278,7 @@ def test_what_is_broken_does_not_stop_the_others(run, weights, folder, tmp_path)
     code, out, err = run("decode", coded, back, "--weights", weights[0], "--device", "cpu")
     assert code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("hpcm: 2 of 4 files failed (")
+    assert err.endswith("); correct the causes and repeat the command for them, the others are written\n")
     assert f"{coded / 'a.hpcm'}: its stream of y is damaged" in err
     assert f"{coded / 'z.hpcm'}: it is not an .hpcm file" in err
     assert below(back) == ["b.v2.png", "more/a.png"]

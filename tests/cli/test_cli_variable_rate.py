@@ -82,6 +82,7 @@ def test_an_image_out_of_range_does_not_stop_the_others(shared, run, weights, ph
     code, out, err = run("encode", photos, tmp_path / "out", *chosen, "--bpp", repr(target))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "hpcm: 1 of 2 files failed (" in err and " bpp is out of range for this image; " in err
+    assert err.endswith("); correct the causes and repeat the command for them, the others are written\n")
     assert levels(tmp_path / "out") == [0]
 
 
