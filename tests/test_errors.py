@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Error(NamedTuple):
     place: str
 
 
+@cache
 def errors(project: Path = PROJECT) -> list[Error]:
     """All errors that the package raises, in the order of the files; not those that pass on the code of another."""
     files = sorted((project / "hpcm_scale").rglob("*.py"))

@@ -15,6 +15,7 @@ FORBIDDEN = {
     "webdataset.WebDataset", "wds.WebDataset", "wds.tarfile_to_samples",
 }  # fmt: skip
 EXTRACTING = {"extract", "extractall", "extractfile"}
+OPTIONS = {"weights_only", "allow_pickle", "shell"}
 SHELL = "hpcm_scale/data/storage.py"
 
 
@@ -27,7 +28,7 @@ def complaints(tree: ast.AST, shell_allowed: bool) -> Iterator[str]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        options = {each.arg: ast.unparse(each.value) for each in node.keywords if each.arg in OPTIONS}
         if called in FORBIDDEN or called.rpartition(".")[2] in EXTRACTING:
             yield f"calls {called}"
         if called == "torch.load" and options.get("weights_only") != "True":

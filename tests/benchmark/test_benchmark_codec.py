@@ -40,6 +40,7 @@ def test_only_the_baseline_is_plain_throughout(model, variant):
     assert any(met) == (variant == FAST)
 
 
+@pytest.mark.launch
 def test_both_ways_are_timed_in_both_directions(model):
     (speed,) = measure_codec(model, [("made", lambda: synthetic_image(256, 300))], 2, CPU)
     assert {direction: set(variants) for direction, variants in speed.seconds.items()} == {

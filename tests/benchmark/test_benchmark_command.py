@@ -107,6 +107,7 @@ def test_codec_codes_images_of_a_folder(tmp_path, capsys, monkeypatch):
     assert f"{8 * image['bytes'] / (130 * 70):.3f} bits per pixel" in printed
 
 
+@pytest.mark.launch
 def test_entropy_measures_range_coder_and_likelihood(tmp_path, capsys, monkeypatch):
     arguments = ("--symbols", "20000", "--elements", "1000", "--rounds", "2", "--device", "cpu")
     found = bench(monkeypatch, tmp_path, "entropy", *arguments)

@@ -36,6 +36,7 @@ def test_synthetic_images_have_as_many_bits_as_natural_ones(shards):
     assert 1.5 < 8 * index.length.sum() / index.pixels < 2.5
 
 
+@pytest.mark.launch
 def test_rounds_rates_and_the_page(config):
     speed = measure_data(config, batch=2, batches=3, rounds=2)
     assert (speed.images, speed.crops, speed.workers) == (4, 6, 1)

@@ -37,6 +37,7 @@ def test_candidates_are_every_precision_and_the_rest_with_the_last():
     assert REFERENCE.name == "fp32, plain NCHW"
 
 
+@pytest.mark.launch
 def test_every_way_gives_the_loss_of_the_baseline_again_and_again(steps):
     baseline = steps.of(REFERENCE)
     expected = baseline()

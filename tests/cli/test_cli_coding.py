@@ -370,13 +370,14 @@ def test_weights_must_be_named(command, run, tmp_path):
 
 
 @pytest.mark.launch
-def test_in_a_pipe_there_is_one_line(weights, folder, tmp_path):
-    """As typed, with another program reading: no bar, no warning."""
-    script, coded = Path(sys.executable).with_name("hpcm"), tmp_path / "coded"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for arguments in (("encode", folder, coded), ("decode", coded, tmp_path / "back")):
-        command = [script, *arguments, "--weights", weights[0], "--device", "cpu"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout.count("\n") == 1 and result.stdout.startswith("3 ")
+def test_in_a_pipe_there_is_one_line(weights, folder, fork_server, tmp_path):
+    """As typed, with another program reading: no bar, no warning; also not of what is imported."""
+    coded, options = tmp_path / "coded", ("--weights", str(weights[0]), "--device", "cpu")
+    command = [Path(sys.executable).with_name("hpcm"), "encode", folder, coded, *options]
+    encoded = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    words = ["decode", str(coded), str(tmp_path / "back"), *options]
+    decoding = fork_server.start("hpcm_scale.cli", words, cwd=tmp_path, env=os.environ)
+    written = [(encoded.returncode, encoded.stdout, encoded.stderr), (decoding.wait(400), *decoding.communicate())]
+    for code, out, err in written:
+        assert (code, err) == (0, "") and out.count("\n") == 1 and out.startswith("3 ")
     assert below(tmp_path / "back") == ["a.png", "b.v2.png", "more/a.png"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small_training import SHALLOW
 
 from hpcm_scale import __version__
 from hpcm_scale.cli import COMMANDS
@@ -48,6 +49,7 @@ def answers(fork_server, tmp_path_factory) -> dict[tuple[str, ...], subprocess.C
     return {arguments: answer(arguments) for arguments in TYPED}
 
 
+@pytest.mark.launch
 def test_without_arguments_it_lists_the_commands(answers):
     for arguments in ((), ("--help",)):
         assert answers[arguments].returncode == 0
@@ -55,11 +57,13 @@ def test_without_arguments_it_lists_the_commands(answers):
             assert re.search(rf"^  {command} +{re.escape(purpose)}$", answers[arguments].stdout, re.MULTILINE)
 
 
+@pytest.mark.launch
 def test_the_console_script():
     script = Path(sys.executable).with_name("hpcm")
     assert subprocess.check_output([script, "--version"], text=True, timeout=400) == f"{__version__}\n"
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, answers):
     result = answers[command, "--help"]
@@ -68,6 +72,7 @@ def test_help(command, answers):
     assert command in result.stdout and len(result.stdout.splitlines()) > 3
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,6 +90,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, answers):
     assert result.stdout == ""
 
 
+@pytest.mark.launch
 def test_what_argparse_refuses_is_no_traceback(answers):
     result = answers["models", "nonsense"]
     assert result.returncode == 2 and "nonsense" in result.stderr and "Traceback" not in result.stderr
@@ -114,6 +120,7 @@ def photos(tmp_path) -> Path:
 FILES = ["evaluation.json", "evaluation.md", "images.csv", "rate_distortion.png"]
 
 
+@pytest.mark.launch
 def test_evaluate(run, weights, photos, tmp_path):
     """Real files by default."""
     out_folder = tmp_path / "out"
@@ -150,6 +157,7 @@ def test_evaluate_estimates_as_training_does(run, weights, photos, tmp_path):
     assert sorted(path.name for path in out_folder.iterdir()) == FILES
 
 
+@pytest.mark.launch
 def test_evaluate_several_weights_against_another_codec(run, weights, photos, tmp_path):
     model, _ = load_weights(weights)
     save_weights(tmp_path / "low.safetensors", model.state_dict(), model.config, FACTS | {"lmbda": 0.005})
@@ -175,6 +183,7 @@ def test_evaluate_limits_and_writes_nothing_unasked(run, weights, photos, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "run"]
 
 
+@pytest.mark.launch
 def test_evaluate_fits_80_columns(run, weights, photos):
     for arguments in ((), ("--estimate",), ("--against", "jpeg")):
         code, out, err = run("evaluate", "--weights", weights, "--images", photos, "--limit", 1, *arguments, columns=80)
@@ -227,6 +236,7 @@ def test_evaluate_refuses_in_one_line(case, run, weights, photos, tmp_path):
     assert out == "" and not (tmp_path / "out").exists()
 
 
+@pytest.mark.launch
 def test_estimate_of_the_largest_model_on_eight_gpus(run):
     code, out, err = run("estimate", "model=1b", "engine=zero3", "engine.world_size=8")
     assert code == 0, err
@@ -244,8 +254,9 @@ def test_estimate_of_the_largest_model_on_eight_gpus(run):
     assert "each GPU sends 3.50 GB of gradients" in out and "at 450 GB/s" in out and "scaling efficiency" in out
 
 
+@pytest.mark.launch
 def test_estimate_over_machines_with_a_price_and_at_another_rate(run):
-    keys = ("model=nano", "engine=zero3_offload", "engine.precision=bf16", "engine.world_size=16", "train.steps=100000")
+    keys = (*SHALLOW, "engine=zero3_offload", "engine.precision=bf16", "engine.world_size=16", "train.steps=100000")
     options = ("--bandwidth-network", 0.01, "--price", 2, "--gpu", "A100", "--mfu", "0.5")
     code, out, err = run("estimate", *keys, *options)
     assert code == 0, err
@@ -258,15 +269,16 @@ def test_estimate_over_machines_with_a_price_and_at_another_rate(run):
 
 
 def test_estimate_asks_for_links_that_no_data_sheet_tells(run):
-    arguments = ("model=nano", "engine=zero2", "engine.world_size=2", "--gpu", "L40S")
+    arguments = (*SHALLOW, "engine=zero2", "engine.world_size=2", "--gpu", "L40S")
     code, out, err = run("estimate", *arguments)
     assert code == 0, err
     assert "for the communication time, give --bandwidth-node" in out and "efficiency" not in out
 
 
+@pytest.mark.launch
 def test_estimate_reports_the_time_of_the_host(run):
     """A step takes no less than that, but for a compiled one, of which it is not known."""
-    arguments = ("model=nano", "train.steps=3600000", "train.batch_size=4", "engine.precision=bf16")
+    arguments = (*SHALLOW, "train.steps=3600000", "train.batch_size=4", "engine.precision=bf16")
     code, out, err = run("estimate", *arguments, "--launch-us", "10")
     assert code == 0, err
     [(operations, milliseconds)] = re.findall(

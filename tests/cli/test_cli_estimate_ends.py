@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+from small_training import SHALLOW
 
 WIDEST = [
+    *SHALLOW,
+    "model.g_a_blocks=[1,0,0,0]",
+    "model.prior_s3.before=1",
     "model.channels=[16384,16384,16384]",
     "model.latent_channels=16384",
     "model.hyper_latent_channels=16384",
@@ -17,6 +21,7 @@ WIDEST = [
     "train.steps=1000000000000",
 ]
 NARROWEST = [
+    *SHALLOW,
     "model.channels=[1,1,1]",
     "model.latent_channels=8",
     "model.hyper_latent_channels=1",
@@ -24,13 +29,12 @@ NARROWEST = [
     "model.partial_ratio=1",
     "model.attention_heads=1",
     "model.expansion=1",
-    "model.g_a_blocks=[0,0,0,0]",
-    "model.fusion=none",
     "data.crop=128",
     "train.batch_size=1",
     "train.steps=1",
 ]
 MANY = [
+    *SHALLOW,
     "engine.world_size=1000000",
     "train.batch_size=1000000",
     "train.steps=1000000000000",
@@ -38,6 +42,7 @@ MANY = [
 ]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -49,9 +54,15 @@ MANY = [
             ["schedule.crops=[16384]", "schedule.crop_boundaries=[0.5]", "train.batch_size=4096"],
             marks=pytest.mark.long,
         ),
-        ["model.rate.levels=256", "model.rate.lowest=1e-9", "model.rate.highest=1000000", "train.steps=1000000000000"],
+        [
+            *SHALLOW,
+            "model.rate.levels=256",
+            "model.rate.lowest=1e-9",
+            "model.rate.highest=1e6",
+            "train.steps=1000000000000",
+        ],
     ],
-    ids=lambda arguments: " ".join(arguments)[:60],
+    ids=["widest", "narrowest", "many processes", "deepest", "largest crops", "most rates"],
 )
 def test_an_estimate_at_the_ends(run, arguments):
     code, out, err = run("estimate", "model=nano", *arguments)

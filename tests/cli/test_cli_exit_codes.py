@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,7 @@ from hpcm_scale.errors import STOPPED, Fault, UserError
 
 pytestmark = pytest.mark.launch
 
-COMMAND = (sys.executable, "-m", "hpcm_scale.cli")
-
-
-def code_of(*arguments: str | Path) -> int:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, timeout=300).returncode
+COMMAND = "hpcm_scale.cli"
 
 
 def test_the_table_has_every_code_once(exit_codes):
@@ -29,7 +23,10 @@ def test_the_table_has_every_code_once(exit_codes):
     assert sorted(exit_codes) == sorted([*map(str, ours), *map(str, signals), "256 − signal"])
 
 
-def test_what_goes_well_fails_or_is_refused(shards, tmp_path, exit_codes):
+def test_what_goes_well_fails_or_is_refused(shards, fork_server, tmp_path, exit_codes):
+    def code_of(*arguments: str | Path) -> int:
+        return fork_server.start(COMMAND, list(map(str, arguments)), cwd=tmp_path, env=os.environ).wait(300)
+
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for file in shards.iterdir():
@@ -40,17 +37,17 @@ def test_what_goes_well_fails_or_is_refused(shards, tmp_path, exit_codes):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_ends_a_command(number, tmp_path, exit_codes):
+def test_a_signal_ends_a_command(number, fork_server, tmp_path, exit_codes):
     """As a shell shows it: `hpcm sweep status --watch`, in a terminal, of a run that does not end."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(compose(["model=nano"])), encoding="utf-8")
-    words = [*COMMAND, "sweep", "status", "--watch", str(tmp_path)]
     ours, terminal = pty.openpty()
-    with subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+    with os.fdopen(terminal, "wb") as output:
+        words = ["sweep", "status", "--watch", str(tmp_path)]
+        process = fork_server.start(COMMAND, words, cwd=tmp_path, env=os.environ, output=output)
         os.read(ours, 1)
         process.send_signal(number)
         code = process.wait(300)
-    os.close(terminal)
     os.close(ours)
     shown = 128 - code if code < 0 else code
     assert shown == 128 + number and "all" in exit_codes[str(shown)]

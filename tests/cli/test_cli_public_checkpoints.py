@@ -27,6 +27,7 @@ def published(preset: str) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.launch
 def test_a_published_file(run, tmp_path):
     source, weights, exported = (tmp_path / name for name in ("phi.pth.tar", "w.safetensors", "again.pth.tar"))
     public = published("64m_phi")

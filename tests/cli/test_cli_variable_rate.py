@@ -59,6 +59,7 @@ def test_a_quality_is_in_the_file_and_in_the_line(run, weights, photos, tmp_path
     assert run("decode", coded, back, *chosen) == (0, f"{coded}: decoded to {back}\n", "")
 
 
+@pytest.mark.launch
 def test_every_image_of_a_folder_is_searched_for(shared, run, weights, photos, tmp_path):
     chosen = ("--weights", weights["variable"], "--device", "cpu")
     by_rate = tmp_path / "rate"

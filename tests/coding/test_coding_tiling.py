@@ -84,6 +84,7 @@ def error(found: Tensor, whole: Tensor) -> float:
 PLACES = [(24, 40, 256), (16, 16, 128), (31, 21, 256), (11, 48, 256), (48, 11, 256), (16, 16, 256), (40, 24, 16)]
 
 
+@pytest.mark.launch
 def test_tiles_equal_the_whole(name):
     g_a, g_s = transforms(name)
     for rows, columns, tile in PLACES if name == "nano" else PLACES[:1]:
@@ -93,6 +94,7 @@ def test_tiles_equal_the_whole(name):
             assert error(synthesised(g_s, y_hat, tile), g_s(y_hat)) < 1e-5, (rows, columns, tile)
 
 
+@pytest.mark.launch
 def test_a_margin_too_narrow_by_one_is_seen(name, monkeypatch):
     """In float64, where what comes from farthest, the smallest part, stands out from rounding."""
     g_a, g_s = (network.double() for network in transforms(name))
@@ -138,6 +140,7 @@ def test_tiles_are_large_and_bounded(model, least):
     assert 4 * side**2 / 4 * config.expansion * config.channels[0] <= 2**30
 
 
+@pytest.mark.launch
 def test_a_large_image_has_no_seams(model, photo, monkeypatch):
     """A photo in many tiles or in one: the same symbols and pixels, but for ties in rounding."""
     large = torch.cat([photo, photo.flip(1)], dim=1)[:, :1001, :743]

@@ -185,18 +185,31 @@ def test_two_builds_do_not_meet(photo_folder, tmp_path):
     assert len(build([photo_folder], tmp_path).index) == 23
 
 
-@pytest.mark.launch
-@pytest.mark.parametrize(("workers", "blow"), [(1, signal.SIGINT), (2, signal.SIGKILL)])
-def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, workers, blow):
-    photos = tmp_path / "photos"
-    photos.mkdir()
+@pytest.fixture(scope="module")
+def large_photos(tmp_path_factory) -> Path:
+    """Photos that take long enough to interrupt a build of them."""
+    photos = tmp_path_factory.mktemp("large")
     image = drawn_image(0, 900, 1200)
     for number in range(71):
         Image.fromarray(np.roll(image, 16 * number, axis=1)).save(photos / f"{number:02}.jpg", quality=95)
-    options = ["--shard-size", "2", "--workers", str(workers)]
-    command = [sys.executable, "-m", "hpcm_scale.commands.shards", "build", str(photos), *options]
+    return photos
+
+
+@pytest.fixture(scope="module")
+def large_set(large_photos, tmp_path_factory) -> dict[str, str]:
+    """What an uninterrupted build of them holds."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    built = build([large_photos], out, shard_size=2_000_000)
+    assert len(built.index) == 71 and len(built.index.shards) > 9
+    return contents(out)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("workers", "blow"), [(1, signal.SIGINT), (2, signal.SIGKILL)])
+def test_an_interrupted_build_goes_on_to_the_same_bytes(fork_server, large_photos, large_set, tmp_path, workers, blow):
     out = tmp_path / "broken"
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    command = ["shards", "build", str(large_photos), "--shard-size", "2", "--workers", str(workers), "--out", str(out)]
+    process = fork_server.start("hpcm_scale.cli", command, cwd=tmp_path, env=os.environ)
     try:
         while not (out / "unfinished" / "record-000001.json").exists():
             assert process.poll() is None
@@ -214,12 +227,11 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, workers, blow)
     assert not psutil.wait_procs(workers_alive, timeout=60)[1]
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "unfinished").glob("shard-*.tar")}
     assert 2 <= len(kept) < 10
-    subprocess.run([*command, "--out", str(out)], check=True)
+    again = fork_server.start("hpcm_scale.cli", command, cwd=tmp_path, env=os.environ)
+    assert again.wait(300) == 0, again.communicate()
     assert all((out / name).stat().st_mtime_ns == time_before for name, time_before in kept.items())
     assert not (out / "unfinished").exists()
-    built = build([photos], tmp_path / "whole", shard_size=2_000_000)
-    assert contents(out) == contents(tmp_path / "whole")
-    assert len(built.index) == 71 and len(built.index.shards) > 9
+    assert contents(out) == large_set
 
 
 def test_a_build_killed_while_it_moves_shards_up_goes_on(photo_folder, small_set, tmp_path):

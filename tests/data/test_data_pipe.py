@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -135,13 +134,12 @@ next(open_stream(config, seed=3, first_image=0, last_image=None, batch_size=4, m
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
-def test_commands_end_with_the_program(small_set, tmp_path, blow):
+def test_commands_end_with_the_program(small_set, fork_server, tmp_path, blow):
     """Both workers wait for a command that says nothing."""
     pids = tmp_path / "pids"
     command = f"pipe:case {{}} in index.json) cat {small_set}/{{}};; *) echo $$ >> {pids}; sleep 78;; esac"
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, command, str(tmp_path / "cache")], stderr=subprocess.DEVNULL
-    )
+    (tmp_path / "program.py").write_text(PROGRAM)
+    program = fork_server.start("program", [command, str(tmp_path / "cache")], cwd=tmp_path, env=os.environ)
     try:
         until = time.monotonic() + 300
         while not pids.exists() or len(pids.read_text().split()) < 2:

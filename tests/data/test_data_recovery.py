@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -89,23 +87,15 @@ print(len(found.corrupt), *found.keys.values())
 """
 
 
-def test_a_cache_without_room_falls_back_to_the_url(small_set, expected, tmp_path):
+def test_a_cache_without_room_falls_back_to_the_url(small_set, expected, fork_server, tmp_path):
     """The largest file that the system lets the process write is smaller than a shard."""
     cache = tmp_path / "cache"
     with RangeServer(small_set) as server:
-        command = [
-            sys.executable,
-            "-c",
-            READ,
-            str(Path(__file__).parent),
-            server.url,
-            str(cache),
-            "20000",
-            "1",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.stdout.split() == ["0", *expected.keys.values()], done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("hpcm: ")]
+        (tmp_path / "program.py").write_text(READ)
+        words = [str(Path(__file__).parent), server.url, str(cache), "20000", "1"]
+        out, err = fork_server.start("program", words, cwd=tmp_path, env=os.environ).communicate(timeout=400)
+    assert out.split() == ["0", *expected.keys.values()], err
+    said = [line for line in err.splitlines() if line.startswith("hpcm: ")]
     assert said == [
         f"hpcm: cannot write to data.cache={cache} (File too large); shards that are not cached are read remotely"
     ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -123,11 +122,12 @@ print(len([storage.read(shard.name, 0, 10) for shard in index.shards]))
 """
 
 
-def test_several_processes_share_one_cache(server, tmp_path):
+def test_several_processes_share_one_cache(server, fork_server, tmp_path):
     index = load_index(str(server.folder))
     server.delay = {shard.name: 0.3 for shard in index.shards}
-    command = [sys.executable, "-c", FETCH, server.url, str(tmp_path / "cache")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    (tmp_path / "fetch.py").write_text(FETCH)
+    words = [server.url, str(tmp_path / "cache")]
+    processes = [fork_server.start("fetch", words, cwd=tmp_path, env=os.environ) for _ in range(4)]
     counts = [process.communicate(timeout=400)[0] for process in processes]
     assert counts == [f"{len(index.shards)}\n"] * 4
     assert all(server.whole[shard.name] == 1 for shard in index.shards)

@@ -6,9 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -16,6 +15,7 @@ import pytest
 import torch
 import webdataset as wds
 from data_refusals import refused
+from fork_server import Forked
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -119,7 +119,8 @@ def test_workers_ignore_signals_and_end_at_once_when_closed(small_set):
 
 
 PROGRAM = """
-import multiprocessing, sys
+import multiprocessing, sys, time
+from pathlib import Path
 from hpcm_scale.config.schema import DataConfig
 from hpcm_scale.data.stream import open_stream
 
@@ -128,23 +129,25 @@ if __name__ == "__main__":
     config = DataConfig(shards=sys.argv[1], crop=64, workers=int(sys.argv[3]))
     stream = open_stream(config, seed=0, first_image=0, last_image=None,
                          batch_size=4, micro_batch_size=4, rank=0, world_size=1)
-    print(next(stream).keys, flush=True)
-    sys.stdin.readline()
+    next(stream)
+    Path("ready").touch()
+    while not Path("leave").exists():
+        time.sleep(0.01)
 """
 
 
 @pytest.fixture
-def program(small_set, tmp_path):
-    """A program with workers that waits for a line and then leaves without closing its stream."""
+def program(small_set, fork_server, tmp_path):
+    """A program with workers that waits for the file `leave` and then leaves without closing its stream."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     started = []
 
-    def start(method: str, workers: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
-        command = [sys.executable, str(tmp_path / "program.py"), str(small_set), method, str(workers)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    def start(method: str, workers: int) -> tuple[Forked, list[psutil.Process]]:
+        process = fork_server.start("program", [str(small_set), method, str(workers)], cwd=tmp_path, env=os.environ)
         started.append(process)
-        assert "piece_" in process.stdout.readline()
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
         return process, psutil.Process(process.pid).children(recursive=True)
 
     yield start
@@ -162,10 +165,10 @@ def test_workers_end_when_their_parent_is_killed(program):
 
 
 @pytest.mark.launch
-def test_a_program_leaves_promptly_without_closing(program):
+def test_a_program_leaves_promptly_without_closing(program, tmp_path):
     process, workers = program("forkserver", workers=1)  # each of a fork server imports all
-    process.communicate("\n", timeout=300)
-    assert process.returncode == 0
+    (tmp_path / "leave").touch()
+    assert process.wait(300) == 0
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
 

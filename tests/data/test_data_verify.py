@@ -43,7 +43,7 @@ def scratch(small_set, tmp_path_factory) -> Path:
     return Path(shutil.copytree(small_set, tmp_path_factory.mktemp("scratch") / "set"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), bits=st.integers(1, 255))
 def test_any_flipped_byte_of_an_image_names_shard_and_sample(scratch, data, bits):
     index = load_index(str(scratch))
@@ -57,7 +57,7 @@ def test_any_flipped_byte_of_an_image_names_shard_and_sample(scratch, data, bits
         flip(scratch / shard, position, bits)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), bits=st.integers(1, 255))
 def test_any_flipped_byte_anywhere_names_the_shard(scratch, data, bits):
     shard = data.draw(st.sampled_from(load_index(str(scratch)).shards))
@@ -116,6 +116,7 @@ def test_an_index_that_does_not_fit_its_tars(copy):
     assert "pixels instead of" in second
 
 
+@pytest.mark.launch
 def test_the_command_on_more_images_than_one_job_verifies(tmp_path, shards_command):
     photos = write_images(tmp_path / "photos", {f"{number:02}.jpg": (256, 320) for number in range(40)})
     out = tmp_path / "shards"

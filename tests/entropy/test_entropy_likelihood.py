@@ -83,6 +83,7 @@ def test_accuracy_does_not_end_at_the_widest_table(scale):
     np.testing.assert_allclose(by_residual, -1.5 * np.sqrt(t) * density / scale, rtol=TOLERANCE)
 
 
+@pytest.mark.launch
 def test_gradcheck_in_float64():
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(200, generator=generator, dtype=torch.float64) * 3 + 0.2

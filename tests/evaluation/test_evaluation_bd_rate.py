@@ -229,6 +229,7 @@ def row(out: str, name: str) -> list[str]:
     return next(line for line in out.splitlines() if line.startswith(name)).removeprefix(name).split()
 
 
+@pytest.mark.launch
 def test_command_on_real_jpegs(shared, hpcm, jpeg):
     """JPEG takes about three times the bits of VTM; what it says is what `bjontegaard` says of the same points."""
     code, out, _ = hpcm(jpeg, "--anchor", "kodak/vtm-18")
@@ -249,6 +250,7 @@ def test_command_on_real_jpegs(shared, hpcm, jpeg):
     assert max(map(len, out.splitlines()[:-1])) <= 80  # the last names the source, which may be long
 
 
+@pytest.mark.launch
 def test_command_against_a_curve_of_the_same_evaluation(hpcm, jpeg):
     code, out, _ = hpcm(jpeg / "evaluation.json", "--anchor", jpeg, "--anchor-curve", "jpeg", "--curve", "hpcm nano")
     assert code == 0 and row(out, "hpcm nano")[-1] == "-50.00%"
@@ -258,6 +260,7 @@ def test_command_against_a_curve_of_the_same_evaluation(hpcm, jpeg):
     assert code == 2 and "choose one with --anchor-curve: jpeg, hpcm nano, hpcm lone" in error
 
 
+@pytest.mark.launch
 def test_command_reports_when_the_images_were_not_checked(hpcm, jpeg, tmp_path):
     text = (jpeg / "evaluation.json").read_text()
     (tmp_path / "evaluation.json").write_text(text.replace('"set": "kodak"', '"set": null'))
@@ -290,6 +293,7 @@ def test_command_lists_what_is_shipped(hpcm):
         assert name in out and entry.source in out
 
 
+@pytest.mark.launch
 def test_command_as_a_module(project):
     command = [sys.executable, "-m", "hpcm_scale.commands.bd_rate", "kodak/hpcm-large", "--anchor", "kodak/vtm-18"]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
@@ -297,6 +301,7 @@ def test_command_as_a_module(project):
     assert row(result.stdout, "kodak/hpcm-large")[-1] == "-19.39%"
 
 
+@pytest.mark.launch
 def test_command_takes_points_of_others_as_curve_and_as_anchor(hpcm, jpeg, tmp_path):
     anchor = shipped()["kodak/vtm-18"]
     results = {"bpp": [rate / 2 for rate in anchor.bpp], "psnr-rgb": [*anchor.psnr]}
@@ -310,6 +315,7 @@ def test_command_takes_points_of_others_as_curve_and_as_anchor(hpcm, jpeg, tmp_p
     assert code == 0 and "Unknown image set: other" in out
 
 
+@pytest.mark.launch
 def test_curves_are_called_as_files_or_as_tables_call_them(hpcm, jpeg, tmp_path):
     text = (jpeg / "evaluation.json").read_text().replace("4:4:4", "4:2:0")
     (tmp_path / "evaluation.json").write_text(text)

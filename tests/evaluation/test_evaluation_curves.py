@@ -12,6 +12,7 @@ from PIL import Image
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.compose import compose_model
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.baselines import open_baseline
 from hpcm_scale.evaluation.curves import baseline_curve, model_curve, read_weights
@@ -31,6 +32,12 @@ def weights(save_untrained) -> str:
     return save_untrained("plain")
 
 
+@pytest.fixture(scope="module")
+def one_image(small_images) -> ImageSet:
+    return ImageSet(small_images.folder, limit=1)
+
+
+@pytest.mark.launch
 def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images):
     encoder = load_encoder(weights)
     seen = []
@@ -72,6 +79,7 @@ def test_an_estimate_without_a_lambda_has_no_loss(weights, small_images):
     assert all(image.loss is None and image.mse > 0 for image in measured)
 
 
+@pytest.mark.launch
 def test_files_are_near_their_estimates(weights, small_images):
     files, estimates = (
         model_curve(read_weights([weights])[0], small_images, device=CPU, estimate=estimate).points[0].images
@@ -105,7 +113,7 @@ def test_a_curve_of_another_codec(small_images):
     assert all(point.weights is None and point.kmac_per_pixel is None for point in curve.points)
 
 
-def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, small_images):
+def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, one_image):
     """Untrained, so the rate does not follow λ: the order is the measured one."""
     paths = [save_untrained(f"many{seed}", lmbda=seed / 100, seed=seed) for seed in (1, 2, 3)]
     other = save_untrained("other", preset="micro")
@@ -113,7 +121,7 @@ def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, small_i
     assert [weights.path for weights in first] == paths and [weights.path for weights in second] == [other]
     asked = []
     curve = model_curve(
-        first, small_images, device=CPU, estimate=True, watch=lambda name: asked.append(name) or (lambda *_: None)
+        first, one_image, device=CPU, estimate=True, watch=lambda name: asked.append(name) or (lambda *_: None)
     )
     assert asked == ["hpcm nano λ = 0.01", "hpcm nano λ = 0.02", "hpcm nano λ = 0.03"]  # in the order named
     assert (curve.name, curve.rate) == ("hpcm nano", "estimated")
@@ -130,6 +138,7 @@ def test_weights_without_a_lambda_are_named_by_their_file(save_untrained):
     assert [setting.label for setting in weights.settings] == ["imported"]
 
 
+@pytest.mark.launch
 def test_weights_trained_for_ms_ssim_are_a_curve_of_their_own(save_untrained, weights, small_images, tmp_path):
     model, facts = load_weights(save_untrained("trained_for_ms_ssim", lmbda=8.73))
     path = str(tmp_path / "ms_ssim.safetensors")
@@ -149,7 +158,7 @@ def test_curves_that_mean_nothing_are_refused(save_untrained, weights):
     changed = save_untrained("changed", lmbda=0.05, adaptor_blocks=(1, 1, 1))
     again = save_untrained("again", seed=1)
     for paths, code, reason in (
-        ((weights, weights), "duplicate-weights", ""),
+        ((weights, weights), "duplicate-weights", r"--weights lists .* twice"),
         ((weights, again), "weights-of-two-curves", "hpcm nano, but both have λ = 0.013"),
         ((weights, changed), "weights-of-two-curves", "hpcm nano, but have different architectures"),
     ):
@@ -158,9 +167,9 @@ def test_curves_that_mean_nothing_are_refused(save_untrained, weights):
         assert error.value.code == code
 
 
-def test_costs_are_those_of_the_table_of_sizes(save_untrained, small_images):
+def test_costs_are_those_of_the_table_of_sizes(save_untrained, one_image):
     (group,) = read_weights([save_untrained("costs_micro", preset="micro")])
-    (point,) = model_curve(group, small_images, device=CPU, estimate=True).points
+    (point,) = model_curve(group, one_image, device=CPU, estimate=True).points
     assert point.kmac_per_pixel == size_row(compose_model("micro")).kmac_per_pixel
 
 

@@ -88,6 +88,7 @@ def test_a_broken_image_is_refused(kodak):
         check_set("kodak", ImageSet(kodak))
 
 
+@pytest.mark.launch
 def test_clic_is_known_by_its_numbers_of_pixels(tmp_path):
     """They sum up to what the challenge's limits for the set say; one image of another size is found."""
     sizes = SETS["clic-pro-valid"].sizes
@@ -104,6 +105,7 @@ def test_clic_is_known_by_its_numbers_of_pixels(tmp_path):
     assert "2 of its images have 196,608 pixels, not 1" in sentence
 
 
+@pytest.mark.launch
 def test_tecnick_is_a_hundred_squares(tmp_path):
     plain(tmp_path / "000.png", 1200, 1200, compress_level=1)
     for number in range(1, 100):

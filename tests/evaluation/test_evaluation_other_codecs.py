@@ -46,6 +46,7 @@ def crop(photo) -> torch.Tensor:
     return photo[:, 20:148, 50:210]  # a hat of red mesh before a curtain
 
 
+@pytest.mark.launch
 def test_more_bits_and_more_quality_at_every_setting(codec, crop):
     coded = [codec.code(crop, setting) for setting in codec.settings]
     sizes = [one.size_bytes for one in coded]
@@ -94,7 +95,11 @@ def test_red_stays_red(codec):
         assert (decoded.int() - pixels.int()).abs().max() <= allowed, colour
 
 
-@pytest.mark.parametrize(("name", "setting", "bpp", "psnr"), [("avif", 50, 0.524, 35.10), ("vvc", 37, 0.204, 32.58)])
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("name", "setting", "bpp", "psnr"),
+    [("avif", 50, 0.524, 35.10), pytest.param("vvc", 37, 0.204, 32.58, marks=pytest.mark.long)],
+)
 def test_known_points_of_kodim04(shared, photo, name, setting, bpp, psnr):
     """Measured elsewhere, with settings not all known: ours must be as good."""
     if name in LIBRARIES:
@@ -121,6 +126,7 @@ def test_an_unknown_name():
     assert (error.value.code, error.value.key) == ("unknown-baseline", "--against")
 
 
+@pytest.mark.launch
 def test_missing_libraries_are_named_with_their_mend():
     """In a process of its own, in which none can be imported; the codecs of Pillow work there."""
     program = (

@@ -120,6 +120,7 @@ def test_points_that_are_given_are_drawn_dashed_beside_ours(draw):
     assert len({line.get_color() for line in psnr.lines}) == 3
 
 
+@pytest.mark.launch
 def test_names_are_drawn_as_they_are_spelled(draw):
     figure = draw(*(curve(name, (0.1, 27, 9), (0.9, 36, 17)) for name in ODD_NAMES), name="plot.svg")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [label(name) for name in ODD_NAMES]

@@ -221,6 +221,7 @@ def test_evaluate_draws_and_lists_points_beside_ours(hpcm_evaluate, small_images
     assert [curve.name for curve in find_curves(str(tmp_path / "out"))] == ["hpcm nano"]  # ours alone
 
 
+@pytest.mark.launch
 def test_metrics_that_are_not_asked_for_are_not_measured(hpcm_evaluate, small_images, tmp_path):
     large = tmp_path / "large"
     large.mkdir()

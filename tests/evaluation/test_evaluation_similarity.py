@@ -10,7 +10,7 @@ from hpcm_scale.evaluation.measures import similarity
 
 
 def test_images_that_differ_by_little_and_by_everything(image_folder):
-    x = ImageSet(image_folder, limit=1).load(0)
+    x = ImageSet(image_folder, limit=1).load(0)[:, :256, :384]
     y = x.clone()
     y[0, 100, 100] ^= 1
     assert 0 < 1 - similarity(x, y) < 1e-8  # float32 has no such number
@@ -21,8 +21,8 @@ def test_images_that_differ_by_little_and_by_everything(image_folder):
     assert similarity(flat, flat + 100) == pytest.approx(luminance**0.1333, rel=2e-5)  # float32 window
 
 
-@pytest.mark.parametrize("cut", [0, 1, 330])
+@pytest.mark.parametrize("cut", [0, 1, 39])
 def test_any_size_from_161_pixels(shared, cut):
-    x = ImageSet(shared / "data" / "kodak", limit=1).load(0)[:, cut:, cut:]
+    x = ImageSet(shared / "data" / "kodak", limit=1).load(0)[:, cut:200, cut:220]
     scores = [similarity(x, x // step * step) for step in (1, 4, 32, 128)]
     assert scores[0] == pytest.approx(1) and scores == sorted(scores, reverse=True) and scores[-1] < 0.9

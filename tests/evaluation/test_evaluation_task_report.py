@@ -76,6 +76,7 @@ def evaluated(photos, trained, save_untrained, tmp_path_factory) -> tuple[Path, 
     return out, capture.get()
 
 
+@pytest.mark.launch
 def test_everything_is_measured_in_one_pass_and_written(evaluated):
     out, _ = evaluated
     assert sorted(path.name for path in out.iterdir()) == sorted([*command.OUTPUTS, *command.TASK_OUTPUTS])
@@ -96,6 +97,7 @@ def test_everything_is_measured_in_one_pass_and_written(evaluated):
     assert jpeg[-1] > jpeg[0] and jpeg[-1] > 0.9
 
 
+@pytest.mark.launch
 def test_what_was_trained_on_a_receiver_is_marked(evaluated):
     out, terminal = evaluated
     measures = json.loads((out / "task.json").read_text())["sections"][0]["measures"]
@@ -110,6 +112,7 @@ def test_what_was_trained_on_a_receiver_is_marked(evaluated):
         assert "No codec in this table was trained on this receiver." in shown
 
 
+@pytest.mark.launch
 def test_costs_stand_beside_every_number(evaluated):
     text = (evaluated[0] / "task.md").read_text()
     ours = [line for line in text.splitlines() if line.startswith(("| machine", "| mse"))]
@@ -120,6 +123,7 @@ def test_costs_stand_beside_every_number(evaluated):
     assert text.count("machine has 1 point, but a BD-rate needs 3") == 2  # once for each receiver
 
 
+@pytest.mark.launch
 def test_the_terminal_of_80_columns_is_enough(evaluated):
     _, terminal = evaluated
     assert max(map(len, terminal.splitlines())) <= 80 and "…" not in terminal

@@ -28,6 +28,7 @@ from hpcm_scale.machine.text import (
 CPU = torch.device("cpu")
 
 
+@pytest.mark.launch
 def test_rendered_images_are_the_same_every_time_and_differ_from_each_other():
     one, two = RenderedText(1), RenderedText(2)
     assert torch.equal(one.load(0), two.load(0)) and one.lines(0) == two.lines(0)
@@ -83,6 +84,7 @@ def reading(page) -> Reading:
     return Reading(receiver("pp-ocrv4"), page, CPU)
 
 
+@pytest.mark.launch
 def test_a_scanned_page_is_read_and_compression_hurts(page, reading):
     """So the lines are cut where they are, and the truth is what is printed there."""
     truth = sum(len(normalised(line.text)) for line in page.lines(0))

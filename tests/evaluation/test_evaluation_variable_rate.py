@@ -33,6 +33,7 @@ def weights(save_untrained) -> str:
     return save_untrained("variable", rate=RATE)
 
 
+@pytest.mark.launch
 def test_one_file_makes_a_curve(weights, images):
     """Real files: a point for every level that was learned, at the λ of that level."""
     curve = model_curve(read_weights([weights])[0], images, device=CPU, estimate=False)
@@ -51,6 +52,7 @@ def test_one_file_makes_a_curve(weights, images):
         assert point.weights == weights and point.kmac_per_pixel == curve.points[0].kmac_per_pixel
 
 
+@pytest.mark.launch
 def test_estimates_are_near_the_files_of_the_same_quality(weights, images):
     files, estimates = (
         model_curve(read_weights([weights], [30, 80.5])[0], images, device=CPU, estimate=estimate).points
@@ -104,6 +106,7 @@ def test_curves_that_mean_nothing_are_refused(weights, save_untrained):
         read_weights(["a=nowhere.safetensors"])
 
 
+@pytest.mark.launch
 def test_the_command(weights, save_untrained, small_images, tmp_path, monkeypatch, capsys):
     """What it writes is what `hpcm bd-rate` reads."""
     names = [f"ours={weights}", save_untrained("beside")]

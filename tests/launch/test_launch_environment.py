@@ -90,9 +90,17 @@ def test_makes_its_own_environment_and_shows_why_pip_fails(checkout) -> None:
 
     again = set_up(checkout, "test", **offline)
     assert "creating .venv" not in again.stdout
+
+
+def test_an_environment_that_was_moved_is_made_again(checkout, tmp_path) -> None:
+    program(checkout / ".venv/bin/python", "exit 1")
+    program(tmp_path / "new/python3", 'case "$1" in --version) echo "Python 3.11.9";; -m) echo "$@" >&2; exit 1;; esac')
     activate = checkout / ".venv/bin/activate"
-    activate.write_text(activate.read_text().replace(str(checkout), "/elsewhere"), encoding="utf-8")
-    assert "creating .venv" in set_up(checkout, "test", **offline).stdout
+    for place, output in (("/elsewhere", "creating .venv with Python 3.11.9\n"), (f"{checkout}/.venv", "")):
+        activate.write_text(f"VIRTUAL_ENV='{place}'\n", encoding="utf-8")
+        done = set_up(checkout, "test", PATH=f"{tmp_path}/new:{BASE_PATH}")
+        assert (done.returncode, done.stdout) == (1, output)
+        assert (f"-m venv --clear {checkout}/.venv\n" in done.stderr) == bool(output)
 
 
 def test_an_old_python_is_refused_in_one_line(checkout, tmp_path) -> None:
@@ -125,7 +133,8 @@ def test_the_test_command_ends_with_pytest(checkout, active) -> None:
     done = bash(checkout / "launch/test.sh", "tests/test_one.py", cwd=checkout.parent, VIRTUAL_ENV=active)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("1 passed in ")
-    assert bash(checkout / "launch/test.sh", "-k", "two", cwd=checkout, VIRTUAL_ENV=active).returncode == 5
+    alone = ("-n", "0", "-k", "two")
+    assert bash(checkout / "launch/test.sh", *alone, cwd=checkout, VIRTUAL_ENV=active).returncode == 5
 
 
 def test_ci_needs_the_shared_data_and_passes_on_pytests_exit_code(checkout, active) -> None:

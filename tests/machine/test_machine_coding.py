@@ -93,6 +93,7 @@ def run(monkeypatch, *arguments) -> None:
     main()
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("aim", [("--quality", 50), ("--bpp", None)])
 def test_commands_edit_and_decode(aim, weights, photo, pixels, tmp_path, monkeypatch, capsys):
     photo.save(tmp_path / "photo.png")

@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("program", "arguments", "loaded"),
     [

@@ -49,6 +49,7 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.launch
 @every_recogniser
 def test_the_same_as_onnxruntime(name):
     """Both are compared with the network in float64: to 1e-5 of the largest value, or to four times the rounding error

@@ -44,6 +44,7 @@ def saved(tmp_path):
     return save
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("kind", TOWERS)
 def test_the_tokens_of_its_patches(saved, kind):
     folder, model = saved(kind)

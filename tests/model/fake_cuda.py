@@ -16,22 +16,31 @@ from pathlib import Path
 from typing import Any
 
 NANO = "model=nano"
+SHALLOW = (
+    NANO,
+    "model.g_a_blocks=[1,1,2,0]",
+    "model.g_s_blocks=[0,2,1,1]",
+    "model.hyper_blocks=[1,1]",
+    "model.prior_s1_s2={before:1,after:1}",
+    "model.prior_s3={before:1,after:1}",
+)
+"""Each kind of layer, with two blocks in a row where those of a family take turns."""
 MACHINE = ("objective.target=vision_model", "machine.receivers=[random-vit]")
 EDITED = ("machine.edit=true", "machine.pre_editor.tokens=random-vit", "model.rate.levels=3")
 CASES = {
     **{preset: [f"model={preset}"] for preset in ("68m", "544m", "1b", "swin", "convnext")},
     "hpcm": [NANO],
-    "without fusion": [NANO, "model.fusion=none"],
-    "swin blocks": [NANO, "model.family=swin"],
-    "convnext blocks": [NANO, "model.family=convnext"],
-    "variable rate": [NANO, "model.rate.levels=3"],
-    "blocks computed again": [NANO, "engine.activation_checkpointing=blocks"],
+    "without fusion": [*SHALLOW, "model.fusion=none"],
+    "swin blocks": [*SHALLOW, "model.family=swin"],
+    "convnext blocks": [*SHALLOW, "model.family=convnext"],
+    "variable rate": [*SHALLOW, "model.rate.levels=3"],
+    "blocks computed again": [*SHALLOW, "engine.activation_checkpointing=blocks"],
     "steps computed again": [NANO, "engine.activation_checkpointing=steps"],
-    "fp32": [NANO, "engine.precision=fp32"],
-    "ms-ssim": [NANO, "objective.distortion=ms_ssim"],
-    "machine": [NANO, *MACHINE],
-    "pre-editor": [NANO, *MACHINE, *EDITED],
-    "pre-editor alone": [NANO, *MACHINE, *EDITED, "machine.freeze_codec=true"],
+    "fp32": [*SHALLOW, "engine.precision=fp32"],
+    "ms-ssim": [*SHALLOW, "objective.distortion=ms_ssim"],
+    "machine": [*SHALLOW, *MACHINE],
+    "pre-editor": [*SHALLOW, *MACHINE, *EDITED],
+    "pre-editor alone": [*SHALLOW, *MACHINE, *EDITED, "machine.freeze_codec=true"],
 }
 """Overrides of training, by name."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hpcm_scale.config.schema import Fusion, HyperPlacement, ModelConfig, PriorConfig
@@ -26,6 +28,11 @@ def small(fusion: Fusion = Fusion.attention, placement: HyperPlacement = HyperPl
         fusion=fusion,
         hyper_placement=placement,
     )
+
+
+def with_few_shapes(fusion: Fusion = Fusion.attention) -> ModelConfig:
+    """`small` with blocks at fewer resolutions: each shape of a region is compiled on its own."""
+    return replace(small(fusion), g_a_blocks=[0, 0, 1, 0], g_s_blocks=[0, 1, 0, 0], hyper_blocks=[0, 1])
 
 
 def images(count: int, height: int = 256, width: int = 256, seed: int = 0) -> torch.Tensor:

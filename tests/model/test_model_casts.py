@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from seeded_models import small_1b
-from small_models import images, loss_and_gradients, small
+from small_models import images, loss_and_gradients, small, with_few_shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcm_scale.compute.tracker import Launches, PeakMemory
@@ -110,12 +110,13 @@ def test_frozen_weights_cost_no_gradient():
     torch.testing.assert_close(x.grad, weight.flatten(1).sum(dim=0).expand_as(x))
 
 
+@pytest.mark.launch
 def test_a_compiled_region_takes_the_cast():
     """One graph for all steps, with the result of the network that is not compiled."""
     from hpcm_scale.model.compiled import compile_regions
 
     torch._dynamo.reset()
-    model, x = build(), images(1, 256, 256)
+    model, x = build(with_few_shapes()), images(1, 256, 256)
     expected, gradients = loss_and_gradients(model, x)
     compile_regions(model, backend="aot_eager")
     compiled, of_compiled = loss_and_gradients(model, x)

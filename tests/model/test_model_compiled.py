@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,11 @@ import sysconfig
 
 import pytest
 import torch
-from small_models import images, loss_and_gradients, small
+from small_models import images, loss_and_gradients, with_few_shapes
 from torch._dynamo.utils import counters
 
 from hpcm_scale.config.compose import compose_model
-from hpcm_scale.config.schema import Checkpointing, Precision
+from hpcm_scale.config.schema import Checkpointing, Fusion, Precision
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.compiled import check_compiler, compile_regions
 from hpcm_scale.model.context import WindowFusion
@@ -33,9 +34,10 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("checkpoint", "backend"),
-    [(Checkpointing.none, "aot_eager"), (Checkpointing.steps, "eager")],
+    [pytest.param(Checkpointing.none, "aot_eager", marks=pytest.mark.long), (Checkpointing.steps, "eager")],
 )
 def test_steps_of_nano_compile_once_and_never_break(checkpoint, backend):
     """Up to the code generator; a break would raise, for every region has to be one graph."""
@@ -50,8 +52,9 @@ def test_steps_of_nano_compile_once_and_never_break(checkpoint, backend):
     assert graphs() == compiled and not counters["graph_break"]
 
 
+@pytest.mark.launch
 def test_an_evaluation_between_steps_compiles_nothing_anew():
-    model, x = HPCM(small()), images(2)
+    model, x = HPCM(with_few_shapes(Fusion.none)), images(2)
     compile_regions(model, backend="eager")
     loss_and_gradients(model, x)
     with torch.no_grad():
@@ -60,8 +63,9 @@ def test_an_evaluation_between_steps_compiles_nothing_anew():
         loss_and_gradients(model, x)
 
 
+@pytest.mark.launch
 def test_evaluation_compiles_for_all_image_sizes():
-    model = HPCM(compose_model("nano"), precision=Precision.bf16)
+    model = HPCM(with_few_shapes(), precision=Precision.bf16)
     compile_regions(model, backend="eager")
     with torch.no_grad():
         model(images(1, 512, 768))
@@ -73,6 +77,7 @@ def test_evaluation_compiles_for_all_image_sizes():
     assert graphs() == compiled
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("region", [depthwise_block(16), partial_block(16, 4, 2), WindowFusion(16, 2, 4)])
 def test_the_code_generator_computes_what_the_region_defines(region):
     """fp32: results and gradients to 1e-5."""
@@ -93,6 +98,7 @@ def test_the_code_generator_computes_what_the_region_defines(region):
     assert graphs() == 1
 
 
+@pytest.mark.launch
 def test_compiled_rates_are_the_rates():
     torch.manual_seed(0)
     rate, values = Rate("survival"), []
@@ -109,6 +115,7 @@ def test_compiled_rates_are_the_rates():
     assert graphs() == 1
 
 
+@pytest.mark.launch
 def test_no_thread_launches_kernels_in_a_way_that_holds_the_interpreter():
     """Settings made in Python would hold for one thread, and backward passes on GPUs are compiled in others."""
     program = """
@@ -116,7 +123,9 @@ import threading, hpcm_scale.training.run, torch._inductor.config as config
 thread = threading.Thread(target=lambda: print(config.use_static_cuda_launcher, config.use_static_triton_launcher))
 thread.start()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=400)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}  # ours, too
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=400)
     assert done.stdout == "False False\n"
 
 

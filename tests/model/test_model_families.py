@@ -188,6 +188,10 @@ def test_the_widest_activation_is_no_wider_than_said(kind):
             assert watch.found <= block.peak_channels <= 2 * watch.found
 
 
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "swin" else ()) for name in families.names()]
+)
 def test_blocks_compile_without_breaks_once_for_all_sizes(name):
     """Every one has to be one graph, or this raises; in training one for a shape, in evaluation one for all."""
     torch._dynamo.reset()
@@ -247,6 +251,7 @@ def off(network: nn.Sequential, x: Tensor, tile: int) -> float:
     return ((found - whole).abs().max() / whole.abs().max()).item()
 
 
+@pytest.mark.launch
 def test_tiles_equal_the_whole_and_overlap_no_more_than_they_must(name, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     g_a, g_s = transforms(name)

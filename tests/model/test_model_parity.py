@@ -20,7 +20,11 @@ LMBDA = 0.013
 
 
 @pytest.fixture(
-    scope="module", params=["base", "phi", *(pytest.param(size, marks=pytest.mark.long) for size in ("large", "1b"))]
+    scope="module",
+    params=[
+        *(pytest.param(size, marks=pytest.mark.launch) for size in ("base", "phi")),
+        *(pytest.param(size, marks=pytest.mark.long) for size in ("large", "1b")),
+    ],
 )
 def reference(request, shared):
     yield Reference(shared / "reference", request.param)

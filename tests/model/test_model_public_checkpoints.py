@@ -66,7 +66,7 @@ class Imported:
         command(export_weights, self.weights, "--out", self.exported)
 
 
-@pytest.fixture(scope="module", params=["phi"])
+@pytest.fixture(scope="module", params=[pytest.param("phi", marks=pytest.mark.launch)])
 def imported(request, shared, tmp_path_factory):
     files = Imported(shared, tmp_path_factory.mktemp(request.param), request.param)
     yield files

@@ -122,6 +122,7 @@ def test_scales_are_the_deviations_of_y():
         assert torch.allclose(scales, (0.9 * deviations).clamp(min=SMALLEST_SCALE), rtol=0.1)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("family", names())
 def test_every_family_starts_as_a_codec(family, held_out_images):
     """A model of 0.4 million parameters."""

@@ -14,10 +14,8 @@ from hpcm_scale.scaling.figures import draw_figures
 from hpcm_scale.scaling.findings import headline
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import from_plain
-from hpcm_scale.scaling.observations import study
 from hpcm_scale.scaling.plan import Setting, make_plan
 from hpcm_scale.scaling.report import print_summary, report
-from hpcm_scale.scaling.runs import find_runs
 
 NAMES = {
     *(
@@ -28,6 +26,8 @@ NAMES = {
     "law_of_parameters_and_data",
     "compute_optimal",
 }
+FEW = ladder(sizes=SIZES[::2])
+"""Just enough for every law."""
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +71,20 @@ def test_laws_json_holds_every_digit(analysis, tmp_path):
         assert from_plain(type(law), json.loads(json.dumps(asdict(law)))) == law
 
 
-def test_the_same_runs_give_the_same_file(analysis, tmp_path):
-    shuffled = analyse(study_of(ladder()[::-1]), bootstrap=3)
-    write_laws(analysis, tmp_path / "one.json")
-    write_laws(shuffled, tmp_path / "two.json")
+@pytest.mark.launch
+def test_the_same_runs_give_the_same_file(tmp_path):
+    for runs, name in ((FEW, "one.json"), (FEW[::-1], "two.json")):
+        write_laws(analyse(study_of(runs), bootstrap=3), tmp_path / name)
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
-def test_from_run_folders(ladder_runs, tmp_path):
-    found = analyse(study(find_runs([ladder_runs])))
-    law = found.laws["saturating_power_law_of_parameters"]
+def test_from_run_folders(ladder_runs, ladder_analysis, tmp_path):
+    law = ladder_analysis.laws["saturating_power_law_of_parameters"]
     assert law.parameters["alpha"] == pytest.approx(0.33, abs=3 * law.standard_errors["alpha"])
-    assert found.refused == {}
-    write_laws(found, tmp_path / FILE_NAME)
+    assert ladder_analysis.refused == {}
+    write_laws(ladder_analysis, tmp_path / FILE_NAME)
     assert str(ladder_runs) not in (tmp_path / FILE_NAME).read_text(encoding="utf-8")
-    assert read_laws(tmp_path) == found
+    assert read_laws(tmp_path) == ladder_analysis
 
 
 def test_what_few_runs_lack_is_reported():
@@ -178,15 +177,16 @@ DEGENERATE = {
     "all losses equal": equal(ladder()),
     "two runs": equal(ladder(sizes=SIZES[:2], amounts=AMOUNTS[:1])),
     "not annealed": [replace(each, annealed=False) for each in equal(ladder())],
-    "equal for each amount": [replace(each, loss=float(joint_surface(1e6, each.pixels))) for each in ladder()],
+    "equal for each amount": [replace(each, loss=float(joint_surface(1e6, each.pixels))) for each in FEW],
     "one size": equal(ladder(sizes=SIZES[:1])),
     "one training": [replace(equal(ladder())[0], run=f"run {index}", seed=index) for index in range(3)],
-    "rising": [replace(each, loss=1 / each.loss) for each in ladder()],
-    "tiny": [replace(each, loss=1e-300 * each.loss) for each in ladder()],
-    "no finite measures": [replace(each, psnr=float("nan"), bpp=float("inf")) for each in ladder()],
+    "rising": [replace(each, loss=1 / each.loss) for each in FEW],
+    "tiny": [replace(each, loss=1e-300 * each.loss) for each in FEW],
+    "no finite measures": [replace(each, psnr=float("nan"), bpp=float("inf")) for each in FEW],
 }
 
 
+@pytest.mark.launch
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("runs", DEGENERATE.values(), ids=[*DEGENERATE])
 def test_degenerate_runs_give_whole_results(runs, tmp_path):

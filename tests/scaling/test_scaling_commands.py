@@ -25,6 +25,7 @@ def files(folder: Path) -> dict[str, bytes]:
 mistake = partial(mistake_in, main)
 
 
+@pytest.mark.launch
 def test_fit_plan_and_collect_one_after_the_other(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     runs = write_ladder(tmp_path / "ladder", ("nano", "micro", "mini"))
@@ -52,6 +53,7 @@ def test_fit_plan_and_collect_one_after_the_other(tmp_path, capsys, monkeypatch)
     assert json.loads(capsys.readouterr().out)["optimum"]["loss"] == pytest.approx(1.4)
 
 
+@pytest.mark.launch
 def test_training_losses_and_unfinished_runs_can_be_fitted_too(tmp_path, capsys) -> None:
     for model, done in (("nano", 400), ("micro", 400), ("mini", 300)):
         write_run(tmp_path / "runs" / model, model, 400, done=done, evaluate_every=1000)

@@ -190,6 +190,7 @@ def test_mistakes_are_one_line_and_leave_no_file(tmp_path, monkeypatch, capsys, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nano", "young"]
 
 
+@pytest.mark.launch
 def test_it_starts_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hpcm_scale.commands.scaling", "curves", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -11,6 +11,7 @@ from odd_names import ODD_NAMES
 from PIL import Image
 
 from hpcm_scale.formatting import escaped, label
+from hpcm_scale.scaling import figures
 from hpcm_scale.scaling.figures import FIGURES, draw_figures
 from hpcm_scale.scaling.figures.compute import draw_loss_against_compute
 from hpcm_scale.scaling.figures.laws import budgets
@@ -33,6 +34,7 @@ def words(svg: Path) -> set[str]:
     return {unescape(text).strip() for text in re.findall(r"<!--(.*?)-->", svg.read_text(), flags=re.DOTALL)}
 
 
+@pytest.mark.launch
 def test_every_figure_is_there_one_column_wide_and_twice_the_same(
     drawn, ladder_study, ladder_analysis, tmp_path
 ) -> None:
@@ -120,9 +122,13 @@ def test_numbers_on_axes() -> None:
     assert [plain(value) for value in (0.002, 0.5, 1234.0, 1e-6, 3e7)] == ["0.002", "0.5", "1,234", "10⁻⁶", "3·10⁷"]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("names", [ODD_NAMES[:6], ODD_NAMES[6:12], (*ODD_NAMES[12:], *ODD_NAMES[:3])])
-def test_names_are_drawn_as_they_are_spelled(names, ladder_runs, ladder_study, ladder_analysis, tmp_path) -> None:
+def test_names_are_drawn_as_they_are_spelled(
+    names, ladder_runs, ladder_study, ladder_analysis, tmp_path, monkeypatch
+) -> None:
     """The models of a ladder and its runs, called something odd."""
+    monkeypatch.setattr(figures, "SUFFIXES", (".svg",))
     called = dict(zip(SIZES, names, strict=True))
 
     def renamed(each):

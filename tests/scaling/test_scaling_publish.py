@@ -43,6 +43,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.launch
 def test_one_run_in_the_group_with_frontier_law_tables_figures_and_report(fitted, ladder_analysis, capfd) -> None:
     reported = publish(fitted)
     everything = records(fitted)
@@ -81,6 +82,7 @@ def test_one_run_in_the_group_with_frontier_law_tables_figures_and_report(fitted
     assert pictures == {path.stem for path in fitted.glob("*.png")}
 
 
+@pytest.mark.launch
 def test_again_it_is_the_same_run_with_what_is_true_now(fitted, ladder_analysis) -> None:
     publish(fitted)
     identifier = (fitted / "wandb_id").read_text()

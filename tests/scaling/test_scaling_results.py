@@ -35,6 +35,7 @@ def equal(here, there, where: str = "laws.json") -> None:
         assert here == there, where
 
 
+@pytest.mark.launch
 def test_its_journals_give_its_laws_again(ladder, tmp_path):
     main(["fit", str(ladder / "journals"), "--out", str(tmp_path)])
     mine, committed = (json.loads((folder / "laws.json").read_text(encoding="utf-8")) for folder in (tmp_path, ladder))

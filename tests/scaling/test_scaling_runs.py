@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hpcm_scale.errors import UserError
-from hpcm_scale.scaling.runs import Records, find_runs, load_run
+from hpcm_scale.scaling.runs import Records, _entries, find_runs, load_run
 from hpcm_scale.tracking.journal import read_journal
 
 CONFIG = {"model": {"name": "nano"}, "objective": {"lmbda": 0.013}, "train": {"steps": 60}}
@@ -64,6 +65,22 @@ def kept_by_wandb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-c", WANDB]
     subprocess.run(command, input=json.dumps(orders), text=True, check=True, capture_output=True, timeout=400)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """Starts wandb's reader once for the same bytes."""
+    entries: dict[bytes, list[dict]] = {}
+
+    def known(file: Path) -> list[dict]:
+        data = file.read_bytes()
+        if data not in entries:
+            entries[data] = list(_entries(file))
+        return entries[data]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpcm_scale.scaling.runs._entries", known)
+        yield
 
 
 def test_records_are_the_lines_as_columns(tmp_path: Path) -> None:
@@ -135,6 +152,7 @@ def test_a_damaged_run_is_reported_in_one_sentence(tmp_path: Path) -> None:
     assert refused.value.code == "non-object-journal-line"
 
 
+@pytest.mark.launch
 def test_wandb_runs_are_read_where_there_is_no_journal(kept_by_wandb: Path) -> None:
     runs = find_runs([kept_by_wandb])
     assert [run.name for run in runs] != ["nano", "nano"] and len({run.name for run in runs}) == len(runs) == 2
@@ -152,6 +170,7 @@ def test_wandb_runs_are_read_where_there_is_no_journal(kept_by_wandb: Path) -> N
     assert resumed.records.repeated("train/loss") == 10
 
 
+@pytest.mark.launch
 def test_a_wandb_run_is_named_by_file_or_folder(kept_by_wandb: Path, tmp_path: Path) -> None:
     [folder] = (kept_by_wandb / "two" / "wandb").glob("offline-run-*-bbbb0002")
     [file] = folder.glob("*.wandb")
@@ -170,6 +189,7 @@ def test_a_wandb_run_is_named_by_file_or_folder(kept_by_wandb: Path, tmp_path: P
     assert refused.value.code == "unreadable-wandb-file"
 
 
+@pytest.mark.launch
 def test_a_journal_goes_before_wandb(kept_by_wandb: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "runs" / "two")
     shutil.copytree(kept_by_wandb / "two" / "wandb", folder / "wandb", symlinks=True)

@@ -49,11 +49,13 @@ def test_a_power_law_on_a_floor_holds_hardly_ever():
     assert np.mean(found) < 0.3
 
 
-def test_joint_intervals_hold_three_times_ahead():
+@pytest.mark.launch
+@pytest.mark.parametrize("trials", [20, pytest.param(60, marks=pytest.mark.long)])
+def test_joint_intervals_hold_three_times_ahead(trials):
     generator = np.random.default_rng(3)
     ahead = 3 * SIZES[-1], 3 * AMOUNTS[-1]
     found = []
-    for _ in range(60):
+    for _ in range(trials):
         law = fit_parameters_and_data(joint_points(0.005 * generator.standard_normal(18)))
         found.append(held(law, ahead, joint_surface(*ahead), 0.005, generator))
     assert np.mean(found) >= 0.88
@@ -100,6 +102,7 @@ def test_the_largest_held_out_shows_a_floor():
     assert floor.high - floor.low < 0.3 * (line.high - line.low)
 
 
+@pytest.mark.launch
 def test_the_largest_size_is_held_out_with_all_its_trainings():
     points = joint_points(0.003 * np.random.default_rng(7).standard_normal(18))
     trust = diagnose(fit_parameters_and_data, points, fit_parameters_and_data(points))

@@ -85,6 +85,7 @@ def test_a_job_alone_has_the_configuration_that_it_has_among_others():
     assert job.overrides[-1] == "hydra.mode=RUN"
 
 
+@pytest.mark.launch
 def test_the_ladder_is_a_multirun_without_the_flag(train, shards, tmp_path):
     code, output, errors = train("experiment=ladder", f"data.shards={shards}", *ONLY_WRITE)
     assert code == 0, errors
@@ -104,6 +105,7 @@ def test_the_ladder_is_a_multirun_without_the_flag(train, shards, tmp_path):
     assert scripts(tmp_path / "runs" / "ladder")["model=nano"] == written["model=nano"]  # alone, it is the same run
 
 
+@pytest.mark.launch
 def test_the_paper_ladder_is_ten_runs(train, shards, tmp_path):
     code, _, errors = train("experiment=paper_ladder", f"data.shards={shards}", *ONLY_WRITE)
     assert code == 0, errors
@@ -164,6 +166,7 @@ def test_a_mistake_is_refused_before_anything_starts(train, shards, tmp_path, mi
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("launcher", [(), ONLY_WRITE])
 def test_another_sweep_over_the_same_key_is_refused_with_the_remedy(train, shards, tmp_path, launcher):
     call = ("-m", "model=nano,450k", f"data.shards={shards}")
@@ -182,6 +185,7 @@ def test_another_sweep_over_the_same_key_is_refused_with_the_remedy(train, shard
     assert code == 0 and scripts(tmp_path / "runs" / "NAME").keys() == {"model=nano", "model=450k"}, errors
 
 
+@pytest.mark.launch
 def test_run_dir_may_have_the_swept_key_in_it(train, shards, tmp_path):
     call = ("-m", "model=nano,450k", f"data.shards={shards}", "run.dir=runs/x/${model.name}_of_two", *ONLY_WRITE)
     code, _, errors = train(*call)

@@ -58,17 +58,25 @@ def contents(run: Path) -> dict[str, int]:
     return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
-def test_interrupted_then_one_killed_the_same_command_finishes_what_is_missing(
-    shards, train, fork_server, tmp_path, exit_codes
-):
-    runs = nano, micro = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "micro")]
-    call = ("-m", "model=nano,micro", "hydra/launcher=deepspeed", "hydra.launcher.jobs_at_once=2")
+@pytest.fixture
+def start(shards, fork_server, tmp_path) -> Callable[..., Forked]:
+    """`start(*arguments)`: the command in a process of its own."""
 
-    def start(*call: str) -> Forked:
-        arguments = [*call, f"data.shards={shards}", *COMMON]
-        return fork_server.start("hpcm_scale.train", arguments, cwd=tmp_path, env=os.environ)
+    def call(*arguments: str) -> Forked:
+        words = [*arguments, f"data.shards={shards}", *COMMON]
+        return fork_server.start("hpcm_scale.train", words, cwd=tmp_path, env=os.environ)
 
-    process = start(*call, "train.steps=5000")
+    return call
+
+
+SEVERAL = ("-m", "model=nano,micro", "hydra/launcher=deepspeed", "hydra.launcher.jobs_at_once=2")
+
+
+@pytest.mark.long
+def test_interrupted_all_runs_write_a_checkpoint(start, tmp_path, exit_codes):
+    """With DeepSpeed's launcher; test_sweeps_processes has stand-ins for it."""
+    runs = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "micro")]
+    process = start(*SEVERAL, "train.steps=5000")
     wait_for(lambda: all(steps(run) for run in runs), process)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 6  # of each run: deepspeed, its launcher, training
@@ -82,11 +90,15 @@ def test_interrupted_then_one_killed_the_same_command_finishes_what_is_missing(
         assert Follower(run).look().state == "stopped"
         assert run.with_name(f"{run.name}.log").read_text().endswith(f"ended with exit code {STOPPED}, as asked\n")
 
-    stopped_at = steps(micro)[-1]
-    last = max(steps(run)[-1] for run in runs) + 6
-    call = (*call, f"train.steps={last}")
-    process = start(*call)
-    wait_for(lambda: steps(micro)[-1] > stopped_at, process)
+
+def test_one_is_killed_and_the_same_command_finishes_what_is_missing(start, shards, train, tmp_path):
+    runs = nano, micro = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "micro")]
+    assert start("model=nano", "train.steps=9", f"run.dir='{nano.relative_to(tmp_path)}'").wait(400) == 0
+    assert Follower(nano).look().state == "finished"
+
+    before = contents(nano)
+    process = start(*SEVERAL, "train.steps=9")
+    wait_for(lambda: steps(micro), process)
     ranks = [
         child for child in psutil.Process(process.pid).children(recursive=True) if "model=micro" in child.cmdline()
     ]
@@ -94,26 +106,24 @@ def test_interrupted_then_one_killed_the_same_command_finishes_what_is_missing(
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 1, output + errors
     state = Follower(micro).look()
-    assert (Follower(nano).look().state, state.state) == ("finished", "failed") and "SIGKILL" in state.note
+    assert state.state == "failed" and "SIGKILL" in state.note
     assert "model=micro: failed: " in output and "1 of 2 runs are not finished" in output
 
-    before = contents(nano)
-    code, output, errors = train(*call, f"data.shards={shards}", *COMMON)
+    code, output, errors = train(*SEVERAL, "train.steps=9", f"data.shards={shards}", *COMMON)
     assert code == 0, output + errors
     assert contents(nano) == before  # nothing was started for it
     assert output.count(": started on") == 1 and "model=nano: started" not in output
-    assert steps(nano) == steps(micro) == list(range(1, last + 1))
-    rows = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and f"/{last}" in line]
-    assert [(row[0], row[3], row[-1]) for row in rows] == [(run.name, f"{last}/{last}", "finished") for run in runs]
+    assert steps(nano) == steps(micro) == list(range(1, 10))
+    rows = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and "/9" in line]
+    assert [(row[0], row[3], row[-1]) for row in rows] == [(run.name, "9/9", "finished") for run in runs]
 
 
-def test_without_a_launcher_one_after_the_other_and_one_failing(shards, fork_server, tmp_path):
+def test_without_a_launcher_one_after_the_other_and_one_failing(start, shards, tmp_path):
     failing, whole = (tmp_path / SWEEP / f"model={name}" for name in ("nano", "450k"))
     obstacle(failing, shards, "model=nano", "train.steps=2")
-    command = ("-m", "model=nano,450k", "train.steps=2", f"data.shards={shards}", *COMMON)
 
     def train(*changes: str) -> None:
-        process = fork_server.start("hpcm_scale.train", [*command, *changes], cwd=tmp_path, env=os.environ)
+        process = start("-m", "model=nano,450k", "train.steps=2", *changes)
         output, errors = process.communicate(timeout=400)
         assert process.returncode == 1 and "IsADirectoryError" in errors, output + errors
         assert "model=nano: [Errno 21] Is a directory" in " ".join(output.split())

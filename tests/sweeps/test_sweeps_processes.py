@@ -141,6 +141,7 @@ def test_runs_of_one_name_in_several_folders_are_kept_apart(tmp_path, monkeypatc
     assert rows == ["a/trial", "b/trial"]
 
 
+@pytest.mark.launch
 def test_jobs_are_seen_to_their_end_when_nobody_reads_what_is_said():
     """As of `… | tee log` after Ctrl-C: tee is gone first. A command opens its streams so that they outlive it."""
     program = """
@@ -175,25 +176,43 @@ def test_the_exit_code_of_a_sweep_tells_how_its_runs_ended(make_run, tmp_path, m
     assert all("sweep" in exit_codes[str(code)] or exit_codes[str(code)].strip() == "all" for code in (0, 1, STOPPED))
 
 
-def test_a_second_signal_ends_a_sweep_at_once(tmp_path, monkeypatch):
-    """Each run takes a minute to stop."""
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """`interrupted(training, *words)`: what `AtOnce.train` returns for two runs, and the runs; each is a shell's, below
+    another one in the place of `deepspeed`. Once both have said a word, the next Ctrl-C comes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hpcm_scale.sweeps.local.ONCE_SECONDS", 0)
     program = tmp_path / "program"
-    training = "trap 'echo stopping; sleep 60' TERM; echo ready; sleep 60 & wait"
-    program.write_text(f'#!/bin/bash\nbash -c "{training}" & wait\n')
-    program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     jobs = [Job(compose([f"run.dir={name}", "model=nano"]), ()) for name in "ab"]
 
-    def interrupt() -> None:
-        for word in ("ready\n", "stopping\n"):
-            while not all(word in tail(job.log) for job in jobs):
-                time.sleep(0.02)
-            os.kill(os.getpid(), signal.SIGINT)
+    def train(training: str, *words: str) -> tuple[int | None, list[Job]]:
+        program.write_text(f'#!/bin/bash\nbash -c "{training}" & wait $!\n')
+        program.chmod(0o755)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    assert AtOnce(jobs, [Share(1, ())] * 2, cores=1, grace=600).train() == signal.SIGINT
+        def interrupt() -> None:
+            for word in words:
+                while not all(f"{word}\n" in tail(job.log) for job in jobs):
+                    time.sleep(0.02)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        return AtOnce(jobs, [Share(1, ())] * 2, cores=1, grace=600).train(), jobs
+
+    return train
+
+
+def test_a_signal_stops_all_runs_of_a_sweep(interrupted):
+    number, jobs = interrupted(f"trap 'exit {STOPPED}' TERM; echo ready; sleep 60 & wait", "ready")
+    assert number is None
+    assert all(tail(job.log).endswith(f"ended with exit code {STOPPED}, as asked\n") for job in jobs)
+
+
+def test_a_second_signal_ends_a_sweep_at_once(interrupted):
+    """Each run takes a minute to stop."""
+    training = "trap 'echo stopping; sleep 60' TERM; echo ready; sleep 60 & wait"
+    number, jobs = interrupted(training, "ready", "stopping")
+    assert number == signal.SIGINT
     assert all(tail(job.log).endswith("ended with exit code -9, as asked\n") for job in jobs)
 
 

@@ -48,6 +48,7 @@ def test_names_versions_and_hardware() -> None:
     assert len(found["gpus"]) == torch.cuda.device_count()
 
 
+@pytest.mark.launch
 def test_tells_no_secret_and_no_home(copy: Path) -> None:
     text = json.dumps(reported("environment", copy, HPCM_TEST_SECRET="hunter2"))
     assert "hunter2" not in text

@@ -10,10 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from small_training import SMALL
+from small_training import ALL_SHARDED, SMALL
 from watch_processes import Probes, free_port
-
-_KEPT = "zero_optimization.stage3_param_persistence_threshold"
 
 
 @pytest.fixture
@@ -41,8 +39,8 @@ def launch(shards, fork_server, tmp_path_factory):
     ):
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
         environment = {name: value for name, value in environment.items() if value is not None}
-        if "engine=zero3" in overrides:  # nano's tensors are so small that all would be kept whole
-            overrides = (*overrides, f"+engine.options.{_KEPT}=0")
+        if "engine=zero3" in overrides:
+            overrides = (*overrides, *ALL_SHARDED)
         if launcher:
             process = started(module, overrides, processes, folder, environment)
         else:

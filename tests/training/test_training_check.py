@@ -27,10 +27,13 @@ def keys(shards) -> list[str]:
     return [*SMALL, f"data.shards={shards}", "run.dir=checked", "data.workers=1"]
 
 
-def test_two_processes_under_deepspeed(check, launch, keys, tmp_path):
-    """As a user starts it. What is slow here may be found, and then decides the exit code."""
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(False, id="forked"), pytest.param(True, id="deepspeed", marks=pytest.mark.long)]
+)
+def test_two_processes(launcher, check, launch, keys, tmp_path):
+    """Also as a user starts it. What is slow here may be found, and then decides the exit code."""
     file = tmp_path / "check.json"
-    result = check(*keys, "engine=zero2", "--json", str(file), launcher=True)
+    result = check(*keys, "engine=zero2", "--json", str(file), launcher=launcher)
     figures = json.loads(file.read_text(encoding="utf-8"))
     assert result.returncode == (PROBLEM if figures["problems"] else 0), result.stdout + result.stderr
     lines = result.stdout.splitlines()

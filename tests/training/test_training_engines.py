@@ -28,7 +28,10 @@ def baseline(train):
     return train("zero2", "engine=zero2", *COMMON)
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", "zero3_offload", "accelerate"])
+OFFLOAD = pytest.param("zero3_offload", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", OFFLOAD, "accelerate"])
 def test_engines_agree(engine, baseline, train, launch):
     """In losses, gradients and exported weights, whatever is sharded."""
     records = train(engine, f"engine={engine}", *COMMON)

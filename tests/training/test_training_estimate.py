@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from small_training import FEW_BLOCKS
 
-from hpcm_scale.config.compose import compose, compose_model
-from hpcm_scale.config.schema import Checkpointing, Config, OptimizerConfig, Precision
+from hpcm_scale.config.compose import compose
+from hpcm_scale.config.schema import Checkpointing, OptimizerConfig, Precision
 from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.model.parameters import on_meta
@@ -35,12 +36,13 @@ def remembering(function):
     return answer
 
 
+NETWORK = ["model=2m", "model.fusion=none", *FEW_BLOCKS]
+MODEL = compose(NETWORK).model
+
+
 def needs(*overrides: str, world_size: int = 1) -> estimates.Estimate:
-    """The estimate of a run of micro."""
-    return estimate(compose(["model=micro", "train.batch_size=8", *overrides]), world_size)
-
-
-def estimate(config: Config, world_size: int) -> estimates.Estimate:
+    """The estimate of a run of a small network."""
+    config = compose([*NETWORK, "train.batch_size=8", *overrides])
     spec = RunSpec.of(config, world_size)
     return estimates.estimate(spec, config.model, config.engine, config.optimizer, len(config.train.ema))
 
@@ -64,7 +66,7 @@ def test_memory_on_one_process(engine_name):
     measured = memory.weights, memory.gradients, memory.optimizer
     assert [value / result.parameters for value in measured] == pytest.approx(expected)
     assert memory.host == 0
-    rehearsed = estimates.dry_run(compose_model("micro"), Precision.fp32, Checkpointing.none, 256, 8, True)
+    rehearsed = estimates.dry_run(MODEL, Precision.fp32, Checkpointing.none, 256, 8, True)
     assert memory.activations == rehearsed.activations
     assert result.launches_per_step == rehearsed.launches
     assert memory.device >= sum(measured) + memory.activations
@@ -102,7 +104,7 @@ def test_state_and_work_of_matrices_are_shared_where_state_is_sharded(optimizer)
     assert alone.checkpoint - adam.checkpoint == alone.memory.optimizer - adam.memory.optimizer
     assert (alone.memory.optimizer < adam.memory.optimizer) == (optimizer == "muon")  # one tensor, not two
     products = alone.flops_per_step - adam.flops_per_step
-    assert products == optimizer_flops(on_meta(compose_model("micro")), compose([chosen]).optimizer)
+    assert products == optimizer_flops(on_meta(MODEL), compose([chosen]).optimizer)
     assert alone.flops - adam.flops == products * sum(phase.steps for phase in alone.phases)
     whole, shared = needs(chosen, "engine=zero0", world_size=8), needs(chosen, world_size=8)
     assert (
@@ -132,9 +134,11 @@ def test_accumulation_costs_no_memory():
     assert parts.pflops == whole.pflops
 
 
+@pytest.mark.launch
 def test_less_is_kept_where_more_is_computed_again():
+    model = compose(["model=micro", "model.fusion=none"]).model
     none, blocks, steps = (
-        needs(f"engine.activation_checkpointing={checkpoint.value}").memory.activations for checkpoint in Checkpointing
+        estimates.dry_run(model, Precision.fp32, checkpoint, 256, 8, True).activations for checkpoint in Checkpointing
     )
     assert steps < blocks < none / 2
 
@@ -150,7 +154,7 @@ def test_time_of_a_step_with_communication():
 
 def test_a_step_takes_no_less_than_its_launches():
     result = needs("train.steps=1000")
-    assert 2000 < result.launches_per_step < 2600
+    assert 850 < result.launches_per_step < 1100
     slow, fast = {"peak": 1e9, "mfu": 0.5}, {"peak": 1e18, "mfu": 0.5}
     assert result.seconds(**fast, launch=1e-5) == pytest.approx(1000 * result.launches_per_step * 1e-5)
     assert result.seconds(**slow, launch=1e-5) == result.seconds(**slow)
@@ -162,7 +166,7 @@ def test_a_step_takes_no_less_than_its_launches():
 
 def test_flops_and_time_of_a_run():
     result = needs("train.steps=1000")
-    flops = training_flops_per_image(on_meta(compose_model("micro")), 256)
+    flops = training_flops_per_image(on_meta(MODEL), 256)
     assert result.images == 8000 and result.flops == 8000 * flops and result.flops_per_step == 8 * flops
     assert result.pflops == pytest.approx(8000 * flops / 1e15)
     assert result.seconds(peak=1e15, mfu=0.5) == pytest.approx(2 * result.pflops)
@@ -170,17 +174,15 @@ def test_flops_and_time_of_a_run():
 
 def test_a_run_whose_crops_grow():
     result = needs("train.steps=10", "schedule.crops=[512]", "schedule.crop_boundaries=[0.8]")
-    small, large = (estimates.training_flops_per_image(on_meta(compose_model("micro")), crop) for crop in (256, 512))
+    small, large = (estimates.training_flops_per_image(on_meta(MODEL), crop) for crop in (256, 512))
     assert result.images == 8 * 8 + 2 * 2 and result.flops == 64 * small + 4 * large
     assert result.flops_per_step == max(8 * small, 2 * large)
     steps = ((256, 8), (512, 2))
-    model = compose_model("micro"), Precision.fp32, Checkpointing.none
+    model = MODEL, Precision.fp32, Checkpointing.none
     assert result.memory.activations == max(estimates.dry_run(*model, *step, True).activations for step in steps)
 
 
 def test_bytes_of_a_checkpoint():
     engine = AccelerateEngine(OptimizerConfig(), accumulation=1, clip_norm=1.0)
-    engine.prepare(HPCM(compose_model("nano")))
-    assert (
-        sum(shard.values.nbytes for shard in engine.state_shards()) == estimate(compose(["model=nano"]), 2).checkpoint
-    )
+    engine.prepare(HPCM(MODEL))
+    assert sum(shard.values.nbytes for shard in engine.state_shards()) == needs().checkpoint

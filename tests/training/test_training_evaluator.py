@@ -218,6 +218,7 @@ def test_an_image_of_another_size_than_at_the_start_is_refused(images, known):
         assert found.load(1).shape == (3, 90, 100)
 
 
+@pytest.mark.launch
 def test_an_image_that_memory_does_not_hold_is_named(images):
     """In the first decoding, too: a limit on the process's memory stands for a small machine."""
     Image.new("RGB", (9000, 9000)).save(images / "kodim02.png")

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 from fault_campaign.injections import flip_byte, full, small_disk
@@ -42,10 +43,16 @@ def unbroken(campaign) -> Run:
     return campaign.reference("zero2")
 
 
-def test_kill_9_at_random_moments_loses_and_repeats_nothing(campaign):
-    campaign.inject(4, runs=1)
+@pytest.mark.parametrize(
+    ("kills", "faults"),
+    [(2, {"one rank"}), pytest.param(4, {"one rank", "the launcher", "all"}, marks=pytest.mark.long)],
+)
+def test_kill_9_at_random_moments_loses_and_repeats_nothing(kills, faults, campaign, tmp_path):
+    """In a step, and during the export; longer, also of the launcher, and of all at once."""
+    campaign = replace(campaign, folder=tmp_path, random=random.Random(1), kills=[], endings=[])
+    campaign.inject(kills, runs=1)
     assert [kill for kill in campaign.kills if not kill.survived] == []
-    assert len(campaign.kills) == 4 and {kill.fault for kill in campaign.kills} == {"one rank", "the launcher", "all"}
+    assert len(campaign.kills) == kills and {kill.fault for kill in campaign.kills} == faults
     assert all(ending.same_journal and ending.same_weights for ending in campaign.endings)
 
 

@@ -86,6 +86,7 @@ def slope(values: list[float]) -> float:
     return math.log(values[-1] / values[0]) / math.log(WIDTHS[-1] / WIDTHS[0])
 
 
+@pytest.mark.launch
 def test_the_coordinate_check(slopes):
     """Wider networks change by as much as narrow ones; with one rate for all, the context model by ever more."""
     found = {mup: slopes(mup) for mup in (False, True)}
@@ -96,6 +97,7 @@ def test_the_coordinate_check(slopes):
     assert median(context[False]) > median(context[True]) + 0.4
 
 
+@pytest.mark.launch
 def test_the_coordinate_check_of_muon(slopes):
     found = slopes(True, OptimizerName.muon)
     assert max(found.values()) < 0.35

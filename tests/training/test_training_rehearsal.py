@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from bench.timing import peak_bytes
+from small_training import FEW_BLOCKS, TINY
 
 from hpcm_scale.compute.tracker import PeakMemory
-from hpcm_scale.config.compose import compose_model
+from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.objective import rate_distortion_loss
@@ -20,6 +21,10 @@ TOLERANCE = {Precision.fp32: 0.001, Precision.bf16: 0.05}
 """Kernels of the CPU take memory of their own for bf16."""
 
 
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "network", [pytest.param(FEW_BLOCKS, id="few blocks"), pytest.param((), id="micro", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize(
     ("precision", "checkpoint"),
     [
@@ -28,9 +33,10 @@ TOLERANCE = {Precision.fp32: 0.001, Precision.bf16: 0.05}
         (Precision.fp32, Checkpointing.steps),
     ],
 )
-def test_a_rehearsed_step_takes_the_memory_of_a_real_one(precision, checkpoint):
+def test_a_rehearsed_step_takes_the_memory_of_a_real_one(precision, checkpoint, network):
     """By the allocations that torch's profiler saw."""
-    model = HPCM(compose_model("micro"), precision=precision, activation_checkpointing=checkpoint)
+    config = compose(["model=micro", *network]).model
+    model = HPCM(config, precision=precision, activation_checkpointing=checkpoint)
     x = torch.rand(2, 3, 256, 256).to(memory_format=torch.channels_last)
     noise = image_noise(model, x, torch.arange(2), seed=0)
     for parameter in model.parameters():
@@ -45,8 +51,9 @@ def test_a_rehearsed_step_takes_the_memory_of_a_real_one(precision, checkpoint):
     assert rehearsed == pytest.approx(measured, rel=TOLERANCE[precision])
 
 
+@pytest.mark.launch
 def test_memory_grows_with_the_crops():
-    config = compose_model("nano")
+    config = compose([*TINY]).model
     one, two = (dry_run(config, Precision.fp32, Checkpointing.none, 256, images).activations for images in (1, 2))
     assert two == pytest.approx(2 * one, rel=0.02)
 
@@ -62,9 +69,10 @@ def test_peak_memory_counts_every_storage_once_and_while_it_is_there():
     assert memory.peak == second.nbytes == 4000
 
 
+@pytest.mark.launch
 def test_uses_follow_the_step():
     """Every layer is used backward where its result counts, and once more forward where it is computed again."""
-    config = compose_model("nano")
+    config = compose([*TINY]).model
     plain, again = (_uses(config, checkpoint) for checkpoint in (Checkpointing.none, Checkpointing.steps))
     names = {name for name, _ in HPCM(config).named_parameters()}
     for uses in (plain, again):

@@ -92,7 +92,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.long)])
 def test_both_engines_train_in_the_group_that_was_joined(launcher, tmp_path):
     """Whose limits of time are longer than those of the watch, in DeepSpeed's groups too; it is left in silence."""
     probe = Path(__file__).with_name("group_probe.py")

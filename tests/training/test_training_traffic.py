@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from small_training import FEW_BLOCKS
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
@@ -16,7 +17,7 @@ from hpcm_scale.training.dry_run import GatherCost, GatherLimits, LayerUse, dry_
 from hpcm_scale.training.estimate import Communication, communication, gather_limits
 from hpcm_scale.training.matrix_optimizers import cost
 
-CHEAP = ["model=nano", "model.fusion=none", "data.crop=128", "train.batch_size=2"]
+CHEAP = ["model=nano", "model.fusion=none", *FEW_BLOCKS, "data.crop=128", "train.batch_size=2"]
 SMALL = "+engine.options.zero_optimization.stage3_"
 NOTHING_STAYS = [f"{SMALL}{key}=0" for key in ("param_persistence_threshold", "max_reuse_distance")]
 SOME_STAYS = [f"{SMALL}param_persistence_threshold=1000", f"{SMALL}max_reuse_distance=60000"]
@@ -82,6 +83,7 @@ def test_two_processes_send_what_is_computed(case, counted):
     assert measured.get("alltoall_base_", 0) / 2 == pytest.approx(expected.matrices, rel=0.2)
 
 
+@pytest.mark.launch
 def test_traffic_by_engine_and_processes():
     whole = 4 * parameter_count(on_meta(compose(CHEAP).model)) * 7 / 8
     for engine, gradients, weights in (
@@ -112,8 +114,13 @@ def test_what_is_used_again_soon_stays():
     assert cost(kept=10, reuse=0) == GatherCost(elements=0, most=0, always=20)
 
 
-def test_the_largest_preset_is_not_gathered_at_every_step_of_the_coding_order():
-    config = compose(["model=1b", "engine=zero3"])
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "network", [pytest.param(FEW_BLOCKS, id="few blocks"), pytest.param((), id="1b", marks=pytest.mark.long)]
+)
+def test_the_largest_preset_is_not_gathered_at_every_step_of_the_coding_order(network):
+    """Nor is a network of its widths."""
+    config = compose(["model=1b", *network, "engine=zero3"])
     uses = dry_run(config.model, Precision.bf16, Checkpointing.steps, 256, 1).uses
     gathered = gather_cost(uses, gather_limits(RunSpec.of(config, 8).deepspeed["zero_optimization"]))
     assert gathered.always + gathered.elements < 2 * parameter_count(on_meta(config.model))

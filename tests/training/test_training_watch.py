@@ -159,7 +159,7 @@ def test_the_cause_is_the_last_line_under_deepspeed(tmp_path):
     assert lines[-1].startswith("hpcm: rank 1 (pid ") and "was killed" in lines[-1]
 
 
-@pytest.mark.parametrize("whom", ["deepspeed", "launch.py"])
+@pytest.mark.parametrize("whom", ["deepspeed", pytest.param("launch.py", marks=pytest.mark.long)])
 def test_processes_whose_launcher_is_killed_stop_in_good_order(tmp_path, whom):
     process, log = _deepspeed(tmp_path, "steps=100000", "pause=0.05")
     said = lambda: log.read_text().splitlines()  # noqa: E731
