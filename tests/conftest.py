@@ -83,6 +83,13 @@ def _wants(config: pytest.Config, marker: str) -> bool:
     return re.search(rf"(?<!not )\b{marker}\b", config.option.markexpr) is not None
 
 
+@pytest.fixture(autouse=True)
+def no_common_wandb_service() -> Iterator[None]:
+    """Keeps programs that tests start from using the service that wandb starts in this process, with its umask."""
+    yield
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture(scope="session")
 def project() -> Path:
     """The root of the checkout."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+FEW_BLOCKS = (
+    *("model.g_a_blocks=[1,0,0,0]", "model.g_s_blocks=[0,0,0,1]", "model.hyper_blocks=[0,0]"),
+    *("model.prior_s1_s2={before: 1, after: 0}", "model.prior_s3={before: 1, after: 0}"),
+)
+"""One block of each kind, where presets have several."""
 SMALL = (
     "model=nano",
+    *FEW_BLOCKS,
     "model.fusion=none",
     "data.crop=128",
     "data.workers=0",
@@ -11,12 +17,7 @@ SMALL = (
     "schedule.learning_rate=1e-3",
     "log.wandb=disabled",
 )
-"""The training that most tests run: a step takes a tenth of the compute of nano's own crops and context fusion."""
-FEW_BLOCKS = (
-    *("model.g_a_blocks=[1,0,0,0]", "model.g_s_blocks=[0,0,0,1]", "model.hyper_blocks=[0,0]"),
-    *("model.prior_s1_s2={before: 1, after: 0}", "model.prior_s3={before: 1, after: 0}"),
-)
-"""One block of each kind, where presets have several."""
+"""The training that most tests run: a step takes a tenth of the compute of nano's own."""
 TINY = (
     *("model=nano", "model.fusion=none", "model.channels=[8,8,16]", "model.latent_channels=8", "data.crop=128"),
     *FEW_BLOCKS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from small_training import FEW_BLOCKS
 
 from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Distortion
@@ -23,7 +24,7 @@ LAMBDA = 8.73
 @pytest.mark.launch
 def test_from_a_model_trained_for_mse(train, launch, image_folder, tmp_path):
     torch.manual_seed(0)
-    mse = task_of(compose(["model=nano"]), None, {})
+    mse = task_of(compose(["model=nano", *FEW_BLOCKS]), None, {})
     mse.save(tmp_path / "mse.safetensors", mse.module.state_dict(), {"step": 1, "images": 4, "pflops": 0.25}, None)
     images = tmp_path / "images"
     images.mkdir()

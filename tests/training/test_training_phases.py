@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_training import SMALL
 
 from hpcm_scale.compute.tracker import ComputeTracker
 from hpcm_scale.config.compose import compose, to_yaml
@@ -25,7 +26,7 @@ GROWING = (*SIZES, "schedule.crops=[256]", "schedule.crop_boundaries=[0.5]", "tr
 
 
 def composed(*overrides: str) -> Config:
-    return compose(["model=nano", *GROWING, *overrides])
+    return compose([*SMALL, *GROWING, *overrides])
 
 
 def reported(records: list[dict]) -> list[dict]:
