@@ -58,7 +58,8 @@ def main() -> None:
         rows.append([config.name, f"{sizes[config.name]:,}", start.value, *numbers])
     title = f"Untrained models at λ = {arguments.lmbda:g}, {len(images)} images"
     tables = [Table("", HEADINGS, rows, ["Means over the images, seed 0, fp32."])]
-    publish(Report("start", title, machine(cpu), tables, {"rows": results}), arguments.out)
+    measured_on = machine(cpu, ("python", "benchmarks/start.py"))
+    publish(Report("start", title, measured_on, tables, {"rows": results}), arguments.out)
 
 
 if __name__ == "__main__":
