@@ -42,8 +42,8 @@ def photo(image_folder) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def crop(photo) -> torch.Tensor:
-    return photo[:, 20:148, 50:210]  # a hat of red mesh before a curtain
+def crop(shared, photo) -> torch.Tensor:
+    return photo[:, 20:148, 50:210]  # of a real photograph: a hat of red mesh before a curtain
 
 
 @pytest.mark.launch

@@ -64,7 +64,7 @@ def pixels(photo) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("level", [0, 77, 255])
-def test_training_and_encoder_edit_alike(machine_codec, weights, pixels, level):
+def test_training_and_encoder_edit_alike(shared, machine_codec, weights, pixels, level):
     """Up to the padding, which training never sees: editing comes first in the encoder, and in an estimate last."""
     loaded = load_encoder(weights / "machine.safetensors")
     codec = loaded.codec

@@ -129,7 +129,7 @@ def test_averages_are_those_of_the_weights_to_the_bit(run, length, runs):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_engines_export_the_same(file, runs):
+def test_engines_export_the_same(file, shared, runs):
     """Where the optimizer goes through tensors of the same shapes, at stages 1 and 2, to the bit: so neither does the
     look at a photo through the averages, which only one of the two takes, leave a trace, nor the stop that only the
     other one makes. Elsewhere within its rounding, which grows from step to step."""
