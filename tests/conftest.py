@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests of GPUs and the longer ones, unless they are asked for (`-m gpu`, `-m long`).
 
-    The files whose tests launch trainings come first: each takes long, and in the end would leave a core idle.
+    The files with tests marked `launch` come first: most take long, and in the end would leave a core idle.
     """
     if not _wants(config, "gpu"):
         for item in items:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_training import SMALL, TINY
+from small_training import SMALL
 
 from hpcm_scale.training.diagnostics import out_of_reach
 
@@ -24,7 +24,7 @@ def steps_in(file: Path) -> list[str]:
 
 
 def test_the_steps_asked_for_are_in_the_trace(train, launch):
-    lines = train("profile", *TINY, "engine=zero2", "train.steps=4", "train.profile_steps=[2,3]")
+    lines = train("profile", "engine=zero2", "train.steps=4", "train.profile_steps=[2,3]")
     folder = launch.folder / "profile/profile"
     assert sorted(file.name for file in folder.iterdir()) == ["steps_2-3.json.gz", "steps_2-3.txt"]
     assert steps_in(folder / "steps_2-3.json.gz") == ["step 2", "step 3"]
@@ -35,7 +35,7 @@ def test_the_steps_asked_for_are_in_the_trace(train, launch):
 
 def test_a_run_that_stops_in_between_goes_on_with_the_rest(train, launch):
     """Steps are counted as the run's, and what was written before stays."""
-    keys = ("profile_resumed", *TINY, "engine=accelerate", "train.steps=4", "train.profile_steps=[2,3]")
+    keys = ("profile_resumed", "engine=accelerate", "train.steps=4", "train.profile_steps=[2,3]")
     train(*keys, "train.stop_after=2", processes=1)
     train(*keys, processes=1)
     folder = launch.folder / "profile_resumed/profile"
@@ -55,7 +55,6 @@ def test_a_rollback_profiles_the_steps_once_more(launch, shards, project):
     """The profiler of an attempt that diverged while it was on does not keep the next one from starting."""
     result = launch(
         *SMALL,
-        *TINY,
         f"data.shards={shards}",
         "run.dir=profile_rollback",
         "engine=accelerate",
