@@ -7,10 +7,14 @@ project=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../../.." && pwd)
 [ -d photos ] || python "$project/launch/quickstart_photos.py" photos
 [ -d shards ] || hpcm shards build photos/train --out shards
 
+train() { # FOLDER STEPS KEYS
+    [ -f "$1/weights.safetensors" ] || hpcm train experiment=quickstart engine=accelerate engine.precision=bf16 \
+        train.steps="$2" train.checkpoint_every=100 eval.every=100000 data.shards=shards eval.images=kodak \
+        log.wandb=disabled run.dir="$1" "${@:3}" # evaluated at the end
+}
+
 shape() { # NAME STEPS KEYS
-    [ -f "shapes/$1/weights.safetensors" ] || hpcm train experiment=quickstart engine=accelerate engine.precision=bf16 \
-        model=micro optimizer=muon schedule.learning_rate=3e-3 train.steps="$2" train.checkpoint_every="$2" eval.every="$2" data.shards=shards eval.images=kodak \
-        log.wandb=disabled run.dir="shapes/$1" "${@:3}"
+    train "shapes/$1" "$2" model=micro optimizer=muon schedule.learning_rate=3e-3 "${@:3}"
 }
 wide=(model.latent_channels=120 model.context_channels=64 model.channels=[16,32,64] model.fusion=none
     model.hyper_blocks=[0,3])
@@ -22,10 +26,7 @@ shape shallow_64 600 "${shallow[@]}" model.latent_channels=64 # the preset 800k
 
 arm() { # START OPTIMIZER RATE SEED
     declare -A steps=([adam]=315 [muon]=300 [soap]=310) # of equal compute, 0.00798 PFLOPs
-    [ -f "arms/$1_$2_$3_$4/weights.safetensors" ] || hpcm train experiment=quickstart engine=accelerate \
-        engine.precision=bf16 model.start="$1" optimizer="$2" schedule.learning_rate="$3" train.seed="$4" \
-        train.steps="${steps[$2]}" train.checkpoint_every=100 eval.every=100000 data.shards=shards eval.images=kodak \
-        log.wandb=disabled run.dir="arms/$1_$2_$3_$4"
+    train "arms/$1_$2_$3_$4" "${steps[$2]}" model.start="$1" optimizer="$2" schedule.learning_rate="$3" train.seed="$4"
 }
 for rate in 1.5e-3 3e-3 6e-3 1.2e-2; do
     for optimizer in adam muon soap; do
@@ -44,12 +45,8 @@ for seed in 1 2; do # the best rate of each
     arm klt soap 6e-3 "$seed"
 done
 
-long() { # NAME STEPS KEYS: the length of the quickstart
-    [ -f "quick/$1/weights.safetensors" ] || hpcm train experiment=quickstart engine=accelerate \
-        engine.precision=bf16 train.steps="$2" train.checkpoint_every=100 eval.every=100000 data.shards=shards \
-        eval.images=kodak log.wandb=disabled run.dir="quick/$1" "${@:3}"
-}
-long adam_6e-3 588 optimizer=adam schedule.learning_rate=6e-3
-long muon_6e-3 560 optimizer=muon schedule.learning_rate=6e-3
-long muon_1.2e-2 560 optimizer=muon schedule.learning_rate=1.2e-2
-long soap_6e-3 579 optimizer=soap schedule.learning_rate=6e-3
+# The length of the quickstart
+train quick/adam_6e-3 588 optimizer=adam schedule.learning_rate=6e-3
+train quick/muon_6e-3 560 optimizer=muon schedule.learning_rate=6e-3
+train quick/muon_1.2e-2 560 optimizer=muon schedule.learning_rate=1.2e-2
+train quick/soap_6e-3 579 optimizer=soap schedule.learning_rate=6e-3
