@@ -116,7 +116,7 @@ def new_setting() -> None:
 def test_settings_of_training_do_not_reach_the_codec(codec, kodak_photo, reduce):
     """Reduced precision of the caller's is left aside, and given back."""
     places = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [place.fp32_precision for place in places]
+    before, old = [place.fp32_precision for place in places], torch.get_float32_matmul_precision()
     expected = codec.compress(kodak_photo)
     picture = codec.decompress(expected)
     try:
@@ -127,6 +127,7 @@ def test_settings_of_training_do_not_reach_the_codec(codec, kodak_photo, reduce)
             assert torch.equal(codec.decompress(expected), picture)
         assert [place.fp32_precision for place in places] == reduced
     finally:
+        torch.set_float32_matmul_precision(old)
         for place, precision in zip(places, before, strict=True):
             place.fp32_precision = precision
 
