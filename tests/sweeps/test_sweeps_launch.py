@@ -70,6 +70,8 @@ def start(shards, fork_server, tmp_path) -> Callable[..., Forked]:
 
 
 SEVERAL = ("-m", "model=nano,micro", "hydra/launcher=deepspeed", "hydra.launcher.jobs_at_once=2")
+STEPS = 40
+"""Of a run: enough to kill one that has begun."""
 
 
 @pytest.mark.long
@@ -93,11 +95,11 @@ def test_interrupted_all_runs_write_a_checkpoint(start, tmp_path, exit_codes):
 
 def test_one_is_killed_and_the_same_command_finishes_what_is_missing(start, shards, train, tmp_path):
     runs = nano, micro = [tmp_path / SWEEP / f"model={name}" for name in ("nano", "micro")]
-    assert start("model=nano", "train.steps=9", f"run.dir='{nano.relative_to(tmp_path)}'").wait(400) == 0
+    assert start("model=nano", f"train.steps={STEPS}", f"run.dir='{nano.relative_to(tmp_path)}'").wait(400) == 0
     assert Follower(nano).look().state == "finished"
 
     before = contents(nano)
-    process = start(*SEVERAL, "train.steps=9")
+    process = start(*SEVERAL, f"train.steps={STEPS}")
     wait_for(lambda: steps(micro), process)
     ranks = [
         child for child in psutil.Process(process.pid).children(recursive=True) if "model=micro" in child.cmdline()
@@ -109,13 +111,13 @@ def test_one_is_killed_and_the_same_command_finishes_what_is_missing(start, shar
     assert state.state == "failed" and "SIGKILL" in state.note
     assert "model=micro: failed: " in output and "1 of 2 runs are not finished" in output
 
-    code, output, errors = train(*SEVERAL, "train.steps=9", f"data.shards={shards}", *COMMON)
+    code, output, errors = train(*SEVERAL, f"train.steps={STEPS}", f"data.shards={shards}", *COMMON)
     assert code == 0, output + errors
     assert contents(nano) == before  # nothing was started for it
     assert output.count(": started on") == 1 and "model=nano: started" not in output
-    assert steps(nano) == steps(micro) == list(range(1, 10))
-    rows = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and "/9" in line]
-    assert [(row[0], row[3], row[-1]) for row in rows] == [(run.name, "9/9", "finished") for run in runs]
+    assert steps(nano) == steps(micro) == list(range(1, STEPS + 1))
+    rows = [line.split() for line in output.splitlines() if line.strip().startswith("model=") and f"/{STEPS}" in line]
+    assert [(row[0], row[3], row[-1]) for row in rows] == [(run.name, f"{STEPS}/{STEPS}", "finished") for run in runs]
 
 
 def test_without_a_launcher_one_after_the_other_and_one_failing(start, shards, tmp_path):
