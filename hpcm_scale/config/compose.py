@@ -10,13 +10,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
-from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.core.utils import JobRuntime, setup_globals
+from hydra.errors import HydraException, SearchPathException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
@@ -64,8 +69,32 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def composed(overrides: Sequence[str]) -> DictConfig:
     """Hydra's configuration, with interpolations not yet resolved. Raises UserError for an unknown key or group."""
     check_overrides(overrides)
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return translated(lambda: hydra_compose(CONFIG_NAME, list(overrides)))
+    load = config_loader().load_configuration
+    return without_hydra(translated(lambda: load(CONFIG_NAME, list(overrides), RunMode.RUN)))
+
+
+def config_loader(folder: str | None = None, further: str | None = None) -> ConfigLoaderImpl:
+    """Hydra's loader of configurations from `conf/` or another folder, and from the folder `further` if it is given.
+
+    Relative paths of the former start at this package's folder, as those of Hydra's --config-path.
+    """
+    version.setbase("1.3")
+    setup_globals()
+    JobRuntime().set("name", "train")
+    path = create_config_search_path(str(Path(__file__).resolve().parents[1] / (folder or config_folder())))
+    if further:
+        if not Path(further).is_dir():
+            raise SearchPathException(f"Additional config directory '{Path(further).absolute()}' not found")
+        path.prepend("command-line", f"file://{Path(further).absolute()}", SearchPathQuery(provider="schema"))
+    return ConfigLoaderImpl(path)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """`config` after removal of Hydra's own section, which interpolations `${hydra:…}` may still refer to."""
+    HydraConfig.instance().set_config(config)
+    with flag_override(config, ["struct", "readonly"], False):
+        del config["hydra"]
+    return config
 
 
 def typed(config: DictConfig) -> Config:

@@ -1,22 +1,90 @@
-"""Names of the runs of a multirun."""
+"""Multiruns: the options of their launchers, the overrides of each run and the names of the runs."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hpcm_scale.config.schema import RunConfig
 from hpcm_scale.errors import UserError
+from hpcm_scale.limits import PROCESSES, Range, number
 
 LONGEST_NAME = 200
 """Bytes of a generated name. File systems allow 255; the names of the files beside a run folder are longer."""
 _HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+
+
+_GRACE = Range(least=0, most=65_535)
+"""Seconds, within the range of Slurm."""
+
+
+@dataclass
+class DeepSpeedOptions:
+    """`hydra.launcher.…` of `hydra/launcher=deepspeed`: concurrent runs on this node."""
+
+    gpus_per_job: int = number(1, PROCESSES)
+    """GPUs of each run; on a node without GPUs, processes of each run."""
+    gpus: list[int] | None = number(None, Range(least=0, most=1023))
+    """Indices of the GPUs to use; default: those in CUDA_VISIBLE_DEVICES, or all."""
+    jobs_at_once: int | None = number(None, PROCESSES)
+    """Concurrent runs; default: as many as fit on the GPUs, or else on the processor cores."""
+    grace: float = number(600.0, _GRACE)
+    """Seconds for the checkpoint of a run that is stopped; then it is killed."""
+
+
+@dataclass
+class SlurmOptions:
+    """`hydra.launcher.…` of `hydra/launcher=slurm`: one batch job per run."""
+
+    nodes: int = number(1, Range(least=1, most=100_000))
+    """Nodes of each run."""
+    gpus_per_node: int = number(8, Range(least=0, most=1024))
+    """GPUs and processes of each run on each node; 0: one process without a GPU."""
+    cpus_per_task: int = number(8, Range(least=1, most=1024))
+    """Processor cores of each process."""
+    time: str = "24:00:00"
+    """Time limit of a job, in Slurm's format; an unfinished run is requeued."""
+    grace: int = number(600, _GRACE)
+    """Seconds before the time limit at which the run writes its checkpoint."""
+    partition: str | None = None
+    account: str | None = None
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, such as ['--qos=long','--exclude=node7']."""
+    setup: list[str] = field(default_factory=list)
+    """Shell commands before training, such as ['module load cuda']."""
+    submit: bool = True
+    """False: write the scripts only."""
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="deepspeed", node=DeepSpeedOptions, provider="hpcm_scale")
+ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmOptions, provider="hpcm_scale")
+
+
+def job_overrides(sweeper: Mapping[str, Any], task: Sequence[str], loader: ConfigLoader) -> list[list[list[str]]]:
+    """The overrides of each run of a multirun, in batches of `hydra.sweeper.max_batch_size` runs.
+
+    They are the combinations of the values in the command line `task`, or of these with each of the sweeper's grids,
+    whose values they replace (conf/hydra/sweeper/grids.yaml); a run that is in two grids comes once.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    jobs: list[list[str]] = []
+    for grid in sweeper.get("grids") or [{}]:
+        values = {**grid, **(sweeper.get("params") or {})}
+        whole = [*(f"{key}={value}" for key, value in values.items()), *task]
+        jobs += BasicSweeper.split_arguments(parser.parse_overrides(whole), None)[0]
+    if sweeper.get("grids"):
+        jobs = [*map(list, dict.fromkeys(map(tuple, jobs)))]
+    return [*BasicSweeper.split_overrides_to_chunks(jobs, sweeper.get("max_batch_size"))]
 
 
 def name_run(run: RunConfig, job: Sequence[str], swept: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ from types import FrameType
 import psutil
 from rich.live import Live
 
+from hpcm_scale.config.sweeps import DeepSpeedOptions
+from hpcm_scale.data.processes import available_cores
 from hpcm_scale.devices import cpu_is_requested, device_count
 from hpcm_scale.distributed import processes
 from hpcm_scale.errors import STOPPED, UserError, is_first_process
@@ -347,6 +349,20 @@ def _tell(text: str) -> None:
     """Print a line unless a terminal shows the table."""
     if not sys.stderr.isatty():
         print(text, flush=True)
+
+
+def train_at_once(jobs: Sequence[Job], options: DeepSpeedOptions) -> int:
+    """Train the jobs on the devices of this node and print a table; returns the exit code.
+
+    Raises UserError, before the first job starts, for everything that a job would be refused for.
+    """
+    gpus, cores = visible_gpus() if options.gpus is None else options.gpus, available_cores()
+    parts = shares(gpus, options.gpus_per_job, options.jobs_at_once, cores)
+    left = unfinished(jobs, options.gpus_per_job)
+    write_plans(jobs)
+    number = AtOnce(left, parts[: max(1, len(left))], cores, options.grace).train()
+    code = summary(jobs, left)
+    return code if number is None else 128 + number
 
 
 # Jobs one after the other, in this process and those launched with it.

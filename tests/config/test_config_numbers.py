@@ -21,12 +21,12 @@ from hpcm_scale.config.checks import check, check_pre_editor
 from hpcm_scale.config.compose import _keys, compose, from_yaml, model_from_dict, to_dict
 from hpcm_scale.config.deepspeed import ZERO_SIZES
 from hpcm_scale.config.schema import AVERAGE, Config, PreEditorConfig
+from hpcm_scale.config.sweeps import DeepSpeedOptions, SlurmOptions
 from hpcm_scale.data.mixture import random_words
 from hpcm_scale.errors import UserError
 from hpcm_scale.limits import Range
 from hpcm_scale.model import families
 from hpcm_scale.scaling.plan import Setting
-from hpcm_scale.sweeps.launchers import DeepSpeedOptions, SlurmOptions
 from hpcm_scale.training.ema import exponent
 from hpcm_scale.training.task import image_levels
 

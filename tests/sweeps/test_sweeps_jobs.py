@@ -8,13 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import HydraContext
 
-from hpcm_scale.config.compose import compose, preset_names, to_yaml
+from hpcm_scale.config.compose import compose, config_loader, preset_names, to_yaml
+from hpcm_scale.config.sweeps import job_overrides
 from hpcm_scale.errors import UserError
 from hpcm_scale.sweeps.jobs import make_job, quoted, read_plan
-from hpcm_scale.sweeps.launchers import GridSweeper
 from hpcm_scale.sweeps.local import Share, free_port, shares, visible_gpus
 
 ONLY_WRITE = ("hydra/launcher=slurm", "hydra.launcher.submit=false", "hydra.launcher.gpus_per_node=1")
@@ -119,11 +117,10 @@ def test_the_paper_ladder_is_ten_runs(train, shards, tmp_path):
 
 
 def test_the_command_line_narrows_grids_and_no_run_comes_twice():
-    sweeper = GridSweeper([{"model": "nano,micro", "train.seed": 0}, {"model": "micro", "train.seed": "0,1"}])
-    sweeper.hydra_context = HydraContext(config_loader=None, callbacks=None)
+    grids = [{"model": "nano,micro", "train.seed": 0}, {"model": "micro", "train.seed": "0,1"}]
 
     def jobs(*arguments: str, batch: int | None = None) -> list[list[list[str]]]:
-        return sweeper.split_arguments(OverridesParser.create().parse_overrides(list(arguments)), batch)
+        return job_overrides({"grids": grids, "max_batch_size": batch}, arguments, config_loader())
 
     nano, micro, second = (
         ["model=nano", "train.seed=0"],
