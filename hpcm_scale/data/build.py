@@ -23,60 +23,12 @@ from webdataset.writer import TarWriter
 
 from hpcm_scale.data.images import EXTENSIONS, decode, extension_of
 from hpcm_scale.data.index import BLOCK, COLUMNS, INDEX, UNFINISHED, VERSION, Shard, ShardIndex, load_index
-from hpcm_scale.data.processes import parallel_map
+from hpcm_scale.data.processes import parallel
 from hpcm_scale.data.sources import Source, find_sources
 from hpcm_scale.errors import ESCAPE, UserError
-from hpcm_scale.files import atomic_file, check_length, read_file, sync_folder, write_text
+from hpcm_scale.files import atomic_file, check_length, read_file, sha256_of, sync_folder, write_text
 
 REPORT, PLAN, LOCK = "report.csv", "plan.json", "lock"
-
-
-def padding(length: int) -> int:
-    """Zero bytes after a file of `length` bytes."""
-    return -length % BLOCK
-
-
-class ShardWriter:
-    """Context manager that writes one shard; equal images give equal bytes."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self.name = name
-        self.size = 0
-        """Bytes of the images, with headers and padding."""
-        self._file = HashingFile(path)
-        self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)  # pyright: ignore[reportArgumentType]
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_exception) -> None:
-        self._tar.close()
-        self._file.handle.close()
-
-    def add(self, key: str, extension: str, data: bytes) -> int:
-        """Append one image; returns the offset of its first byte."""
-        self._tar.write({"__key__": key, extension: data})
-        offset = self.size + BLOCK
-        self.size = offset + len(data) + padding(len(data))
-        return offset
-
-    def shard(self) -> Shard:
-        """The entry of the closed shard in the index."""
-        return Shard(self.name, self._file.bytes, self._file.digest.hexdigest())
-
-
-class HashingFile:
-    """A file that counts and hashes the bytes written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.handle = path.open("wb")
-        self.digest = sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.handle.write(data)
 
 
 @dataclass(frozen=True)
@@ -136,7 +88,7 @@ def build_shards(
         with sole_builder(out):
             records = finished_records(out, fingerprint)
             done = sum(record["files"] for record in records)
-            examined = parallel_map(partial(examine, min_side=min_side), sources[done:], workers)
+            examined = parallel((partial(examine, source, min_side) for source in sources[done:]), workers)
             bar = progress(total=len(sources), initial=done, description="building", unit="file")
             with bar, closing(examined):
                 rest = zip(sources[done:], examined, strict=True)
@@ -221,7 +173,13 @@ def write_shard(
     name = f"shard-{number:06d}.tar"
     samples = {column: [] for column in ("key", "extension", *COLUMNS)}
     skipped, files = [], 0
-    with atomic_file(folder / name) as unfinished, ShardWriter(unfinished, name) as writer:
+    # The same images give the same bytes.
+    entry = {"user": "", "group": "", "mode": 0o644, "mtime": 0}
+    with (
+        atomic_file(folder / name) as unfinished,
+        unfinished.open("wb") as file,
+        TarWriter(file, **entry, compress=False, encoder=False) as tar,  # pyright: ignore[reportArgumentType]
+    ):
         for source, found in examined:
             files += 1
             bar.update(1)
@@ -232,7 +190,7 @@ def write_shard(
                 "key": source.key,
                 "extension": found.extension,
                 "shard": number,
-                "offset": writer.add(source.key, found.extension, found.data),
+                "offset": tar.tarstream.offset + BLOCK,
                 "length": len(found.data),
                 "width": found.width,
                 "height": found.height,
@@ -240,11 +198,14 @@ def write_shard(
             }
             for column in samples:
                 samples[column].append(row[column])
-            if writer.size >= shard_size:
+            tar.write({"__key__": source.key, found.extension: found.data})
+            if tar.tarstream.offset >= shard_size:
                 break
-    if not samples["key"]:
-        (folder / name).unlink()
-    shard = asdict(writer.shard()) if samples["key"] else None
+    path, shard = folder / name, None
+    if samples["key"]:
+        shard = asdict(Shard(name, path.stat().st_size, sha256_of(path)))
+    else:
+        path.unlink()
     record = {"files": files, "shard": shard, "samples": samples, "skipped": skipped}
     write_text(folder / record_name(number), json.dumps(record))
     return record

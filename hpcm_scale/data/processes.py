@@ -18,7 +18,6 @@ import psutil
 
 from hpcm_scale.errors import UserError
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Sent by terminals, launchers and Slurm to a whole process tree; the parent decides whether to stop."""
@@ -62,21 +61,20 @@ def block_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def parallel_map(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Generator[Result, None, None]:
-    """`map` over processes: results in order, with at most 4 · workers results waiting.
+def parallel(jobs: Iterable[Callable[[], Result]], workers: int) -> Generator[Result, None, None]:
+    """The results of calling `jobs` in processes, in order, with at most 4 · workers of them waiting.
 
     Raises `UserError` if a worker dies.
     """
     if workers == 1:
-        yield from map(function, items)
+        for job in jobs:
+            yield job()
         return
     pool = ProcessPoolExecutor(workers, initializer=follow_parent)
     try:
         waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for job in jobs:
+            waiting.append(pool.submit(job))
             if len(waiting) >= 4 * workers:
                 yield waiting.popleft().result()
         while waiting:

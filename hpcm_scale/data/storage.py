@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -27,8 +28,6 @@ from hpcm_scale.files import PIPE, check_no_secret, without_secrets
 
 Result = TypeVar("Result")
 
-# Retries with exponential back-off and jitter.
-
 GIVEN_UP_SECONDS = 60.0
 """Time for which a file that could not be read is not tried again."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,21 +40,45 @@ class Unreadable(OSError):
     """A file could not be read after all retries; the text holds their number and the last error."""
 
 
-class Retrying:
-    """Reads files with up to `tries` attempts each.
+class RetryingStorage(ABC):
+    """Files that are read from another machine or process, with up to `retries` attempts of `timeout` seconds each.
 
     Two rules bound the time that an unreachable server costs: a file that failed is not tried again for a minute,
     and after a file has failed, the next ones get a single attempt until one succeeds. A retry library such as
     tenacity has neither rule, and would replace only the loop.
     """
 
-    def __init__(self, tries: int) -> None:
-        self.tries = tries
+    def __init__(self, *, retries: int, timeout: float) -> None:
+        self.timeout = timeout
+        self._tries = retries
         self._failing = False
         self._given_up: dict[str, tuple[float, str]] = {}
         """Until when (monotonic clock, seconds), and why."""
 
-    def __call__(self, name: str, described: str, action: Callable[[], Result]) -> Result:
+    @abstractmethod
+    def describe(self, name: str) -> str:
+        """The file in a message."""
+
+    @abstractmethod
+    def _copy(self, name: str, target: Path) -> None:
+        """Copy a whole file to `target`, in one attempt."""
+
+    def download(self, name: str, target: Path, check: Callable[[Path], None]) -> None:
+        """Copy a whole file to `target`; `check` raises `OSError` if it is wrong."""
+
+        def fetch() -> None:
+            self._copy(name, target)
+            check(target)
+
+        self._retried(name, fetch)
+
+    def renew(self, name: str) -> None:  # noqa: B027
+        """No-op: no file stays open between reads."""
+
+    def close(self) -> None:  # noqa: B027
+        """Close connections, if there are any."""
+
+    def _retried(self, name: str, action: Callable[[], Result]) -> Result:
         """The result of `action`, which reads the file `name`.
 
         Raises `FileNotFoundError` and a full disk's `OSError` at once, `UserError` for missing credentials, and
@@ -64,7 +87,7 @@ class Retrying:
         until, reason = self._given_up.get(name, (0.0, ""))
         if time.monotonic() < until:
             raise Unreadable(reason)
-        tries = 1 if self._failing else self.tries
+        tries = 1 if self._failing else self._tries
         attempt = 0
         while True:
             attempt += 1
@@ -77,24 +100,22 @@ class Retrying:
                     raise UserError(
                         "no-credentials",
                         "data.shards",
-                        f"there are no credentials for {described}; set them in the environment (AWS_ACCESS_KEY_ID "
-                        "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; FSSPEC_S3_ANON=true for a public bucket)",
+                        f"there are no credentials for {self.describe(name)}; set them in the environment "
+                        "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; FSSPEC_S3_ANON=true for a "
+                        "public bucket)",
                     ) from None
                 if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise
                 if attempt >= tries or is_permanent(error):
-                    raise Unreadable(self._give_up(name, attempt, error)) from error
+                    cause = without_secrets(" ".join(f"{type(error).__name__} {error}".split()))
+                    reason = f"after {attempt} {'try' if attempt == 1 else 'tries'} ({cause})"
+                    self._failing = True
+                    self._given_up[name] = (time.monotonic() + GIVEN_UP_SECONDS, reason)
+                    raise Unreadable(reason) from error
             else:
                 self._failing = False
                 return result
             time.sleep(pause(attempt))
-
-    def _give_up(self, name: str, attempt: int, error: Exception) -> str:
-        cause = without_secrets(" ".join(f"{type(error).__name__} {error}".split()))
-        reason = f"after {attempt} {'try' if attempt == 1 else 'tries'} ({cause})"
-        self._failing = True
-        self._given_up[name] = (time.monotonic() + GIVEN_UP_SECONDS, reason)
-        return reason
 
 
 def is_permanent(error: Exception) -> bool:
@@ -118,13 +139,14 @@ STDERR_BYTES = 1000
 """End of the command's standard error that is kept."""
 
 
-class PipeStorage:
+class PipeStorage(RetryingStorage):
     """Whole files from the standard output of a shell command in which `{}` is replaced by the file's name.
 
-    A command that fails, or writes nothing for `timeout` seconds, is run up to `retries` times.
+    An attempt has failed if the command fails or writes nothing for `timeout` seconds.
     """
 
     def __init__(self, location: str, *, retries: int, timeout: float) -> None:
+        super().__init__(retries=retries, timeout=timeout)
         self.command = location.removeprefix(PIPE)
         if PLACEHOLDER not in self.command:
             raise UserError(
@@ -132,8 +154,6 @@ class PipeStorage:
                 "data.shards",
                 f"the command of data.shards={PIPE}… has no {PLACEHOLDER}; write it in place of the file name",
             )
-        self.timeout = timeout
-        self._retrying = Retrying(retries)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """A whole file. Raises `Unreadable`, and `UserError` for a byte range."""
@@ -150,37 +170,24 @@ class PipeStorage:
                 self._run(name, sink)
                 return sink.getvalue()
 
-        return self._retrying(name, self.describe(name), fetch)
-
-    def download(self, name: str, target: Path, check: Callable[[Path], None]) -> None:
-        """Write a whole file to `target`; `check` raises `OSError` if it is wrong."""
-
-        def fetch() -> None:
-            with target.open("wb") as sink:
-                self._run(name, sink)
-            check(target)
-
-        self._retrying(name, self.describe(name), fetch)
+        return self._retried(name, fetch)
 
     def describe(self, name: str) -> str:
-        """The file in a message."""
         return f"{name} from {PIPE}…"
 
-    def renew(self, name: str) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""
+    def _copy(self, name: str, target: Path) -> None:
+        with target.open("wb") as sink:
+            self._run(name, sink)
 
     def _run(self, name: str, sink: BinaryIO) -> None:
         with _shell(self.command.replace(PLACEHOLDER, shlex.quote(name))) as process:
-            stderr = self._copy(process, sink)
+            stderr = self._forward(process, sink)
             code = process.wait(self.timeout)
         if code:
             lines = stderr.decode(errors="replace").strip().splitlines()
             raise OSError(f"exit code {code}" + (f": {lines[-1]}" if lines else ""))
 
-    def _copy(self, process: subprocess.Popen[bytes], sink: BinaryIO) -> bytes:
+    def _forward(self, process: subprocess.Popen[bytes], sink: BinaryIO) -> bytes:
         """Copy standard output to `sink`; returns the end of standard error."""
         assert process.stdout is not None and process.stderr is not None
         stderr = b""
@@ -258,21 +265,19 @@ class LocalStorage:
             self._handles.popitem()[1].close()
 
 
-class RemoteStorage:
+class RemoteStorage(RetryingStorage):
     """A folder at a URL: http(s) by range requests, other schemes by their fsspec packages.
 
-    A read is tried up to `retries` times, unless its error is permanent (`is_permanent`). `timeout` is in seconds per
-    read. Credentials and endpoints come from the environment.
+    Credentials and endpoints come from the environment.
     """
 
     files: Any
     """fsspec's file system; None after `close`."""
 
     def __init__(self, url: str, *, retries: int, timeout: float) -> None:
+        super().__init__(retries=retries, timeout=timeout)
         check_no_secret(url, "the URL of the shards")
         self.url = url.rstrip("/")
-        self.timeout = timeout
-        self._retrying = Retrying(retries)
         try:
             self.files, self.root = fsspec.core.url_to_fs(self.url, **options(self.url, timeout))
         except (ValueError, ImportError) as error:
@@ -301,7 +306,7 @@ class RemoteStorage:
                 raise OSError(f"{len(data)} bytes instead of {stop - start}")
             return data
 
-        return self._retrying(name, self.describe(name), fetch)
+        return self._retried(name, fetch)
 
     def _fetch(self, name: str, start: int, stop: int | None) -> bytes:
         span = {} if stop is None else {"start": start, "end": stop}
@@ -310,21 +315,11 @@ class RemoteStorage:
             return sync(self.files.loop, self.files._cat_file, path, timeout=self.timeout, **span)  # pyright: ignore[reportReturnType]
         return self.files.cat_file(path, **span)
 
-    def download(self, name: str, target: Path, check: Callable[[Path], None]) -> None:
-        """Copy a whole file to `target`; `check` raises `OSError` if it is wrong."""
-
-        def fetch() -> None:
-            self.files.get_file(f"{self.root}/{name}", str(target))
-            check(target)
-
-        self._retrying(name, self.describe(name), fetch)
+    def _copy(self, name: str, target: Path) -> None:
+        self.files.get_file(f"{self.root}/{name}", str(target))
 
     def describe(self, name: str) -> str:
-        """The file in a message."""
         return f"{self.url}/{name}"
-
-    def renew(self, name: str) -> None:
-        """No-op: every read is a request to the server."""
 
     def close(self) -> None:
         """Close the connections: a process forked later must not inherit them.

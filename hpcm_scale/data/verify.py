@@ -8,20 +8,20 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from zlib import crc32
 
 import numpy as np
 
-from hpcm_scale.data.build import padding
 from hpcm_scale.data.images import decode
 from hpcm_scale.data.index import BLOCK, Shard, ShardIndex, is_plain
-from hpcm_scale.data.processes import parallel_map
+from hpcm_scale.data.processes import parallel
 from hpcm_scale.files import sha256_of
 from hpcm_scale.formatting import counted
 
 IMAGES_PER_JOB = 32
 HASH_DIFFERS = "its sha256 differs, although every image in it is intact"
+"""Omitted if damage of an image explains it."""
 KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -45,8 +45,7 @@ class Damage:
         return f"{self.shard}: " + (f"sample {self.sample}: " if self.sample else "") + self.what
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """The index entry of one sample."""
 
     key: str
@@ -68,33 +67,26 @@ def verify_shards(folder: str | Path, index: ShardIndex, *, workers: int, progre
     damages = [
         Damage(path.name, "not in the index") for path in sorted(folder.glob("shard-*.tar")) if path.name not in listed
     ]
-    checks = parallel_map(run, jobs(folder, index), workers)
+    checks = parallel(jobs(folder, index), workers)
     with progress(total=len(index), description="verifying", unit="image") as bar, closing(checks):
         for images, found in checks:
             bar.update(images)
             damages += found
-    return without_repetition(damages)
+    named = {damage.shard for damage in damages if damage.sample}
+    return [damage for damage in damages if damage.what != HASH_DIFFERS or damage.shard not in named]
 
 
 def jobs(folder: Path, index: ShardIndex) -> Iterator[partial]:
     """Checks of shards and of groups of samples, each returning (images checked, damage found)."""
+    columns = (index.offset, index.length, index.width, index.height, index.crc32)
     for number, shard in enumerate(index.shards):
         samples = (index.shard == number).nonzero()[0]
         yield partial(check_shard, folder, shard, frozenset(index.offset[samples].tolist()))
         for start in range(0, len(samples), IMAGES_PER_JOB):
-            entries = [entry_of(index, sample) for sample in samples[start : start + IMAGES_PER_JOB]]
+            group = samples[start : start + IMAGES_PER_JOB]
+            names = ([index.keys[sample] for sample in group], [index.extensions[sample] for sample in group])
+            entries = [*map(Entry, *names, *(column[group].tolist() for column in columns))]
             yield partial(check_samples, folder, shard, entries)
-
-
-def entry_of(index: ShardIndex, sample: int) -> Entry:
-    """The index entry of a sample."""
-    numbers = (index.offset, index.length, index.width, index.height, index.crc32)
-    return Entry(index.keys[sample], index.extensions[sample], *(int(column[sample]) for column in numbers))
-
-
-def run(job: partial) -> tuple[int, list[Damage]]:
-    """Call a job; a pool of processes needs a named function."""
-    return job()
 
 
 def check_shard(folder: Path, shard: Shard, offsets: frozenset[int]) -> tuple[int, list[Damage]]:
@@ -139,7 +131,7 @@ def problem(handle: BinaryIO, entry: Entry) -> str | None:
     """The damage of one sample in an open shard, or None."""
     handle.seek(entry.offset - BLOCK)
     header, data = handle.read(BLOCK), handle.read(entry.length)
-    zeros = handle.read(padding(entry.length))
+    zeros = handle.read(-entry.length % BLOCK)
     if len(data) < entry.length:
         return "cut off"
     if crc32(data) != entry.crc32:
@@ -159,12 +151,6 @@ def problem(handle: BinaryIO, entry: Entry) -> str | None:
     if size != (entry.width, entry.height):
         return f"{size[0]}×{size[1]} pixels instead of {entry.width}×{entry.height}"
     return None
-
-
-def without_repetition(damages: list[Damage]) -> list[Damage]:
-    """Drop the differing hash of shards whose damaged samples are named."""
-    named = {damage.shard for damage in damages if damage.sample}
-    return [damage for damage in damages if damage.what != HASH_DIFFERS or damage.shard not in named]
 
 
 EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 4096)
