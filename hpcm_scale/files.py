@@ -98,12 +98,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 def read_file(path: Path) -> bytes:
     """The bytes of a regular file. Raises OSError for anything else: reading a named pipe would block."""
-    if kind := ema_kind(path):
+    if kind := special_kind(path):
         raise OSError(errno.EINVAL, f"it is {kind}", str(path))
     return path.read_bytes()
 
 
-def ema_kind(path: Path) -> str:
+def special_kind(path: Path) -> str:
     """The kind of `path`, such as "a pipe"; "" for a regular file or a link to one. Raises OSError if it is missing."""
     mode = path.stat().st_mode
     return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "not a file")
@@ -122,7 +122,7 @@ def _check_replaceable(path: Path) -> None:
     """Raise OSError if `path` is a folder, a device, a pipe or a socket, which no file must replace."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and (kind := ema_kind(path)):
+    if path.exists() and (kind := special_kind(path)):
         raise OSError(errno.EINVAL, f"it is {kind}", str(path))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hpcm_scale.errors import UserError
@@ -88,16 +88,19 @@ def number(default: Any, allowed: Range) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def check_numbers(config: Any, prefix: str = "") -> None:
-    """Raise UserError for the first `number` of a dataclass, or of a nested one, that is out of range.
-
-    `prefix` is the common prefix of the keys, such as `model.`.
-    """
+def entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    """Key, value and field of every entry of a dataclass, and of those in it; `prefix`, such as `model.`, is theirs."""
     for entry in fields(config):
         key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        yield key, value, entry
         if is_dataclass(value):
-            check_numbers(value, f"{key}.")
-        elif "allowed" in entry.metadata:
+            yield from entries(value, f"{key}.")
+
+
+def check_numbers(config: Any, prefix: str = "") -> None:
+    """Raise UserError for the first `number` of `entries` that is out of range."""
+    for key, value, entry in entries(config, prefix):
+        if "allowed" in entry.metadata:
             entry.metadata["allowed"].check(key, value)
 
 

@@ -34,7 +34,6 @@ from hpcm_scale.config.sweeps import (
     SlurmOptions,
     job_overrides,
     refuse_hydra_folders,
-    sweeper_grids,
     swept_keys,
 )
 from hpcm_scale.distributed.processes import without_launcher_arguments
@@ -95,8 +94,9 @@ def _typed(configuration: DictConfig) -> Config:
 
 def _train_several(master: DictConfig, loader: ConfigLoader) -> int:
     """Train or submit the runs of a multirun; returns the exit code."""
+    from hpcm_scale.sweeps.in_turn import train_in_turn
     from hpcm_scale.sweeps.jobs import make_job
-    from hpcm_scale.sweeps.local import train_at_once, train_in_turn
+    from hpcm_scale.sweeps.local import train_at_once
     from hpcm_scale.sweeps.slurm import submit
 
     settings = master.hydra
@@ -112,7 +112,7 @@ def _train_several(master: DictConfig, loader: ConfigLoader) -> int:
         check_numbers(options, "hydra.launcher.")
         train = partial(train_at_once if isinstance(options, DeepSpeedOptions) else submit, options=options)
     task = cast("list[str]", OmegaConf.to_container(settings.overrides.task))  # interpolations are those of each run
-    swept = swept_keys(task, sweeper_grids(settings.sweeper))
+    swept = swept_keys(settings.sweeper, task)
 
     def jobs(batch: list[list[str]]) -> list[Job]:
         return [make_job(_typed(loader.load_sweep_config(master, job)), job, swept) for job in batch]

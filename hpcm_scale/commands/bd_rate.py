@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from hpcm_scale.errors import Parser, UserError, entry_point
+from hpcm_scale.formatting import terminal, terminal_table
 
 
 @entry_point
@@ -79,22 +80,14 @@ def _chosen(curves: list, name: str | None, place: str) -> list:
 
 
 def _print_comparisons(compared: list, refused: list, anchor, metric: str) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from hpcm_scale.evaluation.bd_rate import METRICS, same_images
     from hpcm_scale.evaluation.points import GIVEN, stated
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.add_column("curve", overflow="fold")
-    table.add_column("rate", no_wrap=True)
-    for heading in ("shared dB", "of curve", "of anchor", "BD-rate"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    console, rows = terminal(), []
     for curve, found in compared:
         shared = (f"{found.low:.2f}–{found.high:.2f}", f"{found.share_of_curve:.0%}", f"{found.share_of_anchor:.0%}")
-        table.add_row(curve.label, curve.rate, *shared, f"{found.bd_rate:+.2f}%")
+        rows.append([curve.label, curve.rate, *shared, f"{found.bd_rate:+.2f}%"])
+    table = terminal_table(["curve", "rate", "shared dB", "of curve", "of anchor", "BD-rate"], rows, words=2)
     console.print(f"BD-rate by {METRICS[metric].name} against {anchor.label} ({anchor.codec}; rate {anchor.rate})")
     console.print(table)
     console.print("Negative: fewer bits than the anchor at equal quality, over the range that both curves share.")

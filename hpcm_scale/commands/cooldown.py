@@ -55,8 +55,8 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm cooldown` and `python -m hpcm_scale.commands.cooldown`."""
     from hpcm_scale.distributed.processes import without_launcher_arguments
+    from hpcm_scale.sweeps.in_turn import train_in_turn
     from hpcm_scale.sweeps.jobs import Job
-    from hpcm_scale.sweeps.local import train_in_turn
     from hpcm_scale.training.cooldown import constant_rate_runs, cooldown
 
     given = sys.argv[1:] if arguments is None else arguments

@@ -43,8 +43,7 @@ def main() -> None:
 
     spec = RunSpec.of(config, world_size)
     needs = estimate(spec, config.model, config.engine, config.optimizer, len(config.train.ema))
-    bandwidth = _bandwidth(arguments, world_size)
-    _print(config.model.name, config.engine, spec, needs, peak, bandwidth, arguments)
+    _print(config.model.name, config.engine, spec, needs, peak, arguments)
 
 
 def _parser() -> Parser:
@@ -99,15 +98,7 @@ def _bandwidth(arguments: Namespace, world_size: int) -> float | None:
     return None if math.isnan(node) or math.isnan(bandwidth) else bandwidth
 
 
-def _print(
-    name: str,
-    engine: EngineConfig,
-    spec: RunSpec,
-    needs: Estimate,
-    peak: float,
-    bandwidth: float | None,
-    arguments: Namespace,
-) -> None:
+def _print(name: str, engine: EngineConfig, spec: RunSpec, needs: Estimate, peak: float, arguments: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -160,6 +151,7 @@ def _print(
         f"{communication.weights / 1e9:,.2f} GB of weights per step"
         f"{f', and {communication.matrices / 1e9:,.2f} GB to update matrices' if communication.matrices else ''}"
     )
+    bandwidth = _bandwidth(arguments, world_size)
     if bandwidth is None:
         print("for the communication time, give --bandwidth-node and, for several nodes, --bandwidth-network")
         return

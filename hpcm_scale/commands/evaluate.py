@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hpcm_scale.errors import Parser, UserError, entry_point
 from hpcm_scale.files import check_folder, writing
+from hpcm_scale.formatting import terminal
 from hpcm_scale.limits import COUNT, QUALITY, Range
 
 OUTPUTS = ("evaluation.json", "images.csv", "evaluation.md", "rate_distortion.png")
@@ -21,8 +22,6 @@ def main() -> None:
     """Entry point of `hpcm evaluate` and `python -m hpcm_scale.commands.evaluate`."""
     arguments = _parser().parse_args()
     _check(arguments)
-
-    from rich.console import Console
 
     from hpcm_scale.config.schema import Precision
     from hpcm_scale.evaluation.baselines import open_baseline
@@ -64,7 +63,7 @@ def main() -> None:
                         _write(images.results, chosen, out)
                     if tasks:
                         tasks.write(models, out)
-    console = Console(markup=False, emoji=False, highlight=False)  # names of images may look like markup
+    console = terminal()
     if images:
         console.print(console_table(images.results))
         for sentence in sentences(images.results):

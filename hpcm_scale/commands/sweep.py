@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.live import Live
 
 from hpcm_scale.errors import Parser, entry_point
-from hpcm_scale.sweeps.status import Watchdog, console, table
+from hpcm_scale.sweeps.status import Follower, console, look, table
 
 WATCH_SECONDS = 2.0
 
@@ -36,13 +36,13 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm sweep` and `python -m hpcm_scale.commands.sweep`."""
     chosen = parser().parse_args(arguments)
-    watch = Watchdog(chosen.folders)
+    followers: dict[Path, Follower] = {}
     if not chosen.watch:
-        console().print(table(watch.look()))
+        console().print(table(look(chosen.folders, followers)))
         return
     with Live(console=console(), auto_refresh=False) as screen:
         while True:
-            states = watch.look()
+            states = look(chosen.folders, followers)
             screen.update(table(states), refresh=True)
             if all(state.state == "finished" for state in states):
                 return

@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, TypeVar, cast
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -29,7 +28,7 @@ from hpcm_scale.config.checks import check_model
 from hpcm_scale.config.schema import Config, ModelConfig, Start
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import check_no_secret
-from hpcm_scale.limits import COUNT, Range, abbreviated
+from hpcm_scale.limits import COUNT, Range, abbreviated, entries
 
 CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("stage", "experiment", "debug")
@@ -186,7 +185,7 @@ def translated(action: Callable[[], T]) -> T:
 def check_overrides(overrides: Sequence[str]) -> None:
     """Raise UserError for unknown keys, naming the nearest known ones, and for sweeps with too many runs."""
     groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir() and path.name != "hydra")
-    known = dict.fromkeys([*_keys(Config), *groups])
+    known = dict.fromkeys([*(key for key, *_ in entries(Config())), *groups])
     for line in overrides:  # first: Hydra writes them to files, and errors repeat them
         check_no_secret(line, line.split("=")[0])
     parsed = [*map(_parsed, overrides)]
@@ -256,34 +255,15 @@ def _check_choice(override: Override) -> None:
             raise UserError("unknown-preset", group, f"{override.input_line} names no file in conf/{group}; {remedy}")
 
 
-def _keys(kind: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a dataclass."""
-    hints = get_type_hints(kind)
-    keys = []
-    for entry in fields(kind):
-        keys.append(f"{prefix}{entry.name}")
-        if is_dataclass(hints[entry.name]):
-            keys += _keys(hints[entry.name], f"{prefix}{entry.name}.")
-    return keys
-
-
 def _objects(config: DictConfig | ListConfig) -> Any:
     """As dataclasses. Raises ValidationError for a list inside a list, which OmegaConf does not check."""
     made = OmegaConf.to_object(config)
-    _check_entries(made)
-    return made
-
-
-def _check_entries(config: Any, prefix: str = "") -> None:
-    hints = get_type_hints(type(config))
-    for entry in fields(config):
-        key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
-        if is_dataclass(value):
-            _check_entries(value, f"{key}.")
-        elif isinstance(value, list | dict) and Any not in (hints[entry.name], *get_args(hints[entry.name])):
+    for key, value, entry in entries(made):
+        if isinstance(value, list | dict) and "Any" not in str(entry.type):
             for member in value.values() if isinstance(value, dict) else value:
                 if isinstance(member, list | dict):
                     raise ValidationError(f"{key}={abbreviated(value)} must have no lists or dictionaries in it")
+    return made
 
 
 def _one_sentence(error: Exception) -> str:

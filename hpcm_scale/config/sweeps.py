@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -115,22 +115,20 @@ def _file_name(text: str) -> str:
     return os.fsencode(name)[: LONGEST_NAME - len(mark)].decode(errors="ignore") + mark
 
 
-def swept_keys(arguments: Sequence[str], grids: Iterable[Mapping[str, object]] = ()) -> list[str]:
+def swept_keys(sweeper: Mapping[str, Any], task: Sequence[str]) -> list[str]:
     """The keys that differ between the jobs of a multirun.
 
-    They are the keys of the sweeper's own `grids` (`sweeper_grids`) and those with several values in the command line
-    `arguments`. A key of a grid counts even if the command line gives it a single value: a run has the same folder
-    whether it is trained with the others or separately.
+    They are the keys of `hydra.sweeper`'s params and grids, and those with several values in the command line `task`. A
+    key of a grid counts even if the command line gives it a single value: a run has the same folder whether it is
+    trained with the others or separately.
     """
-    keys = dict.fromkeys(key for grid in grids for key in grid)
-    overrides = [argument for argument in arguments if not argument.startswith(("-", "hydra.", "hydra/"))]
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return list(keys | dict.fromkeys(override.key_or_group for override in parsed if override.is_sweep_override()))
-
-
-def sweeper_grids(sweeper: Mapping[str, Any]) -> list[Mapping[str, object]]:
-    """The `params` and `grids` of `hydra.sweeper`."""
-    return [sweeper.get("params") or {}, *(sweeper.get("grids") or [])]
+    grids = [sweeper.get("params") or {}, *(sweeper.get("grids") or [])]
+    parsed = OverridesParser.create().parse_overrides(list(task))
+    keys = [
+        *(key for grid in grids for key in grid),
+        *(each.key_or_group for each in parsed if each.is_sweep_override()),
+    ]
+    return list(dict.fromkeys(keys))
 
 
 def refuse_hydra_folders(overrides: Sequence[str]) -> None:

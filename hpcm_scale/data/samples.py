@@ -14,7 +14,7 @@ from hpcm_scale.data.cache import CachedStorage
 from hpcm_scale.data.images import EncodedImage, cut, to_array
 from hpcm_scale.data.index import ShardIndex
 from hpcm_scale.data.mixture import Mixture, MixtureOrder, SetOrder, set_seed
-from hpcm_scale.data.storage import LocalStorage, Storage, Unreadable, open_storage
+from hpcm_scale.data.storage import LocalStorage, Unreadable, open_storage
 from hpcm_scale.errors import UserError
 
 ATTEMPTS = 10
@@ -77,7 +77,10 @@ class SampleReader:
         self.skip = skip
         self.first_sample = first_sample
         self.order = SetOrder(seed, len(index))
-        self.storage = open_set(config, location, index)
+        storage = open_storage(location, retries=config.retries, timeout=config.timeout, pipe=config.pipe)
+        if config.cache is not None and not isinstance(storage, LocalStorage):
+            storage = CachedStorage(storage, config.cache, index.shards)
+        self.storage = storage
 
     def crop_at(self, position: int, image: int | None = None) -> Crop:
         """The crop at a position of the set's order, for the global image index `image`.
@@ -186,11 +189,3 @@ class MixtureReader:
         """Close files and connections."""
         for reader in self.sets:
             reader.close()
-
-
-def open_set(config: DataConfig, location: str, index: ShardIndex) -> Storage | CachedStorage:
-    """The storage of a set of shards, behind `data.cache` if it is remote and a cache is configured."""
-    storage = open_storage(location, retries=config.retries, timeout=config.timeout, pipe=config.pipe)
-    if config.cache is None or isinstance(storage, LocalStorage):
-        return storage
-    return CachedStorage(storage, config.cache, index.shards)

@@ -13,7 +13,7 @@ import torch
 
 from hpcm_scale.data.images import BACKGROUND, EXTENSIONS, Colour, TransparentImage, decode, to_array
 from hpcm_scale.errors import UserError, is_first_process, print_message, printable
-from hpcm_scale.files import ema_kind, read_file
+from hpcm_scale.files import read_file, special_kind
 
 IMAGE = "JPEG, PNG or WebP image"
 MOST_NAMED = 5
@@ -75,7 +75,7 @@ def choose_files(
     for path in sorted(files_below(folder), key=os.fsencode):
         name = path.relative_to(folder).as_posix()
         try:
-            if reason := ema_kind(path):
+            if reason := special_kind(path):
                 skipped.append(f"{name} ({reason})")
             elif wanted(path):
                 chosen.append(path)
@@ -143,7 +143,7 @@ def _named(given: Path, without: Path) -> Iterator[tuple[Path, str]]:
 def check_file(path: Path) -> None:
     """Raise UserError unless a path is a file."""
     try:
-        kind = ema_kind(path)
+        kind = special_kind(path)
     except FileNotFoundError:
         raise UserError("no-such-file", "", f"there is no file or folder {path}; check the path") from None
     except OSError as error:
@@ -171,7 +171,7 @@ def unique_key(name: str, taken: dict[str, int]) -> str:
 def size_of(path: Path) -> int:
     """Bytes of a file; 0 for anything else."""
     try:
-        return 0 if ema_kind(path) else path.stat().st_size
+        return 0 if special_kind(path) else path.stat().st_size
     except OSError:  # a broken link: reported when it is read
         return 0
 

@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 
 from hpcm_scale.config.compose import to_dict
-from hpcm_scale.config.schema import Config, RunConfig
+from hpcm_scale.config.schema import Config
 from hpcm_scale.config.spec import run_directory
 from hpcm_scale.config.sweeps import name_run, quoted, sweep_folder
 from hpcm_scale.data.index import load_index
@@ -124,27 +125,28 @@ def _described(code: int) -> str:
 
 def group_members(group: int) -> list[psutil.Process]:
     """The living processes of a process group of this node."""
-    return [process for process in psutil.process_iter() if _in_group(process, group)]
+    members = []
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):  # it has ended meanwhile
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members
 
 
-def _in_group(process: psutil.Process, group: int) -> bool:
+def arguments_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; empty if it has ended."""
     try:
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, psutil.Error):
-        return False  # it has ended meanwhile
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def lives(mark: Mark | None) -> bool:
     """Whether processes of a log's last mark still run on this node."""
-    return mark is not None and mark.group is not None and any(map(_trains, group_members(mark.group)))
-
-
-def _trains(process: psutil.Process) -> bool:
-    """Whether it is a process of this package; the number of an ended group may be in use by another program."""
-    try:
-        return any("hpcm_scale" in argument for argument in process.cmdline())
-    except psutil.Error:
+    if mark is None or mark.group is None:
         return False
+    # Only those of this package: the number of an ended group may be in use by another program.
+    return any("hpcm_scale" in argument for process in group_members(mark.group) for argument in arguments_of(process))
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,11 @@ class Job:
         return log_of(self.folder)
 
     @property
+    def plan(self) -> Planned:
+        """Its entry in sweep.json."""
+        return planned(to_dict(self.config), self.overrides)
+
+    @property
     def last_step(self) -> int:
         """The step at which training ends: train.stop_after or train.steps."""
         return self.config.train.stop_after or self.config.train.steps
@@ -185,12 +192,9 @@ def make_job(config: Config, overrides: Sequence[str], swept: Sequence[str]) -> 
     """A named job of the configuration that Hydra composed from `overrides`; `swept` are the keys that vary."""
     name_run(config.run, overrides, swept)
     kept = [override for override in overrides if override.split("=")[0] not in ("run.dir", "run.sweep")]
-    kept += [f"run.{key}={quoted(value)}" for key, value in _named(config.run).items() if value is not None]
+    named = {"dir": config.run.dir, "sweep": config.run.sweep}
+    kept += [f"run.{key}={quoted(value)}" for key, value in named.items() if value is not None]
     return Job(config, (*kept, "hydra.mode=RUN"))  # overrides the multirun mode of an experiment
-
-
-def _named(run: RunConfig) -> dict[str, str | None]:
-    return {"dir": run.dir, "sweep": run.sweep}
 
 
 def unfinished(jobs: Sequence[Job], world_size: int, *, in_turn: bool = False) -> list[Job]:
@@ -267,12 +271,11 @@ class Planned:
 def planned(config: Any, overrides: Sequence[str] = ()) -> Planned:
     """The plan of a run. Raises KeyError, TypeError or ValueError if `config` is not that of a run."""
     model, lmbda, steps = config["model"]["name"], config["objective"]["lmbda"], config["train"]["steps"]
-    return Planned(str(model), _parameters(config), float(lmbda), int(steps), tuple(overrides))
-
-
-def plan_of(job: Job) -> Planned:
-    """The plan of a job."""
-    return planned(to_dict(job.config), job.overrides)
+    try:
+        parameters = parameters_of(config)
+    except UserError:
+        parameters = None
+    return Planned(str(model), parameters, float(lmbda), int(steps), tuple(overrides))
 
 
 def write_plans(jobs: Sequence[Job]) -> None:
@@ -280,7 +283,7 @@ def write_plans(jobs: Sequence[Job]) -> None:
     for parent in dict.fromkeys(job.folder.parent for job in jobs):
         mine = [job for job in jobs if job.folder.parent == parent]
         runs = {name: asdict(plan) for name, plan in read_plan(parent).items()}
-        runs |= {job.name: asdict(plan_of(job)) for job in mine}
+        runs |= {job.name: asdict(job.plan) for job in mine}
         with writing(parent / FILE_NAME):
             write_text(parent / FILE_NAME, json.dumps({"runs": runs}, indent=1))
 
@@ -298,10 +301,3 @@ def read_plan(folder: Path) -> dict[str, Planned]:
             FILE_NAME,
             f"{folder / FILE_NAME} is malformed; remove it and run the sweep's command again, which rewrites it",
         ) from error
-
-
-def _parameters(config: dict[str, Any]) -> int | None:
-    try:
-        return parameters_of(config)
-    except UserError:
-        return None

@@ -1,18 +1,16 @@
-"""Runs of a sweep on this node: concurrently on its devices, or in sequence in this process."""
+"""Concurrent runs of a sweep on disjoint devices of this node."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -25,9 +23,17 @@ from rich.live import Live
 from hpcm_scale.config.sweeps import DeepSpeedOptions
 from hpcm_scale.data.processes import available_cores
 from hpcm_scale.devices import cpu_is_requested, device_count
-from hpcm_scale.distributed import processes
-from hpcm_scale.errors import STOPPED, UserError, is_first_process
-from hpcm_scale.sweeps.jobs import Job, ended, group_members, plan_of, started, starting, unfinished, write_plans
+from hpcm_scale.errors import UserError
+from hpcm_scale.sweeps.jobs import (
+    Job,
+    arguments_of,
+    ended,
+    group_members,
+    started,
+    starting,
+    unfinished,
+    write_plans,
+)
 from hpcm_scale.sweeps.status import Follower, RunState, at_end, console, sentence, summary, table
 
 # Devices and their division among concurrent jobs.
@@ -140,7 +146,13 @@ class JobProcess:
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str], grace: float) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("ab", buffering=0)
-        self._lock()
+        try:  # all processes of the job inherit the lock
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._log.close()
+            raise
+        except OSError:
+            pass  # a file system without locks
         self._log.write(starting(command).encode(errors="surrogateescape"))
         self._process = subprocess.Popen(
             command,
@@ -181,16 +193,6 @@ class JobProcess:
         self._stopping = True
         self._kill()
 
-    def _lock(self) -> None:
-        """Lock the log until the last process of the job has ended; all of them inherit the lock."""
-        try:
-            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._log.close()
-            raise
-        except OSError:
-            pass  # a file system without locks
-
     def _ask(self) -> None:
         """Send SIGTERM to the training processes; DeepSpeed's own two end with them.
 
@@ -198,7 +200,7 @@ class JobProcess:
         """
         self._asked = self._asked or time.monotonic()
         members = group_members(self._process.pid)
-        training = [process for process in members if not _is_launcher(process)]
+        training = [each for each in members if not any(word.startswith(_LAUNCHER) for word in arguments_of(each))]
         for process in training or members:
             with suppress(psutil.Error):
                 process.terminate()
@@ -206,13 +208,6 @@ class JobProcess:
     def _kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    try:
-        return any(argument.startswith(_LAUNCHER) for argument in process.cmdline())
-    except psutil.Error:
-        return False
 
 
 # Concurrent jobs on disjoint devices, each started by `deepspeed`.
@@ -230,8 +225,6 @@ class _Running:
     share: Share
     port: int
     process: JobProcess
-    extensions: str
-    """Build folder of torch extensions: an interrupted build in a common folder would block other jobs."""
 
 
 class AtOnce:
@@ -243,7 +236,7 @@ class AtOnce:
         self._threads = max(1, cores // sum(share.processes for share in shares))
         self._grace = grace
         self._running: dict[Path, _Running] = {}
-        self._followers = {job.folder: Follower(job.folder, plan_of(job)) for job in jobs}
+        self._followers = {job.folder: Follower(job.folder, job.plan) for job in jobs}
         self._signals: list[tuple[int, float]] = []
         self._handled = 0
 
@@ -252,7 +245,8 @@ class AtOnce:
         on_terminal = sys.stderr.isatty()
         screen = Live(console=console(stderr=True), auto_refresh=False, transient=True)
         drawn = 0.0
-        with self._listening(), screen if on_terminal else nullcontext():
+        built = tempfile.TemporaryDirectory(prefix="hpcm_torch_extensions_", ignore_cleanup_errors=True)
+        with built as self._extensions, self._listening(), screen if on_terminal else nullcontext():
             while self._running or (self._waiting and not self._signals):
                 while self._waiting and self._free and not self._signals:
                     self._start(self._waiting.pop(0))
@@ -267,8 +261,8 @@ class AtOnce:
     def _start(self, job: Job) -> None:
         share = self._free[0]
         port = free_port([running.port for running in self._running.values()])
-        extensions = tempfile.mkdtemp(prefix="hpcm_torch_extensions_")
-        environment = os.environ | {"TORCH_EXTENSIONS_DIR": extensions}
+        # An interrupted build of an extension in a common folder would block other jobs.
+        environment = os.environ | {"TORCH_EXTENSIONS_DIR": tempfile.mkdtemp(dir=self._extensions)}
         if share.gpus:
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # deepspeed numbers all GPUs of the node
         else:
@@ -279,11 +273,10 @@ class AtOnce:
         try:
             process = JobProcess([*launcher, *where, *job.overrides], job.log, environment, self._grace)
         except BlockingIOError:
-            shutil.rmtree(extensions)
             _tell(f"{job.folder} is being trained by another command and is skipped here; log: {job.log}")
             return
         self._free.remove(share)
-        self._running[job.folder] = _Running(job, share, port, process, extensions)
+        self._running[job.folder] = _Running(job, share, port, process)
         _tell(f"{job.folder}: started on {share}; log: {job.log}")
 
     def _collect(self) -> None:
@@ -292,7 +285,6 @@ class AtOnce:
             if running.process.poll() is not None:
                 del self._running[folder]
                 self._free.append(running.share)
-                shutil.rmtree(running.extensions, ignore_errors=True)
                 _tell(sentence(running.job, at_end(running.job, self._followers[folder].look())))
 
     def _handle_signals(self) -> None:
@@ -363,48 +355,3 @@ def train_at_once(jobs: Sequence[Job], options: DeepSpeedOptions) -> int:
     number = AtOnce(left, parts[: max(1, len(left))], cores, options.grace).train()
     code = summary(jobs, left)
     return code if number is None else 128 + number
-
-
-# Jobs one after the other, in this process and those launched with it.
-
-
-def train_in_turn(jobs: Sequence[Job]) -> int:
-    """Train the jobs one after the other, also after a failure; returns the exit code.
-
-    Raises UserError, before the first job starts, for everything that a job would be refused for. With several
-    processes, an error that is not raised by all of them is raised at once, since they could not continue together.
-    """
-    from hpcm_scale.training.run import run
-
-    world_size = processes.world_size()
-    left = unfinished(jobs, world_size, in_turn=True)
-    if is_first_process():
-        write_plans(jobs)
-    failures: dict[Path, str] = {}
-    stopped = False
-    for job in left:
-        try:
-            done, asked = run(job.config)
-        except Exception as error:
-            common = isinstance(error, UserError) and not error.local
-            if world_size > 1 and not common:
-                raise
-            failures[job.folder] = _report(job, error)
-            continue
-        stopped = asked and not (done and job is left[-1])
-        if stopped:
-            break
-    code = summary(jobs, left, failures) if is_first_process() else 0
-    if failures:
-        return 1
-    return STOPPED if stopped else code
-
-
-def _report(job: Job, error: Exception) -> str:
-    """Print an error of a job; returns it in one line."""
-    if not isinstance(error, UserError):
-        traceback.print_exception(error, file=sys.stderr)
-    line = " ".join(str(error).split()) or type(error).__name__
-    if is_first_process():
-        sys.stderr.write(f"hpcm: {job.folder}: {line}\n")
-    return line

@@ -35,7 +35,6 @@ from hpcm_scale.sweeps.jobs import (
     last_mark,
     lives,
     log_of,
-    plan_of,
     planned,
     read_plan,
     tail,
@@ -58,7 +57,6 @@ _TRAINING = ("train/learning_rate", *(f"train/{key}" for key in MEASURES))
 class RunState:
     """State of one run, a row of the table."""
 
-    name: str
     folder: Path
     plan: Planned | None
     """None if it cannot be read."""
@@ -80,12 +78,18 @@ class RunState:
     """Training time so far."""
     seconds_left: float | None = None
 
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return self.folder.name
+
 
 class Follower:
     """Follows a run: each `look` reads only the journal lines that are new."""
 
     def __init__(self, folder: Path, plan: Planned | None = None) -> None:
         self.folder = folder
+        self._file = folder / journal.FILE_NAME
         self._plan = plan
         self._config_time = 0
         self._journal: BinaryIO | None = None
@@ -103,7 +107,6 @@ class Follower:
         measured = {key: self._evaluation.get(f"eval/{key}") for key in MEASURES} if self._evaluation else self._ends()
         step, seconds = (self._last.get(key) for key in ("step", "time"))
         return RunState(
-            name=self.folder.name,
             folder=self.folder,
             plan=self._plan,
             state=state,
@@ -136,13 +139,12 @@ class Follower:
 
     def _read_journal(self) -> None:
         """Read new lines; after a resume, which replaces the journal by a shorter one, read from the start."""
-        file = self.folder / journal.FILE_NAME
         try:
-            if self._journal and not _same(file, self._journal):
+            if self._journal and not os.path.samestat(self._file.stat(), os.fstat(self._journal.fileno())):
                 self._journal.close()
                 self._journal = None
                 self._forget()
-            self._journal = self._journal or file.open("rb")
+            self._journal = self._journal or self._file.open("rb")
             for record in journal.new_records(self._journal):
                 self._take(record)
         except OSError:
@@ -150,7 +152,7 @@ class Follower:
         except UserError as error:
             self._damage = str(error)
         except (AttributeError, KeyError):
-            self._damage = f"{file} has a line without step and time; remove the line"
+            self._damage = f"{self._file} has a line without step and time; remove the line"
 
     def _take(self, record: dict[str, Any]) -> None:
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
@@ -184,7 +186,7 @@ class Follower:
         mark = last_mark(log)
         if lives(mark):
             return "running"
-        written, logged = (_changed(path) or 0 for path in (self._journal_file, log_of(self.folder)))
+        written, logged = (_changed(path) or 0 for path in (self._file, log_of(self.folder)))
         ended = mark is not None and mark.kind == "ended" and logged >= written
         if mark and ended and mark.failed:
             return "failed"  # also after the last step: evaluation, checkpoint or export may be missing
@@ -196,10 +198,6 @@ class Follower:
         if begun and not (ended or here or waiting) and self._lately(max(written, logged)):
             return "running"
         return "stopped" if begun and not waiting else "waiting"
-
-    @property
-    def _journal_file(self) -> Path:
-        return self.folder / journal.FILE_NAME
 
     def _lately(self, nanoseconds: int) -> bool:
         times = [seconds for _, seconds in self._recent]
@@ -214,11 +212,6 @@ def _changed(path: Path) -> int | None:
         return path.stat().st_mtime_ns
     except OSError:
         return None
-
-
-def _same(path: Path, opened: BinaryIO) -> bool:
-    there, here = path.stat(), os.fstat(opened.fileno())
-    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
 # All runs below some folders.
@@ -238,34 +231,28 @@ def _found_below(folder: Path) -> Iterator[tuple[Path, Planned | None]]:
             yield from _found_below(folder / name)
 
 
-class Watchdog:
-    """Reads the runs below folders repeatedly; each journal is read only once."""
+def look(folders: Sequence[Path], followers: dict[Path, Follower]) -> list[RunState]:
+    """The state of every run below the folders; `followers`, empty at first, read only what is new.
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = folders
-        self._followers: dict[Path, Follower] = {}
-
-    def look(self) -> list[RunState]:
-        """The state of every run below the folders. Raises UserError without runs, or for a malformed sweep.json."""
-        found: dict[Path, Planned | None] = {}
-        for folder in self._folders:
-            if not folder.is_dir():
-                raise UserError(
-                    "missing-sweep-folder",
-                    "",
-                    f"{folder} does not exist; give a sweep's folder, such as runs/sweep_model",
-                )
-            below = dict(_found_below(folder.resolve()))
-            if not below:
-                raise UserError(
-                    "no-runs-in-sweep-folder",
-                    "",
-                    f"{folder} contains neither run folders nor {FILE_NAME}; check that training has started",
-                )
-            found |= below
-        for path, plan in found.items():
-            self._followers.setdefault(path, Follower(path, plan))
-        return [self._followers[path].look() for path in found]
+    Raises UserError without runs, or for a malformed sweep.json.
+    """
+    found: dict[Path, Planned | None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                "missing-sweep-folder",
+                "",
+                f"{folder} does not exist; give a sweep's folder, such as runs/sweep_model",
+            )
+        below = dict(_found_below(folder.resolve()))
+        if not below:
+            raise UserError(
+                "no-runs-in-sweep-folder",
+                "",
+                f"{folder} contains neither run folders nor {FILE_NAME}; check that training has started",
+            )
+        found |= below
+    return [followers.setdefault(path, Follower(path, plan)).look() for path, plan in found.items()]
 
 
 # The table of the runs of a sweep.
@@ -375,7 +362,7 @@ def summary(jobs: Sequence[Job], left: Sequence[Job], failures: Mapping[Path, st
     """
     states = []
     for job in jobs:
-        state = at_end(job, Follower(job.folder, plan_of(job)).look(), failures.get(job.folder))
+        state = at_end(job, Follower(job.folder, job.plan).look(), failures.get(job.folder))
         if job not in left:  # its log is of an earlier start
             state = replace(state, state="finished" if state.step >= job.config.train.steps else "stopped", note="")
         states.append(state)
