@@ -27,9 +27,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from time import sleep
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -37,6 +36,9 @@ from hpcm_scale.config.schema import LogConfig, RunConfig, WandbMode
 from hpcm_scale.errors import ESCAPE, is_first_process, printable
 from hpcm_scale.files import utf_8_path, write_text
 from hpcm_scale.tracking.journal import FILE_NAME, new_records
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECONSTRUCTIONS = "reconstructions"
 """Folder in the run folder: a folder per step with PNG files, their caption as `Description`."""
@@ -193,30 +195,21 @@ def main() -> None:
 
 
 class WandbView:
-    """The follower of one run; does nothing on other ranks and when wandb is disabled or broken."""
+    """The follower of `run_dir`; open and `resume` the journal first.
 
-    def __init__(self, run_dir: str | Path, follower: subprocess.Popen[bytes] | None = None) -> None:
+    It does nothing on other ranks and when wandb is disabled or broken. `config` is the resolved configuration and
+    `metadata` other values that describe the run (parameter count, git commit, …), both plain JSON values; both go to
+    the wandb run's configuration. The run id is created once and kept in the run folder. Never raises: a failure is one
+    line on stderr.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, log: LogConfig, run: RunConfig, *, config: dict[str, Any], metadata: dict[str, Any]
+    ) -> None:
         self._run_dir = Path(run_dir)
-        self._follower = follower
-
-    @classmethod
-    def open(
-        cls,
-        run_dir: str | Path,
-        log: LogConfig,
-        run: RunConfig,
-        *,
-        config: dict[str, Any],
-        metadata: dict[str, Any],
-    ) -> WandbView:
-        """Start the follower of `run_dir`; open and `resume` the journal first.
-
-        `config` is the resolved configuration and `metadata` other values that describe the run (parameter count, git
-        commit, …), both plain JSON values; both go to the wandb run's configuration. The run id is created once and
-        kept in the run folder. Never raises: a failure is one line on stderr.
-        """
+        self._follower: subprocess.Popen[bytes] | None = None
         if log.wandb is WandbMode.disabled or not is_first_process():
-            return cls(run_dir)
+            return
         try:
             order = {
                 "id": run_id(Path(run_dir)),
@@ -227,17 +220,15 @@ class WandbView:
                 "config": config | metadata,
                 "trainer": os.getpid(),
             }
-            return cls(run_dir, _start_follower(_utf_8(order) | {"run_dir": str(Path(run_dir).resolve())}))
+            self._follower = _start_follower(_utf_8(order) | {"run_dir": str(Path(run_dir).resolve())})
         except Exception as error:
             disable(error, sys.stderr)
-            return cls(run_dir)
 
-    def images(self, step: int, images: Iterable[tuple[str, Any, str]]) -> None:
+    def images(self, step: int, images: Iterable[tuple[str, Tensor, str]]) -> None:
         """Log (name, image, caption) triples with the evaluation of `step`.
 
-        Call it before that evaluation's line is appended to the journal. An image is a Pillow image, a (3, H, W) tensor
-        or an (H, W, 3) array; uint8, or floating point from 0 to 1. They are stored as PNG files in the run folder, so
-        that a resumed run logs them again.
+        Call it before that evaluation's line is appended to the journal. The images, uint8 (3, H, W), are stored as PNG
+        files in the run folder, so that a resumed run logs them again.
         """
         if self._follower is None or self._has_ended(within=0):
             return
@@ -249,7 +240,8 @@ class WandbView:
             for index, (name, image, caption) in enumerate(images):
                 description = PngInfo()
                 description.add_itxt("Description", caption)
-                _as_image(image).save(unfinished / f"{index}_{Path(name).stem[:LONGEST_STEM]}.png", pnginfo=description)
+                pixels = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+                pixels.save(unfinished / f"{index}_{Path(name).stem[:LONGEST_STEM]}.png", pnginfo=description)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
         except Exception as error:
@@ -315,17 +307,6 @@ def _utf_8(value: Any) -> Any:
     if isinstance(value, list):
         return [_utf_8(each) for each in value]
     return printable(value) if isinstance(value, str) else value
-
-
-def _as_image(image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if hasattr(image, "detach"):  # a tensor; numpy has no bfloat16
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy().transpose(1, 2, 0)
-    if image.dtype != np.uint8:
-        image = (image.clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(image)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ class Recorder:
             return
         self._journal = Journal(folder.journal_file)
         self._journal.resume(step, unevaluated=unevaluated)
-        self._wandb = WandbView.open(folder.path, log, run, config=settings, metadata=facts)
+        self._wandb = WandbView(folder.path, log, run, config=settings, metadata=facts)
         self._status: Callable[[], str] = str
         self._bar = progress(
             total=steps,
