@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +32,6 @@ class LayerUse(NamedTuple):
     """Names and numbers of elements."""
 
 
-class GatherLimits(NamedTuple):
-    """DeepSpeed's limits, in elements."""
-
-    kept: int
-    """Tensors up to this size are not sharded (stage3_param_persistence_threshold)."""
-    reuse: int
-    """A layer whose next use is nearer than this is kept (stage3_max_reuse_distance)."""
-    live: int
-    """No prefetching beyond this number (stage3_max_live_parameters)."""
-    ahead: int
-    """Prefetched at a time (stage3_prefetch_bucket_size)."""
-
-
 class GatherCost(NamedTuple):
     """Elements of whole tensors, per process."""
 
@@ -55,10 +43,15 @@ class GatherCost(NamedTuple):
     """Persistent: not sharded, gathered once per optimizer step."""
 
 
-def gather_cost(uses: list[LayerUse], limits: GatherLimits) -> GatherCost:
-    """Simulate DeepSpeed's fetches and releases along the uses of the layers in one forward and backward pass."""
+def gather_cost(uses: list[LayerUse], zero: Mapping[str, Any]) -> GatherCost:
+    """Simulate DeepSpeed's fetches and releases along the uses of the layers in one forward and backward pass.
+
+    `zero`: the limits, in elements, as in DeepSpeed's `zero_optimization`. Tensors up to
+    stage3_param_persistence_threshold are not sharded; a layer whose next use is nearer than stage3_max_reuse_distance
+    is kept; at most stage3_prefetch_bucket_size are prefetched at a time, and none beyond stage3_max_live_parameters.
+    """
     sizes = {name: size for use in uses for name, size in use.weights}
-    always = {name for name, size in sizes.items() if size <= limits.kept}
+    always = {name for name, size in sizes.items() if size <= zero["stage3_param_persistence_threshold"]}
     here, elements, live, most = set(always), 0, 0, 0
     queue = deque((name, index) for index, use in enumerate(uses) for name, _ in use.weights)
     fetched_for = dict.fromkeys(sizes, -1)  # last use that a tensor was fetched for, or present at
@@ -72,7 +65,9 @@ def gather_cost(uses: list[LayerUse], limits: GatherLimits) -> GatherCost:
             name, at = queue.popleft()
             fetched_for[name] = at
             passed.discard(name)
-        room = min(limits.live - live - _count(missing, sizes), limits.ahead)
+        room = min(
+            zero["stage3_max_live_parameters"] - live - _count(missing, sizes), zero["stage3_prefetch_bucket_size"]
+        )
         early: set[str] = set()
         while queue and _count(early, sizes) < room:
             name, at = queue.popleft()
@@ -87,7 +82,7 @@ def gather_cost(uses: list[LayerUse], limits: GatherLimits) -> GatherCost:
         since_forward[use.weights] = since_forward.get(use.weights, 0) + 1 if use.backward else 0
         if since_forward[use.weights] <= 1:
             going = {name for name in names if name not in always and fetched_for[name] <= index + 1}
-            going -= _used_soon(uses, index + 1, limits.reuse)
+            going -= _used_soon(uses, index + 1, zero["stage3_max_reuse_distance"])
             here -= going
             live -= _count(going, sizes)
     return GatherCost(elements, most, _count(always, sizes))

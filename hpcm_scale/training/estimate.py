@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.schema import EngineConfig, EngineName, ModelConfig, OptimizerConfig
-from hpcm_scale.config.spec import Phase, RunSpec
+from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.training.costs import training_flops_per_image
-from hpcm_scale.training.dry_run import GatherCost, GatherLimits, dry_run, gather_cost
+from hpcm_scale.training.dry_run import GatherCost, dry_run, gather_cost
 from hpcm_scale.training.matrix_optimizers import Cost, cost
 
 # Communication model: bytes per optimizer step, and how much of their time overlaps with compute.
@@ -123,7 +123,6 @@ class Memory:
 class PhaseCost(NamedTuple):
     """Costs of all steps with crops of one size."""
 
-    steps: int
     flops: int
     """Model FLOPs of all processes, with those of the optimizer."""
     launches: int
@@ -188,22 +187,16 @@ def estimate(
     parameters = parameter_count(model)
     sharded = engine.name == EngineName.deepspeed and engine.zero_stage > 0
     update = cost(model, optimizer, spec.world_size if sharded else 1)
+    precision, checkpointing = engine.precision, engine.activation_checkpointing
     dry_runs = [
-        dry_run(
-            config,
-            engine.precision,
-            engine.activation_checkpointing,
-            phase.crop,
-            phase.micro_batch_size,
-            True,
-        )
-        for phase in spec.phases
+        dry_run(config, precision, checkpointing, phase.crop, phase.micro_batch_size, True) for phase in spec.phases
     ]
-    activations, uses = max(run.activations for run in dry_runs), dry_runs[0].uses
-    costs = {phase.first_image: training_flops_per_image(model, phase.crop) for phase in spec.phases}
+    activations = max(run.activations for run in dry_runs)
+    steps = [phase.last_step - phase.first_step for phase in spec.phases]
+    flops = [training_flops_per_image(model, phase.crop) * phase.batch_size for phase in spec.phases]
     launches = [spec.accumulation * run.launches for run in dry_runs]
     zero = spec.deepspeed["zero_optimization"]
-    gathered = gather_cost(uses, gather_limits(zero)) if engine.zero_stage == 3 else None
+    gathered = gather_cost(dry_runs[0].uses, zero) if engine.zero_stage == 3 else None
     return Estimate(
         parameters=parameters,
         memory=_memory(
@@ -213,12 +206,11 @@ def estimate(
         averages=averages,
         building=FP32 * (_largest_layer(model) if engine.zero_stage == 3 else parameters),
         images=spec.images,
-        flops_per_step=update.flops_per_rank
-        + max(costs[phase.first_image] * phase.batch_size // spec.world_size for phase in spec.phases),
+        flops_per_step=update.flops_per_rank + max(flops) // spec.world_size,
         launches_per_step=max(launches),
         phases=[
-            _phase_cost(phase, costs[phase.first_image] * phase.batch_size + update.flops, launched)
-            for phase, launched in zip(spec.phases, launches, strict=True)
+            PhaseCost(count * (per_step + update.flops), count * launched)
+            for count, per_step, launched in zip(steps, flops, launches, strict=True)
         ],
         checkpoint=checkpoint_bytes(model, optimizer, averages),
     )
@@ -237,21 +229,6 @@ def launch_seconds(compiled: bool, launch_us: float) -> float:
 def _largest_layer(model: nn.Module) -> int:
     """Most parameters of a module, without those of its submodules."""
     return max(sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in model.modules())
-
-
-def _phase_cost(phase: Phase, flops_per_step: int, launches_per_step: int) -> PhaseCost:
-    steps = phase.last_step - phase.first_step
-    return PhaseCost(steps, steps * flops_per_step, steps * launches_per_step)
-
-
-def gather_limits(zero: dict[str, Any]) -> GatherLimits:
-    """The limits of the ZeRO-3 gather model in DeepSpeed's dictionary."""
-    return GatherLimits(
-        kept=zero["stage3_param_persistence_threshold"],
-        reuse=zero["stage3_max_reuse_distance"],
-        live=zero["stage3_max_live_parameters"],
-        ahead=zero["stage3_prefetch_bucket_size"],
-    )
 
 
 def _memory(

@@ -13,8 +13,8 @@ from hpcm_scale.config.compose import compose
 from hpcm_scale.config.schema import Checkpointing, Config, Precision
 from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.parameters import on_meta, parameter_count
-from hpcm_scale.training.dry_run import GatherCost, GatherLimits, LayerUse, dry_run, gather_cost
-from hpcm_scale.training.estimate import Communication, communication, gather_limits
+from hpcm_scale.training.dry_run import GatherCost, LayerUse, dry_run, gather_cost
+from hpcm_scale.training.estimate import Communication, communication
 from hpcm_scale.training.matrix_optimizers import cost
 
 CHEAP = ["model=nano", "model.fusion=none", *FEW_BLOCKS, "data.crop=128", "train.batch_size=2"]
@@ -53,7 +53,7 @@ def computed(config: Config, world_size: int) -> Communication:
     gathered, spec, model = None, RunSpec.of(config, world_size), on_meta(config.model)
     if config.engine.zero_stage == 3:
         uses = dry_run(config.model, Precision.fp32, config.engine.activation_checkpointing, config.data.crop, 1).uses
-        gathered = gather_cost(uses, gather_limits(spec.deepspeed["zero_optimization"]))
+        gathered = gather_cost(uses, spec.deepspeed["zero_optimization"])
     exchanged = cost(model, config.optimizer, world_size).exchanged
     return communication(config.engine, spec, parameter_count(model), gathered, exchanged)
 
@@ -106,7 +106,9 @@ def test_what_is_used_again_soon_stays():
     """Backward, DeepSpeed gives back a layer only once."""
 
     def cost(kept: int, reuse: int) -> GatherCost:
-        return gather_cost(STEP, GatherLimits(kept=kept, reuse=reuse, live=1000, ahead=0))
+        limits = {"param_persistence_threshold": kept, "max_reuse_distance": reuse}
+        limits |= {"max_live_parameters": 1000, "prefetch_bucket_size": 0}
+        return gather_cost(STEP, {f"stage3_{name}": limit for name, limit in limits.items()})
 
     assert cost(kept=0, reuse=0) == GatherCost(elements=100, most=20, always=0)
     assert cost(kept=0, reuse=30) == GatherCost(elements=20, most=20, always=0)
@@ -121,7 +123,7 @@ def test_the_largest_preset_is_not_gathered_at_every_step_of_the_coding_order(ne
     """Nor is a network of its widths."""
     config = compose(["model=1b", *network, "engine=zero3"])
     uses = dry_run(config.model, Precision.bf16, Checkpointing.steps, 256, 1).uses
-    gathered = gather_cost(uses, gather_limits(RunSpec.of(config, 8).deepspeed["zero_optimization"]))
+    gathered = gather_cost(uses, RunSpec.of(config, 8).deepspeed["zero_optimization"])
     assert gathered.always + gathered.elements < 2 * parameter_count(on_meta(config.model))
 
 
