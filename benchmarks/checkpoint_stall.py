@@ -25,7 +25,7 @@ from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.model.hpcm import HPCM
 from hpcm_scale.objective import rate_distortion_loss
 from hpcm_scale.tracking.progress import progress
-from hpcm_scale.training.checkpoints import Checkpoints, Retention, Saver
+from hpcm_scale.training.checkpoints import Checkpoints, Saver
 from hpcm_scale.training.engines import create_engine
 from hpcm_scale.training.task import image_noise
 
@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    config = compose([f"model={arguments.model}", "engine=accelerate", "train.batch_size=2"])
+    config = compose(
+        [f"model={arguments.model}", "engine=accelerate", "train.batch_size=2", "train.keep_checkpoints=1"]
+    )
     engine = create_engine(config.engine, config.train, config.optimizer, RunSpec.of(config, 1))
     model = HPCM(config.model)
     engine.prepare(model)
@@ -57,7 +59,7 @@ def main() -> None:
     stalls: dict[str, list[float]] = {"background": [], "foreground": [], "copy only": []}
     quiet, disturbed = [], []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        saver = Saver(engine, Checkpoints(folder), Retention(keep=1), before=lambda: None)
+        saver = Saver(engine, Checkpoints(folder), config.train, before=lambda: None)
         number = 0
         for round_number in progress(range(arguments.rounds + 1), description="rounds", unit="round"):
             for kind in ("background", "foreground"):

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,30 +31,6 @@ class File(NamedTuple):
 
     bytes: int
     sha256: str
-
-
-@dataclass
-class Retention:
-    """Which checkpoints are kept: the newest `keep`, every `every`-th step, the `steps`, and the best."""
-
-    keep: int
-    every: int | None = None
-    steps: Sequence[int] = field(default_factory=list)
-    best: bool = False
-
-    @classmethod
-    def of(cls, train: TrainConfig) -> Retention:
-        """The retention that `train` configures."""
-        return cls(train.keep_checkpoints, train.keep_every, train.keep_at, train.keep_best)
-
-    def kept(self, losses: dict[int, float | None]) -> set[int]:
-        """Steps whose checkpoints are kept; `losses`: evaluation loss, if any, of each step with a checkpoint."""
-        kept = {*sorted(losses)[-self.keep :], *self.steps}
-        kept |= {step for step in losses if self.every and step and step % self.every == 0}
-        evaluated = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-        if self.best and evaluated:
-            kept.add(min(evaluated, key=evaluated.__getitem__))
-        return kept
 
 
 class Checkpoint:
@@ -190,10 +165,14 @@ class Checkpoints:
         """The checkpoint of `step`, which need not exist."""
         return Checkpoint(self.folder / f"step_{step:08d}")
 
-    def retain(self, retention: Retention, newest: int) -> None:
-        """Remove incomplete checkpoints, those not kept, and those after step `newest`, which are damaged."""
+    def retain(self, train: TrainConfig, newest: int) -> None:
+        """Remove checkpoints that `train.keep_…` does not name, incomplete ones, and damaged ones: after `newest`."""
         losses = {checkpoint.step: checkpoint.evaluation for checkpoint in self.complete() if checkpoint.step <= newest}
-        kept = retention.kept(losses)
+        kept = {*sorted(losses)[-train.keep_checkpoints :], *train.keep_at}
+        kept |= {step for step in losses if train.keep_every and step and step % train.keep_every == 0}
+        evaluated = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        if train.keep_best and evaluated:
+            kept.add(min(evaluated, key=evaluated.__getitem__))
         for checkpoint in self._begun():
             if checkpoint.step not in kept or checkpoint.step > newest:
                 checkpoint.remove()
@@ -226,17 +205,18 @@ class Saver:
         self,
         engine: Engine,
         checkpoints: Checkpoints,
-        retention: Retention,
+        train: TrainConfig,
         before: Callable[[], None],
         extra: Sequence[StateShard] = (),
     ) -> None:
-        """`before` flushes the journal, which must be as durable as the checkpoint, or raises OSError.
+        """`train.keep_…`: which checkpoints are kept.
 
-        `extra`: EMA shards, which are saved with the engine's and sharded alike.
+        `before` flushes the journal, which must be as durable as the checkpoint, or raises OSError. `extra`: EMA
+        shards, which are saved with the engine's and sharded alike.
         """
         self._engine = engine
         self._checkpoints = checkpoints
-        self._retention = retention
+        self._train = train
         self._before = before
         self._extra = extra
         self._host = HostCopy(pin=engine.device.type == "cuda")
@@ -314,7 +294,7 @@ class Saver:
         with suppress(OSError, ValueError):
             files, before = checkpoint.read()
             checkpoint.complete(files, before | state)
-            self._checkpoints.retain(self._retention, step)
+            self._checkpoints.retain(self._train, step)
 
     def close(self) -> None:
         """End the thread and free the host copy, without waiting for other ranks."""
@@ -340,7 +320,7 @@ class Saver:
 
     def _complete(self, checkpoint: Checkpoint, files: dict[str, File], state: dict[str, Any]) -> None:
         checkpoint.complete(files, state)
-        self._checkpoints.retain(self._retention, checkpoint.step)
+        self._checkpoints.retain(self._train, checkpoint.step)
 
 
 def _reason(future: Future) -> str:

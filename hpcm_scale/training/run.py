@@ -27,7 +27,7 @@ from hpcm_scale.model.layers import set_arithmetic
 from hpcm_scale.model.public_checkpoints import needs_placement
 from hpcm_scale.tracking.environment import environment
 from hpcm_scale.training import diagnostics
-from hpcm_scale.training.checkpoints import Checkpoint, Retention, Saver
+from hpcm_scale.training.checkpoints import Checkpoint, Saver
 from hpcm_scale.training.costs import costs_by_phase
 from hpcm_scale.training.divergence import Diverged, Divergence, images_to_skip
 from hpcm_scale.training.ema import EMA
@@ -225,9 +225,7 @@ class _Training:
                 multiple=spec.side_multiple,
                 shown=config.log.images,
             )
-        saver = Saver(
-            engine, folder.checkpoints, Retention.of(config.train), recorder.sync, self.averages.state_shards()
-        )
+        saver = Saver(engine, folder.checkpoints, config.train, recorder.sync, self.averages.state_shards())
         trainer = Trainer(
             train_config=config.train,
             schedule=config.schedule,

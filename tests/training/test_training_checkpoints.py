@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from hpcm_scale.config.schema import OptimizerConfig
+from hpcm_scale.config.schema import OptimizerConfig, TrainConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import sha256_of
-from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, FailedSave, Retention, Saver
+from hpcm_scale.training.checkpoints import Checkpoint, Checkpoints, FailedSave, Saver
 from hpcm_scale.training.engines.accelerate import AccelerateEngine
 from hpcm_scale.training.state_shards import ALIGNMENT, HostCopy, StateShard, load, partition, write
 
@@ -46,8 +46,9 @@ def train_step(engine: AccelerateEngine) -> float:
     return loss.item()
 
 
-def save(engine, checkpoints, *steps: int, before=lambda: None, losses=None, **retention) -> list[FailedSave]:
-    saver = Saver(engine, checkpoints, Retention(**({"keep": 1} | retention)), before=before)
+def save(engine, checkpoints, *steps: int, before=lambda: None, losses=None, **kept) -> list[FailedSave]:
+    train = TrainConfig(**({"keep_checkpoints": 1, "keep_best": False} | kept))
+    saver = Saver(engine, checkpoints, train, before=before)
     ended = []
     for step in steps:
         ended += saver.begin({"step": step, "note": "λ", "evaluation": (losses or {}).get(step)})
@@ -60,7 +61,7 @@ def test_retention_and_manifest(engine, checkpoints):
     assert checkpoints.newest() is None
     (checkpoints.folder / "step_00000005").mkdir(parents=True)  # of a save that never finished
     for step in (10, 20, 30):
-        assert save(engine, checkpoints, step, keep=2) == []
+        assert save(engine, checkpoints, step, keep_checkpoints=2) == []
         checkpoint, state, damaged = checkpoints.newest()
         assert checkpoint.folder.name == f"step_{step:08d}" and damaged == []
         assert state["step"] == step and state["note"] == "λ"
@@ -73,23 +74,23 @@ def test_retention_and_manifest(engine, checkpoints):
 
 def test_what_is_kept_for_good(engine, checkpoints):
     losses = {20: 1.5, 30: 1.0, 40: 2.0}
-    save(engine, checkpoints, 10, 20, 30, 40, 45, steps=[10, 99], best=True, losses=losses)
+    save(engine, checkpoints, 10, 20, 30, 40, 45, keep_at=[10, 99], keep_best=True, losses=losses)
     assert checkpoints.steps() == [10, 30, 45]
     assert checkpoints.at(30).state["evaluation"] == 1.0 and checkpoints.at(20) is None
-    save(engine, checkpoints, 50, 60, 70, 75, every=50)
+    save(engine, checkpoints, 50, 60, 70, 75, keep_every=50)
     assert checkpoints.steps() == [50, 75]
 
 
 def test_an_evaluation_that_is_not_finite_is_not_the_best(engine, checkpoints):
-    save(engine, checkpoints, 10, 20, 30, best=True, losses={10: math.nan, 20: 1.0, 30: 2.0})
+    save(engine, checkpoints, 10, 20, 30, keep_best=True, losses={10: math.nan, 20: 1.0, 30: 2.0})
     assert checkpoints.steps() == [20, 30]
 
 
 def test_later_ones_were_passed_over_and_go(engine, checkpoints):
     """The one of step 30 was damaged, and training went on from that of step 10."""
-    save(engine, checkpoints, 10, 30, keep=2)
+    save(engine, checkpoints, 10, 30, keep_checkpoints=2)
     flip(checkpoints.of(30).folder / "rank_00000.safetensors")
-    save(engine, checkpoints, 20, keep=2)
+    save(engine, checkpoints, 20, keep_checkpoints=2)
     assert checkpoints.steps() == [10, 20]
 
 
@@ -115,7 +116,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(engine, checkpoints):
 
 def test_training_goes_on_while_a_checkpoint_is_written(engine, checkpoints):
     """What is written is what was there when it began, whatever the next steps change."""
-    saver = Saver(engine, checkpoints, Retention(1), before=lambda: None)
+    saver = Saver(engine, checkpoints, TrainConfig(keep_checkpoints=1), before=lambda: None)
     weight = engine.state_shards()[0].values.clone()
     saver.begin({"step": 1})
     train_step(engine)
@@ -171,7 +172,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_named_and_the_one_before_is_taken(what, engine, checkpoints):
-    save(engine, checkpoints, 10, 20, keep=2)
+    save(engine, checkpoints, 10, 20, keep_checkpoints=2)
     DAMAGE[what](checkpoints.of(20).folder)
 
     def examine(checkpoint: Checkpoint) -> str:
