@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, cast
 
 import hydra
@@ -33,7 +34,6 @@ from hpcm_scale.config.sweeps import (
     DeepSpeedOptions,
     SlurmOptions,
     job_overrides,
-    refuse_hydra_folders,
     swept_keys,
 )
 from hpcm_scale.distributed.processes import without_launcher_arguments
@@ -54,7 +54,6 @@ def main() -> None:
     parser.error = partial(Parser.error, parser)
     chosen = parser.parse_args()
     check_overrides(chosen.overrides)
-    refuse_hydra_folders(chosen.overrides)
     asked = (chosen.help, chosen.hydra_help, chosen.cfg, chosen.resolve, chosen.shell_completion, chosen.info)
     if any(asked) or (chosen.run and chosen.multirun):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
@@ -114,11 +113,15 @@ def _train_several(master: DictConfig, loader: ConfigLoader) -> int:
     task = cast("list[str]", OmegaConf.to_container(settings.overrides.task))  # interpolations are those of each run
     swept = swept_keys(settings.sweeper, task)
 
-    def jobs(batch: list[list[str]]) -> list[Job]:
-        return [make_job(_typed(loader.load_sweep_config(master, job)), job, swept) for job in batch]
+    numbers = count()
+
+    def job(overrides: list[str]) -> Job:
+        configuration = loader.load_sweep_config(master, overrides)
+        configuration.hydra.job.num = next(numbers)  # for ${hydra:job.num}
+        return make_job(_typed(configuration), overrides, swept)
 
     for batch in translated(partial(job_overrides, settings.sweeper, task, loader)):
-        if code := train(translated(partial(jobs, batch))):
+        if code := train([translated(partial(job, overrides)) for overrides in batch]):
             return code
     return 0
 

@@ -34,6 +34,8 @@ CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("stage", "experiment", "debug")
 _OPEN = ("hydra.", "hydra/", "engine.options.", "model.options.")
 """Prefixes of keys that are not fields of a dataclass here."""
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+"""Hydra's own keys of folders."""
 _RUNS = Range(least=1, most=10_000)
 """Of a sweep."""
 _PROPOSALS = 3
@@ -183,14 +185,22 @@ def translated(action: Callable[[], T]) -> T:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise UserError for unknown keys, naming the nearest known ones, and for sweeps with too many runs."""
+    """Raise UserError for unknown keys, naming the nearest known ones, for keys without an effect, and for sweeps with
+    too many runs."""
     groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir() and path.name != "hydra")
     known = dict.fromkeys([*(key for key, *_ in entries(Config())), *groups])
-    for line in overrides:  # first: Hydra writes them to files, and errors repeat them
+    for line in overrides:  # first: other errors repeat them
         check_no_secret(line, line.split("=")[0])
     parsed = [*map(_parsed, overrides)]
     for override in parsed:
         key = override.key_or_group
+        if key in _FOLDERS:
+            raise UserError(
+                "hydra-folder",
+                key,
+                f"{override.input_line} has no effect; set run.dir=DIR, the run folder, or run.sweep=NAME, which "
+                "writes the runs of a sweep to runs/NAME",
+            )
         if key in groups and not (override.is_delete() and key in _OPTIONAL_GROUPS):
             _check_choice(override)
         if key in known or key.startswith(_OPEN):

@@ -16,12 +16,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hpcm_scale.config.schema import RunConfig
-from hpcm_scale.errors import UserError
 from hpcm_scale.limits import PROCESSES, Range, number
 
 LONGEST_NAME = 200
 """Bytes of a generated name. File systems allow 255; the names of the files beside a run folder are longer."""
-_HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 
 _GRACE = Range(least=0, most=65_535)
@@ -129,18 +127,6 @@ def swept_keys(sweeper: Mapping[str, Any], task: Sequence[str]) -> list[str]:
         *(each.key_or_group for each in parsed if each.is_sweep_override()),
     ]
     return list(dict.fromkeys(keys))
-
-
-def refuse_hydra_folders(overrides: Sequence[str]) -> None:
-    """Raise UserError for Hydra's own keys of folders, which have no effect here."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.key_or_group in _HYDRA_FOLDERS:
-            raise UserError(
-                "hydra-folder",
-                override.key_or_group,
-                f"{override.input_line} has no effect; set run.dir=DIR, the run folder, or run.sweep=NAME, which "
-                "writes the runs of a sweep to runs/NAME",
-            )
 
 
 def quoted(value: str) -> str:

@@ -163,7 +163,9 @@ def examine(source: Source, min_side: int) -> Image | str:
     if min(width, height) < min_side:
         return f"too small: {width}×{height}, smaller side under {min_side}"
     suffix = source.path.suffix.lower().lstrip(".")
-    return Image(data, suffix if suffix in EXTENSIONS else extension_of(data), width, height)
+    extension = suffix if suffix in EXTENSIONS else extension_of(data)
+    assert extension is not None  # it has been decoded
+    return Image(data, extension, width, height)
 
 
 def write_shard(

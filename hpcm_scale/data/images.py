@@ -92,11 +92,6 @@ USED = frozenset({b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"})
 """Types of the chunks that determine the pixels."""
 
 
-def is_webp(data: bytes) -> bool:
-    """Whether the first bytes are those of a WebP file."""
-    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-
-
 def read_webp(data: bytes) -> tuple[bytes, bytes]:
     """A WebP file without the chunks that do not determine the pixels, and its EXIF block or b""."""
     whole = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
@@ -166,13 +161,14 @@ class EncodedImage:
         self._jpeg: jpeg.Jpeg | None = None
         exif = b""
         with reasons():
-            if data.startswith(png.SIGNATURE):
+            kind = extension_of(data)
+            if kind == "png":
                 self._png = png.read_png(data)
                 data, exif = self._png.file, self._png.exif
-            elif data.startswith(jpeg.START):
+            elif kind == "jpg":
                 self._jpeg = jpeg.read_jpeg(data)
                 data, exif = self._jpeg.file, self._jpeg.exif
-            elif is_webp(data):
+            elif kind == "webp":
                 data, exif = read_webp(data)
             self._image = _open(data)
             if self._image.width * self._image.height > MAX_PIXELS:
@@ -249,9 +245,13 @@ def reasons() -> Iterator[None]:
         raise ValueError(f"broken image: {error}") from error
 
 
-def extension_of(data: bytes) -> str:
-    """The usual extension of a JPEG, PNG or WebP file, by its first bytes."""
-    return {b"\x89P": "png", b"RI": "webp"}.get(data[:2], "jpg")
+def extension_of(data: bytes) -> str | None:
+    """The usual extension of a JPEG, PNG or WebP file, by its first 12 bytes; None for other files."""
+    if data.startswith(jpeg.START):
+        return "jpg"
+    if data.startswith(png.SIGNATURE):
+        return "png"
+    return "webp" if (data[:4], data[8:12]) == (b"RIFF", b"WEBP") else None
 
 
 def to_array(image: Image.Image) -> np.ndarray:
@@ -297,36 +297,23 @@ def place(
 
 
 def cut(
-    image: Image.Image | EncodedImage,
-    crop: int,
-    flip: bool,
-    *,
-    seed: int,
-    epoch: int,
-    sample: int,
-    downscale: float = 1.0,
+    image: EncodedImage, crop: int, flip: bool, *, seed: int, epoch: int, sample: int, downscale: float = 1.0
 ) -> tuple[Image.Image, bool]:
     """Cut the square at `place` and scale it (Lanczos) to side `crop` pixels; returns it and whether it was scaled up.
 
-    An encoded image is decoded only as far as needed and gives the same pixels as the decoded one. Raises `ValueError`
-    as `EncodedImage`.
+    The image is decoded only as far as needed. Raises `ValueError` as `EncodedImage`.
     """
     box, side, mirrored = place(image.size, crop, flip, seed=seed, epoch=epoch, sample=sample, downscale=downscale)
     if side < crop:  # Lanczos reads beyond the box
-        whole = image.decode() if isinstance(image, EncodedImage) else image
-        square = whole.resize((crop, crop), Image.Resampling.LANCZOS, box=box)
+        square = image.decode().resize((crop, crop), Image.Resampling.LANCZOS, box=box)
     elif side == crop:
-        square = _part(image, box)
+        square = image.decode_box(box)
     else:
         around = _around(box, -(-LANCZOS_SUPPORT * side // crop), image.size)
         left, top = box[0] - around[0], box[1] - around[1]
         inside = (left, top, left + side, top + side)
-        square = _part(image, around).resize((crop, crop), Image.Resampling.LANCZOS, box=inside)
+        square = image.decode_box(around).resize((crop, crop), Image.Resampling.LANCZOS, box=inside)
     return (ImageOps.mirror(square) if mirrored else square), side < crop
-
-
-def _part(image: Image.Image | EncodedImage, box: Box) -> Image.Image:
-    return image.decode_box(box) if isinstance(image, EncodedImage) else image.crop(box)
 
 
 def _around(box: Box, margin: int, size: tuple[int, int]) -> Box:

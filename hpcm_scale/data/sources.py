@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hpcm_scale.data.images import BACKGROUND, EXTENSIONS, Colour, TransparentImage, decode, to_array
+from hpcm_scale.data.images import BACKGROUND, EXTENSIONS, Colour, TransparentImage, decode, extension_of, to_array
 from hpcm_scale.errors import UserError, is_first_process, print_message, printable
 from hpcm_scale.files import read_file, special_kind
 
@@ -104,8 +104,7 @@ def is_image(path: Path) -> bool:
     if path.suffix.lower().lstrip(".") in EXTENSIONS:
         return True
     with path.open("rb") as file:
-        start = file.read(12)
-    return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
+        return extension_of(file.read(12)) is not None
 
 
 def find_sources(images: Sequence[str | Path], without: Path) -> list[Source]:

@@ -19,6 +19,20 @@ END = b"\xff\xd9"
 """The end marker of a JPEG."""
 
 
+class Decoded:
+    """A decoded image as `cut` takes an `EncodedImage`."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.size = image.size
+        self._image = image
+
+    def decode(self) -> Image.Image:
+        return self._image
+
+    def decode_box(self, box: tuple[int, int, int, int]) -> Image.Image:
+        return self._image.crop(box)
+
+
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
     with BytesIO() as handle:
         image.save(handle, kind, **options)

@@ -7,7 +7,7 @@ import pytest
 from crops import assert_same, seen
 from hypothesis import given
 from hypothesis import strategies as st
-from image_files import encoded
+from image_files import Decoded, encoded
 from PIL import Image
 from scipy.stats import kstest
 
@@ -72,7 +72,7 @@ def test_crops_of_files_are_those_of_images_that_were_scaled(photo, options, ori
         where = {"seed": 1, "epoch": 2, "sample": sample, "downscale": 0.3}
         square, upscaled = cut(EncodedImage(data), 64, False, **where)
         assert not upscaled and square.size == (64, 64)
-        assert (np.asarray(square) == np.asarray(cut(whole, 64, False, **where)[0])).all()
+        assert (np.asarray(square) == np.asarray(cut(Decoded(whole), 64, False, **where)[0])).all()
         box, side, _ = place(whole.size, 64, False, **where)
         expected = whole.resize((64, 64), Image.Resampling.LANCZOS, box=box)
         assert np.abs(np.asarray(square, np.int16) - np.asarray(expected)).max() <= 1
@@ -88,7 +88,7 @@ def test_a_square_at_the_top_needs_no_more_than_the_top_of_the_file(photo):
         box, side, _ = place(photo.size, 64, False, **where)
         if side > 64 and box[3] < photo.height // 3:
             top = cut(EncodedImage(data[: len(data) * 2 // 3]), 64, False, **where)[0]
-            tops.append((np.asarray(top) == np.asarray(cut(decode(data), 64, False, **where)[0])).all())
+            tops.append((np.asarray(top) == np.asarray(cut(Decoded(decode(data)), 64, False, **where)[0])).all())
     assert len(tops) > 2 and all(tops)
 
 
@@ -100,7 +100,9 @@ def test_less_is_left_of_what_jpeg_has_done(photo):
         found = []
         for sample in range(30):
             where = {"seed": 0, "epoch": 0, "sample": sample, "downscale": downscale}
-            pair = [np.asarray(cut(image, 64, False, **where)[0], float) for image in (EncodedImage(data), photo)]
+            pair = [
+                np.asarray(cut(image, 64, False, **where)[0], float) for image in (EncodedImage(data), Decoded(photo))
+            ]
             found.append(((pair[0] - pair[1]) ** 2).mean())
         return float(np.mean(found))
 

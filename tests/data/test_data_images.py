@@ -11,7 +11,7 @@ import pytest
 from data_refusals import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import encoded, png16
+from image_files import Decoded, encoded, png16
 from PIL import Image
 
 from hpcm_scale.data.build import examine
@@ -167,8 +167,8 @@ def test_crops_are_pieces_of_the_image_at_all_places(photo):
     original = pixels(photo)
     lefts, tops, mirrored = set(), set(), 0
     for sample in range(200):
-        square, upscaled = cut(photo, 290, False, seed=3, epoch=1, sample=sample)
-        turned, _ = cut(photo, 290, True, seed=3, epoch=1, sample=sample)
+        square, upscaled = cut(Decoded(photo), 290, False, seed=3, epoch=1, sample=sample)
+        turned, _ = cut(Decoded(photo), 290, True, seed=3, epoch=1, sample=sample)
         assert not upscaled and square.size == (290, 290)
         found = pixels(square)
         assert (pixels(turned) == found).all() or (pixels(turned) == found[:, ::-1]).all()
@@ -184,7 +184,7 @@ def test_crops_are_pieces_of_the_image_at_all_places(photo):
 
 def test_a_small_image_is_scaled_up_not_stretched(photo):
     small = photo.resize((60, 40), Image.Resampling.LANCZOS)
-    square, upscaled = cut(small, 128, False, seed=0, epoch=0, sample=0)
+    square, upscaled = cut(Decoded(small), 128, False, seed=0, epoch=0, sample=0)
     assert upscaled and square.size == (128, 128)
     whole = pixels(small.resize((192, 128), Image.Resampling.LANCZOS))
     errors = [np.abs(whole[:, left : left + 128] - pixels(square)).mean() for left in range(65)]
@@ -192,7 +192,7 @@ def test_a_small_image_is_scaled_up_not_stretched(photo):
 
 
 def test_a_sliver_does_not_unfold_to_a_giant():
-    square, upscaled = cut(Image.new("RGB", (1, 20_000)), 256, True, seed=0, epoch=0, sample=0)
+    square, upscaled = cut(Decoded(Image.new("RGB", (1, 20_000))), 256, True, seed=0, epoch=0, sample=0)
     assert upscaled and square.size == (256, 256)
 
 

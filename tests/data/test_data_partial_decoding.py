@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from image_files import encoded, first_scans, png16, scan_by_scan, scans
+from image_files import Decoded, encoded, first_scans, png16, scan_by_scan, scans
 from PIL import Image, ImageOps
 
 from hpcm_scale.data.images import EncodedImage, cut, decode
@@ -202,7 +202,7 @@ def test_crops_of_files_are_those_of_decoded_images(photo, crop, orientation):
     for sample in range(20):
         place = {"seed": 1, "epoch": 2, "sample": sample}
         square, upscaled = cut(EncodedImage(data), crop, True, **place)
-        expected, as_expected = cut(decode(data), crop, True, **place)
+        expected, as_expected = cut(Decoded(decode(data)), crop, True, **place)
         assert upscaled == as_expected == (crop == 300)
         assert (np.asarray(square) == np.asarray(expected)).all()
 

@@ -16,6 +16,7 @@ import torch
 import webdataset as wds
 from data_refusals import refused
 from fork_server import Forked
+from image_files import Decoded
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -45,7 +46,7 @@ def test_crops_are_cut_from_the_stored_images(small_set, photo_folder):
         for image, key, pixels in zip(batch.image_index.tolist(), batch.keys, batch.images, strict=True):
             photo = decode(files[key].read_bytes())
             sample = sample_at(0, image, 23)
-            square, _ = cut(photo, 80, True, seed=0, epoch=image // 23, sample=sample)
+            square, _ = cut(Decoded(photo), 80, True, seed=0, epoch=image // 23, sample=sample)
             assert (np.asarray(square) == pixels.permute(1, 2, 0).numpy()).all()
 
 
@@ -78,7 +79,7 @@ def test_all_kinds_of_images_train(packaged_photos, tmp_path):
         for key, image, pixels in zip(batch.keys, batch.image_index.tolist(), batch.images, strict=True):
             reference = photo.transpose(Image.Transpose.ROTATE_270) if key == "turned" else photo
             sample = sample_at(0, image, 8)
-            square, _ = cut(reference, 256, False, seed=0, epoch=0, sample=sample)
+            square, _ = cut(Decoded(reference), 256, False, seed=0, epoch=0, sample=sample)
             luma = (np.asarray(square) @ [0.299, 0.587, 0.114]).mean()
             assert abs((pixels.permute(1, 2, 0).numpy() @ [0.299, 0.587, 0.114]).mean() - luma) < 3
 

@@ -195,6 +195,12 @@ def test_run_dir_may_have_the_swept_key_in_it(train, shards, tmp_path):
     assert code == 2 and "run.sweep=NAME" not in errors  # no way out of anything
 
 
+def test_run_dir_may_have_hydras_number_of_the_job_in_it(train, shards, tmp_path):
+    code, _, errors = train("-m", "model=nano,450k", f"data.shards={shards}", "run.dir=x/${hydra:job.num}", *ONLY_WRITE)
+    assert code == 0, errors
+    assert scripts(tmp_path / "x").keys() == {"0", "1"}
+
+
 def test_paths_that_differ_in_their_slashes_are_runs_of_their_own(train, shards, tmp_path):
     for name in ("a_b/c", "a/b_c"):
         (tmp_path / name).parent.mkdir()
