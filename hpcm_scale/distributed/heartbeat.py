@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +23,6 @@ BEAT_SECONDS = 1.0
 _NO_EVENT = "-"
 
 Answer = TypeVar("Answer")
-
-
-@dataclass
-class _Request:
-    action: Callable[[Store], Any]
-    answered: threading.Event
-    answer: Any = None
 
 
 class Heartbeat:
@@ -48,7 +41,8 @@ class Heartbeat:
         self._store, self._name, self._rank = store, name, rank
         self._previous = (rank - 1) % world_size if world_size > 1 else None
         self._previous_beats = 0
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[Callable[[Store], Any], queue.SimpleQueue] | None] = queue.SimpleQueue()
+        """Actions, each with the queue for its result; None ends the thread."""
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -60,9 +54,11 @@ class Heartbeat:
         """The result of `action` on the store; None if it takes longer than `seconds` or the store is lost."""
         if self.broken:
             return None
-        request = _Request(action, threading.Event())
-        self._requests.put(request)
-        return request.answer if request.answered.wait(seconds) else None
+        result: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._requests.put((action, result))
+        with suppress(queue.Empty):
+            return result.get(timeout=seconds)
+        return None
 
     def post(self, event: dict[str, Any], replaces: dict[str, Any] | None = None) -> None:
         """Set the event of the run, for all ranks, unless another one than `replaces` was set before."""
@@ -104,7 +100,7 @@ class Heartbeat:
             self.broken = True
         while not self._requests.empty():
             if (request := self._requests.get()) is not None:
-                request.answered.set()
+                request[1].put(None)
 
     def _serve(self) -> None:
         due = time.monotonic()
@@ -118,10 +114,12 @@ class Heartbeat:
                 continue
             if request is None:
                 return
+            action, result = request
+            answer = None
             try:
-                request.answer = request.action(self._store)
+                answer = action(self._store)
             finally:
-                request.answered.set()
+                result.put(answer)
 
     def _beat(self) -> None:
         self._store.add(self._key(f"beat/{self._rank}"), 1)

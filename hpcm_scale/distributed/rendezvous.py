@@ -60,22 +60,28 @@ def difference(ranks: Sequence[RankInfo], all_facts: Sequence[Facts]) -> UserErr
     """The first difference from the facts of rank 0, as an error with a remedy; None if there is none."""
     for rank, other in zip(ranks[1:], all_facts[1:], strict=True):
         for kind, expected in all_facts[0].items():
-            if found := _first_difference(expected, other.get(kind)):
-                name, here, there = found
+            for name, here, there in differences(expected, other.get(kind)):
                 return UserError(
                     "ranks-differ", name, f"{rank} has {name}={there}, but {ranks[0]} has {here}; {_REMEDIES[kind]}"
                 )
     return None
 
 
-def _first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted name and both values of the first entry that differs."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return None if one == other else (name, one, other)
-    for key in dict.fromkeys([*one, *other]):
-        if found := _first_difference(one.get(key), other.get(key), f"{name}.{key}" if name else key):
-            return found
-    return None
+def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of each entry of nested dictionaries that differs; None for a missing value."""
+    nested = [value if isinstance(value, dict) else {} for value in (one, other)]
+    for key in nested[0] | nested[1]:
+        yield from differences(nested[0].get(key), nested[1].get(key), f"{name}.{key}" if name else key)
+    if not (nested[0] or nested[1]) and one != other:
+        yield name, one, other
+
+
+def polling(seconds: float) -> Iterator[None]:
+    """Yield every POLL_SECONDS until `seconds` have passed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(POLL_SECONDS)
 
 
 class Group:
@@ -115,7 +121,7 @@ class Group:
         `error`: why this rank cannot take part. Raises UserError, the same on all ranks that came, if a rank is
         missing, has an error, or has different facts.
         """
-        entry = {"rank": RankInfo.of_this_process(self.rank), "facts": facts, "error": error and _parts(error)}
+        entry = {"rank": RankInfo.of_this_process(self.rank), "facts": facts, "error": error and error.args}
         name = self._begin_exchange()
         self.store.set(f"{name}/{self.rank}", json.dumps(entry))
         if error:
@@ -131,21 +137,18 @@ class Group:
             try:
                 action()
             except UserError as error:
-                return {"error": _parts(error)}
+                return {"error": error.args}
             return {}
 
-        name = self._begin_exchange()
-        self.store.add(f"{name}/came", 1)
-        self._result(name, act, seconds)
+        self._result(self._begin_exchange(), act, seconds)
 
     def await_readers(self, name: str, readers: int) -> None:
         """Have rank 0, whose end closes the store, wait until `readers` ranks have called this."""
         with suppress(DistNetworkError, DistStoreError):
-            read = self.store.add(f"{name}/read", 1)
-            deadline = time.monotonic() + READ_SECONDS
-            while self.rank == 0 and read < readers and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-                read = self.store.add(f"{name}/read", 0)
+            self.store.add(f"{name}/read", 1)
+            for _ in polling(READ_SECONDS):
+                if self.rank != 0 or self.store.add(f"{name}/read", 0) >= readers:
+                    return
 
     def _connect(self, deadline: float) -> TCPStore:
         host, port = self._address
@@ -205,17 +208,17 @@ class Group:
         present = [rank for rank in ranks if came == self.world_size or self.store.check([f"{name}/{rank}"])]
         entries = [json.loads(self.store.get(f"{name}/{rank}")) for rank in present]
         members = [RankInfo(*entry["rank"]) for entry in entries]
-        result = {"members": members, "came": len(members)}
         errors = {tuple(entry["error"]): rank for entry, rank in zip(entries, members, strict=True) if entry["error"]}
         if errors:
             (code, key, sentence), rank = next(iter(errors.items()))
             same = len(errors) == 1 and all(entry["error"] for entry in entries)
-            return result | {"error": [code, key, sentence if same else f"{rank}: {sentence}"]}
-        if len(members) < self.world_size:
-            error = self._missing([rank for rank in ranks if rank not in present], members, seconds)
+            found = code, key, sentence if same else f"{rank}: {sentence}"
+        elif len(members) < self.world_size:
+            found = self._missing([rank for rank in ranks if rank not in present], members, seconds).args
         else:
             error = difference(members, [entry["facts"] for entry in entries])
-        return result | {"error": error and _parts(error)}
+            found = error and error.args
+        return {"members": members, "came": len(members), "error": found}
 
     def _missing(self, missing: Sequence[int], members: Sequence[RankInfo], seconds: float) -> UserError:
         hosts = dict.fromkeys(rank.host for rank in members)
@@ -236,7 +239,16 @@ class Group:
                 result = work()
                 self.store.set(key, json.dumps(result))
             else:
-                self._await_key(key, seconds)
+                deadline = time.monotonic() + seconds
+                while not self.store.check([key]):
+                    if time.monotonic() > deadline:
+                        raise Fault(
+                            "rank-zero-silent",
+                            "",
+                            f"rank 0 at {self._address[0]} does not respond; check its output and start again",
+                        )
+                    self._check_launcher()
+                    time.sleep(POLL_SECONDS)
                 result = json.loads(self.store.get(key))
         except (DistNetworkError, DistStoreError):
             raise Fault(
@@ -250,18 +262,6 @@ class Group:
         if result.get("error"):
             raise UserError(*result["error"])
         return result
-
-    def _await_key(self, key: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not self.store.check([key]):
-            if time.monotonic() > deadline:
-                raise Fault(
-                    "rank-zero-silent",
-                    "",
-                    f"rank 0 at {self._address[0]} does not respond; check its output and start again",
-                )
-            self._check_launcher()
-            time.sleep(POLL_SECONDS)
 
     def _check_launcher(self) -> None:
         if self.launcher.is_gone():
@@ -279,7 +279,15 @@ _group: Group | None = None
 def _connected(seconds: float) -> Group:
     global _group
     if _group is None:
-        address = _address()
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        except KeyError as error:
+            name = error.args[0]
+            raise UserError(
+                "no-master-address",
+                "",
+                f"RANK is set but {name} is not; set it to the same value for all ranks, or start with deepspeed",
+            ) from None
         try:
             _group = Group(address, seconds)
         except UserError as error:  # rank 0 does not raise most of these: one rank of each node prints them
@@ -367,19 +375,3 @@ def ignore_sigterm() -> None:
     """Ignore SIGTERM, which the launcher sends once a rank has exited, so that this rank can print the cause."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _parts(error: UserError) -> list[str]:
-    return [error.code, error.key, str(error)]
-
-
-def _address() -> tuple[str, int]:
-    try:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except KeyError as error:
-        name = error.args[0]
-        raise UserError(
-            "no-master-address",
-            "",
-            f"RANK is set but {name} is not; set it to the same value for all ranks, or start with deepspeed",
-        ) from None

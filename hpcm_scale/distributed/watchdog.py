@@ -18,7 +18,7 @@ import torch.distributed
 
 from hpcm_scale.distributed.heartbeat import Heartbeat, main_thread_location, summarize, write_stacks
 from hpcm_scale.distributed.ranks import RankInfo, format_ranks
-from hpcm_scale.distributed.rendezvous import POLL_SECONDS, Group, ignore_sigterm
+from hpcm_scale.distributed.rendezvous import Group, ignore_sigterm, polling
 from hpcm_scale.errors import STOPPED, Fault, UserError, print_message, printable
 
 CHECK_SECONDS = 0.5
@@ -141,9 +141,9 @@ class Watchdog:
 
     def _await_cause(self) -> None:
         """Wait for the cause of a broken connection, a lost rank, which is noticed soon."""
-        deadline = time.monotonic() + self._lost_seconds + GRACE_SECONDS
-        while self._cause is None and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        for _ in polling(self._lost_seconds + GRACE_SECONDS):
+            if self._cause:
+                return
 
     def _await_all(self, place: str, seconds: float = float("inf")) -> bool:
         """Whether all ranks reach `place` within `seconds` while the run continues."""
@@ -154,14 +154,13 @@ class Watchdog:
         return True
 
     def _all_counted(self, name: str, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        count = self._heartbeat.count(name, 1)
-        while count != self._group.world_size:
-            if self._heartbeat.broken or self._cause or time.monotonic() > deadline:
+        self._heartbeat.count(name, 1)
+        for _ in polling(seconds):
+            if self._heartbeat.count(name, 0) == self._group.world_size:
+                return True
+            if self._heartbeat.broken or self._cause:
                 return False
-            time.sleep(POLL_SECONDS)
-            count = self._heartbeat.count(name, 0)
-        return True
+        return False
 
     def _close(self) -> None:
         self._done.set()
@@ -238,12 +237,12 @@ class Watchdog:
             return
         self._report_location()
         locations: dict[int, str] = {}
-        deadline = time.monotonic() + STACKS_SECONDS
-        while len(locations) < self._group.world_size and time.monotonic() < deadline:
+        for _ in polling(STACKS_SECONDS):
             for rank in range(self._group.world_size):
                 if rank not in locations and (location := self._heartbeat.get(f"location/{rank}")):
                     locations[rank] = location
-            time.sleep(POLL_SECONDS)
+            if len(locations) == self._group.world_size:
+                break
         for location in dict.fromkeys(locations.values()):
             print_message(f"{format_ranks([rank for rank in locations if locations[rank] == location])}: {location}")
         after = "" if self._step is None else f" after step {self._step}"
@@ -292,11 +291,11 @@ class Watchdog:
                 return not rank.has_ended()
             return not (self._heartbeat.get(f"left/{rank.rank}") or self._heartbeat.broken)
 
-        deadline = time.monotonic() + seconds
         left = list(ranks)
-        while left and time.monotonic() < deadline:
+        for _ in polling(seconds):
             left = [rank for rank in left if is_there(rank)]
-            time.sleep(POLL_SECONDS)
+            if not left:
+                return
 
 
 def _is_disconnection(error: BaseException | None) -> bool:

@@ -20,6 +20,7 @@ from hpcm_scale.data import sources
 from hpcm_scale.data.index import ShardIndex, load_index
 from hpcm_scale.data.mixture import Mixture, load_mixture
 from hpcm_scale.data.sources import ImageSet
+from hpcm_scale.distributed.rendezvous import differences
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import check_length, sha256_of
 from hpcm_scale.model import families
@@ -265,25 +266,16 @@ def _check_state(folder: RunFolder, state: dict[str, Any], config: Config, spec:
 def _check_same_run(
     folder: RunFolder, before: dict[str, Any], now: dict[str, Any], may_change: tuple[str, ...]
 ) -> None:
-    before, now = _flat(before), _flat(now)
-    for key in before | now:  # model.options may have other keys
-        if before.get(key) != now.get(key) and not key.startswith(may_change):
+    for key, was, wanted in differences(before, now):
+        if not key.startswith(may_change):
             same_network = key.startswith(_SAME_NETWORK) and folder.weights_file.is_file()
             new = f"; there, init_from={folder.path} starts from its weights" if same_network else ""
             raise UserError(
                 "other-run",
                 key,
-                f"{folder.path} holds a run with {key}={before.get(key)}, not {now.get(key)}; give the same value to "
+                f"{folder.path} holds a run with {key}={was}, not {wanted}; give the same value to "
                 f"resume it, or choose another run.dir{new}",
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 # Out of memory.
