@@ -10,7 +10,7 @@ from hpcm_scale.formatting import terminal, terminal_table
 
 @entry_point
 def main() -> None:
-    """Entry point of `hpcm bd-rate` and `python -m hpcm_scale.commands.bd_rate`."""
+    """Entry point of `hpcm bd-rate`."""
     parser = Parser(
         prog="hpcm bd-rate",
         description="The difference in bits of a codec and an anchor at equal quality, in percent: log rate over "
@@ -113,7 +113,3 @@ def _print_shipped(curves) -> None:
         reached = f"{len(curve.bpp)} points of {measures}, {min(curve.psnr):.2f}–{max(curve.psnr):.2f} dB"
         print(f"{name:30s} {reached}\n    {curve.codec}; {curve.source}")
     print("* the usual anchor of its image set, against which BD-rates agree with those in papers against VTM-22.0")
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,3 @@ def main() -> None:
     from bench.command import main
 
     main()
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from hpcm_scale.limits import COUNT
 
 @entry_point
 def main() -> None:
-    """Entry point of `hpcm ema` and `python -m hpcm_scale.commands.ema`."""
+    """Entry point of `hpcm ema`."""
     parser = Parser(
         prog="hpcm ema",
         description="Writes an EMA of the weights whose length is chosen after training, from the EMAs in the "
@@ -49,7 +49,3 @@ def main() -> None:
         f"{' and '.join(map(str, ema.lengths))} in {counted(len(ema.steps), 'checkpoint')}; error of its profile "
         f"{100 * ema.error:.2g} %"
     )
-
-
-if __name__ == "__main__":
-    main()

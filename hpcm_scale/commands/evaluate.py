@@ -19,7 +19,7 @@ TASK_OUTPUTS = ("task.json", "task.csv", "task.md", "task.png")
 
 @entry_point
 def main() -> None:
-    """Entry point of `hpcm evaluate` and `python -m hpcm_scale.commands.evaluate`."""
+    """Entry point of `hpcm evaluate`."""
     arguments = _parser().parse_args()
     _check(arguments)
 
@@ -267,7 +267,3 @@ def _write(results, crops, out: Path) -> None:
     (out / CROPS).unlink(missing_ok=True)  # from an earlier evaluation
     if crops.chosen():
         draw_crops(crops.chosen(), out / CROPS, results.title)
-
-
-if __name__ == "__main__":
-    main()

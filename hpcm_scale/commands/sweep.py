@@ -34,7 +34,7 @@ def parser() -> Parser:
 
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `hpcm sweep` and `python -m hpcm_scale.commands.sweep`."""
+    """Entry point of `hpcm sweep`."""
     chosen = parser().parse_args(arguments)
     followers: dict[Path, Follower] = {}
     if not chosen.watch:
@@ -47,7 +47,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if all(state.state == "finished" for state in states):
                 return
             time.sleep(WATCH_SECONDS)
-
-
-if __name__ == "__main__":
-    main()

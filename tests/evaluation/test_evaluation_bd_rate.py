@@ -295,7 +295,7 @@ def test_command_lists_what_is_shipped(hpcm):
 
 @pytest.mark.launch
 def test_command_as_a_module(project):
-    command = [sys.executable, "-m", "hpcm_scale.commands.bd_rate", "kodak/hpcm-large", "--anchor", "kodak/vtm-18"]
+    command = [sys.executable, "-m", "hpcm_scale.cli", "bd-rate", "kodak/hpcm-large", "--anchor", "kodak/vtm-18"]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert row(result.stdout, "kodak/hpcm-large")[-1] == "-19.39%"
