@@ -12,7 +12,6 @@ from hpcm_scale.config.schema import OptimizerConfig
 from hpcm_scale.devices import CPU, device_kind
 from hpcm_scale.training.engines.base import Engine, StepResult, propagate_non_finite
 from hpcm_scale.training.optimizer import clip, create_optimizer, guard, set_learning_rate
-from hpcm_scale.training.state_shards import StateShard
 
 
 class AccelerateEngine(Engine):
@@ -64,15 +63,8 @@ class AccelerateEngine(Engine):
         self._sync_gradients_in_last_round()
         return StepResult(norm, self._optimizer.overflow)
 
-    def state_shards(self) -> list[StateShard]:
-        return [*self._optimizer.state_shards()]
-
     def load_master_weights(self, updates: int) -> None:
         self._optimizer.set_updates(updates)
-
-    @property
-    def updates(self) -> int:
-        return self._optimizer.updates
 
     def reduce(self, values: Tensor) -> Tensor:
         return self._accelerator.reduce(values.to(self.device, copy=True), reduction="sum")  # pyright: ignore[reportReturnType]

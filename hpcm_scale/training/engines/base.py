@@ -12,6 +12,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from hpcm_scale.errors import Fault, UserError, first_line
+from hpcm_scale.training.optimizer import GuardedOptimizer
 from hpcm_scale.training.state_shards import StateShard
 
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ class Engine(ABC):
     """Whether every rank holds all weights and the whole state of the optimizer."""
     sharded: bool = False
     """Whether a forward pass gathers weights (ZeRO-3), so that one that fails on a single rank blocks the others."""
+    _optimizer: GuardedOptimizer
 
     def building(self) -> AbstractContextManager[None]:
         """Context in which all ranks create the same model, which ZeRO-3 shards layer by layer."""
@@ -74,18 +76,18 @@ class Engine(ABC):
         `norm` is the result of `clip`.
         """
 
-    @abstractmethod
     def state_shards(self) -> list[StateShard]:
         """Master weights and state of the optimizer that this rank holds, or all of it if `replicated`."""
+        return [*self._optimizer.state_shards()]
 
     @abstractmethod
     def load_master_weights(self, updates: int) -> None:
         """Update the model from values written to `state_shards`, as after `updates` steps; called by all ranks."""
 
     @property
-    @abstractmethod
     def updates(self) -> int:
         """Optimizer steps that changed the weights."""
+        return self._optimizer.updates
 
     @abstractmethod
     def reduce(self, values: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.training.engines.base import Engine, StepResult, propagate_non_finite
 from hpcm_scale.training.matrix_optimizers import Layout
 from hpcm_scale.training.optimizer import GuardedOptimizer, clip, guard, set_learning_rate
-from hpcm_scale.training.state_shards import StateShard
 
 BARRIER_WARNING = r"barrier\(\): using the device under current context"
 """Start of a warning of torch."""
@@ -120,9 +119,6 @@ class DeepSpeedEngine(Engine):
             norm = float(self._engine.get_global_grad_norm() or 0.0)
         return StepResult(norm, skip or self._engine.skipped_steps > before)
 
-    def state_shards(self) -> list[StateShard]:
-        return [*self._optimizer.state_shards()]
-
     def _layout_of_stages_1_and_2(self, parameter: nn.Parameter, group: int) -> Layout:
         held = self._engine.optimizer.single_partition_of_fp32_groups[group]
         # The parameters of a group are contiguous in one tensor, of which every rank optimizes a part. DeepSpeed's own
@@ -177,10 +173,6 @@ class DeepSpeedEngine(Engine):
             for flat, held in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
                 flat.data.copy_(held.data)
             zero.checkpoint_event_epilogue()  # gathers the small parameters that every rank keeps whole
-
-    @property
-    def updates(self) -> int:
-        return self._optimizer.updates
 
     def reduce(self, values: Tensor) -> Tensor:
         values = values.to(self.device, copy=True)
