@@ -282,7 +282,7 @@ def exact_under(config: Config, checkpoint: Checkpoint) -> bool:
     with open_state(files) as stored:
         for name, weight in (weights or {}).items():
             shard = StateShard("weight", name, 0, torch.empty(weight.numel()))
-            stored.load(shard)
+            stored(shard)
             if not torch.equal(shard.values, weight.flatten()):
                 return False
     return True

@@ -196,6 +196,6 @@ def _sum(
     total, values = torch.zeros(size, dtype=torch.float64), torch.empty(size)
     for state, of_checkpoint in zip(stored, shares.tolist(), strict=True):
         for length, share in zip(lengths, of_checkpoint, strict=True):
-            state.load(StateShard(ema_kind(length), name, 0, values))
+            state(StateShard(ema_kind(length), name, 0, values))
             total.add_(values, alpha=share)
     return total

@@ -6,7 +6,7 @@ So a checkpoint can be resumed with another engine and another number of ranks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,37 +121,35 @@ def load(files: Sequence[Path], shards: Sequence[StateShard]) -> None:
     """
     with open_state(files) as stored:
         for shard in shards:
-            stored.load(shard)
+            stored(shard)
+
+
+StoredState = Callable[[StateShard], None]
+"""Reads the values of a shard. Raises ValueError if some are missing."""
 
 
 @contextmanager
 def open_state(files: Sequence[Path]) -> Iterator[StoredState]:
     """Open files of `write`; tensors are read on demand."""
-    with ExitStack() as stack:
-        paths = [stack.enter_context(utf_8_path(path)) for path in files]
-        yield StoredState([stack.enter_context(safe_open(path, framework="pt")) for path in paths])
-
-
-class StoredState:
-    """State in open files."""
-
-    def __init__(self, files: Sequence[Any]) -> None:
-        self._parts: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
-        for file in files:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                tensor, _, start = key.rpartition("@")
-                values = file.get_slice(key)
-                self._parts[tensor].append((int(start), int(start) + values.get_shape()[0], values))
+    parts: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
 
     @torch.no_grad()
-    def load(self, shard: StateShard) -> None:
-        """Read the values of a shard. Raises ValueError if some are missing."""
+    def read(shard: StateShard) -> None:
         end = shard.start + shard.values.numel()
         missing = shard.values.numel()
-        for start, stop, values in self._parts[f"{shard.kind}/{shard.name}"]:
+        for start, stop, values in parts[f"{shard.kind}/{shard.name}"]:
             first, last = max(start, shard.start), min(stop, end)
             if first < last:
                 shard.values[first - shard.start : last - shard.start].copy_(values[first - start : last - start])
                 missing -= last - first
         if missing:
             raise ValueError(f"{shard.key} lacks {missing} of its values")
+
+    with ExitStack() as stack:
+        for path in files:
+            file = stack.enter_context(safe_open(stack.enter_context(utf_8_path(path)), framework="pt"))
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensor, _, start = key.rpartition("@")
+                values = file.get_slice(key)
+                parts[tensor].append((int(start), int(start) + values.get_shape()[0], values))
+        yield read

@@ -79,7 +79,7 @@ def stored(run: Path, step: int, kind: str) -> dict[str, Tensor]:
     tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in exported(run, WEIGHTS).items()}
     with open_state(sorted((run / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))) as pieces:
         for name, values in tensors.items():
-            pieces.load(StateShard(kind, name, 0, values))
+            pieces(StateShard(kind, name, 0, values))
     return tensors
 
 
