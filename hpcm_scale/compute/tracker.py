@@ -81,11 +81,6 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.by_kind: Counter[str] = Counter()
 
-    @property
-    def total(self) -> int:
-        """Launches of all kinds."""
-        return self.by_kind.total()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._overloadpacket.__name__
         if not func.is_view and func.namespace != "prim" and name not in _LAUNCH_NOTHING:

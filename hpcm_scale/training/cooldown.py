@@ -22,8 +22,11 @@ def constant_rate_runs(paths: Sequence[str]) -> list[Path]:
 
     Raises UserError if there is none.
     """
-    folders = [path for path in dict.fromkeys(map(Path, paths)) if not path.is_file()]
-    found = [folder for folder in folders if not _is_cooldown(RunFolder(folder).config_file)]
+    found = []
+    for folder in dict.fromkeys(map(Path, paths)):
+        config = RunFolder(folder).config_file
+        if not folder.is_file() and not (config.is_file() and from_yaml(config).run.cooldown_of):
+            found.append(folder)
     if not found:
         raise UserError(
             "only-cooldowns",
@@ -31,10 +34,6 @@ def constant_rate_runs(paths: Sequence[str]) -> list[Path]:
             f"{' '.join(paths)} contains only cooldowns or files; give the run folder of a constant-rate run",
         )
     return found
-
-
-def _is_cooldown(config: Path) -> bool:
-    return config.is_file() and from_yaml(config).run.cooldown_of is not None
 
 
 def cooldown(run: str | Path, at: int, decay: float, changes: Sequence[str] = ()) -> Config:

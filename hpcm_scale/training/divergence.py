@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from hpcm_scale.errors import UserError
-
 WINDOW = 100
 """Number of past losses that a new one is compared with."""
 MIN_LOSSES = 20
@@ -66,13 +64,3 @@ class LossHistory:
     def add(self, loss: float) -> None:
         """Add the loss of an applied step."""
         self.losses = [*self.losses[1 - WINDOW :], loss]
-
-
-def limit_reached(steps: int, step: int) -> UserError:
-    """The error of a run with too many skipped steps in a row."""
-    return UserError(
-        "too-many-skipped-steps",
-        "train.max_skipped",
-        f"{steps} steps in a row, up to step {step}, had a non-finite loss or gradient, or a loss spike; resume from "
-        "an earlier checkpoint with train.on_divergence=rollback, or start again with a lower schedule.learning_rate",
-    )

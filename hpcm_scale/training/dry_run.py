@@ -135,7 +135,7 @@ def dry_run(
         with PeakMemory() as memory, Launches() as launches:
             coded = model(x, noise)
             rate_distortion_loss(x, coded.x_hat, coded.bits_y, coded.bits_z, 0.013).loss.mean().backward()
-    return DryRun(memory.peak, uses, launches.total)
+    return DryRun(memory.peak, uses, launches.by_kind.total())
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import Fault, UserError
 from hpcm_scale.training.checkpoints import FailedSave, Saver
 from hpcm_scale.training.diagnostics import StepContext, out_of_reach, profiling
-from hpcm_scale.training.divergence import Diverged, LossHistory, limit_reached
+from hpcm_scale.training.divergence import Diverged, LossHistory
 from hpcm_scale.training.ema import EMA
 from hpcm_scale.training.engines.base import CollectiveError, Engine
 from hpcm_scale.training.evaluator import Evaluator
@@ -196,7 +196,14 @@ class Trainer:
                 "train.on_divergence",
                 f"the run stopped at step {step}: {wrong}; use train.on_divergence=skip or rollback to continue",
             )
-        raise limit_reached(self.skipped_in_a_row, step)
+        steps = self.skipped_in_a_row
+        raise UserError(
+            "too-many-skipped-steps",
+            "train.max_skipped",
+            f"{steps} steps in a row, up to step {step}, had a non-finite loss or gradient, or a loss spike; resume "
+            "from an earlier checkpoint with train.on_divergence=rollback, or start again with a lower "
+            "schedule.learning_rate",
+        )
 
     def fetch(self, stream: Iterator[Batch]) -> float:
         """Fetch the images of the next step; returns the seconds waited. An error is kept for `raise_data_error`."""
@@ -355,7 +362,7 @@ class Trainer:
             "failed_checkpoints": self.failed_checkpoints,
             **self.evaluated(),
             "tracker": self.tracker.state(),
-            "meter": self.meter.state(),
+            "meter": asdict(self.meter),
             "losses": self.losses.losses,
             "bad": self.corrupt.reasons,
             "data": self.data_digest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -64,10 +64,6 @@ class Meter:
         means["skipped"] = self.skipped
         self.sums, self.steps, self.skipped = {}, 0, 0
         return means
-
-    def state(self) -> dict[str, Any]:
-        """The fields: `Meter(**state)` restores it."""
-        return asdict(self)
 
 
 class CorruptImages:

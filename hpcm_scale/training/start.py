@@ -287,7 +287,12 @@ def memory_remedies(config: Config, world_size: int) -> list[str]:
     A run can be resumed with each of them. The cheapest comes first: smaller micro-batches cost least time, offload
     most.
     """
-    return [text for text, changed in _with_less_memory(config, world_size) if _is_valid(changed, world_size)]
+    remedies = []
+    for text, changed in _with_less_memory(config, world_size):
+        with suppress(UserError):
+            check(changed, world_size)
+            remedies.append(text)
+    return remedies
 
 
 def _with_less_memory(config: Config, world_size: int) -> Iterator[tuple[str, Config]]:
@@ -301,17 +306,11 @@ def _with_less_memory(config: Config, world_size: int) -> Iterator[tuple[str, Co
         level = levels[levels.index(engine.activation_checkpointing) + 1]
         key = f"engine.activation_checkpointing={level.value}"
         yield key, replace(config, engine=replace(engine, activation_checkpointing=level))
-    deepspeed = replace(engine, name=EngineName.deepspeed)
-    if world_size > 1 and engine.zero_stage < 2:
-        yield "engine=zero2", replace(config, engine=replace(deepspeed, zero_stage=2))
-    elif world_size > 1 and engine.zero_stage < 3:
-        yield "engine=zero3", replace(config, engine=replace(deepspeed, zero_stage=3))
+    if world_size > 1 and engine.zero_stage < 3:
+        stage, offload = max(2, engine.zero_stage + 1), engine.offload
     elif not engine.offload:
-        yield "engine=zero3_offload", replace(config, engine=replace(deepspeed, zero_stage=3, offload=True))
-
-
-def _is_valid(config: Config, world_size: int) -> bool:
-    with suppress(UserError):
-        check(config, world_size)
-        return True
-    return False
+        stage, offload = 3, True
+    else:
+        return
+    deepspeed = replace(engine, name=EngineName.deepspeed, zero_stage=stage, offload=offload)
+    yield f"engine=zero{stage}{'_offload' * offload}", replace(config, engine=deepspeed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_the_meter_averages_finite_steps_and_counts_the_others():
     meter.add({"loss": 2.0, "grad_norm": 1.0}, skipped=False)
     meter.add({"loss": math.nan, "grad_norm": None}, skipped=True)
     meter.add({"loss": 4.0, "grad_norm": 3.0}, skipped=False)
-    resumed = Meter(**json.loads(json.dumps(meter.state())))
+    resumed = Meter(**json.loads(json.dumps(asdict(meter))))
     assert resumed.take(["loss", "grad_norm"]) == {"loss": 3.0, "grad_norm": 2.0, "skipped": 1}
     assert resumed.take(["loss"]) == {"loss": None, "skipped": 0}
     assert meter.take(["loss"])["loss"] == 3.0
