@@ -10,7 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from typing import TYPE_CHECKING, cast
 
 import hydra
@@ -111,16 +111,15 @@ def _train_several(master: DictConfig, loader: ConfigLoader) -> int:
         check_numbers(options, "hydra.launcher.")
         train = partial(train_at_once if isinstance(options, DeepSpeedOptions) else submit, options=options)
     task = cast("list[str]", OmegaConf.to_container(settings.overrides.task))  # interpolations are those of each run
-    swept = swept_keys(settings.sweeper, task)
-
-    numbers = count()
+    swept, numbers = swept_keys(settings.sweeper, task), count()
 
     def job(overrides: list[str]) -> Job:
         configuration = loader.load_sweep_config(master, overrides)
         configuration.hydra.job.num = next(numbers)  # for ${hydra:job.num}
         return make_job(_typed(configuration), overrides, swept)
 
-    for batch in translated(partial(job_overrides, settings.sweeper, task, loader)):
+    batches = translated(partial(job_overrides, settings.sweeper, task, loader))
+    for batch in [[*chain(*batches)]] if train is train_in_turn else batches:
         if code := train([translated(partial(job, overrides)) for overrides in batch]):
             return code
     return 0

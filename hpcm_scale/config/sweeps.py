@@ -20,8 +20,6 @@ from hpcm_scale.limits import PROCESSES, Range, number
 
 LONGEST_NAME = 200
 """Bytes of a generated name. File systems allow 255; the names of the files beside a run folder are longer."""
-
-
 _GRACE = Range(least=0, most=65_535)
 """Seconds, within the range of Slurm."""
 
