@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store
 
-from hpcm_scale.distributed.ranks import format_ranks
+from hpcm_scale.distributed.processes import format_ranks
 
 BEAT_SECONDS = 1.0
 _NO_EVENT = "-"

@@ -22,8 +22,7 @@ from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Sto
 
 from hpcm_scale import __version__
 from hpcm_scale.devices import CUDA
-from hpcm_scale.distributed.processes import gpu_index, world_size
-from hpcm_scale.distributed.ranks import Launcher, RankInfo, format_ranks
+from hpcm_scale.distributed.processes import Launcher, RankInfo, format_ranks, gpu_index, world_size
 from hpcm_scale.errors import Fault, UserError
 
 POLL_SECONDS = 0.05

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed
 
 from hpcm_scale.distributed.heartbeat import Heartbeat, main_thread_location, summarize, write_stacks
-from hpcm_scale.distributed.ranks import RankInfo, format_ranks
+from hpcm_scale.distributed.processes import RankInfo, format_ranks
 from hpcm_scale.distributed.rendezvous import Group, ignore_sigterm, polling
 from hpcm_scale.errors import STOPPED, Fault, UserError, print_message, printable
 

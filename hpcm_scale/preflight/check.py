@@ -16,7 +16,7 @@ from hpcm_scale.config.schema import EngineConfig, Precision, Target
 from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.distributed import processes
-from hpcm_scale.distributed.ranks import format_ranks
+from hpcm_scale.distributed.processes import format_ranks
 from hpcm_scale.distributed.rendezvous import Group, facts, init_process_group, join, launcher_gone, share_errors
 from hpcm_scale.distributed.watchdog import Watchdog
 from hpcm_scale.errors import is_first_process, translate_os_errors
@@ -141,16 +141,14 @@ def _time_steps(
     start: Start, engine: Engine, kept: list[Batch], progress: Callable[[], None]
 ) -> tuple[list[dict], Checkpoints]:
     """Measurements of all ranks (`time_steps`), and the checkpoints of the run."""
-    config = start.config
-    train = config.train
+    config, train = start.config, start.config.train
     task = prepared_task(start, engine)
-    kept_checkpoints = train.keep_checkpoints + len(train.keep_at) + train.keep_best + 1  # one is being written
     size = checkpoint_bytes(task.module, config.optimizer, len(train.ema))
-    checkpoints = Checkpoints(bytes=size, most=kept_checkpoints)
+    most = train.keep_checkpoints + len(train.keep_at) + train.keep_best + 1  # one is being written
     try:
         with diagnostics.explain_out_of_memory(memory_remedies(config, engine.world_size), engine.rank, folder=None):
             timing = measurements.time_steps(train, config.schedule, engine, task, kept, progress)
-        return engine.gather(timing), checkpoints
+        return engine.gather(timing), Checkpoints(size, most)
     finally:
         engine.close()
 
@@ -167,9 +165,12 @@ def _step(
     seconds = max(timing["seconds"] for timing in timings)
     on_gpu = engine.device.type == "cuda"
     peak_rate = peak_flops(engine.device, settings.precision == Precision.bf16)
-    largest = list(fastest(all_reduces).values())[-1:]
-    bandwidth = largest[0].bandwidth if largest else math.inf
-    launch = launch_seconds(settings.compile, LAUNCH_US)
+    bandwidths = [math.inf, *(one.bandwidth for one in fastest(all_reduces).values())]
+    utilisation = estimated_seconds = None
+    if estimated and peak_rate:
+        launch = launch_seconds(settings.compile, LAUNCH_US)
+        utilisation = estimated.flops_per_step / (peak_rate * seconds)
+        estimated_seconds = estimated.times(peak_rate, MFU, bandwidths[-1], launch).overlapped
     return Step(
         seconds=seconds,
         images=spec.phases[0].batch_size,
@@ -177,10 +178,8 @@ def _step(
         peak=max(timing["peak"] for timing in timings) if on_gpu else None,
         reserved=max(timing["reserved"] for timing in timings) if on_gpu else None,
         estimated_peak=estimated.memory.device if estimated else None,
-        utilisation=estimated.flops_per_step / (peak_rate * seconds) if estimated and peak_rate else None,
-        estimated_seconds=estimated.times(peak_rate, MFU, bandwidth, launch).overlapped
-        if estimated and peak_rate
-        else None,
+        utilisation=utilisation,
+        estimated_seconds=estimated_seconds,
     )
 
 

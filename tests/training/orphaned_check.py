@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quick_check import main
 
-from hpcm_scale.distributed.ranks import Launcher
+from hpcm_scale.distributed.processes import Launcher
 from hpcm_scale.preflight import measurements
 
 read_data = measurements.read_data

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from watch_processes import PROBE, free_port
 
-from hpcm_scale.distributed.ranks import RankInfo, format_ranks
+from hpcm_scale.distributed.processes import RankInfo, format_ranks
 from hpcm_scale.distributed.rendezvous import difference
 
 pytestmark = pytest.mark.launch
