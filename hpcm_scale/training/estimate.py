@@ -195,16 +195,14 @@ def estimate(
     steps = [phase.last_step - phase.first_step for phase in spec.phases]
     flops = [training_flops_per_image(model, phase.crop) * phase.batch_size for phase in spec.phases]
     launches = [spec.accumulation * run.launches for run in dry_runs]
-    zero = spec.deepspeed["zero_optimization"]
-    gathered = gather_cost(dry_runs[0].uses, zero) if engine.zero_stage == 3 else None
+    zero_3 = engine.zero_stage == 3
+    gathered = gather_cost(dry_runs[0].uses, spec.deepspeed["zero_optimization"]) if zero_3 else None
     return Estimate(
         parameters=parameters,
-        memory=_memory(
-            engine, spec.world_size, averages, parameters, update, activations, gathered, zero["reduce_bucket_size"]
-        ),
+        memory=_memory(engine, spec, averages, parameters, update, activations, gathered),
         communication=communication(engine, spec, parameters, gathered, update.exchanged),
         averages=averages,
-        building=FP32 * (_largest_layer(model) if engine.zero_stage == 3 else parameters),
+        building=FP32 * (_largest_layer(model) if zero_3 else parameters),
         images=spec.images,
         flops_per_step=update.flops_per_rank + max(flops) // spec.world_size,
         launches_per_step=max(launches),
@@ -233,15 +231,14 @@ def _largest_layer(model: nn.Module) -> int:
 
 def _memory(
     engine: EngineConfig,
-    world_size: int,
+    spec: RunSpec,
     averages: int,
     parameters: int,
     update: Cost,
     activations: int,
     gathered: GatherCost | None,
-    reduced: int,
 ) -> Memory:
-    stage = engine.zero_stage if engine.name == EngineName.deepspeed else 0
+    world_size, stage = spec.world_size, engine.zero_stage if engine.name == EngineName.deepspeed else 0
 
     def share(from_stage: int) -> int:
         return -(-parameters // world_size) if stage >= from_stage else parameters
@@ -253,7 +250,7 @@ def _memory(
     optimizer = FP32 * update.state_per_rank + master
     averages = FP32 * share(1) * averages
     # Two alternating buffers at stages 1 and 2, one at stage 3; DDP copies every gradient into its buckets.
-    buffers = FP32 * reduced * (0, 2, 2, 1)[stage]
+    buffers = FP32 * spec.deepspeed["zero_optimization"]["reduce_bucket_size"] * (0, 2, 2, 1)[stage]
     if engine.name == EngineName.accelerate and world_size > 1:
         buffers = FP32 * parameters
     if not engine.offload:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from hpcm_scale.compute.tracker import ComputeTracker
-from hpcm_scale.config.schema import OnDivergence, ScheduleConfig, TrainConfig
+from hpcm_scale.config.schema import EvalConfig, LogConfig, OnDivergence, ScheduleConfig, TrainConfig
 from hpcm_scale.config.spec import RunSpec
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.data.stream import Batch
 from hpcm_scale.errors import Fault, UserError
 from hpcm_scale.training.checkpoints import FailedSave, Saver
@@ -20,7 +22,6 @@ from hpcm_scale.training.diagnostics import StepContext, out_of_reach, profiling
 from hpcm_scale.training.divergence import Diverged, LossHistory
 from hpcm_scale.training.ema import EMA
 from hpcm_scale.training.engines.base import CollectiveError, Engine
-from hpcm_scale.training.evaluator import Evaluator
 from hpcm_scale.training.optimizer import learning_rate
 from hpcm_scale.training.recorder import CorruptImages, Meter, Recorder, StepMetrics
 from hpcm_scale.training.run_folder import RunFolder
@@ -35,21 +36,22 @@ class Trainer:
     train_config: TrainConfig
     schedule: ScheduleConfig
     spec: RunSpec
-    log_every: int
+    log_config: LogConfig
+    eval_config: EvalConfig
     max_corrupt_samples: int
-    max_failed_evaluations: int
     engine: Engine
     task: Task
     folder: RunFolder
     recorder: Recorder
     tracker: ComputeTracker
-    evaluator: Evaluator | None
+    images: ImageSet | None
+    """For evaluations."""
     data_digest: str
     stop: StopRequest
     saver: Saver
     averages: EMA
-    alive: Callable[[int], None]
-    """Called with the step whenever there is progress."""
+    alive: Callable[[int | None], None]
+    """Called whenever there is progress; with the step, or None within an evaluation."""
     rollbacks: int = 0
     step: int = 0
     skipped_in_a_row: int = 0
@@ -87,7 +89,7 @@ class Trainer:
         last_step = self.train_config.stop_after or self.train_config.steps
         self.alive(self.step)
         self._began = self.step, self.tracker.seconds
-        if self.unevaluated and self.evaluator:  # it was interrupted
+        if self.unevaluated and self.images:  # it was interrupted
             self.evaluate(last_step)
         if self.step < last_step:
             self.fetch(stream)
@@ -122,9 +124,10 @@ class Trainer:
             self._evaluation = None
             self.alive(self.step)
             collect(self.step)
-            if self.step % self.log_every == 0 or self.step == self.train_config.steps:
+            if self.step % self.log_config.every == 0 or self.step == self.train_config.steps:
                 self.log()
-            self.unevaluated = self.evaluator is not None and self.evaluator.due(self.step)
+            evaluates = self.step % self.eval_config.every == 0 or self.step == self.train_config.steps
+            self.unevaluated = self.images is not None and evaluates
             self.stopped = metrics.stopping > 0 and self.step < last_step
             ending = self.stopped or metrics.without_data > 0 or len(self.corrupt) > self.max_corrupt_samples
             due = self.step % self.train_config.checkpoint_every == 0 or self.step in self.train_config.keep_at
@@ -271,7 +274,7 @@ class Trainer:
             self.failed_in_a_row += 1
             self.recorder.warn(f"the evaluation of step {self.step} failed and is skipped: {reason}")
         in_a_row = self.failed_in_a_row
-        ends = in_a_row >= self.max_failed_evaluations and self.step < last_step
+        ends = in_a_row >= self.eval_config.max_failed and self.step < last_step
         if ends:
             self.failed_in_a_row = 0  # the resumed run counts anew
         self.note_evaluation()
@@ -289,9 +292,10 @@ class Trainer:
 
     def measure(self) -> str:
         """Evaluate and write the result to journal and terminal; returns why that failed, or ""."""
-        assert self.evaluator is not None
+        assert self.images is not None
+        alive, multiple, shown = partial(self.alive, None), self.spec.side_multiple, self.log_config.images
         try:
-            means, reconstructions = self.evaluator.measure()
+            means, reconstructions = self.task.measure(self.images, self.engine, self.averages, alive, multiple, shown)
         except CollectiveError as failed:
             return str(failed)
         except Fault:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,6 @@ from hpcm_scale.training.divergence import Diverged, Divergence, images_to_skip
 from hpcm_scale.training.ema import EMA
 from hpcm_scale.training.engines import create_engine
 from hpcm_scale.training.engines.base import Engine
-from hpcm_scale.training.evaluator import Evaluator
 from hpcm_scale.training.loop import Trainer
 from hpcm_scale.training.recorder import Recorder
 from hpcm_scale.training.run_folder import RunFolder, RunLock
@@ -184,7 +183,7 @@ class _Training:
             flaw = checkpoint.flaw(hashes=True, rank=engine.rank, world_size=engine.world_size)
             return next(filter(None, engine.gather(flaw)), "")
 
-        found = {int(step) for step in engine.gather(str(folder.checkpoints.reached()))}
+        found = set(engine.gather(folder.checkpoints.reached()))
         if len(found) > 1:
             raise UserError(
                 "unshared-run-dir",
@@ -211,70 +210,51 @@ class _Training:
             unevaluated=self.is_unevaluated(resume),
             facts=self.described,
         )
-        progress = self.watch.progress
-        evaluator = None
-        if self.start.images:
-            evaluator = Evaluator(
-                self.start.images,
-                engine,
-                self.task,
-                self.averages,
-                progress,
-                every=config.eval.every,
-                last_step=config.train.steps,
-                multiple=spec.side_multiple,
-                shown=config.log.images,
-            )
         saver = Saver(engine, folder.checkpoints, config.train, recorder.sync, self.averages.state_shards())
         trainer = Trainer(
             train_config=config.train,
             schedule=config.schedule,
             spec=spec,
-            log_every=config.log.every,
+            log_config=config.log,
+            eval_config=config.eval,
             max_corrupt_samples=config.data.max_corrupt_samples,
-            max_failed_evaluations=config.eval.max_failed,
             engine=engine,
             task=self.task,
             folder=folder,
             recorder=recorder,
             tracker=tracker,
-            evaluator=evaluator,
+            images=self.start.images,
             data_digest=self.start.index.digest,
             stop=self.stop,
             saver=saver,
             averages=self.averages,
-            alive=progress,
+            alive=self.watch.progress,
             rollbacks=len(divergences),
         )
-        stream = None
-        failed = True
         try:
-            self._load(resume, trainer)
-            stream = batches(
-                config.data,
-                config.train.seed,
-                spec,
-                trainer.step,
-                rank=engine.rank,
-                index=self.start.index,
-                left_out=[range(noted.first, noted.last + 1) for noted in divergences],
-            )
-            if resume.choice is None and config.train.on_divergence == OnDivergence.rollback:
-                trainer.checkpoint()  # for a rollback of the first steps
-            tracker.start_clock()
-            trainer.train(stream)
-            self._finish(trainer)
-            asked = float(engine.reduce(torch.tensor([float(self.stop.received())])))
-            failed = False
+            with ExitStack() as ending:
+                ending.push(lambda kind, *_: recorder.close(exit_code=int(kind not in (None, Diverged))))
+                ending.callback(saver.close)
+                self._load(resume, trainer)
+                stream = batches(
+                    config.data,
+                    config.train.seed,
+                    spec,
+                    trainer.step,
+                    rank=engine.rank,
+                    index=self.start.index,
+                    left_out=[range(noted.first, noted.last + 1) for noted in divergences],
+                )
+                ending.enter_context(closing(stream))
+                if resume.choice is None and config.train.on_divergence == OnDivergence.rollback:
+                    trainer.checkpoint()  # for a rollback of the first steps
+                tracker.start_clock()
+                trainer.train(stream)
+                self._finish(trainer)
+                asked = float(engine.reduce(torch.tensor([float(self.stop.received())])))
+                return Outcome(done=not trainer.stopped, asked=asked > 0)
         except Diverged as diverged:
-            failed = False  # it is rolled back
             return diverged.with_traceback(None)  # which would keep the tensors of this attempt alive
-        finally:
-            saver.close()
-            if stream is not None:
-                stream.close()
-            recorder.close(exit_code=int(failed))
-        return Outcome(done=not trainer.stopped, asked=asked > 0)
 
     def divergences(self) -> list[Divergence]:
         """Those recorded so far, as rank 0 reads them: a shared file system may show them late elsewhere."""

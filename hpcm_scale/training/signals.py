@@ -27,16 +27,16 @@ class StopRequest:
     """Whether this process is asked to stop; the loop sums the requests over all ranks.
 
     A request is SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm), the file `file`, which rank 0 checks for and removes, or
-    the end of `hours` after `began` (seconds since 1970; default: the start of this process). A second signal ends
-    the process at once, as does any signal before `listen`, when there is nothing to save.
+    the end of `hours` after the start of this process. A second signal ends the process at once, as does any signal
+    before `listen`, when there is nothing to save.
     """
 
-    def __init__(self, file: Path, hours: float | None = None, first: bool = True, began: float | None = None) -> None:
+    def __init__(self, file: Path, hours: float | None = None, first: bool = True) -> None:
         self.reason = ""
         """Why it is asked to stop; "" if it is not."""
         self._file = file if first else None
         self._checked = 0.0
-        age = time.time() - (psutil.Process().create_time() if began is None else began)
+        age = time.time() - psutil.Process().create_time()
         self._end = time.monotonic() + hours * 3600 - age if hours else None
         self._hours = hours
         self._listening = False

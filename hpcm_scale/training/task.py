@@ -1,8 +1,8 @@
-"""A task: the module that the engine trains, its loss, its data, and the export of its weights."""
+"""A task: the module that the engine trains, its loss, its data, its evaluation, and the export of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +17,10 @@ from hpcm_scale.config.compose import to_dict
 from hpcm_scale.config.schema import Config, DataConfig, Distortion, Parametrisation, Start
 from hpcm_scale.config.spec import RunSpec
 from hpcm_scale.data.mixture import Mixture
+from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.data.stream import Batch, open_stream
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.estimate import Evaluation, Reconstruction, evaluate
 from hpcm_scale.files import sha256_of
 from hpcm_scale.model.hpcm import HPCM, Coded, Noise
 from hpcm_scale.model.parameters import parametrise
@@ -27,6 +29,8 @@ from hpcm_scale.model.variable_rate import level_of, lmbda_of
 from hpcm_scale.model.weights import WeightsFile, init_from_weights, save_weights
 from hpcm_scale.objective import Objective, RateDistortion, RateDistortionObjective
 from hpcm_scale.tasks import plugin
+from hpcm_scale.training.ema import EMA, ema_kind
+from hpcm_scale.training.engines.base import Engine
 
 # Uniform noise of the training likelihoods, seeded per image so that it does not depend on the number of processes.
 
@@ -94,6 +98,8 @@ def batches(
 
 
 Receivers = Mapping[str, nn.Module]
+Means = dict[str, dict[str, float]]
+"""Loss, bpp, PSNR and so on, means over the images, of the weights (`eval`) and their averages (`eval_ema_…`)."""
 
 
 @dataclass
@@ -115,12 +121,6 @@ class Task:
             return f"λ{of} = {objective.lmbda:g}"
         return f"λ{of} = {rate.lowest:g} … {rate.highest:g} in {rate.levels} levels"
 
-    @property
-    def evaluation_level(self) -> float | None:
-        """The level at which a variable-rate model is evaluated while training."""
-        rate = self.config.model.rate
-        return level_of(rate, self.config.objective.lmbda) if rate.levels > 1 else None
-
     def loss(self, module: nn.Module, batch: Batch, device: torch.device) -> RateDistortion:
         """Loss and its parts for one micro-batch, (b,) each; `module` is the engine's."""
         images = batch.images.to(device, non_blocking=True)
@@ -133,6 +133,44 @@ class Task:
     def forward(self, module: nn.Module, images: Tensor, noise: Noise, level: Tensor | None) -> Coded:
         """Forward pass of the engine's module."""
         return module(images, noise, level)
+
+    def measure(
+        self, images: ImageSet, engine: Engine, averages: EMA, alive: Callable[[], None], multiple: int, shown: int
+    ) -> tuple[Means, list[Reconstruction]]:
+        """Evaluate the weights and their averages; rank 0 gets `shown` reconstructions.
+
+        Collective; `alive` is called after each image. Images are padded to sides that are multiples of `multiple`
+        pixels. Raises CollectiveError on all ranks if an image cannot be read or memory runs out, and Fault on one rank
+        if its part of a sharded forward pass fails.
+        """
+        rate = self.config.model.rate
+
+        def evaluation(keep: int) -> Evaluation:
+            return evaluate(
+                engine.module,
+                images,
+                multiple=multiple,
+                objective=self.objective,
+                level=level_of(rate, self.config.objective.lmbda) if rate.levels > 1 else None,
+                device=engine.device,
+                rank=engine.rank,
+                world_size=engine.world_size,
+                reduce=engine.reduce,
+                together=engine.run_collectively,
+                keep=keep,
+                progress=alive,
+            )
+
+        engine.module.eval()
+        try:
+            result = evaluation(keep=shown if engine.rank == 0 else 0)
+            means = {"eval": result.mean()}
+            for length in averages.lengths:
+                with averages.in_place(length):
+                    means[f"eval_{ema_kind(length)}"] = evaluation(keep=0).mean()
+            return means, result.reconstructions
+        finally:
+            engine.module.train()
 
     def place(self, device: torch.device) -> None:
         """Move the modules that are not trained to the device."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from hpcm_scale.errors import STOPPED
@@ -62,9 +63,11 @@ def test_the_stop_file_is_obeyed_once(tmp_path, monkeypatch):
     assert not file.exists()
 
 
-def test_the_time_runs_out(tmp_path):
-    for began, over in ((0, False), (3601, True)):
-        request = StopRequest(tmp_path / "stop", hours=1, began=time.time() - began)
+def test_the_time_runs_out(tmp_path, monkeypatch):
+    for age, over in ((0, False), (3601, True)):
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil.Process, "create_time", lambda process, age=age: time.time() - age)
+            request = StopRequest(tmp_path / "stop", hours=1)
         assert request.received() == over and ("train.max_hours" in request.reason) == over
         request.close()
     request = StopRequest(tmp_path / "stop", hours=1e-6)
