@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hpcm_scale.files import atomic_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
@@ -176,6 +177,13 @@ def new_figure(*, style: Mapping[Any, Any] | None = None, **options: Any) -> Ite
     with matplotlib.rc_context({**_REPRODUCIBLE, **(style or {}), **_LITERAL}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # a box is drawn
         yield Figure(**options)
+
+
+def tidy(axes: Axes) -> None:
+    """Two spines and a light grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def save(figure: Figure, path: str | Path) -> None:

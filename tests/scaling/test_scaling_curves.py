@@ -111,16 +111,16 @@ def test_compute_that_does_not_grow_ends_no_command(compute: np.ndarray, tmp_pat
     assert np.isfinite(end(run, TRAINING, run.step))
 
 
-def test_the_figure_names_model_axes_units_and_progress(tmp_path: Path) -> None:
+def test_the_figure_names_run_axes_units_and_progress(tmp_path: Path) -> None:
     runs = find_runs([make_run(tmp_path / "one", steps=120, of=480)])
     draw_loss_against_compute(runs, tmp_path / "curve.svg")
     texts = words(tmp_path / "curve.svg")
-    assert "Loss against compute: nano, λ = 0.013" in texts
+    assert "Loss against compute, λ = 0.013" in texts
+    assert {"nano", "eval 1.35, 25% trained"} <= set(texts)
     assert "training compute (PFLOPs; 1 PFLOP = 10¹⁵ floating-point operations)" in texts
     assert "rate-distortion loss" in "\n".join(texts)
     assert "bpp (bits per pixel)" in "\n".join(texts)
-    assert "25% trained" in "\n".join(texts)
-    assert {"training, smoothed", "evaluation", "0.1", "0.5"} <= set(texts)
+    assert {"training", "training, smoothed", "evaluation", "0.1", "0.5"} <= set(texts)
 
 
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     runs = find_runs([tmp_path / "runs"])
     draw_loss_against_compute(runs, tmp_path / "curves.svg")
     text = "\n".join(words(tmp_path / "curves.svg"))
-    for expected in ("2 models, λ = 0.013, 0.05", "nano-a  ", "nano-b  ", "mini  ", "λ = 0.05"):
+    for expected in ("compute, λ = 0.013, 0.05", "nano-a\neval 1.35, λ = 0.013", "nano-b\ntrain ", "mini\neval"):
         assert expected in text
     drawn = (tmp_path / "curves.svg").read_text().lower()
-    assert all(colour.lower() in drawn for colour in COLOURS[:3])
+    assert all(colour.lower() in drawn for colour in COLOURS[:2])
 
 
 @pytest.mark.parametrize("steps", [1, 5, 120])
@@ -148,12 +148,24 @@ def test_the_png_is_readme_size_and_something_is_drawn(tmp_path: Path, steps: in
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["curve.png"]
 
 
-def test_twenty_runs_fit(tmp_path: Path) -> None:
+def test_of_many_runs_the_best_of_each_size_and_lambda_is_named(tmp_path: Path) -> None:
     for index in range(20):
-        make_run(tmp_path / "runs" / f"seed{index:02d}", steps=20)
+        make_run(tmp_path / "runs" / f"nano{index:02d}", steps=20, evaluate_every=5 if index == 7 else 0)
+    make_run(tmp_path / "runs" / "mini", model="mini", steps=20, evaluate_every=20)
     draw_loss_against_compute(find_runs([tmp_path / "runs"]), tmp_path / "curves.svg")
     text = "\n".join(words(tmp_path / "curves.svg"))
-    assert all(f"seed{index:02d}" in text for index in range(20))
+    assert "nano, 20 runs\nbest eval 2.60" in text
+    assert "mini\neval 2.60" in text
+    assert "nano07" not in text and "train 2" not in text
+
+
+def test_few_runs_of_one_size_have_their_own_colours(tmp_path: Path) -> None:
+    for name in ("adam", "muon", "soap"):
+        make_run(tmp_path / "runs" / name)
+    draw_loss_against_compute(find_runs([tmp_path / "runs"]), tmp_path / "curves.svg")
+    drawn = (tmp_path / "curves.svg").read_text().lower()
+    assert all(colour.lower() in drawn for colour in COLOURS[:3])
+    assert {"adam", "muon", "soap"} <= set(words(tmp_path / "curves.svg"))
 
 
 def test_the_command_draws_and_prints_the_progress_of_each_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

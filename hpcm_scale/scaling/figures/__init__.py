@@ -42,13 +42,9 @@ def draw_figures(study: Study, analysis: Analysis, folder: Path, extrapolate: fl
     """
     drawn = []
     for name in progress(FIGURES, description="draw", unit="figure"):
-        paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
         with paper() as canvas:
             if FIGURES[name].draw(canvas, study, analysis, extrapolate):
-                for path in paths:
-                    save(canvas, path)
                 drawn.append(name)
-            else:
-                for path in paths:
-                    path.unlink(missing_ok=True)
+            for path in (folder / f"{name}{suffix}" for suffix in SUFFIXES):
+                save(canvas, path) if name in drawn else path.unlink(missing_ok=True)
     return drawn

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hpcm_scale.formatting import count, significant
-from hpcm_scale.scaling.analysis import PARAMETER_LAWS, PARAMETERS_AND_DATA, Analysis
+from hpcm_scale.formatting import count, significant, tidy
+from hpcm_scale.scaling.analysis import (
+    COMPUTE_LAWS,
+    COMPUTE_OPTIMAL,
+    PARAMETER_LAWS,
+    PARAMETERS_AND_DATA,
+    SHORT,
+    Analysis,
+)
 from hpcm_scale.scaling.figures.style import (
     COLOURS,
+    COMPUTE,
+    MARKERS,
+    OUTLIER,
     PARAMETERS,
-    SHORT_COMPUTE,
+    band,
     colours,
-    column,
+    count_axis,
     log_axis,
     loss_label,
-    marker,
-    number_parameters,
-    ribbon,
-    tidy,
+    note_outside,
+    ordinary,
 )
-from hpcm_scale.scaling.findings import SHORT
-from hpcm_scale.scaling.fit_data import Slice, isoflop_slices
-from hpcm_scale.scaling.laws.law import Law
+from hpcm_scale.scaling.fit_data import losses_at
+from hpcm_scale.scaling.laws.compute_optimal import PFLOP, ComputeOptimal
 from hpcm_scale.scaling.observations import Curve, Study
 
 # Loss against parameters.
@@ -33,182 +41,181 @@ from hpcm_scale.scaling.observations import Curve, Study
 
 LOSS_AGAINST_PARAMETERS = (
     "Loss at the end of training against parameters. Filled: the trainings to which the laws of parameters are fitted; "
-    "hollow: the others. Lines: the laws, with the prediction interval of one new training where it is within a factor "
-    "of 1.5; nothing was observed right of the dotted line. L(N, D) is drawn for the most training pixels D among its "
-    "runs."
+    "hollow: the others, with another amount of data or a learning rate that has not decayed. Lines: the laws; shaded: "
+    "the prediction interval of one new training, which needs no choice between them."
 )
-LINES: dict[str, str] = dict(zip((*PARAMETER_LAWS, PARAMETERS_AND_DATA), ("--", "-", "-."), strict=True))
 
 
 def draw_loss_against_parameters(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -> bool:
-    """Draw on an empty figure; False if there is one size only. Laws with an exponent at a bound are left out."""
-    sizes = [point.parameters for point in analysis.observations]
-    if len(set(sizes)) < 2:
+    """Draw on an empty figure; False if there is one size only."""
+    trained = np.array([(point.parameters, point.loss) for point in analysis.observations], float).reshape(-1, 2)
+    if len(set(trained[:, 0])) < 2:
         return False
     figure.set_size_inches(figure.get_figwidth(), 3.1)
     axes = figure.add_subplot()
-    losses = [point.loss for point in analysis.observations]
-    laws = [law for name in LINES if (law := analysis.laws.get(name)) and not law.at_bound]
-    end = max(sizes) * (extrapolate if laws else 1)
-    bounds = [min(losses) * 0.97, max(losses) * 1.02]
-    for law in laws:
-        low, high = _line(axes, law, np.geomspace(law.observed["N"][0] * 0.9, end, 200), analysis)
-        bounds[0] = min(bounds[0], max(low, 0.7 * min(losses)) * 0.98)
-        bounds[1] = max(bounds[1], min(high, 1.3 * max(losses)) * 1.01)
-    _points(axes, analysis)
+    usual = trained[ordinary(trained[:, 1]), 1]
+    bottom, top, end = usual.min(), usual.max(), trained[:, 0].max()
+    used = set()
+    if law := analysis.laws.get(PARAMETER_LAWS[0]):
+        used, end = set(law.runs), end * extrapolate
+        sizes = np.geomspace(law.observed["N"][0] * 0.9, end, 200)
+        expected = analysis.at_size(sizes)
+        for name, line, colour in zip(PARAMETER_LAWS, ("--", "-"), COLOURS, strict=False):
+            if name in analysis.laws:
+                loss = analysis.laws[name].predict(sizes, analysis.level).value
+                bottom = min(bottom, max(loss.min(), 0.6 * bottom))
+                axes.plot(sizes, loss, line, color=colour, label=SHORT[name], zorder=3)
+        band(axes, sizes, expected, color="0.85", label=f"{analysis.level * 100:g} % of new trainings", zorder=1)
+        bottom = max(np.nanmin([*expected.low, bottom]), 0.8 * bottom)
+        top = min(np.nanmax([*expected.high, top]), 1.2 * top)
     saturating = analysis.laws.get(PARAMETER_LAWS[1])
-    if saturating in laws and saturating.parameters["E"] > bounds[0]:
-        level = saturating.parameters["E"]
+    if saturating and 0.6 * bottom < (level := saturating.parameters["E"]) < top:
+        bottom = min(bottom, level)
         text = f"irreducible loss E = {significant(level, 3)}"
         axes.axhline(level, color=COLOURS[1], linewidth=0.8, linestyle=":", label=text)
-    if end > max(sizes):
-        axes.axvline(max(sizes) * 1.12, color="0.55", linewidth=0.8, linestyle=":", zorder=1)
-    log_axis(axes.xaxis, min(sizes) * 0.75, end * 1.1)
-    log_axis(axes.yaxis, bounds[0], bounds[1])
-    _over_parameters(figure, axes, analysis)
-    return True
-
-
-def _line(axes: Axes, law: Law, sizes: np.ndarray, analysis: Analysis) -> tuple[float, float]:
-    """Draw a law; returns the lowest and the highest loss of line and interval."""
-    colour = COLOURS[list(LINES).index(law.name)]
-    pixels = law.observed["D"][1] if "D" in law.observed else None
-    expected = law.predict(sizes if pixels is None else (sizes, np.full_like(sizes, pixels)), analysis.level)
-    text = SHORT[law.name] if pixels is None else f"{SHORT[law.name]}, D = {count(pixels)}px"
-    if law.name == analysis.preferred.get("parameters"):
-        text += " (preferred)"
-    axes.plot(sizes, expected.value, LINES[law.name], color=colour, label=text, zorder=3)
-    drawn = ribbon(axes, sizes, expected, color=colour, alpha=0.14, zorder=2)
-    edges = [np.where(drawn, edge, np.nan) for edge in (expected.low, expected.high)]
-    for edge in edges:
-        axes.plot(sizes, edge, color=colour, linewidth=0.4, alpha=0.6, zorder=2)
-    return float(np.nanmin([edges[0], expected.value])), float(np.nanmax([edges[1], expected.value]))
-
-
-def _points(axes: Axes, analysis: Analysis) -> None:
-    used = {run for name in PARAMETER_LAWS if name in analysis.laws for run in analysis.laws[name].runs}
-    for point in analysis.observations:
-        style = {"color": "black", "zorder": 5} if point.run in used else {"color": "0.45", "mfc": "none", "zorder": 4}
-        axes.plot(point.parameters, point.loss, "o", markersize=4, markeredgewidth=0.8, **style)
-    hollow = {"color": "0.45", "mfc": "none", "markeredgewidth": 0.8}
-    if used:
-        axes.plot([], [], "o", color="black", markersize=4, label="fitted")
-    if any(point.run not in used for point in analysis.observations):
-        axes.plot([], [], "o", markersize=4, label="not fitted: other amount\nof data, or not annealed", **hollow)
-
-
-def _over_parameters(figure: Figure, axes: Axes, analysis: Analysis) -> None:
-    """Axis labels and legend of loss over parameters."""
-    number_parameters(axes.xaxis)
-    axes.set_xlabel(PARAMETERS)
+    for fitted, colour, face in ((True, "black", "black"), (False, "0.45", "none")):
+        points = trained[[(point.run in used) == fitted for point in analysis.observations]]
+        if points.size:
+            text = "fitted trainings" if fitted else "other trainings"
+            style = {"markersize": 4, "markeredgewidth": 0.8, "markerfacecolor": face, "zorder": 4 + fitted}
+            axes.plot(*points.T, "o", color=colour, label=text, **style)
+    log_axis(axes.yaxis, bottom * 0.97, top * 1.03)
     axes.set_ylabel(loss_label(analysis))
+    count_axis(axes, trained[:, 0].min() * 0.75, end * 1.1, PARAMETERS)
+    note_outside(axes, np.sum(trained[:, 1] > top * 1.03), "training")
     tidy(axes)
-    column(figure, axes.get_legend_handles_labels()[0], 2)
+    figure.legend(loc="outside lower center", ncols=2)
+    return True
 
 
 # Slices at equal compute.
 
 
 ISOFLOP = (
-    "Loss against parameters at equal training compute, from the smoothed curves of all runs, annealed or not. Lines: "
-    "parabolas in log N. Stars: their minima, where those are between trained sizes."
+    "Loss against parameters at equal training compute C. Markers: the lowest smoothed loss of each size, interpolated "
+    "between the lines of its runs; filled if the learning rate has decayed there, hollow, and therefore higher, if "
+    "not. Lines and stars, if there is an L(N, D): its slice at C, dotted outside the observed amounts of data, and "
+    "its minimum N*. Without one, thin lines join the markers."
 )
 SLICES = 5
 LEAST_SIZES = 3
+APART = 1.25
+"""Least ratio of the compute of two slices."""
 
 
 def draw_isoflop(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -> bool:
     """Draw on an empty figure; False if no three sizes have a compute budget in common."""
-    slices = [
-        each for each in isoflop_slices(study.curves, budgets(study.curves)) if len(each.parameters) >= LEAST_SIZES
-    ]
-    if not slices:
+    chosen = budgets(study.curves)
+    if not chosen:
         return False
-    figure.set_size_inches(figure.get_figwidth(), 3.2)
+    figure.set_size_inches(figure.get_figwidth(), 3.4)
     axes = figure.add_subplot()
-    lowest = min(each.loss.min() for each in slices)
-    top = min(max(each.loss.max() for each in slices), 2.5 * lowest)
-    for index, (each, colour) in enumerate(zip(slices, colours(len(slices)), strict=True)):
-        _slice(axes, each, colour, marker(index), top)
-    sizes = np.concatenate([each.parameters for each in slices])
-    log_axis(axes.xaxis, sizes.min() * 0.8, sizes.max() * 1.25)
+    law = analysis.laws.get(COMPUTE_OPTIMAL)
+    raw = [np.array(losses_at(study.curves, pflops)) for pflops in chosen]
+    every = np.concatenate(raw)
+    low, high = every[:, 0].min(), every[:, 0].max()
+    if isinstance(law, ComputeOptimal):
+        best = np.asarray(law.optimum(np.array(chosen)).parameters)
+        low, high = min(low, max(best.min(), low / 10)), max(high, min(best.max(), high * 10))
+    low, high = low * 0.8, high * 1.25
+    losses = every[ordinary(every[:, 1]), 1]
+    for pflops, points, colour, mark in zip(chosen, raw, colours(len(chosen), ordered=True), MARKERS, strict=False):
+        text = significant(pflops, 2)
+        if isinstance(law, ComputeOptimal):
+            losses = np.append(losses, law.predict(pflops).value)
+            text += f": N* = {count(law.optimum(pflops).parameters, 2)}"
+            _slice(axes, analysis, law, pflops, np.geomspace(low, high, 200), colour)
+        else:
+            axes.plot(points[:, 0], points[:, 1], color=colour, linewidth=0.6)
+        style = {"marker": mark, "color": colour, "markersize": 4, "zorder": 4}
+        for filled in (True, False):
+            size, loss, _ = points[points[:, 2] == filled].T
+            axes.plot(size, loss, linestyle="", mfc=colour if filled else "white", **style)
+        axes.plot([], [], label=text, **style)
+    lowest, top = losses.min(), min(losses.max(), OUTLIER * losses.min())
+    count_axis(axes, low, high, PARAMETERS)
     log_axis(axes.yaxis, lowest * 0.97, top * 1.03)
-    _over_parameters(figure, axes, analysis)
+    axes.set_ylabel(loss_label(analysis))
+    tidy(axes)
+    figure.legend(loc="outside lower center", ncols=2, title=COMPUTE)
     return True
 
 
-def budgets(curves: Sequence[Curve]) -> np.ndarray:
-    """PFLOPs, float64 (SLICES,), log-spaced over the range that three sizes have in common; (0,) if there is none."""
-    spent = np.sort(np.concatenate([curve.pflops for curve in curves])) if curves else np.empty(0)
-    reached = np.zeros(spent.shape, int)
-    for size in {curve.parameters for curve in curves}:
-        of_size = [curve for curve in curves if curve.parameters == size]
-        inside = [(spent >= curve.pflops[0]) & (spent <= curve.pflops[-1]) for curve in of_size]
-        reached += np.logical_or.reduce(inside)
-    shared = spent[reached >= LEAST_SIZES]
-    return np.geomspace(shared[0], shared[-1], SLICES) if shared.size else shared
+def budgets(curves: Sequence[Curve]) -> list[float]:
+    """PFLOPs of up to SLICES slices, ascending, which LEAST_SIZES sizes reach.
+
+    They are those at the ends of annealed runs, if any are annealed: the losses that L(N, D) predicts.
+    """
+    ends = sorted({float(curve.pflops[-1]) for curve in curves if curve.annealed[-1]})
+    ends = ends or sorted({float(curve.pflops[-1]) for curve in curves})
+    shared = np.array([each for each in ends if len(losses_at(curves, each)) >= LEAST_SIZES])
+    chosen: list[float] = []
+    for target in np.geomspace(shared[0], shared[-1], SLICES) if shared.size else ():
+        nearest = float(shared[np.argmin(np.abs(np.log(shared / target)))])
+        if not chosen or nearest > APART * chosen[-1]:
+            chosen.append(nearest)
+    return chosen
 
 
-def _slice(axes: Axes, each: Slice, colour: str, mark: str, top: float) -> None:
-    visible = each.loss <= top
-    text = f"C = {significant(each.pflops, 2)} PFLOPs"
-    if each.best_parameters is not None and each.best_loss is not None:
-        text += f", N* = {count(each.best_parameters, 2)}"
-        place = np.geomspace(each.parameters.min(), each.parameters.max(), 100)
-        loss = each.best_loss * np.exp(each.curvature * np.log(place / each.best_parameters) ** 2)
-        axes.plot(place[loss <= top], loss[loss <= top], color=colour, linewidth=0.9)
-        axes.plot(each.best_parameters, each.best_loss, "*", color=colour, mec="black", mew=0.5, markersize=8, zorder=5)
-    else:
-        axes.plot(each.parameters[visible], each.loss[visible], ":", color=colour, linewidth=0.9)
-    axes.plot(each.parameters[visible], each.loss[visible], mark, color=colour, markersize=4, zorder=4)
-    axes.plot([], [], mark, color=colour, markersize=4, label=text)
+def _slice(axes: Axes, analysis: Analysis, law: ComputeOptimal, pflops: float, sizes: np.ndarray, colour: str) -> None:
+    """Draw L(N, D) of `sizes`, float64 (n,), where D is what the compute affords."""
+    pixels = PFLOP * pflops / (law.parameters["k"] * sizes ** law.parameters["kappa"])
+    loss = analysis.laws[PARAMETERS_AND_DATA].predict((sizes, pixels)).value
+    least, most = law.observed["D"]
+    inside = (pixels >= least) & (pixels <= most)
+    axes.plot(sizes, loss, ":", color=colour, linewidth=0.8)
+    axes.plot(sizes[inside], loss[inside], color=colour, linewidth=1.1)
+    best = law.optimum(pflops).parameters
+    axes.plot(best, law.predict(pflops).value, "*", color=colour, mec="black", mew=0.5, markersize=8, zorder=5)
 
 
 # Residuals.
 
 
 RESIDUALS = (
-    "Residuals, 100·log(observed / law). A law of the wrong form leaves a pattern here, which no correlation "
-    "coefficient shows."
+    "Residuals, 100·log(observed / law), of the laws of one variable (top) and of L(N, D) (bottom, over each of its "
+    "variables). A law of the wrong form leaves a pattern here, which no correlation coefficient shows."
 )
-PANELS = {
-    PARAMETER_LAWS: PARAMETERS,
-    ("power_law_of_compute", "saturating_power_law_of_compute"): f"{SHORT_COMPUTE}, annealed frontier",
-    ("power_law_of_compute_whole", "saturating_power_law_of_compute_whole"): f"{SHORT_COMPUTE}, whole frontier",
-    (PARAMETERS_AND_DATA,): f"{PARAMETERS} (of every training)",
-}
-"""Axis labels by the laws of a panel; the whole frontier only if there is no law of the annealed one."""
+JOINT = (PARAMETERS_AND_DATA,)
+PANELS = {"N": (PARAMETER_LAWS, 0), "C": (COMPUTE_LAWS, 0), "N of L(N, D)": (JOINT, 0), "D of L(N, D)": (JOINT, 1)}
+"""Laws of a panel and index of the variable on its x axis."""
 
 
 def draw_residuals(figure: Figure, study: Study, analysis: Analysis, extrapolate: float) -> bool:
     """Draw on an empty figure; False if there is no law."""
-    panels = [([name for name in names if name in analysis.diagnostics], label) for names, label in PANELS.items()]
-    if {"power_law_of_compute", "saturating_power_law_of_compute"} & analysis.diagnostics.keys():
-        panels = [panel for panel in panels if "whole" not in panel[1]]
-    panels = [panel for panel in panels if panel[0]]
-    if not panels:
+    names = [name for name, (laws, _) in PANELS.items() if analysis.diagnostics.keys() & set(laws)]
+    if not names:
         return False
-    figure.set_size_inches(figure.get_figwidth(), 0.3 + 1.4 * len(panels))
-    for axes, (names, label) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        _panel(axes, analysis, names, label)
+    single, joint = ([name for name in names if ("of" in name) == of_both] for of_both in (False, True))
+    rows: Any = [row * (2 // len(row)) for row in (single, joint) if row]  # a panel alone has the whole width
+    figure.set_size_inches(figure.get_figwidth(), 0.5 + 1.5 * len(rows))
+    for name, axes in figure.subplot_mosaic(rows).items():
+        laws, variable = PANELS[name]
+        _panel(axes, analysis, [law for law in laws if law in analysis.diagnostics], variable)
     figure.supylabel("residual of log loss (%)", fontsize=8)
+    known = {text: each for axes in figure.axes for each, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles=list(known.values()), loc="outside lower center", ncols=3)
     return True
 
 
-def _panel(axes: Axes, analysis: Analysis, names: list[str], label: str) -> None:
-    residuals = {name: analysis.diagnostics[name].residuals for name in names}
-    places = [residual.x[0] for each in residuals.values() for residual in each]
-    largest = max(abs(residual.log_residual) for each in residuals.values() for residual in each)
+def _panel(axes: Axes, analysis: Analysis, laws: list[str], variable: int) -> None:
+    residuals = {name: analysis.diagnostics[name].residuals for name in laws}
+    places = [residual.x[variable] for each in residuals.values() for residual in each]
+    sizes = [100 * abs(residual.log_residual) for each in residuals.values() for residual in each]
     axes.axhline(0, color="0.3", linewidth=0.7)
-    for index, (name, each) in enumerate(residuals.items()):
-        points = sorted((residual.x[0], 100 * residual.log_residual) for residual in each)
-        kind = 2 if name == PARAMETERS_AND_DATA else index
-        style = {"color": COLOURS[kind], "mfc": "none" if index else None, "markersize": 4, "markeredgewidth": 1}
-        axes.plot(*zip(*points, strict=True), marker(kind), label=SHORT[name], **style)
-    log_axis(axes.xaxis, min(places) * 0.8, max(places) * 1.25)
-    if label.startswith(PARAMETERS):
-        number_parameters(axes.xaxis)
-    axes.set_ylim(-150 * max(largest, 1e-6), 150 * max(largest, 1e-6))
-    axes.set_xlabel(label)
-    axes.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.3), handletextpad=0.2)
+    for name, each in residuals.items():
+        kind = 2 if name == PARAMETERS_AND_DATA else (*PARAMETER_LAWS, *COMPUTE_LAWS).index(name) % 2
+        points = sorted((residual.x[variable], 100 * residual.log_residual) for residual in each)
+        style = {"color": COLOURS[kind], "mfc": None if kind == 0 else "none", "markersize": 3.5}
+        axes.plot(*zip(*points, strict=True), MARKERS[kind], label=SHORT[name], **style)
+    low, high = min(places) * 0.7, max(places) * 1.4
+    observed = tuple(analysis.laws[laws[0]].observed)[variable]
+    if observed == "C":
+        log_axis(axes.xaxis, low, high, 4)
+        axes.set_xlabel("compute C (PFLOPs)")
+    else:
+        count_axis(axes, low, high, {"N": PARAMETERS, "D": "training pixels D"}[observed], 4)
+    largest = max(1e-4, min(max(sizes), 10 * float(np.median(sizes)) or max(sizes)))
+    axes.set_ylim(-1.2 * largest, 1.2 * largest)
+    note_outside(axes, sum(size > 1.2 * largest for size in sizes), "training")
     tidy(axes)

@@ -1,39 +1,35 @@
-"""Common style of the figures: size, type, colours, axes and legends."""
+"""Common style of the figures: type, colours, axes, and which part of the data they show."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis, XAxis, YAxis
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from hpcm_scale.errors import UserError
-from hpcm_scale.formatting import count, new_figure, superscript
+from hpcm_scale.formatting import count, counted, new_figure, superscript
 from hpcm_scale.scaling.analysis import Analysis
 from hpcm_scale.scaling.filters import TRAINING
 from hpcm_scale.scaling.laws.law import Prediction
 from hpcm_scale.scaling.observations import LOSSES
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Okabe and Ito's palette without its yellow: distinct for colour-blind readers."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's palette without yellow and black: distinct for colour-blind readers."""
 MARKERS = "osD^vh<p>X"
-FORMATS = (".png", ".svg", ".pdf")
-WIDEST = 1.5
-"""Factor between a law and its upper bound above which the interval is not drawn."""
 WIDTH = 3.5
 """Inches: one column of a two-column paper, at the final type size."""
-COMPUTE = "training compute (PFLOPs; 1 PFLOP = 10¹⁵ floating-point operations)"
-SHORT_COMPUTE = "training compute C (PFLOPs)"
+COMPUTE = "training compute C (PFLOPs)"
 PARAMETERS = "parameters N"
+OUTLIER = 4.0
+"""Multiple of the median above which a loss does not widen the axis."""
 
 _PAPER = {
     "font.size": 7.5,
@@ -42,8 +38,10 @@ _PAPER = {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 6.8,
+    "legend.title_fontsize": 6.8,
     "legend.frameon": False,
     "legend.handlelength": 1.8,
+    "legend.columnspacing": 1.0,
     "legend.borderpad": 0.2,
     "axes.linewidth": 0.7,
     "xtick.major.width": 0.7,
@@ -62,47 +60,18 @@ def paper() -> Iterator[Figure]:
         yield figure
 
 
-def check_format(path: str | Path) -> Path:
-    """`path` if its suffix is a format that can be drawn. Raises UserError otherwise."""
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise UserError(
-            "unknown-figure-format", "--out", f"cannot draw {path.name}; use a suffix of {', '.join(FORMATS)}"
-        )
-    return path
-
-
-def colours(number: int) -> list[str]:
-    """`number` colours, in order; from viridis if there are more than in the palette."""
-    if number <= len(COLOURS):
+def colours(number: int, ordered: bool = False) -> list[str]:
+    """`number` colours, in order; from viridis if they are to look ordered, or are more than in the palette."""
+    if number <= len(COLOURS) and not ordered:
         return list(COLOURS[:number])
-    return [to_hex(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.9, number))]
+    return [to_hex(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.85, number))]
 
 
-def marker(index: int) -> str:
-    """The marker of the `index`-th series."""
-    return MARKERS[index % len(MARKERS)]
-
-
-def tidy(axes: Axes) -> None:
-    """Two spines and a light grid behind the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def number_log(axis: Axis, multiples: Sequence[float]) -> None:
-    """Label a logarithmic axis at these multiples of every power of ten, with plain numbers."""
-    axis.set_major_locator(LogLocator(subs=tuple(multiples), numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.set_minor_locator(NullLocator())
+# Logarithmic axes with round numbers.
 
 
 def log_axis(axis: XAxis | YAxis, low: float, high: float, most: int = 6) -> None:
-    """Make an axis logarithmic from `low` to `high` with about `most` round tick labels.
-
-    Ticks are equally spaced below a factor of three, and powers of ten beyond six decades.
-    """
+    """Make an axis logarithmic from `low` to `high` with about `most` round tick labels."""
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
     (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(low, high)
     axis.set_major_locator(FixedLocator(round_numbers(low, high, most)))
@@ -111,7 +80,7 @@ def log_axis(axis: XAxis | YAxis, low: float, high: float, most: int = 6) -> Non
 
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between `low` and `high` (both positive) for the ticks of a logarithmic axis."""
+    """Round numbers between `low` and `high`, both positive: equally spaced below a factor of three."""
     if high < 3 * low:
         even = MaxNLocator(most - 1, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
         return [value for value in even if low <= value <= high]
@@ -128,32 +97,18 @@ def round_numbers(low: float, high: float, most: int) -> list[float]:
 
 def plain(value: float) -> str:
     """A tick label: 0.002, 50, or a power of ten such as 10⁶."""
-    if 1e-3 <= value < 1e5:
+    if 1e-4 <= value < 1e5:
         return f"{value:,.6g}"
     power = math.floor(math.log10(value) + 1e-9)
     digits = f"{value / 10**power:.3g}"
     return f"10{superscript(power)}" if digits == "1" else f"{digits}·10{superscript(power)}"
 
 
-def number_parameters(axis: Axis) -> None:
-    """Tick labels such as 300 k, 1 M, 3 M."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: count(value, exact=True)))
-
-
-def ribbon(axes: Axes, x: np.ndarray, expected: Prediction, **style) -> np.ndarray:
-    """Fill the interval of a law where it is narrower than `WIDEST`; returns where that is, bool of the shape of x."""
-    narrow = expected.high < WIDEST * expected.value  # False for NaN
-    if narrow.any():
-        axes.fill_between(x, expected.low, expected.high, where=narrow, linewidth=0, **style)
-    return narrow
-
-
-def size_styles(sizes: dict[str, int]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each model, in order of parameters."""
-    ordered = sorted(sizes, key=lambda model: (sizes[model], model))
-    return {
-        model: (colour, marker(i)) for i, (model, colour) in enumerate(zip(ordered, colours(len(ordered)), strict=True))
-    }
+def count_axis(axes: Axes, low: float, high: float, text: str, most: int = 6) -> None:
+    """A logarithmic x axis of counts with this label and ticks such as 300 k, 1 M, 3 M."""
+    log_axis(axes.xaxis, low, high, most)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value, exact=True)))
+    axes.set_xlabel(text)
 
 
 def loss_label(analysis: Analysis) -> str:
@@ -162,6 +117,51 @@ def loss_label(analysis: Analysis) -> str:
     return f"{kind}  {LOSSES[analysis.distortion]}"
 
 
-def column(figure: Figure, handles: Sequence[Artist], columns: int = 3) -> None:
-    """A legend below the axes, in columns."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.0)
+# Which part of the data a figure shows.
+
+
+def ordinary(losses: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Whether each loss is at most OUTLIER times the median, bool (n,): one bad run must not flatten a figure."""
+    return np.asarray(losses) <= OUTLIER * np.median(losses)
+
+
+def shown(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], early: float, most: float
+) -> tuple[float, tuple[float, float]]:
+    """The least compute and the range of loss that show these curves, given as compute and loss, float64 (n,) each.
+
+    The loss falls manyfold at the start of a run: the top is the highest loss after the fraction `early` of the compute
+    of each run, but at most the multiple `most` of the highest end. Runs that are not `ordinary` do not count.
+    """
+    usual = ordinary([loss[-1] for _, loss in curves])
+    curves = [curve for curve, chosen in zip(curves, usual, strict=True) if chosen]
+    highest = max(loss[-1] for _, loss in curves)
+    start = max(loss[compute >= early * compute[-1]].max() for compute, loss in curves)
+    top = max(highest, min(start, most * highest))
+    return min(compute[loss <= top][0] for compute, loss in curves), (min(loss.min() for _, loss in curves), top)
+
+
+def note_outside(axes: Axes, number: Any, noun: str) -> None:
+    """Say in a corner of the axes how many runs or trainings they do not show, if any."""
+    if number:
+        style: dict[str, Any] = {"ha": "right", "va": "top", "color": "0.35", "fontsize": "small"}
+        axes.text(0.99, 0.99, f"{counted(int(number), noun)} outside this range", transform=axes.transAxes, **style)
+
+
+def with_gaps(compute: np.ndarray, loss: np.ndarray, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute and loss, float64 (n,), with a NaN between lines of nearly equal compute where the learning rate drops.
+
+    The loss drops with it, and a line would be a vertical stroke. Learning rates are float64 (n,), NaN where unknown.
+    """
+    fall = -np.diff(rates)
+    at_once = fall > np.maximum(0.4 * rates[:-1], 0.2 * np.nanmax(rates, initial=0))
+    drops = np.flatnonzero(at_once & (np.diff(np.log10(compute)) < 0.015)) + 1
+    return np.insert(compute, drops, np.nan), np.insert(loss, drops, np.nan)
+
+
+def band(axes: Axes, x: np.ndarray, expected: Prediction, **style) -> None:
+    """Fill the interval of a prediction, float64 (n,) like `x`, if it has one; the axes clip it."""
+    if not np.isfinite(expected.low).any():
+        return
+    low, high = np.maximum(expected.low, expected.value / 100), np.minimum(expected.high, expected.value * 100)
+    axes.fill_between(x, low, high, linewidth=0, **style)
