@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcm_scale.config.schema import IMAGES
-from hpcm_scale.errors import Parser, entry_point
+from hpcm_scale.errors import Parser, UserError, entry_point
 from hpcm_scale.files import check_length, write_text, writing
 from hpcm_scale.limits import BUDGET, CONFIDENCE, COUNT, CROP, LAMBDA, UTILISATION, Range
 
@@ -19,7 +19,18 @@ def parser() -> Parser:
     """The command line."""
     main = Parser(prog="hpcm scaling", description="Scaling laws of runs, finished or not.")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_curves, _add_fit, _add_plan, _add_publish, _add_collect):
+    for add in (
+        _add_curves,
+        _add_fit,
+        _add_plan,
+        _add_design,
+        _add_forecast,
+        _add_score,
+        _add_horizon,
+        _add_publish,
+        _add_collect,
+        _add_compare,
+    ):
         add(commands)
     return main
 
@@ -55,13 +66,12 @@ def _add_fit(commands) -> None:
     )
     fit.add_argument("--lmbda", metavar="X", type=LAMBDA.real, help="λ of the runs; required if they have several")
     fit.add_argument(
-        "--bootstrap",
-        metavar="K",
-        type=Range(least=0, most=100_000).whole,
-        default=0,
-        help="resamples for bootstrap intervals; default: 0",
+        "--level",
+        metavar="P",
+        type=CONFIDENCE.real,
+        default=0.95,
+        help="probability of the intervals; default: %(default)s",
     )
-    _add_level(fit)
     fit.add_argument(
         "--extrapolate",
         metavar="X",
@@ -71,22 +81,12 @@ def _add_fit(commands) -> None:
     )
 
 
-def _add_level(command: Parser) -> None:
-    command.add_argument(
-        "--level",
-        metavar="P",
-        type=CONFIDENCE.real,
-        default=0.95,
-        help="probability of the intervals; default: %(default)s",
-    )
-
-
 def _add_plan(commands) -> None:
     plan = commands.add_parser(
         "plan",
         help="size, steps and predicted loss for a compute budget",
-        description="The compute-optimal size for a budget, the nearest presets, their predicted losses, and the "
-        "training command.",
+        description="The compute-optimal size for a budget with its interval, models near it, their predicted losses, "
+        "and the training command with the recipe of the runs.",
     )
     plan.add_argument("--laws", metavar="FILE", type=Path, required=True, help="laws.json or its folder")
     budget = plan.add_mutually_exclusive_group(required=True)
@@ -108,13 +108,58 @@ def _add_plan(commands) -> None:
         "--mfu", metavar="X", type=UTILISATION.real, default=0.4, help="fraction of the peak rate; default: %(default)s"
     )
     plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default: %(default)s")
-    plan.add_argument(
-        "--batch-size", metavar="B", type=IMAGES.whole, help="images per step; default: 32 or a multiple of --gpus"
-    )
-    plan.add_argument("--crop", metavar="PX", type=CROP.whole, default=256, help="side of a crop; default: %(default)s")
+    plan.add_argument("--batch-size", metavar="B", type=IMAGES.whole, help="images per step; default: that of the runs")
+    plan.add_argument("--crop", metavar="PX", type=CROP.whole, help="side of a crop; default: that of the runs")
     plan.add_argument("--images-in-set", metavar="N", type=COUNT.whole, help="images in the data set, to count epochs")
-    _add_level(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_forecast(commands) -> None:
+    forecast = commands.add_parser(
+        "forecast",
+        help="predict the loss of a training, or the BD-rate of a size, before it is trained",
+        description="The predicted loss of one new training with the recipe of the laws, as a dated file that `score` "
+        "compares with the run; with --anchor the predicted BD-rate of a size.",
+    )
+    forecast.add_argument(
+        "--laws",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="laws.json or its folder; several λ with --anchor",
+    )
+    forecast.add_argument("--size", metavar="N", help="a preset, or parameters such as 30m or 10b")
+    data = forecast.add_mutually_exclusive_group()
+    data.add_argument("--images", metavar="D", type=COUNT.real, help="training images")
+    data.add_argument("--pflops", metavar="C", type=BUDGET.real, help="training compute, 1e15 operations")
+    forecast.add_argument("--out", metavar="FILE", type=Path, help="write the forecast as JSON, to be scored")
+    forecast.add_argument("--anchor", metavar="ANCHOR", help="anchor of the BD-rate, such as kodak/vtm-18")
+    forecast.add_argument(
+        "--reference", metavar="RESULT", help="with laws at one λ: an evaluation, or a shipped curve, of a trained size"
+    )
+    forecast.add_argument("--reference-size", metavar="N", help="its size; default: the largest size of the laws")
+
+
+def _add_score(commands) -> None:
+    score = commands.add_parser(
+        "score",
+        help="compare a forecast with the run",
+        description="How far a forecast was off, and whether the run is inside its interval; a run of another recipe "
+        "is refused.",
+    )
+    score.add_argument("forecast", metavar="FORECAST", type=Path, help="a file of `hpcm scaling forecast --out`")
+    score.add_argument("run", metavar="RUN", type=Path, help="the run folder")
+
+
+def _add_horizon(commands) -> None:
+    horizon = commands.add_parser(
+        "horizon",
+        help="the best learning rate against the length of a run",
+        description="The exponent γ of the best learning rate, ∝ images^−γ, from runs at several rates and lengths; "
+        "and the override that applies it to a run.",
+    )
+    _add_runs(horizon)
 
 
 def _add_publish(commands) -> None:
@@ -148,6 +193,46 @@ def _add_collect(commands) -> None:
         default=1_000_000,
         help="largest total size; default: %(default)s",
     )
+
+
+def _add_compare(commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="how much less data or compute one recipe needs than another",
+        description="Fit one law with shared exponents to the runs of two recipes: how much less data and compute the "
+        "second needs for the loss of the first, and whether the exponents are equal.",
+    )
+    compare.add_argument(
+        "recipes", nargs="+", metavar="LABEL=RUNS", help="a label, and a run folder or a folder of runs; two labels"
+    )
+    compare.add_argument("--metric", help="as in fit")
+    compare.add_argument("--lmbda", metavar="X", type=LAMBDA.real, help="λ of the runs; required if they have several")
+
+
+def _add_design(commands) -> None:
+    design = commands.add_parser(
+        "design",
+        help="sizes and amounts of data that determine L(N, D), for a budget",
+        description="Choose constant-rate runs and cooldowns of given sizes so that a fit of L(N, D) to them has the "
+        "least standard error of log N* at ten times the budget, and write an experiment that trains them.",
+    )
+    design.add_argument("--pflops", metavar="C", type=BUDGET.real, required=True, help="budget of the whole sweep")
+    design.add_argument(
+        "--sizes", metavar="N,N,…", required=True, help="parameters, such as 1m,3m,10m,30m, or presets; three or more"
+    )
+    design.add_argument("--laws", metavar="FILE", type=Path, help="laws whose L(N, D), recipe and noise are assumed")
+    design.add_argument(
+        "--noise",
+        metavar="X",
+        type=Range(least=1e-6, most=1).real,
+        help="standard deviation of log loss between seeds; default: the residual deviation of --laws, or 0.003",
+    )
+    design.add_argument("--seeds", metavar="N", type=IMAGES.whole, default=1, help="default: %(default)s")
+    design.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
+    design.add_argument("--gpus", metavar="N", type=IMAGES.whole, default=8, help="for the time; default: %(default)s")
+    design.add_argument("--gpu", metavar="NAME", default="H100", help="default: %(default)s")
+    design.add_argument("--mfu", metavar="X", type=UTILISATION.real, default=0.4, help="default: %(default)s")
+    design.add_argument("--out", metavar="FILE", type=Path, help="a new experiment: conf/experiment/NAME.yaml")
 
 
 def curves(chosen) -> None:
@@ -184,7 +269,7 @@ def fit(chosen) -> None:
 
     check_length(chosen.out)
     found = study(find_runs(chosen.runs), chosen.metric, chosen.lmbda)
-    analysis = analyse(found, bootstrap=chosen.bootstrap, level=chosen.level)
+    analysis = analyse(found, level=chosen.level)
     with writing(chosen.out):
         drawn = draw_figures(found, analysis, chosen.out, chosen.extrapolate)
         write_text(chosen.out / REPORT, report(analysis, drawn))
@@ -206,6 +291,73 @@ def plan(chosen) -> None:
     print(made.to_json()) if chosen.json else print_plan(made)
 
 
+def forecast(chosen) -> None:
+    """`hpcm scaling forecast`: a predicted loss, or a predicted BD-rate."""
+    from hpcm_scale.formatting import terminal
+    from hpcm_scale.scaling import forecast
+    from hpcm_scale.scaling.analysis import read_laws
+
+    if chosen.size is None and chosen.pflops is None:
+        raise UserError("nothing-to-forecast", "--size", "--size and --pflops are missing; give one of them")
+    analyses = [read_laws(path) for path in chosen.laws]
+    size = None if chosen.size is None else forecast.size_of(chosen.size)
+    console = terminal()
+    if chosen.anchor is not None:
+        if size is None:
+            raise UserError("no-size-for-bd-rate", "--size", "a BD-rate needs --size; give the size")
+        start = None if chosen.reference_size is None else forecast.size_of(chosen.reference_size)
+        rate = forecast.forecast_bd_rate(analyses, size, chosen.anchor, chosen.reference, start)
+        console.print(rate.sentence, soft_wrap=True)
+        return
+    if len(analyses) > 1:
+        raise UserError("several-laws", "--laws", "a loss is predicted by the laws of one λ; give one folder")
+    made = forecast.make_forecast(analyses[0], parameters=size, images=chosen.images, pflops=chosen.pflops)
+    console.print(f"{made.sentence}.", soft_wrap=True)
+    if chosen.out is not None:
+        forecast.write_forecast(made, chosen.out)
+        print(f"written: {chosen.out}")
+
+
+def score(chosen) -> None:
+    """`hpcm scaling score`: the error of a forecast."""
+    from hpcm_scale.formatting import terminal
+    from hpcm_scale.scaling import forecast
+    from hpcm_scale.scaling.runs import load_run
+
+    made = forecast.read_forecast(chosen.forecast)
+    terminal().print(f"{forecast.describe_score(made, forecast.score(made, load_run(chosen.run)))}.", soft_wrap=True)
+
+
+def horizon(chosen) -> None:
+    """`hpcm scaling horizon`: the exponent of the best learning rate."""
+    from hpcm_scale.scaling.horizon import fit_horizon, print_horizon
+    from hpcm_scale.scaling.observations import study
+    from hpcm_scale.scaling.runs import find_runs
+
+    print_horizon(fit_horizon(study(find_runs(chosen.runs)).observations))
+
+
+def design(chosen) -> None:
+    """`hpcm scaling design`: a sweep for a budget."""
+    from hpcm_scale.scaling.analysis import read_laws
+    from hpcm_scale.scaling.design import design
+    from hpcm_scale.scaling.design_experiment import print_design, write_experiment
+    from hpcm_scale.scaling.plan import Setting
+
+    made = design(
+        chosen.pflops,
+        chosen.sizes.split(","),
+        analysis=read_laws(chosen.laws) if chosen.laws else None,
+        noise=chosen.noise,
+        seeds=chosen.seeds,
+        overrides=chosen.set,
+    )
+    if chosen.out:
+        write_experiment(made, chosen.out)
+    setting = Setting(chosen.gpus, chosen.gpu, chosen.mfu, made.config.engine.precision.value)
+    print_design(made, setting, chosen.out.stem if chosen.out else "design")
+
+
 def publish(chosen) -> None:
     """`hpcm scaling publish`: one wandb run in the group of the sweep."""
     from hpcm_scale.scaling.publish import publish
@@ -224,11 +376,29 @@ def collect(chosen) -> None:
     print(f"{len(runs)} runs, {size:,} bytes: {chosen.out}")
 
 
+def compare(chosen) -> None:
+    """`hpcm scaling compare`: efficiency of one recipe against another."""
+    from hpcm_scale.scaling.compare import print_comparison, read_recipes
+
+    print_comparison(read_recipes(chosen.recipes), chosen.metric, chosen.lmbda)
+
+
 @entry_point
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm scaling` and `python -m hpcm_scale.commands.scaling`."""
     chosen = parser().parse_args(arguments)
-    {"curves": curves, "fit": fit, "plan": plan, "publish": publish, "collect": collect}[chosen.command](chosen)
+    {
+        "curves": curves,
+        "fit": fit,
+        "plan": plan,
+        "design": design,
+        "forecast": forecast,
+        "score": score,
+        "horizon": horizon,
+        "publish": publish,
+        "collect": collect,
+        "compare": compare,
+    }[chosen.command](chosen)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
-from hydra.core.utils import JobRuntime, setup_globals
-from hydra.errors import HydraException, SearchPathException
-from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from hpcm_scale.config import sweeps  # noqa: F401 (registers the launchers)
 from hpcm_scale.config.checks import check_model
 from hpcm_scale.config.schema import Config, ModelConfig, Start
 from hpcm_scale.errors import UserError
@@ -34,8 +30,6 @@ CONFIG_NAME = "config"
 _OPTIONAL_GROUPS = ("stage", "experiment", "debug")
 _OPEN = ("hydra.", "hydra/", "engine.options.", "model.options.")
 """Prefixes of keys that are not fields of a dataclass here."""
-_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
-"""Hydra's own keys of folders."""
 _RUNS = Range(least=1, most=10_000)
 """Of a sweep."""
 _PROPOSALS = 3
@@ -46,6 +40,14 @@ T = TypeVar("T")
 ConfigStore.instance().store(name="schema", node=Config)
 # For values that follow from others, such as a learning rate from a width: ${divide:0.03,${model.channels.1}}
 OmegaConf.register_new_resolver("divide", lambda dividend, divisor: dividend / divisor, replace=True)
+
+
+def _at_horizon(rate: float, images: float, exponent: float, *, _root_: Any) -> float:
+    return rate * (_root_.train.steps * _root_.train.batch_size / images) ** -exponent
+
+
+# A learning rate tuned for so many images, for the length of this run: ${horizon:RATE,IMAGES,EXPONENT}
+OmegaConf.register_new_resolver("horizon", _at_horizon, replace=True)
 
 
 @cache
@@ -70,32 +72,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def composed(overrides: Sequence[str]) -> DictConfig:
     """Hydra's configuration, with interpolations not yet resolved. Raises UserError for an unknown key or group."""
     check_overrides(overrides)
-    load = config_loader().load_configuration
-    return without_hydra(translated(lambda: load(CONFIG_NAME, list(overrides), RunMode.RUN)))
-
-
-def config_loader(folder: str | None = None, further: str | None = None) -> ConfigLoaderImpl:
-    """Hydra's loader of configurations from `conf/` or another folder, and from the folder `further` if it is given.
-
-    Relative paths of the former start at this package's folder, as those of Hydra's --config-path.
-    """
-    version.setbase("1.3")
-    setup_globals()
-    JobRuntime().set("name", "train")
-    path = create_config_search_path(str(Path(__file__).resolve().parents[1] / (folder or config_folder())))
-    if further:
-        if not Path(further).is_dir():
-            raise SearchPathException(f"Additional config directory '{Path(further).absolute()}' not found")
-        path.prepend("command-line", f"file://{Path(further).absolute()}", SearchPathQuery(provider="schema"))
-    return ConfigLoaderImpl(path)
-
-
-def without_hydra(config: DictConfig) -> DictConfig:
-    """`config` after removal of Hydra's own section, which interpolations `${hydra:…}` may still refer to."""
-    HydraConfig.instance().set_config(config)
-    with flag_override(config, ["struct", "readonly"], False):
-        del config["hydra"]
-    return config
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return translated(lambda: hydra_compose(CONFIG_NAME, list(overrides)))
 
 
 def typed(config: DictConfig) -> Config:
@@ -185,22 +163,14 @@ def translated(action: Callable[[], T]) -> T:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise UserError for unknown keys, naming the nearest known ones, for keys without an effect, and for sweeps with
-    too many runs."""
+    """Raise UserError for unknown keys, naming the nearest known ones, and for sweeps with too many runs."""
     groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir() and path.name != "hydra")
     known = dict.fromkeys([*(key for key, *_ in entries(Config())), *groups])
-    for line in overrides:  # first: other errors repeat them
+    for line in overrides:  # first: other errors repeat them, and some sweepers write them to files
         check_no_secret(line, line.split("=")[0])
     parsed = [*map(_parsed, overrides)]
     for override in parsed:
         key = override.key_or_group
-        if key in _FOLDERS:
-            raise UserError(
-                "hydra-folder",
-                key,
-                f"{override.input_line} has no effect; set run.dir=DIR, the run folder, or run.sweep=NAME, which "
-                "writes the runs of a sweep to runs/NAME",
-            )
         if key in groups and not (override.is_delete() and key in _OPTIONAL_GROUPS):
             _check_choice(override)
         if key in known or key.startswith(_OPEN):

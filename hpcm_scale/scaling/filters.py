@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from hpcm_scale.errors import printable
 from hpcm_scale.scaling.runs import Run
@@ -94,6 +95,9 @@ ONE_OPERATION = 1e-15
 """Lower bound of compute, PFLOPs."""
 _PER_WINDOW = 4
 """Bins per standard deviation of the window."""
+SPIKE, LEAST_SPIKE = 5.0, 0.2
+_MEDIAN = 7
+"""Lines of the median that spikes are compared with."""
 
 
 def smooth(
@@ -120,6 +124,19 @@ def smoothed(compute: np.ndarray, values: np.ndarray, learning_rate: np.ndarray 
     return mean_value + slope * (position - mean_position)
 
 
+def without_spikes(values: np.ndarray) -> np.ndarray:
+    """`values`, positive, float64 (n,), where spikes of one or two lines are replaced by the median around them.
+
+    A spike is above the median of seven lines by `SPIKE` standard deviations of the run's scatter, and by `LEAST_SPIKE`
+    of its value. Bounded so, it does not move the end of a curve.
+    """
+    logs = np.log(np.maximum(values, 1e-300))
+    excess = logs - median_filter(logs, _MEDIAN, mode="mirror")
+    spikes = excess > max(SPIKE * 1.4826 * float(np.median(np.abs(excess))), np.log1p(LEAST_SPIKE))
+    spikes[: _MEDIAN // 2] = False  # the loss falls manyfold there
+    return np.where(spikes, values * np.exp(-excess), values)
+
+
 def _ascending(compute: np.ndarray) -> np.ndarray:
     """Compute made non-decreasing and positive; it is already, unless one file holds two journals."""
     return np.maximum.accumulate(np.maximum(compute, ONE_OPERATION))
@@ -129,6 +146,7 @@ def _local_lines(
     compute: np.ndarray, values: np.ndarray, learning_rate: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """For each point its bin, its position in windows, and its line: mean position, mean value, slope."""
+    values = without_spikes(values)
     position = np.log10(compute / compute[0]) / DECADES
     if learning_rate is not None:
         changes = np.nan_to_num(np.abs(np.diff(learning_rate, prepend=learning_rate[:1])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from hpcm_scale.formatting import count
 from hpcm_scale.scaling.laws.law import CannotFit, Points
 from hpcm_scale.scaling.observations import Curve, Observation
 
-# The frontier: the lowest loss of any run at each compute; and slices at equal compute.
+# The frontier: the lowest loss of any run at each compute.
 
 
 SPACING = 0.0125
@@ -33,12 +33,11 @@ class FrontierPoint:
     annealed: bool
 
 
-def frontier(curves: Sequence[Curve], *, annealed_only: bool = False) -> list[FrontierPoint]:
+def frontier(curves: Sequence[Curve]) -> list[FrontierPoint]:
     """The lower envelope of the smoothed curves, ascending in compute and strictly descending in loss.
 
     A point of a curve is on it if no other curve, interpolated linearly in log-log, is lower at that compute, and no
-    point with less compute is as low. With `annealed_only`, curves consist of their annealed points only. The order of
-    `curves` does not matter.
+    point with less compute is as low. The order of `curves` does not matter.
 
     A minimum over noisy points is biased low; smoothing removes most of the bias. Measured on eight sizes with
     deviation σ per line, as mean over the frontier: within 0.03 σ at 4,000 and at 400 lines a run, 0.13 σ at 100;
@@ -46,13 +45,9 @@ def frontier(curves: Sequence[Curve], *, annealed_only: bool = False) -> list[Fr
     case: 0.07 σ too low for ten seeds of 4,000 lines, 0.4 σ for ten of 100.
     """
     curves = sorted(curves, key=lambda curve: (curve.parameters, curve.run, curve.pflops[-1]))
-    used = [np.flatnonzero(curve.annealed) if annealed_only else np.arange(curve.loss.size) for curve in curves]
-    lines = [
-        (np.log(curve.pflops[rows]), np.log(curve.smoothed[rows])) for curve, rows in zip(curves, used, strict=True)
-    ]
-    candidates = [rows[_spaced(curve.pflops[rows])] for curve, rows in zip(curves, used, strict=True)]
-    if not any(rows.size for rows in candidates):
+    if not curves:
         return []
+    candidates = [_spaced(curve.pflops) for curve in curves]
     owner = np.repeat(np.arange(len(curves)), [rows.size for rows in candidates])
     row = np.concatenate(candidates)
     compute, loss = (
@@ -61,10 +56,11 @@ def frontier(curves: Sequence[Curve], *, annealed_only: bool = False) -> list[Fr
     )
     chosen = running_minimum(compute, loss)
     lowest = np.full(chosen.size, np.inf)
-    for number, (log_compute, log_loss) in enumerate(lines):
-        if log_compute.size:
-            here = np.interp(np.log(compute[chosen]), log_compute, log_loss, left=np.inf, right=np.inf)
-            lowest = np.minimum(lowest, np.where(owner[chosen] == number, np.inf, here))
+    for number, curve in enumerate(curves):
+        here = np.interp(
+            np.log(compute[chosen]), np.log(curve.pflops), np.log(curve.smoothed), left=np.inf, right=np.inf
+        )
+        lowest = np.minimum(lowest, np.where(owner[chosen] == number, np.inf, here))
     chosen = chosen[np.log(loss[chosen]) <= lowest]
     return [_point(curves[one], index) for one, index in zip(owner[chosen], row[chosen], strict=True)]
 
@@ -97,54 +93,19 @@ def running_minimum(compute: np.ndarray, loss: np.ndarray) -> np.ndarray:
     return order[loss[order] < before]
 
 
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """Loss of every size at one compute budget; arrays are float64 (m,), ascending in parameters."""
+def losses_at(curves: Sequence[Curve], pflops: float) -> list[tuple[int, float, bool]]:
+    """Of each size whose runs span the compute `pflops`: parameters, lowest loss there, and whether it is annealed.
 
-    pflops: float
-    parameters: np.ndarray
-    loss: np.ndarray
-    curvature: float | None = None
-    """a of the least-squares parabola log L = a·(log N − log N*)² + log L*; None for fewer than three sizes."""
-    best_parameters: float | None = None
-    """N*; None if the parabola opens downwards or its minimum is outside the sizes of the slice."""
-    best_loss: float | None = None
-    """L*; None if N* is."""
-
-
-def isoflop_slices(curves: Sequence[Curve], budgets: Iterable[float]) -> list[Slice]:
-    """The loss of every size at each budget (PFLOPs), with the minimum of a parabola in log N.
-
-    A size's loss is that of the frontier of its own runs, interpolated in log-log; a size is in a slice if its points
-    span the budget. A budget that no size spans gives no slice.
+    The loss of a run between two lines is interpolated in log-log; it is annealed if the line before is.
     """
-    sizes: dict[tuple[int, str], list[Curve]] = {}
-    for curve in sorted(curves, key=lambda curve: (curve.parameters, curve.model)):
-        sizes.setdefault((curve.parameters, curve.model), []).append(curve)
-    fronts = {size: np.array([(point.pflops, point.loss) for point in frontier(own)]).T for size, own in sizes.items()}
-    slices = []
-    for budget in budgets:
-        at = [
-            (parameters, np.exp(np.interp(np.log(budget), np.log(pflops), np.log(loss))))
-            for (parameters, _), (pflops, loss) in fronts.items()
-            if pflops[0] <= budget <= pflops[-1]
-        ]
-        if at:
-            slices.append(_slice(budget, *np.array(at, dtype=np.float64).T))
-    return slices
-
-
-def _slice(pflops: float, parameters: np.ndarray, loss: np.ndarray) -> Slice:
-    size = np.log(parameters)
-    if np.unique(size).size < 3:
-        return Slice(pflops, parameters, loss)
-    middle = size.mean()
-    curvature, tilt, level = (float(value) for value in np.polyfit(size - middle, np.log(loss), 2))
-    best = middle - tilt / (2 * curvature) if curvature > 0 else np.inf
-    if not size[0] <= best <= size[-1]:
-        return Slice(pflops, parameters, loss, curvature)
-    lowest = level - tilt**2 / (4 * curvature)
-    return Slice(pflops, parameters, loss, curvature, float(np.exp(best)), float(np.exp(lowest)))
+    lowest: dict[int, tuple[float, bool]] = {}
+    for curve in curves:
+        if curve.pflops[0] <= pflops <= curve.pflops[-1]:
+            loss = float(np.exp(np.interp(np.log(pflops), np.log(curve.pflops), np.log(curve.smoothed))))
+            before = int(np.searchsorted(curve.pflops, pflops, side="right")) - 1
+            found = (loss, bool(curve.annealed[before]))
+            lowest[curve.parameters] = min(lowest.get(curve.parameters, found), found)
+    return [(size, *found) for size, found in sorted(lowest.items())]
 
 
 # Points of L(N), L(C) and L(N, D).
@@ -172,7 +133,7 @@ def usable(observations: Sequence[Observation]) -> tuple[list[Observation], tupl
 
 
 def of_parameters(observations: Sequence[Observation]) -> Points:
-    """Points of L(N): one annealed training of each size, model and seed, at the most data that all sizes share.
+    """Points of L(N): the annealed trainings of each size at the most data that all sizes share.
 
     If no amount of data is shared by all sizes, the longest training of each size is used, with a warning: such a law
     mixes the effects of size and data. Trainings that are not annealed are used only if there are no others. Raises
@@ -191,8 +152,7 @@ def of_parameters(observations: Sequence[Observation]) -> Points:
     for size in sizes:
         longest = max(each.pixels for each in trained if each.parameters == size)
         at = _at(trained, size, longest if shared is None else shared)
-        # The last of each model and seed, in order of pixels and name.
-        chosen += {(each.model, each.seed): each for each in at}.values()
+        chosen += at
     kind = "annealed trainings" if chosen[0].annealed else "trainings, not annealed"
     if shared is None:
         data = f"{kind}, the longest of each size"
@@ -206,24 +166,25 @@ def of_parameters(observations: Sequence[Observation]) -> Points:
     return _points("parameters", {"N": [each.parameters for each in chosen]}, chosen, data, warnings)
 
 
-def of_compute(frontier: Sequence[FrontierPoint], *, whole: bool) -> Points:
-    """Points of L(C): the last point of each run on the frontier, so that degrees of freedom count trainings.
+def of_compute(frontier: Sequence[FrontierPoint]) -> Points:
+    """Points of L(C): the last annealed frontier point of each run, so that degrees of freedom count trainings.
 
-    Raises CannotFit without points.
+    If no point is annealed, the last point of each run, with a warning. Raises CannotFit without points.
     """
     if not frontier:
-        raise CannotFit("no run is on the annealed frontier yet: no learning rate has decayed")
-    last = {point.run: point for point in sorted(frontier, key=lambda point: (point.pflops, point.run))}
+        raise CannotFit("there is no frontier")
+    annealed = [point for point in frontier if point.annealed]
+    used = annealed or frontier
+    last = {point.run: point for point in sorted(used, key=lambda point: (point.pflops, point.run))}
     chosen = sorted(last.values(), key=lambda point: (point.pflops, point.run))
     warnings = (f"frontier points are the best of several runs, and {DEPENDENT}",)
-    if whole and not all(point.annealed for point in chosen):
-        warnings += ("the whole frontier mixes annealed points with points whose learning rate had not decayed",)
+    if not annealed:
+        warnings += ("no learning rate had decayed on the frontier: L(C) is above what this compute can reach",)
     if len({point.parameters for point in chosen}) == 1:
         warnings += (f"only {chosen[0].model} is on the frontier: this L(C) gives the effect of data at one size",)
-    kind = "the whole frontier" if whole else "the annealed frontier"
-    data = f"each run's last point on {kind} ({len(frontier)} points in all)"
-    of = "compute_whole" if whole else "compute"
-    return _points(of, {"C": [point.pflops for point in chosen]}, chosen, data, warnings)
+    kind = "annealed frontier" if annealed else "frontier, not annealed"
+    data = f"each run's last point on the {kind} ({len(used)} points in all)"
+    return _points("compute", {"C": [point.pflops for point in chosen]}, chosen, data, warnings)
 
 
 def of_parameters_and_data(observations: Sequence[Observation]) -> Points:

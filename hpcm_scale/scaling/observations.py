@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,27 @@ from hpcm_scale.scaling.runs import Run
 
 METRICS = re.compile(rf"{EVALUATION}|{TRAINING}|eval_ema_[\d.]+/loss")
 """The last one is that of averaged weights (train.ema)."""
+RECIPE = {
+    "model.family": "hpcm",
+    "model.start": "random",
+    "objective.likelihood": "survival",
+    "optimizer.name": "adam",
+    "train.parametrisation": "standard",
+    "train.batch_size": None,
+    "train.ema": [],
+    "schedule.learning_rate": None,
+    "schedule.warmup": 0,
+    "schedule.crops": [],
+    "data.crop": None,
+    "data.downscale": 1.0,
+    "data.shards": None,
+    "engine.precision": "fp32",
+    "eval.images": None,
+    "eval.limit": None,
+}
+"""Configuration keys that change the loss, with the value that configurations without the key have."""
+DIVERGED = 1.2
+"""A run that ends at more than so many times its lowest smoothed loss has diverged."""
 LOSSES = {"mse": "λ·255²·MSE + bpp", "ms_ssim": "λ·(1 − MS-SSIM) + bpp"}
 """Formula of the loss by objective.distortion."""
 
@@ -74,6 +97,10 @@ class Observation:
     finished: bool
     cooldown_of: str | None = None
     """Constant-rate run that a cooldown starts from."""
+    learning_rate: float | None = None
+    """schedule.learning_rate."""
+    unique: float | None = None
+    """Pixels of the training set, images × crop², which repeat from there on; None if the journal does not tell."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +122,13 @@ class Study:
     """Common log.project of the runs, wandb's project."""
     distortion: str = "mse"
     """objective.distortion, a key of `LOSSES`."""
-    family: str = "hpcm"
-    """model.family of the smallest run."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Values of the keys of RECIPE that all runs share."""
+
+    @property
+    def family(self) -> str:
+        """model.family of the runs, or hpcm."""
+        return self.recipe.get("model.family", "hpcm")
 
 
 def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = None) -> Study:
@@ -136,21 +168,51 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
         causes = "; ".join(excluded) or "there is none"
         raise UserError("no-usable-runs", "", f"no run is usable ({causes}); correct these causes or give other runs")
     pairs.sort(key=lambda pair: (pair[1].parameters, pair[1].pflops, pair[1].run))
-    curves, observations = map(list, zip(*pairs, strict=True))
+    copies = _copies([curve for curve, _ in pairs])
+    excluded += [f"{name} is excluded: it is a copy of {original}" for name, original in copies.items()]
+    curves, observations = map(list, zip(*(pair for pair in pairs if pair[1].run not in copies), strict=True))
     names = {observation.run for observation in observations}
     used = [run for run in begun if run.name in names]
+    recipe, differences = _recipe(used, metric)
+    annealed_runs = [run for run in used if any(each.run == run.name and each.annealed for each in observations)]
+    recipe |= _schedule(annealed_runs)
     return Study(
         metric,
         lmbda,
         curves,
         observations,
         sorted(excluded),
-        _differences(used, metric),
+        [*differences, *_same_seed(observations)],
         _shared(used, "run.sweep"),
         _shared(used, "log.project"),
         _distortion(used[0]),
-        next(_family(run) for run in used if run.name == observations[0].run),
+        recipe,
     )
+
+
+def _copies(curves: Sequence[Curve]) -> dict[str, str]:
+    """Runs that end with a line of another run of the same size: name of each copy, and of the run it repeats."""
+    copies: dict[str, str] = {}
+    for first, second in combinations(curves, 2):
+        if first.parameters != second.parameters or {first.run, second.run} & copies.keys():
+            continue
+        shorter, longer = sorted((second, first), key=lambda curve: curve.pixels[-1])
+        _, ours, theirs = np.intersect1d(shorter.pixels, longer.pixels, return_indices=True)
+        same = shorter.loss[ours] == longer.loss[theirs]
+        if ours.size and ours[-1] == shorter.loss.size - 1 and same.all():
+            copies[shorter.run] = longer.run
+    return copies
+
+
+def _same_seed(observations: Sequence[Observation]) -> list[str]:
+    groups: dict[tuple, list[str]] = {}
+    for each in observations:
+        groups.setdefault((each.model, each.seed, each.pixels, each.annealed), []).append(each.run)
+    return [
+        f"{' and '.join(names)} have one model, seed and amount of data, so that their losses may not be independent"
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def _special(run: Run) -> list[str]:
@@ -167,11 +229,6 @@ def _special(run: Run) -> list[str]:
 def _distortion(run: Run) -> str:
     """objective.distortion; runs without the key predate MS-SSIM."""
     return run.setting("objective.distortion") or "mse"
-
-
-def _family(run: Run) -> str:
-    """model.family; runs without the key predate families."""
-    return run.setting("model.family") or "hpcm"
 
 
 def _lines(run: Run) -> int:
@@ -216,6 +273,9 @@ def _observe(run: Run, metric: str, lmbda: float, cooldown_of: str | None) -> tu
     fit = smoothed(pflops, loss, rates)
     if not fit.min() > 0:
         raise Excluded("its loss varies too much to be smoothed")
+    final = float(fit[-1] if metric == TRAINING else loss[-1])
+    if final > DIVERGED * fit.min():
+        raise Excluded(f"it has diverged: its loss was {fit.min():.4g} and ends at {final:.4g}")
     model = str(run.config["model"]["name"])
     curve = Curve(run.name, model, parameters, pflops, pixels, loss, fit, rates, decayed)
     observation = Observation(
@@ -229,28 +289,59 @@ def _observe(run: Run, metric: str, lmbda: float, cooldown_of: str | None) -> tu
         pixels=float(pixels[-1]),
         images=int(images[-1]),
         pflops=float(pflops[-1]),
-        loss=float(fit[-1] if metric == TRAINING else loss[-1]),
+        loss=final,
         bpp=end(run, metric.replace("loss", "bpp"), steps[-1]),
         psnr=end(run, metric.replace("loss", "psnr"), steps[-1]),
         annealed=bool(decayed[-1]),
         finished=run.finished,
+        learning_rate=run.setting("schedule.learning_rate"),
+        unique=_unique_pixels(run),
     )
     return curve, observation
 
 
-def _differences(runs: Sequence[Run], metric: str) -> list[str]:
-    """Settings that differ between runs and change the loss."""
-    notes = []
-    if len(families := sorted({_family(run) for run in runs})) > 1:
-        notes.append(f"the runs are of several families ({', '.join(families)}), which may follow different laws")
+def _unique_pixels(run: Run) -> float | None:
+    images = run.records.column("data/images")
+    known = images[np.isfinite(images)]
+    return float(known[-1] * run.config["data"]["crop"] ** 2) if known.size else None
+
+
+def _recipe(runs: Sequence[Run], metric: str) -> tuple[dict[str, Any], list[str]]:
+    """The shared values of the keys of RECIPE, and a sentence on each key in which the runs differ."""
+    shared, notes = {}, []
+    for key, default in RECIPE.items():
+        if metric == TRAINING and key.startswith("eval."):
+            continue
+        found = [default if (value := run.setting(key)) is None else value for run in runs]
+        # Of paths the last component only: a path may differ between nodes.
+        paths = key in ("data.shards", "eval.images")
+        values = sorted({_last_components(value) if paths else str(value) for value in found})
+        if len(values) == 1:
+            shared[key] = values[0] if paths and found[0] is not None else found[0]
+        else:
+            shown = ", ".join(map(printable, values if len(values) < 5 else [*values[:2], "…", values[-1]]))
+            notes.append(f"the runs differ in {key} ({shown}): their losses may not be comparable")
     if changing := [run.name for run in runs if metric == TRAINING and run.setting("schedule.crops")]:
         notes.append(f"the training crops of {', '.join(changing)} change during training, and the loss with them")
-    for key in ("data.crop", "schedule.crops", *(() if metric == TRAINING else ("eval.images", "eval.limit"))):
-        # The last component only: a path may differ between nodes.
-        values = sorted({printable(PurePath(str(run.setting(key) or None)).name) for run in runs})
-        if len(values) > 1:
-            notes.append(f"the runs differ in {key} ({', '.join(values)}): their losses may not be comparable")
-    return notes
+    return shared, notes
+
+
+def _schedule(runs: Sequence[Run]) -> dict[str, Any]:
+    """The shape of the schedule that annealed runs share; the length of a decay as a fraction of the run."""
+    found = []
+    for run in runs:
+        decay, steps = run.setting("schedule.decay") or 0.0, run.config["train"]["steps"]
+        fraction = round(decay if decay <= 1 else decay / steps, 2)
+        boundaries = [each if each <= 1 else each / steps for each in run.setting("schedule.boundaries") or []]
+        found.append((fraction, [round(each, 3) for each in boundaries], run.setting("schedule.factors") or [1.0]))
+    if not found or any(each != found[0] for each in found):
+        return {}
+    return dict(zip(("schedule.decay", "schedule.boundaries", "schedule.factors"), found[0], strict=True))
+
+
+def _last_components(value: Any) -> str:
+    entries = value if isinstance(value, list) else [value]
+    return ", ".join(PurePath(str(each["path"] if isinstance(each, dict) else each)).name for each in entries)
 
 
 def _shared(runs: Sequence[Run], key: str) -> str | None:

@@ -1,63 +1,58 @@
-"""Plan of a training run for a compute budget: size, steps, predicted loss, and the command."""
+"""Plan of a training run for a compute budget: size, data, predicted loss, and the command."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from typing import Any, cast
-
-import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import linregress
+from functools import cache
+from typing import Any
 
 from hpcm_scale.compute.hardware import peak_of_option
-from hpcm_scale.compute.tracker import PETA, TRAINING_FACTOR
+from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import check, side_multiple
 from hpcm_scale.config.compose import compose_model, preset_names
-from hpcm_scale.config.schema import IMAGES
+from hpcm_scale.config.schema import IMAGES, ModelConfig, OptimizerConfig
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import json_text
-from hpcm_scale.formatting import count, duration, significant, terminal, terminal_table
-from hpcm_scale.limits import BUDGET, CONFIDENCE, COUNT, CROP, UTILISATION, check_numbers, number
+from hpcm_scale.formatting import DASH, count, duration, significant, terminal, terminal_table
+from hpcm_scale.limits import BUDGET, COUNT, CROP, UTILISATION, check_numbers, number
 from hpcm_scale.model.ladder import LARGEST, SMALLEST, compose_sized, size_name, sized
-from hpcm_scale.model.parameters import forward_flops_per_image, on_meta, parameter_count
-from hpcm_scale.scaling.analysis import PARAMETERS_AND_DATA, Analysis
-from hpcm_scale.scaling.findings import SHORT, loss, no_optimum
+from hpcm_scale.model.parameters import on_meta, parameter_count
+from hpcm_scale.scaling.analysis import COMPUTE_OPTIMAL, PARAMETERS_AND_DATA, Analysis
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
-from hpcm_scale.scaling.laws.law import Law, Prediction
+from hpcm_scale.scaling.laws.law import Prediction
+from hpcm_scale.scaling.report import caveats, expected, loss
+from hpcm_scale.training.costs import optimizer_flops, training_flops_per_image
 
 SECONDS_A_DAY = 86_400
-BATCH = 32
-"""Default images per step, as in conf/experiment."""
 PER_NODE = 8
 """GPUs of one node; a run with more uses a hostfile."""
+FARTHEST = {"N": 10.0, "D": 10.0, "C": 100.0}
+"""Multiple of the largest observed parameters, pixels and compute beyond which a plan has no command."""
+ARCHITECTURE = ("fusion", "stem_kernel", "partial_ratio", "expansion", "hyper_placement", "context_channels", "options")
+"""Fields of `ModelConfig` that sizes of one ladder share."""
+BATCH = 32
+"""Default images per step, as in conf/experiment."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Hardware and recipe of the planned run."""
+    """Hardware of the planned run, and what may differ from the recipe of the law."""
 
     gpus: int = number(8, IMAGES)
     gpu: str = "H100"
     mfu: float = number(0.4, UTILISATION)
     precision: str = "bf16"
     batch_size: int | None = number(None, IMAGES)
-    """Images per step; by default 32 or the next multiple of the GPUs."""
-    crop: int = number(256, CROP)
+    """Images per step; by default those of the law's runs, or the next multiple of the GPUs."""
+    crop: int | None = number(None, CROP)
+    """By default that of the law's runs."""
     images_in_set: int | None = number(None, COUNT)
-    level: float = number(0.95, CONFIDENCE)
 
     def peak(self) -> float:
         """Peak FLOP/s of all GPUs. Raises UserError for an unknown GPU."""
         return self.gpus * peak_of_option(self.gpu, self.precision == "bf16")
-
-    @property
-    def batch(self) -> int:
-        """Images per step."""
-        return self.batch_size or self.gpus * math.ceil(BATCH / self.gpus)
 
     def pflops(self, days: float) -> float:
         """Compute of the GPUs in `days`."""
@@ -68,58 +63,44 @@ class Setting:
 class Training:
     """One size trained with the whole budget."""
 
-    model: str | None
-    """Preset of conf/model; None for the compute-optimal size itself."""
-    parameters: float
+    model: tuple[str, ...]
+    """Overrides such as ("model=68m",) or ("model=hpcm", "model.size=30m")."""
+    parameters: int
     pixels: float
     steps: int
     images: int
     epochs: float | None
     """Passes over the data set; None if its number of images is not given."""
-    loss: float | None
-    """Predicted; None if no law predicts it for this size."""
-    low: float | None
-    high: float | None
+    loss: Prediction
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan for a compute budget."""
+    """Plan for a compute budget; intervals are at `level`."""
 
-    pflops: float
+    pflops: Prediction
+    """The budget; for a target loss with the confidence interval of the compute that reaches it."""
     days: float
     """Duration with `setting`."""
     level: float
-    laws: tuple[str, ...]
-    """Names of the laws it uses."""
-    optimum: Training
-    presets: tuple[Training, ...]
-    """Presets next to the optimum, by parameters."""
-    chosen: str
-    """The one of `presets` with the lowest predicted loss, or else the nearest."""
+    parameters: Prediction
+    """N*."""
+    pixels: Prediction
+    """D*."""
+    loss: Prediction
+    """At N* and D*, of one new training."""
+    trainings: tuple[Training, ...]
+    """The model of the compute-optimal size, and the presets beside it; the first is recommended."""
     outside: tuple[str, ...]
     """Quantities outside the observed range, one sentence each."""
     notes: tuple[str, ...]
-    command: str
+    command: str | None
+    """None if the extrapolation is too far (`FARTHEST`)."""
     setting: Setting
 
     def to_json(self) -> str:
-        """The plan as JSON."""
+        """The plan as JSON; a prediction is value, lower and upper bound."""
         return json_text(asdict(self), indent=2)
-
-
-@dataclass(frozen=True)
-class _Guide:
-    """The laws that a plan follows."""
-
-    laws: tuple[Law, ...]
-    best: Callable[[float], float]
-    """Compute-optimal parameters at a budget in PFLOPs."""
-    expected: Law
-    """Loss at a budget in PFLOPs."""
-    of_both: Law | None
-    """L(N, D)."""
-    notes: tuple[str, ...]
 
 
 def make_plan(
@@ -127,46 +108,76 @@ def make_plan(
 ) -> Plan:
     """Plan for a budget in PFLOPs, or for the least budget that reaches a loss; exactly one of them is given.
 
-    The size follows from L(N, D) and the measured cost per pixel, or else, with a note, from the sizes on the frontier.
-    Raises UserError for a setting, budget or loss out of range, and if no law gives a size.
+    Raises UserError without a compute-optimal law, and for a setting, budget or loss out of range.
     """
-    assert pflops is None or target_loss is None
-    _check(setting, pflops)
-    guide = _guide(analysis)
-    if pflops is None:
-        assert target_loss is not None
-        pflops = _compute_for(target_loss, guide.expected)
-    parameters = float(guide.best(pflops))
-    presets = _presets(analysis.family, parameters, pflops, guide, setting)
-    optimum = _optimum(parameters, pflops, guide, setting, presets)
-    chosen = min(presets, key=lambda each: (each.loss or math.inf, abs(math.log(each.parameters / parameters))))
-    assert chosen.model is not None
-    notes = [*guide.notes]
-    if setting.batch > (setting.batch_size or BATCH):
-        notes.append(f"{setting.batch} images per step, since {BATCH} is not divisible by {setting.gpus} GPUs")
-    if not presets[0].parameters <= parameters <= presets[-1].parameters:
-        notes.append(f"the compute-optimal size, {count(parameters)}, is outside the presets of conf/model")
-    if SMALLEST <= parameters <= LARGEST:
-        size = size_name(int(round(parameters, 1 - math.floor(math.log10(parameters)))))
-        notes.append(f"a model of the compute-optimal size: model={analysis.family} model.size={size}")
+    assert (pflops is None) != (target_loss is None)
+    check_numbers(setting, "--")
+    BUDGET.check("the budget in PFLOPs", pflops)
+    law = analysis.laws.get(COMPUTE_OPTIMAL)
+    if not isinstance(law, ComputeOptimal):
+        raise UserError(
+            "no-law-for-plan",
+            "--laws",
+            f"these laws cannot predict a size ({analysis.refused[COMPUTE_OPTIMAL]}); `hpcm scaling design` lists "
+            "trainings that can",
+        )
+    budget = Prediction(pflops, pflops, pflops) if target_loss is None else _compute_for(law, target_loss, analysis)
+    size, data = law.optimum_intervals(budget.value, analysis.level)
+    crop = setting.crop or analysis.recipe.get("data.crop") or 256
+    batch = _batch(analysis, setting)
+    trainings = []
+    for overrides, model in _models(analysis, size.value):
+        pixels = budget.value * PETA / _flops_per_image(model, crop, batch, _optimizer(analysis)) * crop**2
+        steps = max(1, round(pixels / (batch * crop**2)))
+        images = steps * batch
+        parameters = _parameters(model)
+        trainings.append(
+            Training(
+                overrides,
+                parameters,
+                pixels,
+                steps,
+                images,
+                images / setting.images_in_set if setting.images_in_set else None,
+                analysis.laws[PARAMETERS_AND_DATA].predict((parameters, pixels), analysis.level),
+            )
+        )
+    notes = [*caveats(analysis), *law.warnings]
+    rate = analysis.recipe.get("schedule.learning_rate")
+    if rate is None:
+        rate = min(analysis.observations, key=lambda each: abs(math.log(each.parameters / size.value))).learning_rate
+        notes.insert(0, "the runs share no learning rate: the command has that of the nearest size")
+    longest = max(each.images for each in analysis.observations)
+    if trainings and trainings[0].images > 2 * longest:
+        notes.insert(
+            0,
+            f"the run is {significant(trainings[0].images / longest, 2)} times as long as the longest observed: the "
+            "best learning rate falls with the length (`hpcm scaling horizon` measures it)",
+        )
+    chosen = {"train.batch_size": batch, "data.crop": crop, "engine.precision": setting.precision}
+    if differing := [key for key, value in chosen.items() if analysis.recipe.get(key, value) != value]:
+        shown = ", ".join(f"{key}={chosen[key]} (not {analysis.recipe[key]})" for key in differing)
+        notes.insert(0, f"the law is of another recipe than this plan: {shown}")
+    outside, near = _outside(analysis, budget.value, size.value, data.value)
+    recipe = analysis.recipe | chosen | {"schedule.learning_rate": rate}
+    command = _command(analysis, trainings[0], setting, recipe) if near and trainings else None
     return Plan(
-        pflops,
-        pflops * PETA / (setting.peak() * setting.mfu) / SECONDS_A_DAY,
-        setting.level,
-        tuple(law.name for law in guide.laws),
-        optimum,
-        presets,
-        chosen.model,
-        _outside(analysis, guide, pflops, chosen),
-        tuple(notes),
-        _command(analysis, chosen, setting),
+        budget,
+        budget.value * PETA / (setting.peak() * setting.mfu) / SECONDS_A_DAY,
+        analysis.level,
+        size,
+        data,
+        law.predict(budget.value, analysis.level),
+        tuple(trainings),
+        outside,
+        tuple(dict.fromkeys(notes)),
+        command,
         setting,
     )
 
 
-def _check(setting: Setting, pflops: float | None) -> None:
-    check_numbers(setting, "--")
-    BUDGET.check("the budget in PFLOPs", pflops)
+def _batch(analysis: Analysis, setting: Setting) -> int:
+    """Images per step, a multiple of the GPUs."""
     if setting.batch_size is not None and setting.batch_size % setting.gpus:
         near = setting.gpus * math.ceil(setting.batch_size / setting.gpus)
         raise UserError(
@@ -174,164 +185,165 @@ def _check(setting: Setting, pflops: float | None) -> None:
             "--batch-size",
             f"--batch-size {setting.batch_size} is not divisible by --gpus {setting.gpus}; use --batch-size {near}",
         )
+    wanted = setting.batch_size or analysis.recipe.get("train.batch_size") or BATCH
+    return setting.gpus * math.ceil(wanted / setting.gpus)
 
 
-def _guide(analysis: Analysis) -> _Guide:
-    optimal = analysis.laws.get("compute_optimal")
-    if isinstance(optimal, ComputeOptimal):
-        of_both = analysis.laws[PARAMETERS_AND_DATA]
-        return _Guide((of_both, optimal), lambda c: optimal.optimum(c).parameters, optimal, of_both, optimal.warnings)
-    reason = no_optimum(analysis)
-    for of, points in (("compute", analysis.frontier_annealed), ("compute_whole", analysis.frontier)):
-        law = analysis.laws.get(analysis.preferred.get(of, ""))
-        if law is None or law.at_bound or len({point.parameters for point in points}) < 2:
-            continue
-        line = cast(Any, linregress(np.log([p.pflops for p in points]), np.log([p.parameters for p in points])))
-        note = (
-            f"no compute-optimal law ({reason}): the size is interpolated between the sizes on the frontier, which "
-            "depends on the sizes that were trained"
-        )
-        best = partial(_on_line, float(line.slope), float(line.intercept))
-        return _Guide((law,), best, law, None, (note, *law.warnings))
-    raise UserError(
-        "no-law-for-plan",
-        "--laws",
-        f"these laws cannot predict a size ({reason}), and no frontier has two sizes; train more sizes and amounts of "
-        "data",
-    )
-
-
-def _on_line(slope: float, intercept: float, pflops: float) -> float:
-    return math.exp(intercept + slope * math.log(pflops))
-
-
-def _compute_for(loss: float, law: Law) -> float:
-    """PFLOPs at which a law falls to `loss`."""
-    irreducible = law.parameters.get("E", 0.0)
-    if not 0 < loss < math.inf:
-        raise UserError("invalid-target-loss", "--target-loss", f"--target-loss {loss:g} must be positive and finite")
-    if loss <= irreducible:
+def _compute_for(law: ComputeOptimal, target: float, analysis: Analysis) -> Prediction:
+    """PFLOPs at which the compute-optimal law falls to a loss."""
+    if not 0 < target < math.inf:
+        raise UserError("invalid-target-loss", "--target-loss", f"--target-loss {target:g} must be positive and finite")
+    found = law.compute_for(target, analysis.level)
+    irreducible = law.parameters["E"]
+    if not found.value < math.inf:
         raise UserError(
             "target-loss-below-irreducible",
             "--target-loss",
-            f"no budget reaches a loss of {loss:g}, because the irreducible loss E is {irreducible:.4f}; choose a "
+            f"no budget reaches a loss of {target:g}, because the irreducible loss E is {irreducible:.4f}; choose a "
             "higher loss",
         )
-
-    def above(log_compute: float) -> float:
-        return math.log(float(law.predict(math.exp(log_compute)).value) / loss)
-
-    low, high = math.log(1e-12), math.log(1e18)
-    if above(low) < 0 or above(high) > 0:
+    if not 1e-9 <= found.value <= 1e30:
         raise UserError(
             "unreachable-target-loss",
             "--target-loss",
-            f"no budget from 1e-12 to 1e18 PFLOPs has a predicted loss of {loss:g}; choose another one",
+            f"a predicted loss of {target:g} needs {found.value:.2g} PFLOPs, which is no budget; choose another one "
+            f"(the irreducible loss E is {irreducible:.4f})",
         )
-    return math.exp(brentq(above, low, high, xtol=1e-12))  # pyright: ignore[reportArgumentType]
+    return found
 
 
-def _presets(family: str, parameters: float, pflops: float, guide: _Guide, setting: Setting) -> tuple[Training, ...]:
-    """The presets next to the compute-optimal size, up to one on either side, at their own cost."""
-    sizes = sorted((_parameters(name), name) for name in _names(family))
-    above = next((index for index, (size, _) in enumerate(sizes) if size >= parameters), len(sizes))
-    trainings = []
-    for size, name in sizes[max(above - 1, 0) : above + 1]:
-        pixels = pflops * PETA / _flops_per_image(name, setting.crop) * setting.crop**2
-        expected = guide.of_both.predict((size, pixels), setting.level) if guide.of_both else None
-        trainings.append(_training(name, size, pixels, expected, setting))
-    return tuple(trainings)
+def _models(analysis: Analysis, parameters: float) -> list[tuple[tuple[str, ...], ModelConfig]]:
+    """The model of the compute-optimal size by the rule of `model.size`, and the presets beside it.
+
+    Presets come first if the runs are of presets.
+    """
+    family = analysis.family
+    presets = sorted((_parameters(model), name, model) for name, model in _presets(family, _names(analysis)))
+    above = next((index for index, (size, *_) in enumerate(presets) if size >= parameters), len(presets))
+    beside = [((f"model={name}",), model) for _, name, model in presets[max(above - 1, 0) : above + 1]]
+    beside.sort(key=lambda each: abs(math.log(_parameters(each[1]) / parameters)))
+    by_rule = []
+    if SMALLEST <= parameters <= LARGEST:
+        size = size_name(int(round(parameters, 1 - math.floor(math.log10(parameters)))))
+        overrides = (f"model={family}", f"model.size={size}")
+        by_rule = [(overrides, compose_sized(overrides).model)]
+    of_presets = _names(analysis) & {name for _, name, _ in presets}
+    inside = presets and presets[0][0] / 2 <= parameters <= 2 * presets[-1][0]
+    return [*beside, *by_rule] if of_presets and inside else [*by_rule, *beside]
+
+
+def _names(analysis: Analysis) -> set[str]:
+    return {each.model for each in analysis.observations}
+
+
+def _presets(family: str, observed: set[str]) -> list[tuple[str, ModelConfig]]:
+    """Presets of a family that were observed, or that share the architecture of its default."""
+    default = _every_preset()[family]
+    return [
+        (name, model)
+        for name, model in _every_preset().items()
+        if model.family == family
+        and model.size is None
+        and (name in observed or all(getattr(model, key) == getattr(default, key) for key in ARCHITECTURE))
+    ]
 
 
 @cache
-def _names(family: str) -> list[str]:
-    """Presets of a family, or its default size if it has none."""
-    models = {name: compose_model(name) for name in preset_names("model")}
-    names = [name for name, model in models.items() if model.family == family and model.size is None]
-    return names or [family]
+def _every_preset() -> dict[str, ModelConfig]:
+    return {name: compose_model(name) for name in preset_names("model")}
 
 
-@cache
-def _parameters(preset: str) -> int:
-    return parameter_count(on_meta(sized(compose_model(preset))))
+_counted: dict[str, int] = {}
 
 
-@cache
-def _flops_per_image(preset: str, crop: int) -> int:
-    model = sized(compose_model(preset))
+def _parameters(model: ModelConfig) -> int:
+    key = repr(model)
+    if key not in _counted:
+        _counted[key] = parameter_count(on_meta(sized(model)))
+    return _counted[key]
+
+
+def _optimizer(analysis: Analysis) -> str:
+    return analysis.recipe.get("optimizer.name") or "adam"
+
+
+def _flops_per_image(model: ModelConfig, crop: int, batch: int, optimizer: str) -> float:
+    """Training FLOPs of a crop, with its share of the optimizer's."""
     multiple = side_multiple(model)
     if crop % multiple:
         raise UserError(
             "crop-not-multiple",
             "--crop",
-            f"--crop {crop} does not fit {preset}; use a multiple of {multiple} pixels",
+            f"--crop {crop} does not fit {model.name}; use a multiple of {multiple} pixels",
         )
-    return TRAINING_FACTOR * forward_flops_per_image(on_meta(model), crop)
+    built = on_meta(sized(model))
+    return training_flops_per_image(built, crop) + optimizer_flops(built, _optimizer_config(optimizer)) / batch
 
 
-def _optimum(
-    parameters: float, pflops: float, guide: _Guide, setting: Setting, presets: tuple[Training, ...]
-) -> Training:
-    expected = guide.expected.predict(pflops, setting.level)
-    if isinstance(guide.expected, ComputeOptimal):
-        pixels = float(guide.expected.optimum(pflops).pixels)
-    else:  # interpolated between the presets next to it
-        sizes, pixels = zip(*((math.log(each.parameters), math.log(each.pixels)) for each in presets), strict=True)
-        pixels = math.exp(float(np.interp(math.log(parameters), sizes, pixels)))
-    return _training(None, parameters, pixels, expected, setting)
+@cache
+def _optimizer_config(name: str) -> OptimizerConfig:
+    return compose_sized([f"optimizer={name}"]).optimizer
 
 
-def _training(
-    model: str | None, parameters: float, pixels: float, expected: Prediction | None, setting: Setting
-) -> Training:
-    steps = max(1, round(pixels / (setting.batch * setting.crop**2)))
-    images = steps * setting.batch
-    epochs = images / setting.images_in_set if setting.images_in_set else None
-    value, low, high = map(_finite, expected) if expected is not None else (None, None, None)
-    return Training(model, parameters, pixels, steps, images, epochs, value, low, high)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _outside(analysis: Analysis, guide: _Guide, pflops: float, chosen: Training) -> tuple[str, ...]:
-    observed = {name: bounds for law in guide.laws for name, bounds in law.observed.items()}
-    for name, quantity in (("N", "parameters"), ("D", "pixels"), ("C", "pflops")):
-        values = [getattr(point, quantity) for point in analysis.observations]
-        observed.setdefault(name, (min(values), max(values)))
-    what = {
-        "C": ("the budget", pflops, "PFLOPs"),
-        "N": ("the size", chosen.parameters, "parameters"),
-        "D": ("the training data", chosen.pixels, "pixels"),
-    }
-    found = []
-    for name, (subject, value, unit) in what.items():
-        low, high = observed[name]
+def _outside(analysis: Analysis, pflops: float, size: float, pixels: float) -> tuple[tuple[str, ...], bool]:
+    """Sentences on quantities outside the observed range, and whether all are within `FARTHEST`."""
+    found, near = [], True
+    for variable, quantity, subject, value, unit in (
+        ("C", "pflops", "the budget", pflops, "PFLOPs"),
+        ("N", "parameters", "the size", size, "parameters"),
+        ("D", "pixels", "the training data", pixels, "pixels"),
+    ):
+        values = [getattr(each, quantity) for each in analysis.observations]
+        low, high = min(values), max(values)
+        near &= low / FARTHEST[variable] <= value <= FARTHEST[variable] * high
         if value > high * 1.001:
             found.append(
                 f"{subject} is {significant(value / high, 2)} times the largest observed ({count(high)} {unit})"
             )
         if value < low / 1.001:
             found.append(f"{subject} is 1/{significant(low / value, 2)} of the smallest observed ({count(low)} {unit})")
-    return tuple(found)
+    if not near:
+        found.append(
+            "there is no command, because a plan is trusted up to "
+            f"{FARTHEST['N']:g} times the observed sizes and data and {FARTHEST['C']:g} times the compute"
+        )
+    return tuple(found), near
 
 
-def _command(analysis: Analysis, chosen: Training, setting: Setting) -> str:
-    """The training command, whose configuration is composed and checked."""
+def recipe_overrides(recipe: dict[str, Any]) -> list[str]:
+    """Overrides that give a new run the recipe of a study, as far as it differs from the defaults."""
+    groups = [f"optimizer={recipe['optimizer.name']}"] if recipe.get("optimizer.name", "adam") != "adam" else []
+    if not recipe.get("schedule.boundaries") and recipe.get("schedule.decay"):
+        groups.append("schedule=wsd")
+    default = asdict(compose_sized(groups))
+    overrides = groups
+    for key, value in recipe.items():
+        section, name = key.split(".")
+        if key in ("optimizer.name", "data.shards", "eval.images", "model.family") or value is None:
+            continue
+        if _plain(default[section][name]) != value:
+            overrides.append(f"{key}={_plain(value)}")
+    return overrides
+
+
+def _plain(value: Any) -> Any:
+    """A value as in YAML."""
+    return getattr(value, "value", value)
+
+
+def _command(analysis: Analysis, chosen: Training, setting: Setting, recipe: dict[str, Any]) -> str:
+    """The training command with a recipe, whose configuration is composed and checked."""
+    name = chosen.model[-1].partition("=")[2]
     overrides = [
-        f"model={chosen.model}",
+        *chosen.model,
         *(["objective=ms_ssim"] if analysis.distortion == "ms_ssim" else []),
         f"objective.lmbda={analysis.lmbda:g}",
         f"train.steps={chosen.steps}",
-        f"train.batch_size={setting.batch}",
-        f"engine.precision={setting.precision}",
+        *recipe_overrides(recipe),
         "data.shards=shards",
         "eval.images=kodak",
-        f"run.dir=runs/{chosen.model}_{chosen.steps}_steps",
+        f"run.dir=runs/{name}_{chosen.steps}_steps",
     ]
-    if setting.crop != 256:
-        overrides.insert(-4, f"data.crop={setting.crop}")
     check(compose_sized(overrides), setting.gpus)
     launcher = f"--num_gpus {setting.gpus}" if setting.gpus <= PER_NODE else "--hostfile hostfile"
     return shlex.join(["deepspeed", *launcher.split(), "--module", "hpcm_scale.train", *overrides])
@@ -340,32 +352,34 @@ def _command(analysis: Analysis, chosen: Training, setting: Setting) -> str:
 def print_plan(plan: Plan) -> None:
     """Print sizes, predicted losses, notes and the command."""
     console, setting = terminal(), plan.setting
+    budget = significant(plan.pflops.value)
+    if plan.pflops.low != plan.pflops.high:
+        budget = expected(plan.pflops, plan.level, significant)
     console.print(
-        f"{significant(plan.pflops)} PFLOPs: {duration(plan.days * SECONDS_A_DAY)} on {setting.gpus} × {setting.gpu} "
-        f"at {setting.mfu:.0%} of their {setting.precision} peak"
+        f"{budget} PFLOPs: {duration(plan.days * SECONDS_A_DAY)} on {setting.gpus} × {setting.gpu} "
+        f"at {setting.mfu:.0%} of their {setting.precision} peak",
+        soft_wrap=True,
     )
-    epochs = ["epochs"] if setting.images_in_set else []
+    size, data = (expected(each, plan.level, count) for each in (plan.parameters, plan.pixels))
+    best = expected(plan.loss, plan.level)
+    console.print(f"Compute-optimal: N* = {size} parameters, D* = {data} pixels, predicted loss {best}", soft_wrap=True)
     rows = []
-    for training in (plan.optimum, *plan.presets):
-        name = training.model or "optimum"
-        row = [f"{name} ←" if name == plan.chosen else name, count(training.parameters), count(training.pixels)]
-        row += [count(training.images), f"{training.steps:,}"]
-        row += [] if training.epochs is None else [significant(training.epochs, 3)]
-        rows.append([*row, _loss(training)])
-    headings = ["size", "parameters", "pixels", "images", "steps", *epochs, f"loss ({plan.level * 100:g} %)"]
+    for training in plan.trainings:
+        epochs = DASH if training.epochs is None else significant(training.epochs, 3)
+        numbers = [count(training.parameters), count(training.pixels), f"{training.steps:,}", epochs]
+        rows.append([training.model[-1], *numbers, _interval(training.loss, loss)])
+    headings = ["model", "size", "pixels", "steps", "epochs", f"loss ({plan.level * 100:g} %)"]
     console.print(terminal_table(headings, rows))
-    laws = ", ".join(SHORT[name] for name in plan.laws)
-    console.print(f"Laws: {laws}. Steps of {setting.batch} crops of {setting.crop}².", soft_wrap=True)
     for sentence in plan.outside:
         console.print(f"Extrapolation: {sentence}.", soft_wrap=True)
     for sentence in plan.notes:
         console.print(f"Note: {sentence}.", soft_wrap=True)
-    print(f"\n{plan.command}")
+    if plan.command:
+        print(f"\n{plan.command}")
 
 
-def _loss(training: Training) -> str:
-    if training.loss is None:
-        return "unknown"
-    if training.low is None or training.high is None:
-        return loss(training.loss)
-    return f"{loss(training.loss)} ({loss(training.low)}…{loss(training.high)})"
+def _interval(prediction: Prediction, show: Any) -> str:
+    if not math.isfinite(prediction.low):
+        return show(prediction.value)
+    high = show(prediction.high) if math.isfinite(prediction.high) else "∞"
+    return f"{show(prediction.value)} ({show(prediction.low)}…{high})"

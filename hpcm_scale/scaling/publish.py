@@ -13,10 +13,9 @@ import numpy as np
 
 from hpcm_scale.errors import UserError, printable
 from hpcm_scale.files import utf_8_path, writing
-from hpcm_scale.scaling.analysis import FILE_NAME, Analysis, read_laws
+from hpcm_scale.scaling.analysis import COMPUTE_LAWS, FILE_NAME, Analysis, read_laws
 from hpcm_scale.scaling.figures import FIGURES
-from hpcm_scale.scaling.findings import compute_law, summary
-from hpcm_scale.scaling.report import REPORT
+from hpcm_scale.scaling.report import REPORT, summary
 from hpcm_scale.tracking.wandb_view import AXES, load_wandb, run_id, settings
 
 KEPT = (REPORT, FILE_NAME)
@@ -83,8 +82,8 @@ def _config(analysis: Analysis) -> dict[str, Any]:
         "lmbda": analysis.lmbda,
         "distortion": analysis.distortion,
         "level": analysis.level,
+        "recipe": analysis.recipe,
         "laws": {name: asdict(law) for name, law in analysis.laws.items()},
-        "preferred": analysis.preferred,
         "refused": analysis.refused,
     }
 
@@ -104,18 +103,15 @@ def _log(wandb: Any, run: Any, analysis: Analysis, folder: Path) -> None:
         if (folder / name).is_file():
             shutil.copy(folder / name, Path(run.dir) / name)
             run.save(str(Path(run.dir) / name), base_path=run.dir, policy="now")
-    if law := compute_law(analysis):
-        run.summary["law/formula"] = law.formula
 
 
 def _curves(analysis: Analysis) -> list[dict[str, float]]:
     """History rows, ascending in compute: the frontier as the runs' own metric, and the law with its interval."""
-    points = analysis.frontier_annealed or analysis.frontier
-    rows = [{AXES[0]: point.pflops, analysis.metric: point.loss} for point in points]
-    if law := compute_law(analysis):
-        low, high = law.observed["C"]
+    rows = [{AXES[0]: point.pflops, analysis.metric: point.loss} for point in analysis.frontier]
+    if COMPUTE_LAWS[0] in analysis.laws:
+        low, high = analysis.laws[COMPUTE_LAWS[0]].observed["C"]
         compute = np.geomspace(low, EXTRAPOLATE * high, 100)
-        for place, *losses in zip(compute, *law.predict(compute, analysis.level), strict=True):
+        for place, *losses in zip(compute, *analysis.at_compute(compute), strict=True):
             named = zip(("law/loss", "law/low", "law/high"), losses, strict=True)
             rows.append({AXES[0]: float(place)} | {key: float(loss) for key, loss in named if math.isfinite(loss)})
     return sorted(rows, key=lambda row: row[AXES[0]])
@@ -125,7 +121,7 @@ def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
     """Rows of the published tables by name; values are numbers, strings, booleans or None."""
     laws = [
         {"law": law.name, "formula": law.formula, "parameter": name, "value": value}
-        | {"standard_error": (law.standard_errors or {}).get(name), "aicc": law.aicc, "r": law.r}
+        | {"standard_error": (law.standard_errors or {}).get(name), "r": law.r}
         for law in analysis.laws.values()
         for name, value in law.parameters.items()
     ]
@@ -139,7 +135,6 @@ def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
     return {
         "observations": [asdict(point) for point in analysis.observations],
         "frontier": [asdict(point) for point in analysis.frontier],
-        "frontier_annealed": [asdict(point) for point in analysis.frontier_annealed],
         "laws": laws,
         "held_out": held_out,
     }

@@ -1,9 +1,9 @@
-"""The results of a fit for people: report.md and the terminal summary."""
+"""The results of a fit in words: the headline and its caveats, the terminal summary, and report.md."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hpcm_scale.formatting import (
     DASH,
@@ -17,41 +17,161 @@ from hpcm_scale.formatting import (
     terminal_table,
     with_error,
 )
-from hpcm_scale.scaling.analysis import Analysis
-from hpcm_scale.scaling.diagnostics import Bootstrap, HeldOut
+from hpcm_scale.scaling.analysis import COMPUTE_LAWS, COMPUTE_OPTIMAL, PARAMETER_LAWS, TITLES, Analysis
+from hpcm_scale.scaling.diagnostics import HeldOut
 from hpcm_scale.scaling.figures import FIGURES
 from hpcm_scale.scaling.filters import TRAINING
-from hpcm_scale.scaling.findings import (
-    SOURCES,
-    TITLES,
-    caveats,
-    expected,
-    headline,
-    improvement,
-    no_optimum,
-    parameter_law,
-    summary,
-)
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
-from hpcm_scale.scaling.laws.law import Law
+from hpcm_scale.scaling.laws.fits import ENOUGH
+from hpcm_scale.scaling.laws.law import Law, Prediction
 from hpcm_scale.scaling.observations import LOSSES, Observation
 
 REPORT = "report.md"
-FACTORS = (2, 10)
+AHEAD = 10
+"""Multiple of the largest size for which the headline predicts the loss."""
+FACTORS = (2, AHEAD)
 """Multiples of the largest size (or compute) at which laws are evaluated."""
+AS_GOOD_AS_NEW = 4
+"""Passes over the data up to which repeated data is worth about as much as new data (arXiv 2305.16264)."""
 SYMBOLS = {"alpha": "α", "beta": "β", "kappa": "κ"}
-NOTE_ON_R = (
-    "Pearson's r proves nothing here: for curves with irreducible loss and without noise, five points have |r| above "
-    "0.99 while the power law overestimates the gain of ten times the size up to twofold. AICc measures whether "
-    "the additional parameter E improves the fit enough."
-)
+
+# The headline and its caveats, the same in report, terminal, plan and wandb.
+
+
+def loss(value: float) -> str:
+    """A loss: "1.2340", or a power of ten for an interval without useful bounds."""
+    return f"{value:.4f}" if 1e-3 <= value < 1e3 else significant(value, 2)
+
+
+def expected(prediction: Prediction, level: float, show: Callable[[float], str] = loss) -> str:
+    """A predicted value with its interval: "1.2340 (95 %: 1.2010…1.2680)"."""
+    if not math.isfinite(prediction.low):
+        return f"{show(prediction.value)} (no interval)"
+    high = show(prediction.high) if math.isfinite(prediction.high) else "∞"
+    return f"{show(prediction.value)} ({level * 100:g} %: {show(prediction.low)}…{high})"
+
+
+def summary(analysis: Analysis) -> list[str]:
+    """The headline and its caveats, as sentences."""
+    return [*headline(analysis), *(f"Caveat: {caveat}." for caveat in caveats(analysis))]
+
+
+def headline(analysis: Analysis) -> list[str]:
+    """The predicted loss and rate at ten times the largest size, with and without irreducible loss, as sentences."""
+    if analysis.largest is None:
+        reason = analysis.refused[PARAMETER_LAWS[0]]
+        return [f"These runs determine no law of parameters: {reason}."]
+    size = AHEAD * analysis.largest
+    line, saturating = (analysis.laws.get(name) for name in PARAMETER_LAWS)
+    assert line is not None
+    sentences = [
+        f"Ten times the largest size ({count(size)} parameters) has a predicted loss of "
+        f"{expected(analysis.at_size(size), analysis.level)}, by {line.data}."
+    ]
+    if change := analysis.change_of_rate(analysis.loss_ratio(size)):
+        assert analysis.reference is not None
+        sentences.append(
+            f"At λ = {analysis.lmbda:g} and equal quality this changes the bitrate of {analysis.reference.model} "
+            f"by {expected(change, analysis.level, _percent)}; one λ is not a BD-rate."
+        )
+    if saturating is not None:
+        with_floor, without = (
+            expected(law.predict(size, analysis.level), analysis.level) for law in (saturating, line)
+        )
+        sentences.append(
+            f"With an irreducible loss, E = {loss(saturating.parameters['E'])}, the prediction is {with_floor}, "
+            f"without one {without}; {_irreducible(analysis.irreducible_probability.get(saturating.name))}."
+        )
+    return sentences
+
+
+def _percent(share: float) -> str:
+    return percent(share, 1)
+
+
+def _irreducible(probability: float | None) -> str:
+    if probability is None:
+        return "three sizes cannot tell which holds"
+    verdict = "rejects E = 0" if probability < 0.05 else "cannot tell which holds"
+    return f"an F test {verdict} (p = {probability:.2g})"
+
+
+def caveats(analysis: Analysis) -> list[str]:
+    """Reasons to doubt the headline, as sentences without their full stop, the most serious first."""
+    if analysis.largest is None:
+        return list(analysis.notes)
+    line, saturating = (analysis.laws.get(name) for name in PARAMETER_LAWS)
+    law = saturating or line
+    assert law is not None
+    found = [*analysis.notes]
+    exponent = law.parameters["alpha"]
+    error = (law.standard_errors or {}).get("alpha")
+    if exponent <= 0 or law.parameters["A"] == 0:
+        found.append("the loss does not fall with parameters")
+    elif error is not None and exponent < 2 * error and line is not None and _uncertain(line):
+        found.append(f"the exponent, {exponent:.3f}, is less than two standard errors ({error:.3f}) from zero")
+    if saturating is None:
+        found.append(f"an irreducible loss cannot be fitted: {analysis.refused[PARAMETER_LAWS[1]]}")
+    if law.covariance is None:
+        found.append("the law has no interval: its trainings do not determine the errors of its parameters")
+    found += [*_more_data(analysis, law), *_held_out(analysis, law), *_epochs(analysis)]
+    sizes = len({residual.x for residual in analysis.diagnostics[law.name].residuals})
+    if sizes < ENOUGH:
+        found.append(
+            f"there are only {sizes} sizes: with fewer than {ENOUGH}, an irreducible loss can hardly be distinguished "
+            "from zero"
+        )
+    smallest, largest = law.observed["N"]
+    if largest < AHEAD * smallest:
+        found.append(f"the sizes span a factor of {largest / smallest:.1f}, less than the extrapolation to ten times")
+    return list(dict.fromkeys([*found, *law.warnings]))
+
+
+def _uncertain(line: Law) -> bool:
+    """Whether the power law's exponent, too, is less than two standard errors from zero."""
+    return line.parameters["alpha"] < 2 * (line.standard_errors or {}).get("alpha", 0.0)
+
+
+def _more_data(analysis: Analysis, law: Law) -> list[str]:
+    """Whether a training with more data than the law's is already below the law's prediction."""
+    assert analysis.largest is not None
+    ahead = analysis.at_size(AHEAD * analysis.largest).value
+    best = min(analysis.observations, key=lambda each: each.loss)
+    if best.run in law.runs or best.loss >= ahead:
+        return []
+    return [
+        f"with {count(best.pixels)} pixels, {best.model} reached {loss(best.loss)}, below this law at ten times the "
+        "largest size: here data matters more than size, and the irreducible loss may be that of too little data"
+    ]
+
+
+def _held_out(analysis: Analysis, law: Law) -> list[str]:
+    missed = [held for held in analysis.diagnostics[law.name].largest if held.inside is False]
+    worst = max(missed, key=lambda held: abs(held.error), default=None)
+    if worst is None or abs(worst.error) < 1e-4:
+        return []
+    return [f"fitted without the largest size, the law misses it by {percent(worst.error)}, outside its interval"]
+
+
+def _epochs(analysis: Analysis) -> list[str]:
+    passes = max((each.pixels / each.unique for each in analysis.observations if each.unique), default=0.0)
+    if passes <= AS_GOOD_AS_NEW:
+        return []
+    return [
+        f"the runs pass over their data up to {significant(passes, 2)} times: repeated data is worth less than new "
+        f"data from about {AS_GOOD_AS_NEW} times on, and a law of repeated data does not hold for more data"
+    ]
+
+
+# report.md and the terminal summary.
 
 
 def report(analysis: Analysis, figures: Sequence[str]) -> str:
     """report.md, in Markdown; `figures` are the names of the figures beside it (keys of `figures.FIGURES`)."""
     sections = [
         f"# Scaling laws of {_sizes(analysis)}, λ = {analysis.lmbda:g}",
-        _opening(analysis),
+        " ".join(map(escaped, headline(analysis))),
+        _caveats(analysis),
         "## Runs",
         _runs(analysis),
         "## Loss against compute",
@@ -68,8 +188,6 @@ def report(analysis: Analysis, figures: Sequence[str]) -> str:
         "## Diagnostics",
         _diagnostics(analysis),
         _figure("residuals", figures),
-        "## Warnings",
-        _warnings(analysis),
         "## Excluded",
         "\n".join(f"- {escaped(sentence)}." for sentence in analysis.excluded) or "Nothing.",
     ]
@@ -81,15 +199,10 @@ def print_summary(analysis: Analysis) -> None:
     console = terminal()
     runs = _table(map(_run_cells, analysis.observations), ("run", "parameters", "pixels", "PFLOPs", "loss", "annealed"))
     console.print(terminal_table(*runs, title=f"{analysis.metric}, λ = {analysis.lmbda:g}"))
-    if analysis.laws:
-        ahead = f"10 × ({analysis.level * 100:g} %)"
-        cells = [_law_cells(law, analysis) for law in analysis.laws.values()]
-        console.print(terminal_table(*_table(cells, ("law", "AICc", "held out", ahead))))
-        console.print(
-            "← preferred. Held out: error at the largest size or compute of the law fitted without it. 10 ×: loss at "
-            "ten times the largest.",
-            soft_wrap=True,
-        )
+    for law in analysis.laws.values():
+        cells = _law_cells(law, analysis)
+        held = "" if cells["held out"] == DASH else f"; largest held out: {cells['held out']}"
+        console.print(f"{cells['law']}: {cells['parameters ± standard errors']}{held}", soft_wrap=True)
     for sentence in summary(analysis):
         console.print(sentence, soft_wrap=True)
     for reason, names in _grouped((why, TITLES[name]) for name, why in sorted(analysis.refused.items())).items():
@@ -127,33 +240,31 @@ def _run_cells(point: Observation) -> dict[str, str]:
 
 
 def _law_cells(law: Law, analysis: Analysis) -> dict[str, str]:
-    errors = law.standard_errors or {}
-    parameters = [
-        f"{SYMBOLS.get(name, name)} = {with_error(value, errors.get(name))}" for name, value in law.parameters.items()
-    ]
     diagnostics = analysis.diagnostics.get(law.name)
     held = max((each.error for each in diagnostics.largest), key=abs) if diagnostics and diagnostics.largest else None
-    ahead = DASH
-    if len(law.variables) == 1:
-        ahead = expected(law.predict(10 * law.observed[law.variables[0]][1], analysis.level), analysis.level)
     return {
-        "law": TITLES[law.name] + (" ←" if law.name in analysis.preferred.values() else ""),
+        "law": TITLES[law.name],
         "formula": law.formula,
         "trainings": str(law.points),
-        "parameters ± standard errors": ", ".join(parameters),
+        "parameters ± standard errors": ", ".join(_parameter(law, name) for name in law.parameters),
         "deviation of log L": DASH if law.residual_deviation is None else f"{law.residual_deviation * 100:.2g} %",
-        "AICc": decimal(law.aicc, 2),
         "r": decimal(law.r, 5),
         "held out": DASH if held is None else percent(held),
-        f"10 × ({analysis.level * 100:g} %)": ahead,
     }
 
 
-def _opening(analysis: Analysis) -> str:
-    if parameter_law(analysis) is None:
-        return f"**{headline(analysis)}**"
+def _parameter(law: Law, name: str) -> str:
+    """ "α = 0.25 ± 0.03"; of a coefficient, which is positive, with a factor instead: "A = 24 ×÷ 1.4"."""
+    value, error = law.parameters[name], (law.standard_errors or {}).get(name)
+    if name in ("A", "B", "k") and error and value:
+        factor = math.exp(min(error / value, 700))
+        return f"{name} = {significant(value, 3)} ×÷ {significant(factor, 3)}"
+    return f"{SYMBOLS.get(name, name)} = {with_error(value, error)}"
+
+
+def _caveats(analysis: Analysis) -> str:
     found = caveats(analysis)
-    return f"**Caveats:**\n{_bullets(found)}\n\n{headline(analysis)}" if found else headline(analysis)
+    return f"**Caveats:**\n\n{_bullets(found)}" if found else ""
 
 
 def _sizes(analysis: Analysis) -> str:
@@ -177,20 +288,20 @@ def _runs(analysis: Analysis) -> str:
 
 
 def _frontier(analysis: Analysis) -> str:
-    annealed, whole = analysis.frontier_annealed, analysis.frontier
+    whole = analysis.frontier
+    annealed = [point for point in whole if point.annealed]
     text = (
-        f"The whole frontier has {len(whole)} points of {len({point.run for point in whole})} runs, the annealed "
-        f"frontier {len(annealed)} of {len({point.run for point in annealed})}. Points of the same run are not "
-        "independent."
+        f"The frontier has {len(whole)} points of {len({point.run for point in whole})} runs; {len(annealed)} of "
+        f"{len({point.run for point in annealed})} runs are annealed. Points of the same run are not independent."
     )
     if not annealed:
-        return f"{text} No run was annealed: a decay of the learning rate would lower the frontier."
+        return f"{text} A decay of the learning rate would lower it."
     headings = ["run", "parameters", "pixels", "PFLOPs", "loss"]
     rows = [
         [escaped(run), count(point.parameters), count(point.pixels), significant(point.pflops), f"{point.loss:.4f}"]
         for run, point in {point.run: point for point in annealed}.items()
     ]
-    return f"{text} Last point of each run on the annealed frontier:\n\n{markdown_table(headings, rows)}"
+    return f"{text} Last annealed point of each run:\n\n{markdown_table(headings, rows)}"
 
 
 def _laws(analysis: Analysis) -> str:
@@ -198,73 +309,71 @@ def _laws(analysis: Analysis) -> str:
     if not analysis.laws:
         return f"No law could be fitted.\n\n{refused}"
     cells = [_law_cells(law, analysis) for law in analysis.laws.values()]
-    headings, rows = _table(cells, list(cells[0])[:-2])
+    headings, rows = _table(cells, list(cells[0])[:-1])
     note = (
-        "L: loss, N: parameters, D: training pixels, C: training compute in PFLOPs, E: irreducible loss. ← preferred. "
-        "Fitted to:"
+        "L: loss, N: parameters, D: training pixels, C: training compute in PFLOPs, E: irreducible loss. ×÷: factor of "
+        "one standard error. Pearson's r proves nothing here: with an irreducible loss and without noise, five points "
+        "have |r| above 0.99 while the power law overestimates the gain of ten times the size up to twofold."
     )
     data = _grouped((law.data, TITLES[law.name]) for law in analysis.laws.values())
     fitted = _bullets(f"{points} ({'; '.join(titles)})" for points, titles in data.items())
-    reasons = _bullets(f"Law of {SOURCES[of]}: {each.reason}" for of, each in analysis.comparisons.items())
+    warnings = _grouped((warning, TITLES[law.name]) for law in analysis.laws.values() for warning in law.warnings)
+    warned = _bullets(f"{warning} ({'; '.join(titles)})" for warning, titles in warnings.items())
     table = markdown_table(headings, [[*map(escaped, row)] for row in rows], 2)
-    return "\n\n".join(
-        part for part in (table, note, fitted, reasons and f"Comparison:\n\n{reasons}", NOTE_ON_R, refused) if part
-    )
+    parts = (table, note, f"Fitted to:\n\n{fitted}", warned and f"Warnings:\n\n{warned}", refused)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _predictions(analysis: Analysis) -> str:
     level = f"{analysis.level * 100:g} %"
     rows = []
-    for law in analysis.laws.values():
-        if len(law.variables) != 1:
+    for names, variable, at in ((PARAMETER_LAWS, "N", analysis.at_size), (COMPUTE_LAWS, "C", analysis.at_compute)):
+        if names[0] not in analysis.laws:
             continue
-        (variable,) = law.variables
         for factor in FACTORS:
-            x = factor * law.observed[variable][1]
-            change, low, high = improvement(law, factor, variable, analysis.level)
+            x = factor * analysis.laws[names[0]].observed[variable][1]
             where = f"{count(x)} parameters" if variable == "N" else f"{significant(x)} PFLOPs"
-            gain = percent(change) if math.isnan(low) else f"{percent(change)} ({percent(low)}…{percent(high)})"
-            ahead = expected(law.predict(x, analysis.level), analysis.level)
-            rows.append([TITLES[law.name], f"{factor} ×", where, ahead, gain])
+            rate = DASH
+            if variable == "N" and (change := analysis.change_of_rate(analysis.loss_ratio(x))):
+                rate = expected(change, analysis.level, _percent)
+            alone = [
+                loss(analysis.laws[name].predict(x).value) if name in analysis.laws else DASH for name in names[::-1]
+            ]
+            rows.append([f"{factor} × {variable}", where, expected(at(x), analysis.level), *alone, rate])
     if not rows:
         return "There is no law."
-    table = markdown_table(["law", "largest", "at", f"loss ({level})", f"change ({level})"], rows, 3)
+    headings = ["largest", "at", f"loss ({level})", "with E", "E = 0", f"bitrate ({level})"]
     note = (
-        "Prediction intervals (Student's t) of one new training with the same recipe. They include the deviation of "
-        "these runs, but not a change of the law beyond them or repeated data. Change: relative to the law's loss at "
-        "the largest. Every line is an extrapolation."
+        "Prediction intervals of one new training with the same recipe (Student's t): the value and the upper bound "
+        "are those of the law with irreducible loss, the lower bound is the greater one of both laws. They include the "
+        "deviation of these runs, but not a change of the law beyond them. Bitrate: (L₂/L₁)^(L₁/R₁) − 1 at fixed λ "
+        "and equal quality. Every line is an extrapolation."
     )
-    if not analysis.rate_gains:
-        return f"{table}\n\n{note}"
-    gains = _bullets(f"By the {TITLES[name]}, {gain.sentence}" for name, gain in analysis.rate_gains.items())
-    gain = next(iter(analysis.rate_gains.values()))
-    rate = (
-        f"Bitrate at equal quality, relative to {escaped(gain.model)} at {gain.bpp:.4f} bpp: ΔR/R ≈ ΔL/R at fixed λ, "
-        "to first order. Differences between the laws show how much depends on their form."
-    )
-    return f"{table}\n\n{note}\n\n{rate}\n\n{gains}"
+    return f"{markdown_table(headings, rows, 2)}\n\n{note}"
 
 
 def _split(analysis: Analysis) -> str:
-    law = analysis.laws.get("compute_optimal")
+    law = analysis.laws.get(COMPUTE_OPTIMAL)
     if not isinstance(law, ComputeOptimal):
-        return f"Unknown: {no_optimum(analysis)}."
-    a, b = law.growth
+        return f"Unknown: {analysis.refused[COMPUTE_OPTIMAL]}."
     cost = f"{significant(law.parameters['k'], 3)}·N^{significant(law.parameters['kappa'], 3)}"
     rows = []
     for factor in (1, *FACTORS):
         pflops = factor * law.observed["C"][1]
-        best = law.optimum(pflops)
         size, data = (
-            count(value) + ("" if law.observed[name][0] <= value <= law.observed[name][1] else " (extrapolated)")
-            for name, value in (("N", best.parameters), ("D", best.pixels))
+            expected(value, analysis.level, count)
+            + ("" if law.observed[name][0] <= value.value <= law.observed[name][1] else ", extrapolated")
+            for name, value in zip("ND", law.optimum_intervals(pflops, analysis.level), strict=True)
         )
         ahead = expected(law.predict(pflops, analysis.level), analysis.level)
         rows.append([significant(pflops), size, data, ahead])
     table = markdown_table(["PFLOPs", "N*", "D* (pixels)", "predicted loss"], rows, 0)
+    a, b = (
+        expected(each, analysis.level, lambda value: f"{value:.3f}") for each in law.growth_intervals(analysis.level)
+    )
     return (
-        f"A training pixel costs {cost} FLOP in these runs. With L(N, D), N* grows as C^{a:.3f} and D* as C^{b:.3f}."
-        f"\n\n{table}"
+        f"A training pixel costs {cost} FLOP in these runs. With L(N, D), N* grows as C^a with a = {a}, and D* as C^b "
+        f"with b = {b}.\n\n{table}"
     )
 
 
@@ -274,10 +383,6 @@ def _diagnostics(analysis: Analysis) -> str:
         rows.append([TITLES[name], _errors(found.leave_one_out), _errors(found.largest)])
         if found.largest_refused:
             notes.append(f"{TITLES[name]}, without the largest: {found.largest_refused}")
-        if found.bootstrap:
-            notes.append(_bootstrap(TITLES[name], found.bootstrap))
-        if found.bootstrap_refused:
-            notes.append(f"{TITLES[name]}, bootstrap: {found.bootstrap_refused}")
     if not rows:
         return "There is no law."
     table = markdown_table(["law", "each run held out", "the largest held out"], rows, 3)
@@ -298,35 +403,6 @@ def _errors(held: Sequence[HeldOut]) -> str:
         return f"{percent(errors[0])}{inside}"
     mean = sum(map(abs, errors)) / len(errors)
     return f"mean {mean * 100:.2f} %, worst {percent(errors[-1])}{inside}"
-
-
-def _bootstrap(title: str, bootstrap: Bootstrap) -> str:
-    ranges = [
-        f"{SYMBOLS.get(name, name)} {significant(low)}…{significant(high)}"
-        for name, (low, high) in bootstrap.parameters.items()
-    ]
-    low, high = bootstrap.at_ten_times
-    failed = f", {bootstrap.failed} of them without a law" if bootstrap.failed else ""
-    return (
-        f"{title}, bootstrap over {bootstrap.unit} ({bootstrap.resamples} resamples{failed}), "
-        f"{bootstrap.level * 100:g} %: {', '.join(ranges)}; loss at ten times the largest {low:.4f}…{high:.4f}, "
-        "without the noise of a new training; too narrow for few runs"
-    )
-
-
-def _warnings(analysis: Analysis) -> str:
-    of_laws = _grouped((warning, TITLES[law.name]) for law in analysis.laws.values() for warning in law.warnings)
-    parameters, pixels, pflops = (
-        max(getattr(point, name) for point in analysis.observations) for name in ("parameters", "pixels", "pflops")
-    )
-    return _bullets(
-        [
-            *analysis.warnings,
-            *(f"{warning} ({'; '.join(titles)})" for warning, titles in of_laws.items()),
-            f"nothing was observed beyond {count(parameters)} parameters, {count(pixels)} pixels and "
-            f"{significant(pflops)} PFLOPs",
-        ]
-    )
 
 
 def _figure(name: str, figures: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from hpcm_scale.scaling.laws.law import CannotFit, Law
+from hpcm_scale.scaling.laws.law import CannotFit, Law, Prediction
 
 PFLOP = 1e15
 ROUGH = 0.05
@@ -80,16 +82,64 @@ class ComputeOptimal(Law):
     @property
     def growth(self) -> tuple[float, float]:
         """Exponents (a, b) of N* ∝ C^a and D* ∝ C^b."""
-        alpha, beta, kappa = (self.parameters[name] for name in ("alpha", "beta", "kappa"))
-        return beta / (alpha + kappa * beta), alpha / (alpha + kappa * beta)
+        return _growth(self.parameters)
 
     def optimum(self, pflops: ArrayLike) -> Optimum:
         """N* and D* at `pflops`, any shape."""
-        a, alpha, b, beta, k, kappa = (self.parameters[name] for name in ("A", "alpha", "B", "beta", "k", "kappa"))
-        budget = PFLOP * np.asarray(pflops, np.float64) / k
-        parameters = (alpha * a / (kappa * beta * b) * budget**beta) ** (1 / (alpha + kappa * beta))
-        pixels = budget / parameters**kappa
-        return Optimum(*(each.item() if each.ndim == 0 else each for each in (parameters, pixels)))
+        values = _optimum(self.parameters, np.log(np.asarray(pflops, np.float64)))
+        return Optimum(*(value.item() if value.ndim == 0 else value for value in map(np.exp, values)))
+
+    def optimum_intervals(self, pflops: float, level: float = 0.95) -> tuple[Prediction, Prediction]:
+        """N* and D* at `pflops` with confidence intervals, by the delta method on their logarithms.
+
+        Simulated coverage: benchmarks/results/scaling_coverage.md.
+        """
+        found = self._delta(lambda parameters: np.stack(_optimum(parameters, np.log(pflops))), level)
+        size, data = (Prediction(*map(float, np.exp(each))) for each in found)
+        return size, data
+
+    def growth_intervals(self, level: float = 0.95) -> tuple[Prediction, Prediction]:
+        """The exponents `growth` with confidence intervals."""
+        a, b = (Prediction(*map(float, each)) for each in self._delta(lambda each: np.array(_growth(each)), level))
+        return a, b
+
+    def compute_for(self, loss: float, level: float = 0.95) -> Prediction:
+        """PFLOPs at which L* is `loss`, with a confidence interval; (inf, inf, inf) if `loss` is not above E.
+
+        The interval is unbounded above if the law is not sure that any compute reaches the loss: E plus its half width
+        is not below `loss`.
+        """
+        excess = loss - self.parameters["E"]
+        if excess <= 0:
+            return Prediction(math.inf, math.inf, math.inf)
+        alpha, beta, kappa = (self.parameters[name] for name in ("alpha", "beta", "kappa"))
+        # L* − E is a power law of C.
+        slope = -alpha * beta / (alpha + kappa * beta)
+        log_compute = float((np.log(excess) - np.log(self.predict(1.0).value - self.parameters["E"])) / slope)
+        _, gradient = self.log_loss(np.exp(log_compute))
+        by_log_compute = slope * excess / loss
+        half = self._quantile(level) * math.sqrt(self._variance(gradient[:, None])[0]) / abs(by_log_compute)
+        error = (self.standard_errors or {}).get("E", math.nan)
+        sure = self.parameters["E"] + self._quantile(level) * error < loss
+        return Prediction(
+            math.exp(log_compute),
+            math.exp(log_compute - half),
+            _exp(log_compute + half) if sure else math.inf,
+        )
+
+    def _quantile(self, level: float) -> float:
+        return float(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom)) if self.degrees_of_freedom else math.nan
+
+    def _delta(self, function: Callable[[dict[str, float]], np.ndarray], level: float) -> np.ndarray:
+        """Value, lower and upper bound of each of m quantities, (m, 3), from derivatives by central differences."""
+        value = function(self.parameters)
+        columns = []
+        for name, parameter in self.parameters.items():
+            step = 1e-5 * max(abs(parameter), 1e-12)
+            above, below = (function(self.parameters | {name: parameter + sign * step}) for sign in (1, -1))
+            columns.append((above - below) / (2 * step))
+        half = self._quantile(level) * np.sqrt(self._variance(np.stack(columns)))
+        return np.stack([value, value - half, value + half], axis=1)
 
     def log_loss(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """log L* at `x` PFLOPs and its derivatives: at the optimum those of L(N, D) (envelope theorem)."""
@@ -98,6 +148,23 @@ class ComputeOptimal(Law):
         b, beta, k = (self.parameters[name] for name in ("B", "beta", "k"))
         by_log_cost = beta * b * np.asarray(pixels) ** -beta / np.exp(value)
         return value, np.concatenate([gradient, [by_log_cost / k, by_log_cost * np.log(parameters)]])
+
+
+def _growth(parameters: dict[str, float]) -> tuple[float, float]:
+    alpha, beta, kappa = (parameters[name] for name in ("alpha", "beta", "kappa"))
+    return beta / (alpha + kappa * beta), alpha / (alpha + kappa * beta)
+
+
+def _optimum(parameters: dict[str, float], log_pflops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log N* and log D*."""
+    a, alpha, b, beta, k, kappa = (parameters[name] for name in ("A", "alpha", "B", "beta", "k", "kappa"))
+    budget = np.log(PFLOP / k) + log_pflops
+    size = (np.log(alpha * a / (kappa * beta * b)) + beta * budget) / (alpha + kappa * beta)
+    return size, budget - kappa * size
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _parameters_and_data(law: ComputeOptimal) -> Law:

@@ -26,6 +26,8 @@ def from_plain(kind: Any, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise TypeError(f"{kind.__name__} must be a dictionary, not {value!r}")
         return kind(**{field.name: from_plain(hints[field.name], value[field.name]) for field in fields(kind)})
+    if kind is Any:
+        return value
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
@@ -55,7 +57,7 @@ class Points:
     """Trainings that a law is fitted to, one point each: the unit that is held out and resampled."""
 
     of: str
-    """End of the law's name: "parameters", "compute", "compute_whole" or "parameters_and_data"."""
+    """End of the law's name: "parameters", "compute" or "parameters_and_data"."""
     variables: dict[str, np.ndarray]
     """"N" (parameters), "C" (PFLOPs), "D" (pixels): float64 (n,), positive."""
     loss: np.ndarray
@@ -258,7 +260,7 @@ class Law:
     """
 
     name: str
-    """"power_law_of_X" or "saturating_power_law_of_X" with X "parameters", "compute" or "compute_whole";
+    """"power_law_of_X" or "saturating_power_law_of_X" with X "parameters" or "compute";
     "law_of_parameters_and_data"; or "compute_optimal"."""
     formula: str
     """"L = E + A·N^−α": L loss, N parameters, C PFLOPs of training, D training pixels, E irreducible loss."""
@@ -279,8 +281,6 @@ class Law:
     """Number of trainings it was fitted to."""
     observed: dict[str, tuple[float, float]]
     """Least and greatest value of each variable ("N", "C", "D") among the points."""
-    aicc: float | None
-    """Corrected Akaike information criterion; None with too few points, or for a robust fit."""
     converged: bool
     r: float | None
     """Pearson's r of log L and log x; for a power law only."""
@@ -309,21 +309,16 @@ class Law:
             level: probability of the interval.
         """
         value, gradient = self.log_loss(x)
-        half = self._half_width(self._variance(gradient) + self._noise(), level)
-        bounds = np.exp(value), np.exp(value - half), np.exp(value + half)
-        return Prediction(*(bound.item() if bound.ndim == 0 else bound for bound in bounds))
+        return self._bounds(value, self._variance(gradient) + self._noise(), level)
 
-    def change(self, start: ArrayLike, end: ArrayLike, level: float = 0.95) -> Prediction:
-        """L(end) − L(start) with the interval of one new training at `end` against the law at `start`.
+    def ratio(self, start: ArrayLike, end: ArrayLike, level: float = 0.95) -> Prediction:
+        """L(end)/L(start) with the interval of one new training at `end` against the law at `start`.
 
         Errors of the parameters that both losses share cancel.
         """
         (first, first_gradient), (last, last_gradient) = self.log_loss(start), self.log_loss(end)
-        gradient = np.exp(last) * last_gradient - np.exp(first) * first_gradient
-        variance = self._variance(gradient) + np.exp(2 * last) * self._noise()
-        value, half = np.exp(last) - np.exp(first), self._half_width(variance, level)
-        bounds = value, value - half, value + half
-        return Prediction(*(bound.item() if bound.ndim == 0 else bound for bound in bounds))
+        variance = self._variance(last_gradient - first_gradient) + self._noise()
+        return self._bounds(last - first, variance, level)
 
     def log_loss(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
         """log L at `x` (see `predict`), float64 of shape S, and its derivatives by each parameter, (p, *S)."""
@@ -346,7 +341,10 @@ class Law:
     def _noise(self) -> float:
         return np.nan if self.residual_deviation is None else self.residual_deviation**2
 
-    def _half_width(self, variance: np.ndarray, level: float) -> np.ndarray:
-        if self.degrees_of_freedom < 1:
-            return np.full_like(variance, np.nan)
-        return stats.t.ppf((1 + level) / 2, self.degrees_of_freedom) * np.sqrt(variance)
+    def _bounds(self, value: np.ndarray, variance: np.ndarray, level: float) -> Prediction:
+        """exp(value) with its interval, by Student's t."""
+        half = np.full_like(variance, np.nan)
+        if self.degrees_of_freedom:
+            half = stats.t.ppf((1 + level) / 2, self.degrees_of_freedom) * np.sqrt(variance)
+        bounds = np.exp(value), np.exp(value - half), np.exp(value + half)
+        return Prediction(*(bound.item() if bound.ndim == 0 else bound for bound in bounds))
