@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from known_ladder import write_ladder
+from law_surfaces import ladder, study_of
 
 from hpcm_scale.scaling.analysis import Analysis, analyse
 from hpcm_scale.scaling.observations import Study, study
@@ -22,6 +23,12 @@ def ladder_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ladder_study(ladder_runs: Path) -> Study:
     """What these runs tell."""
     return study(find_runs([ladder_runs]))
+
+
+@pytest.fixture(scope="session")
+def grid_analysis() -> Analysis:
+    """The laws of six sizes times three amounts of data on the surface of `law_surfaces`, without run folders."""
+    return analyse(study_of(ladder()))
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,42 @@ def test_its_interval_is_that_of_the_joint_law_widened_by_the_cost(joint):
     assert wide.standard_errors["kappa"] == pytest.approx(0.05)
 
 
+def test_n_d_and_exponents_have_intervals_that_belong_together(joint):
+    """With an exact cost, log D* = log(C/k) − κ·log N* and b = 1 − κ·a: the errors differ by the factor κ."""
+    k, kappa = COST
+    law, pflops = compute_optimal(joint, Cost.exact(k, kappa), (1e-3, 1e3)), 50.0
+    size, data = law.optimum_intervals(pflops)
+    assert (size.value, data.value) == pytest.approx(tuple(law.optimum(pflops)))
+    assert size.low < size.value < size.high
+    assert k * size.high**kappa * data.low == pytest.approx(1e15 * pflops)
+    assert k * size.low**kappa * data.high == pytest.approx(1e15 * pflops)
+    assert np.log(size.high / size.value) == pytest.approx(np.log(size.value / size.low))
+    a, b = law.growth_intervals(0.8)
+    assert (a.value, b.value) == pytest.approx(law.growth)
+    assert (kappa * a.high + b.low, kappa * a.low + b.high) == pytest.approx((1, 1))
+    alpha, beta = (joint.parameters[name] for name in ("alpha", "beta"))
+    gradient = np.array([0, 0, -beta, 0, alpha]) / (alpha + kappa * beta) ** 2  # of a by E, A, α, B, β
+    error = np.sqrt(gradient @ np.array(joint.covariance) @ gradient)
+    assert a.high - a.value == pytest.approx(stats.t.ppf(0.9, 13) * error)
+    narrow = law.optimum_intervals(pflops, 0.5)[0]
+    assert size.low < narrow.low < narrow.high < size.high
+
+
+def test_compute_for_a_loss_inverts_the_law(joint):
+    law = compute_optimal(joint, Cost.exact(*COST), (1e-3, 1e3))
+    for pflops in (0.01, 3.0, 1e6):
+        ahead = law.predict(pflops)
+        found = law.compute_for(ahead.value)
+        assert found.value == pytest.approx(pflops)
+        assert found.low < found.value < found.high
+    floor, error = law.parameters["E"], law.standard_errors["E"]
+    assert law.compute_for(floor) == law.compute_for(0.1) == (np.inf, np.inf, np.inf)
+    near = law.compute_for(floor + error)  # within the error of E: perhaps no compute reaches it
+    assert np.isfinite(near.value) and near.high == np.inf
+    without = compute_optimal(type(joint)(**(joint.__dict__ | {"covariance": None})), Cost.exact(*COST), (1, 2))
+    assert np.isnan(without.optimum_intervals(1.0)[0].low)
+
+
 def test_the_cost_is_measured(joint):
     """The two sizes of the public implementation: training costs grow as N^0.79, not as N."""
     parameters = np.array([68_505_299, 1_000_328_003])

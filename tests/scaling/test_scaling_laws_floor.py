@@ -1,12 +1,22 @@
+"""The saturating power law, and what it and a power law say together."""
+
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 from law_surfaces import SIZES, floor_surface, size_points
 from scipy.optimize import curve_fit
 
-from hpcm_scale.scaling.laws.fits import compare, fit_power_law, fit_saturating_power_law
-from hpcm_scale.scaling.laws.law import CannotFit
+from hpcm_scale.scaling.laws.fits import (
+    bounded,
+    fit_power_law,
+    fit_saturating_power_law,
+    huber_inflation,
+    irreducible_probability,
+)
+from hpcm_scale.scaling.laws.law import CannotFit, Prediction
 
 
 @pytest.mark.parametrize(("floor", "alpha"), [(0.05, 0.1), (0.3, 0.3), (0.6, 0.15), (0.9, 0.8)])
@@ -49,27 +59,65 @@ def test_its_derivatives_are_right():
 
 @pytest.mark.parametrize(("floor", "alpha"), [(0.6, 0.15), (0.3, 0.3), (0.6, 0.3), (0.9, 0.3)])
 def test_r_proves_nothing(floor, alpha):
-    """Noise-free curves with a floor at the papers' five sizes: r near −1, and a gain that is not there."""
+    """Noise-free curves with a floor at the paper's five sizes: r near −1, and a gain that is not there."""
     five = np.array([68.5e6, 120.1e6, 246.4e6, 543.6e6, 1000.3e6])
     true = floor_surface(SIZES[0] * five / five[0], floor, alpha)
     now, then = floor_surface(SIZES[0] * np.array([1, 10]) * five[-1] / five[0], floor, alpha)
-    line = fit_power_law(size_points(true, five))
+    line, saturating = both(true, five)
     promised = line.predict(np.array([1, 10]) * five[-1]).value
     assert -0.9997 < line.r < -0.993
     assert 1.2 < (promised[0] - promised[1]) / (now - then) < 2.2
-    with_floor = fit_saturating_power_law(size_points(true, five))
-    assert with_floor.predict(10 * five[-1]).value == pytest.approx(then, rel=1e-6)
-    chosen = compare(line, with_floor)
-    assert (chosen.preferred, chosen.aicc_difference) == ("saturating_power_law_of_parameters", None)
-    assert chosen.reason.startswith(
-        "AICc needs six trainings to judge an irreducible loss, and there are 5; an F test rejects"
-    )
+    assert bounded(line, saturating, lambda law: law.predict(10 * five[-1])).value == pytest.approx(then, rel=1e-6)
+    assert irreducible_probability(line, saturating) < 1e-6
 
-    six = np.append(five, 2e9)
-    points = size_points(floor_surface(SIZES[0] * six / six[0], floor, alpha), six)
-    chosen = compare(fit_power_law(points), fit_saturating_power_law(points))
-    assert chosen.preferred == "saturating_power_law_of_parameters"
-    assert chosen.aicc_difference < -100
+
+def both(loss, sizes=SIZES):
+    points = size_points(loss, sizes)
+    return fit_power_law(points), fit_saturating_power_law(points)
+
+
+def noisy(floor: float, number: int, generator: np.random.Generator, scatter: float = 0.005):
+    sizes = np.geomspace(SIZES[0], SIZES[-1], number)
+    return floor_surface(sizes, floor) * np.exp(scatter * generator.standard_normal(number)), sizes
+
+
+def test_the_f_test_sees_a_clear_floor_and_seldom_one_that_is_not_there():
+    generator = np.random.default_rng(3)
+    with_floor = [irreducible_probability(*both(*noisy(0.4, 6, generator))) for _ in range(20)]
+    without = [irreducible_probability(*both(*noisy(0.0, number, generator))) for number in (5, 6) * 75]
+    assert max(with_floor) < 0.05
+    assert np.mean(np.array(without) < 0.05) < 0.09
+    assert irreducible_probability(*both(floor_surface(SIZES[:3], 0.4), SIZES[:3])) is None
+
+
+def test_together_they_have_the_greater_lower_bound():
+    line, saturating = both(*noisy(0.4, 6, np.random.default_rng(1)))
+    for evaluate in (
+        lambda law: law.predict(SIZES[-1] * np.array([2, 10])),
+        lambda law: law.ratio(SIZES[-1], 10 * SIZES[-1]),
+    ):
+        found, steep, flat = bounded(line, saturating, evaluate), evaluate(line), evaluate(saturating)
+        assert np.array_equal(found.value, flat.value) and np.array_equal(found.high, flat.high)
+        assert np.array_equal(found.low, np.maximum(flat.low, steep.low))
+    # A floor that sizes barely show: the saturating law alone allows more gain than any power law.
+    weak, wide = both(*noisy(0.05, 5, np.random.default_rng(4)))
+    ahead = bounded(weak, wide, lambda law: law.predict(10 * SIZES[-1]))
+    assert ahead.low == weak.predict(10 * SIZES[-1]).low > wide.predict(10 * SIZES[-1]).low
+    assert isinstance(ahead.low, float) and ahead.low < ahead.value < ahead.high
+    assert bounded(weak, None, lambda law: law.predict(1e9)) == weak.predict(1e9)
+    three = bounded(*both(floor_surface(SIZES[:3], 0.4), SIZES[:3]), lambda law: law.predict(1e9))
+    assert np.isnan(three.low) and np.isnan(three.high) and isinstance(three, Prediction)
+
+
+def test_the_variance_of_hubers_estimate():
+    """Simulated: the Huber estimate of a location, from normal values."""
+    values = np.random.default_rng(6).standard_normal((2000, 200))
+    for delta, centre in ((0.01, np.median(values, axis=1)), (1e3, values.mean(axis=1))):
+        assert huber_inflation(delta, 1.0) == pytest.approx(200 * np.var(centre), rel=0.08)
+    assert huber_inflation(None, 1.0) == 1
+    assert huber_inflation(1e-9, 1.0) == pytest.approx(math.pi / 2)
+    assert huber_inflation(1e-3, 0.0) == pytest.approx(1)
+    assert huber_inflation(1.345, 1.0) == pytest.approx(1 / 0.95, rel=1e-3)  # Huber's 95 % efficiency
 
 
 def test_few_sizes_are_refused_or_warned_of():

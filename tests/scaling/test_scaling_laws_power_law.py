@@ -36,21 +36,16 @@ def test_its_interval_is_the_textbook_one():
     assert isinstance(law.predict(1e6).low, float)
 
 
-def test_the_interval_of_a_change_is_that_of_both_ends():
-    """By a step too short for the slope to matter only the noise of a new training is left; by a long one, more."""
+def test_the_interval_of_a_ratio_is_that_of_the_slope():
+    """log L(b)/L(a) = −α·log(b/a) ± t·√(s² + (σ_α·log(b/a))²): the error of A cancels."""
     loss = 3 * SIZES**-0.12 * np.exp(0.02 * np.random.default_rng(1).standard_normal(SIZES.size))
-    law = fit_power_law(size_points(loss))
-    at, t = 1e7, stats.t.ppf(0.975, 4)
-    here = law.change(at, at)
-    assert here.value == 0
-    assert here.high == pytest.approx(t * law.residual_deviation * law.predict(at).value)
-    ends = law.predict(np.array([at, 10 * at])).value
-    amplitude = law.parameters["A"]
-    gradient = [(ends[1] - ends[0]) / amplitude, -ends[1] * np.log(10 * at) + ends[0] * np.log(at)]
-    variance = gradient @ np.array(law.covariance) @ gradient + (law.residual_deviation * ends[1]) ** 2
-    far = law.change(at, 10 * at)
-    assert far.value == pytest.approx(ends[1] - ends[0])
-    assert (far.high - far.low) / 2 == pytest.approx(t * variance**0.5)
+    law, t = fit_power_law(size_points(loss)), stats.t.ppf(0.975, 4)
+    for step in (1, 10, 0.1):
+        found = law.ratio(1e7, step * 1e7)
+        spread = np.hypot(law.residual_deviation, law.standard_errors["alpha"] * np.log(step))
+        assert np.log(found.value) == pytest.approx(-law.parameters["alpha"] * np.log(step))
+        assert np.log(found.high / found.value) == pytest.approx(t * spread)
+        assert np.log(found.value / found.low) == pytest.approx(t * spread)
 
 
 def test_the_slopes_porian_and_others_published(shared):
@@ -68,7 +63,7 @@ def test_two_points_have_no_interval_and_one_no_law():
     assert law.predict(SIZES[:2]).value == pytest.approx([2.0, 1.0])
     assert np.isnan(law.predict(1e8).low)
     assert np.isnan(law.predict(1e8).high)
-    assert (law.standard_errors, law.residual_deviation, law.aicc) == (None, None, None)
+    assert (law.standard_errors, law.residual_deviation) == (None, None)
     assert "two points determine a power law exactly: it has no interval" in law.warnings
     with pytest.raises(CannotFit, match="needs two different N, and there is 1"):
         fit_power_law(size_points(np.array([2.0, 1.9]), np.array([1e6, 1e6 + 1])))

@@ -28,6 +28,7 @@ def journal(
     evaluate_every: int = 20,
     batch: int = 8,
     flops: float = FLOPS_PER_IMAGE,
+    lift: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Lines of a run without noise; `rate` gives the learning rate from a step on."""
     lines = []
@@ -35,7 +36,7 @@ def journal(
         images = step * batch
         axes = {"step": step, "time": step / 2, "train/images": images, "compute/pflops": images * flops / 1e15}
         learning_rate = [value for start, value in (rate or {0: 1e-3}).items() if start <= step][-1]
-        loss = 1 + 30 / step
+        loss = 1 + lift + 30 / step
         lines.append(axes | {"train/loss": loss, "train/bpp": loss / 4, "train/learning_rate": learning_rate})
         if evaluate_every and step % evaluate_every == 0:
             lines.append(axes | {"eval/loss": loss + 0.1, "eval/bpp": loss / 5, "eval/psnr": 30.0})
@@ -109,25 +110,40 @@ def test_exclusions_have_reasons(tmp_path: Path) -> None:
     write(tmp_path / "diverged", [line | ({"eval/loss": None} if "eval/loss" in line else {}) for line in whole])
     write(tmp_path / "merged", [*whole, *journal(range(101, 141), batch=4)])
     edit(load_run(write(tmp_path / "foreign", whole)), "model.channels", [8, 16])
-    sparse = [line | ({"eval/loss": None} if line["step"] == 40 and "eval/loss" in line else {}) for line in whole]
+    sparse = journal(range(1, 101), lift=0.02)
+    sparse = [line | ({"eval/loss": None} if line["step"] == 40 and "eval/loss" in line else {}) for line in sparse]
     write(tmp_path / "sparse", sparse)
-    write(tmp_path / "resumed", [*whole[:70], *journal(range(31, 101))])
+    write(tmp_path / "resumed", [*journal(range(1, 101), lift=0.01)[:70], *journal(range(31, 101), lift=0.01)])
+    write(tmp_path / "whole-too", whole[: -len(journal(range(61, 101)))])
     runs = find_runs([tmp_path])
     reported = study(runs, lmbda=0.013)
     assert [seen.run for seen in reported.observations] == ["resumed", "sparse", "whole"]
     sentences = dict(sorted((sentence.split()[0].rstrip(":"), sentence) for sentence in reported.excluded))
-    assert list(sentences) == ["diverged", "foreign", "merged", "other", "resumed", "sparse", "unevaluated", "young"]
+    assert list(sentences) == [
+        "diverged",
+        "foreign",
+        "merged",
+        "other",
+        "resumed",
+        "sparse",
+        "unevaluated",
+        "whole-too",
+        "young",
+    ]
     assert sentences["young"] == "young is excluded: it has no line yet"
     assert sentences["unevaluated"] == "unevaluated is excluded: it has no evaluation yet"
     assert sentences["other"] == "other is excluded: its λ is 0.05, not 0.013"
     assert sentences["diverged"] == "diverged is excluded: its eval/loss was never finite"
     assert "do not grow from step 100 to 120" in sentences["merged"]
     assert "channels" in sentences["foreign"]
+    assert sentences["whole-too"] == "whole-too is excluded: it is a copy of whole"
     assert sentences["sparse"] == "sparse: 1 line has no finite eval/loss and is excluded"
     assert sentences["resumed"] == "resumed: 2 lines have the step of a later line, which is used instead"
     resumed, sparse, whole = reported.curves
-    assert np.array_equal(resumed.loss, whole.loss) and np.array_equal(resumed.pflops, whole.pflops)
-    assert sparse.loss.tolist() == whole.loss[[0, 2, 3, 4]].tolist()
+    assert resumed.loss == pytest.approx(whole.loss + 0.01) and np.array_equal(resumed.pflops, whole.pflops)
+    assert sparse.loss == pytest.approx(whole.loss[[0, 2, 3, 4]] + 0.02)
+    [note] = reported.notes
+    assert note.startswith("resumed and sparse and whole have one model, seed and amount of data")
     assert study(runs[::-1], lmbda=0.013).excluded == reported.excluded
     assert study(runs[::-1], lmbda=0.013).observations == reported.observations
 
@@ -135,9 +151,9 @@ def test_exclusions_have_reasons(tmp_path: Path) -> None:
 def test_of_repeated_steps_the_later_line_counts(tmp_path: Path) -> None:
     first, second = journal(range(1, 61)), journal(range(41, 101))
     for line in second:
-        line.update({key: value + 1 for key, value in line.items() if key.endswith("/loss")})
+        line.update({key: value + 0.1 for key, value in line.items() if key.endswith("/loss")})
     [curve] = study(find_runs([write(tmp_path / "a", [*first, *second])])).curves
-    assert curve.loss == pytest.approx([1.1 + 30 / 20, 1.1 + 30 / 40, 2.1 + 30 / 60, 2.1 + 30 / 80, 2.1 + 30 / 100])
+    assert curve.loss == pytest.approx([1.1 + 30 / 20, 1.1 + 30 / 40, 1.2 + 30 / 60, 1.2 + 30 / 80, 1.2 + 30 / 100])
 
 
 def test_training_lines_may_be_too_few(tmp_path: Path) -> None:
@@ -163,7 +179,7 @@ def test_the_metric_is_what_every_run_has(tmp_path: Path) -> None:
     young = write(tmp_path / "b", journal(range(1, 11)))  # to be evaluated, and not yet
     assert study(find_runs([tmp_path])).metric == "eval/loss"
     edit(load_run(young), "eval.images", None)
-    write(tmp_path / "c", journal(range(1, 81), evaluate_every=0), "eval.images=null")
+    write(tmp_path / "c", journal(range(1, 81), evaluate_every=0, lift=0.01), "eval.images=null")
     reported = study(find_runs([tmp_path]))
     assert reported.metric == "train/loss"
     assert [seen.run for seen in reported.observations] == ["c", "a"]
@@ -216,7 +232,7 @@ def test_an_evaluation_has_the_rate_of_the_line_before_it(tmp_path: Path) -> Non
 
 def test_a_cooldown_is_an_observation_of_its_own(tmp_path: Path) -> None:
     trunk = write(tmp_path / "ladder" / "nano", journal(range(1, 91)), "run.sweep=ladder")
-    write(tmp_path / "elsewhere" / "nano", journal(range(1, 101)), "run.sweep=ladder")
+    write(tmp_path / "elsewhere" / "nano", journal(range(1, 101), lift=0.01), "run.sweep=ladder")
     decaying = journal(range(51, 71), rate={0: 1e-3, 61: 1e-5}, evaluate_every=10)
     branch = load_run(write(tmp_path / "ladder" / "nano-at-50", decaying, "train.steps=70", "run.sweep=ladder"))
     edit(branch, "run.cooldown_of", str(trunk))
@@ -237,10 +253,13 @@ def test_a_cooldown_is_an_observation_of_its_own(tmp_path: Path) -> None:
 
 def test_runs_that_may_not_be_compared_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "a", journal(range(1, 101)), "eval.images=/here/kodak")
-    write(tmp_path / "b", journal(range(1, 101)), "eval.images=/there/kodak", "run.sweep=other")
+    other = ("eval.images=/there/kodak", "run.sweep=other", "train.seed=1")
+    write(tmp_path / "b", journal(range(1, 101), lift=0.01), *other)
     reported = study(find_runs([tmp_path]))
     assert (reported.notes, reported.group) == ([], None)
-    write(tmp_path / "c", journal(range(1, 101)), "eval.images=clic", "data.crop=512")
+    assert reported.recipe["schedule.learning_rate"] == 1e-3 and reported.recipe["data.crop"] == 256
+    write(tmp_path / "c", journal(range(1, 101), lift=0.02), "eval.images=clic", "data.crop=512")
+    assert "data.crop" not in study(find_runs([tmp_path])).recipe
     assert study(find_runs([tmp_path])).notes == [
         "the runs differ in data.crop (256, 512): their losses may not be comparable",
         "the runs differ in eval.images (clic, kodak): their losses may not be comparable",
@@ -253,8 +272,9 @@ def test_crops_that_grow_leave_the_pixels_of_a_step(tmp_path: Path) -> None:
         line["train/images"] = 640 + (line["step"] - 80) * 2
     growing = ("train.batch_size=8", "schedule.crops=[512]", "schedule.crop_boundaries=[0.8]")
     write(tmp_path / "growing", lines, *growing, "train.seed=1")
-    write(tmp_path / "growing-too", lines, *growing)
-    write(tmp_path / "plain", journal(range(1, 101)), "train.batch_size=8")
+    lifted = [line | {key: value + 0.01 for key, value in line.items() if key.endswith("/loss")} for line in lines]
+    write(tmp_path / "growing-too", lifted, *growing)
+    write(tmp_path / "plain", journal(range(1, 101), lift=0.02), "train.batch_size=8", "train.seed=2")
     reported = study(find_runs([tmp_path]))
     assert {seen.run: seen.images for seen in reported.observations} == {
         "growing": 680,
@@ -265,7 +285,7 @@ def test_crops_that_grow_leave_the_pixels_of_a_step(tmp_path: Path) -> None:
     assert all(
         curve.pixels.tolist() == [8 * step * 256**2 for step in (20, 40, 60, 80, 100)] for curve in reported.curves
     )
-    assert reported.notes == ["the runs differ in schedule.crops (None, [512]): their losses may not be comparable"]
+    assert reported.notes == ["the runs differ in schedule.crops ([512], []): their losses may not be comparable"]
     alone = study(find_runs([tmp_path / "growing", tmp_path / "growing-too"]), metric="train/loss")
     assert alone.notes == ["the training crops of growing, growing-too change during training, and the loss with them"]
 
@@ -305,7 +325,7 @@ def test_averages_of_the_weights_have_curves_of_their_own(tmp_path: Path) -> Non
         if "eval/loss" in line:
             line |= {"eval_ema_0.05/loss": line["eval/loss"] - 0.25, "eval_ema_0.05/psnr": 30.0}
     write(tmp_path / "averaged", lines)
-    write(tmp_path / "plain", journal(range(1, 101)))
+    write(tmp_path / "plain", journal(range(1, 101), lift=0.1))
     runs = find_runs([tmp_path])
     reported = study(runs, metric="eval_ema_0.05/loss")
     raw = {seen.run: seen.loss for seen in study(runs).observations}

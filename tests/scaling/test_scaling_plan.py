@@ -7,63 +7,62 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from known_ladder import surface
+from law_surfaces import AMOUNTS, SIZES, ladder, study_of
 
 from hpcm_scale.compute.tracker import TRAINING_FACTOR
 from hpcm_scale.config.checks import check
-from hpcm_scale.config.compose import compose, compose_model
 from hpcm_scale.errors import UserError
+from hpcm_scale.model.ladder import compose_sized
 from hpcm_scale.model.parameters import forward_flops_per_image, on_meta, parameter_count
-from hpcm_scale.scaling.analysis import Analysis
+from hpcm_scale.scaling.analysis import analyse
 from hpcm_scale.scaling.plan import Setting, make_plan, print_plan
 
+JOINT = "law_of_parameters_and_data"
 
-@pytest.fixture(scope="module")
-def without_n_d(ladder_analysis) -> Analysis:
-    """The same without enough amounts of data for L(N, D)."""
-    laws = {
-        name: law
-        for name, law in ladder_analysis.laws.items()
-        if name not in ("law_of_parameters_and_data", "compute_optimal")
-    }
-    return replace(
-        ladder_analysis,
-        laws=laws,
-        refused={"law_of_parameters_and_data": "L(N, D) needs 3 amounts of training data"},
-    )
+
+def config_of(command: str):
+    return compose_sized([word for word in shlex.split(command) if "=" in word])
 
 
 def test_the_best_size_is_that_of_a_search_over_all_sizes(ladder_analysis) -> None:
     made = make_plan(ladder_analysis, Setting(), pflops=0.5)
-    law, joint = ladder_analysis.laws["compute_optimal"], ladder_analysis.laws["law_of_parameters_and_data"]
+    law, joint = ladder_analysis.laws["compute_optimal"], ladder_analysis.laws[JOINT]
     sizes = np.geomspace(1e4, 1e9, 200_001)
     pixels = 0.5e15 / (law.parameters["k"] * sizes ** law.parameters["kappa"])
     loss = joint.predict((sizes, pixels)).value
     best = int(np.argmin(loss))
-    assert made.optimum.parameters == pytest.approx(sizes[best], rel=1e-3)
-    assert made.optimum.pixels == pytest.approx(pixels[best], rel=1e-3)
-    assert made.optimum.loss == pytest.approx(loss[best], rel=1e-9)
-    assert made.optimum.low < made.optimum.loss < made.optimum.high
-    assert made.optimum.loss == pytest.approx(surface(sizes[best], pixels[best]), rel=0.01)
+    assert made.parameters.value == pytest.approx(sizes[best], rel=1e-3)
+    assert made.pixels.value == pytest.approx(pixels[best], rel=1e-3)
+    assert made.loss.value == pytest.approx(loss[best], rel=1e-9)
+    assert made.loss.low < surface(sizes[best], pixels[best]) < made.loss.high
+    assert (made.parameters, made.pixels) == law.optimum_intervals(0.5)
 
 
-def test_presets_beside_it_spend_the_budget_at_their_own_cost(ladder_analysis) -> None:
+def test_models_beside_it_spend_the_budget_at_their_own_cost(ladder_analysis) -> None:
     made = make_plan(ladder_analysis, Setting(images_in_set=1000, batch_size=16), pflops=0.5)
-    smaller, larger = made.presets
-    assert smaller.parameters <= made.optimum.parameters <= larger.parameters
-    for preset in made.presets:
-        model = on_meta(compose_model(preset.model))
-        assert preset.parameters == parameter_count(model)
-        flops = TRAINING_FACTOR * forward_flops_per_image(model, 256)
-        assert preset.steps * 16 == preset.images
-        assert preset.images * flops / 1e15 == pytest.approx(0.5, rel=16 / preset.images)
-        assert preset.epochs == preset.images / 1000
-    assert made.chosen == min(made.presets, key=lambda preset: preset.loss).model
+    nearest, other, by_rule = made.trainings
+    assert min(nearest.parameters, other.parameters) <= made.parameters.value
+    assert made.parameters.value <= max(nearest.parameters, other.parameters)
+    assert by_rule.model[0] == "model=hpcm"
+    assert by_rule.parameters == pytest.approx(made.parameters.value, rel=0.1)
+    for training in made.trainings:
+        model = on_meta(compose_sized(training.model).model)
+        assert training.parameters == parameter_count(model)
+        assert training.steps * 16 == training.images
+        spent = training.images * TRAINING_FACTOR * forward_flops_per_image(model, 256) / 1e15
+        assert spent == pytest.approx(0.5, rel=0.01)  # the rest is the optimizer's
+        assert training.epochs == training.images / 1000
+        size_and_data = (training.parameters, training.pixels)
+        assert training.loss == ladder_analysis.laws[JOINT].predict(size_and_data)
 
 
 def test_a_target_loss_is_met_by_its_own_budget(ladder_analysis) -> None:
     made = make_plan(ladder_analysis, Setting(), target_loss=1.4)
-    assert made.optimum.loss == pytest.approx(1.4, rel=1e-9)
-    assert make_plan(ladder_analysis, Setting(), pflops=made.pflops).optimum == made.optimum
+    assert made.loss.value == pytest.approx(1.4, rel=1e-9)
+    assert made.pflops == ladder_analysis.laws["compute_optimal"].compute_for(1.4)
+    again = make_plan(ladder_analysis, Setting(), pflops=made.pflops.value)
+    assert (again.parameters, again.loss, again.trainings) == (made.parameters, made.loss, made.trainings)
+    assert again.pflops.low == again.pflops.high
 
 
 def test_what_gpus_do_in_days() -> None:
@@ -77,51 +76,39 @@ def test_what_gpus_do_in_days() -> None:
 
 @pytest.mark.parametrize(("gpus", "launch"), [(4, "--num_gpus 4"), (24, "--hostfile hostfile")])
 def test_the_command_composes_and_divides(ladder_analysis, gpus: int, launch: str) -> None:
-    made = make_plan(ladder_analysis, Setting(gpus=gpus, crop=512), pflops=0.5)
+    made = make_plan(ladder_analysis, Setting(gpus=gpus, crop=512), pflops=0.2)
     assert made.command.startswith(f"deepspeed {launch} --module hpcm_scale.train ")
-    config = compose([word for word in shlex.split(made.command) if "=" in word])
+    config = config_of(made.command)
     check(config, gpus)
-    chosen = next(preset for preset in made.presets if preset.model == made.chosen)
-    assert (config.model.name, config.train.steps, config.data.crop) == (made.chosen, chosen.steps, 512)
-    assert config.train.batch_size == {4: 32, 24: 48}[gpus]
+    chosen = made.trainings[0]
+    assert (f"model={config.model.name}",) == chosen.model
+    assert (config.train.steps, config.data.crop, config.train.batch_size) == (chosen.steps, 512, {4: 8, 24: 24}[gpus])
     assert config.objective.lmbda == ladder_analysis.lmbda
-    assert ("48 images per step" in " ".join(made.notes)) == (gpus == 24)
+    [differing] = [note for note in made.notes if note.startswith("the law is of another recipe")]
+    assert "data.crop=512 (not 256), engine.precision=bf16 (not fp32)" in differing
+    assert ("train.batch_size=24 (not 8)" in differing) == (gpus == 24)
 
 
-def test_leaving_what_was_observed_is_flagged(ladder_analysis) -> None:
-    inside = 0.95 * max(point.pflops for point in ladder_analysis.observations if point.model == "nano")
-    assert make_plan(ladder_analysis, Setting(), pflops=inside).outside == ()
-    far = " ".join(make_plan(ladder_analysis, Setting(), pflops=1e9).outside)
-    assert all(words in far for words in ("the budget is", "the size is", "the training data is"))
+def test_leaving_what_was_observed_is_flagged(ladder_analysis, grid_analysis) -> None:
+    far = make_plan(grid_analysis, Setting(), pflops=1e9)
+    assert all(words in " ".join(far.outside) for words in ("the budget is", "the size is", "the training data is"))
+    assert far.command is None and "there is no command" in far.outside[-1]
     near = make_plan(ladder_analysis, Setting(), pflops=1e-6)
     assert near.outside[0].startswith("the budget is 1/")
-    assert "is outside the presets" in near.notes[-1]
+    assert near.command is None
 
 
-def test_without_l_of_n_and_d_the_frontier_gives_the_size_with_a_note(without_n_d, capsys) -> None:
-    made = make_plan(without_n_d, Setting(), pflops=0.1)
-    law = without_n_d.laws[without_n_d.preferred["compute"]]
-    assert made.optimum.loss == law.predict(0.1).value
-    assert all(preset.loss is None for preset in made.presets)
-    sizes = [point.parameters for point in without_n_d.frontier_annealed]
-    assert min(sizes) < made.optimum.parameters < max(sizes)
-    assert "no compute-optimal law (L(N, D) needs 3 amounts" in made.notes[0]
-    print_plan(made)
-    assert "unknown" in capsys.readouterr().out
+def test_the_command_of_the_rule_names_a_size(grid_analysis) -> None:
+    made = make_plan(grid_analysis, Setting(), pflops=20)
+    assert made.trainings[0].model[0] == "model=hpcm" and made.outside == ()
+    assert parameter_count(on_meta(config_of(made.command).model)) == made.trainings[0].parameters
 
 
-def test_what_cannot_be_planned_is_one_sentence(ladder_analysis, without_n_d) -> None:
-    comparisons = without_n_d.comparisons
-    edge = {name: replace(law, parameters=law.parameters | {"alpha": 4.0}) for name, law in without_n_d.laws.items()}
-    saturating = {
-        of: replace(each, preferred=f"saturating_power_law_of_{of}")
-        for of, each in comparisons.items()
-        if of != "parameters"
-    }
+def test_what_cannot_be_planned_is_one_sentence(ladder_analysis) -> None:
+    without = analyse(study_of(ladder(amounts=AMOUNTS[:2], sizes=SIZES[::2])))
     for analysis, setting, budget, code, key in (
         (ladder_analysis, {}, {"target_loss": 0.5}, "target-loss-below-irreducible", "--target-loss"),
-        (replace(without_n_d, comparisons={}), {}, {"pflops": 1}, "no-law-for-plan", "--laws"),
-        (replace(without_n_d, laws=edge, comparisons=saturating), {}, {"pflops": 1}, "no-law-for-plan", "--laws"),
+        (without, {}, {"pflops": 1}, "no-law-for-plan", "--laws"),
         (ladder_analysis, {}, {"target_loss": float("nan")}, "invalid-target-loss", "--target-loss"),
         (ladder_analysis, {"crop": 300}, {"pflops": 1}, "crop-not-multiple", "--crop"),
         (ladder_analysis, {"gpus": 64, "batch_size": 32}, {"pflops": 1}, "batch-size-not-divisible", "--batch-size"),
@@ -132,7 +119,7 @@ def test_what_cannot_be_planned_is_one_sentence(ladder_analysis, without_n_d) ->
     assert str(refused.value).endswith("use --batch-size 64")
     with pytest.raises(UserError, match="--crop=100 must be at least 128"):
         make_plan(ladder_analysis, Setting(crop=100), pflops=1)
-    for wrong, option in ((Setting(mfu=0.0), "--mfu"), (Setting(level=1.0), "--level"), (Setting(gpus=0), "--gpus")):
+    for wrong, option in ((Setting(mfu=0.0), "--mfu"), (Setting(gpus=0), "--gpus")):
         with pytest.raises(UserError, match=option):
             make_plan(ladder_analysis, wrong, pflops=1)
     with pytest.raises(UserError, match="budget in PFLOPs=-1 must be at least 1e-09"):
@@ -140,29 +127,31 @@ def test_what_cannot_be_planned_is_one_sentence(ladder_analysis, without_n_d) ->
 
 
 def test_for_machines_and_for_people(ladder_analysis, capsys) -> None:
-    made = make_plan(ladder_analysis, Setting(images_in_set=20_745), pflops=0.5)
+    made = make_plan(ladder_analysis, Setting(images_in_set=20_745), pflops=0.2)
     values = json.loads(made.to_json())
-    assert values["chosen"] == made.chosen
-    assert values["optimum"]["parameters"] == made.optimum.parameters
+    assert values["parameters"] == list(made.parameters)
+    assert values["trainings"][0]["model"] == list(made.trainings[0].model)
     print_plan(made)
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == made.command
-    assert f"{made.chosen} ←" in printed
-    assert f"{made.optimum.loss:.4f} ({made.optimum.low:.4f}…{made.optimum.high:.4f})" in printed
+    first = made.trainings[0]
+    assert f"{first.loss.value:.4f} ({first.loss.low:.4f}…{first.loss.high:.4f})" in printed
+    assert all(each.model[-1] in printed for each in made.trainings)
+    assert f"predicted loss {made.loss.value:.4f} (95 %: {made.loss.low:.4f}…{made.loss.high:.4f})" in printed
 
 
 @pytest.mark.parametrize("budget", [{"pflops": 1e-9}, {"pflops": 1e30}, {"target_loss": 5e-324}, {"target_loss": 1e6}])
 @pytest.mark.parametrize(
     "setting",
     [
-        {"gpus": 1_000_000, "mfu": 0.001, "level": 0.01},
-        {"batch_size": 1_000_000, "mfu": 1.0, "level": 0.9999, "images_in_set": 1},
+        {"gpus": 1_000_000, "mfu": 0.001},
+        {"batch_size": 1_000_000, "mfu": 1.0, "images_in_set": 1},
         {"crop": 16_384, "images_in_set": 10**9},
     ],
 )
 def test_the_ends_of_what_may_be_asked_are_a_plan_or_one_sentence(ladder_analysis, setting, budget, capsys):
     try:
-        made = make_plan(ladder_analysis, Setting(**setting), **budget)
+        made = make_plan(replace(ladder_analysis, level=0.9999), Setting(**setting), **budget)
     except UserError as refused:
         assert "\n" not in str(refused)
     else:

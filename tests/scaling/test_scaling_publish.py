@@ -63,11 +63,11 @@ def test_one_run_in_the_group_with_frontier_law_tables_figures_and_report(fitted
 
     rows = [record["history"]["item"] for record in everything if record["type"] == "history"]
     frontier = [(row["compute/pflops"], row["eval/loss"]) for row in rows if "eval/loss" in row]
-    assert frontier == [(point.pflops, point.loss) for point in ladder_analysis.frontier_annealed]
-    law = ladder_analysis.laws[ladder_analysis.preferred["compute"]]
+    assert frontier == [(point.pflops, point.loss) for point in ladder_analysis.frontier]
     line = [row for row in rows if "law/loss" in row]
-    assert [row["law/low"] for row in line] == [law.predict(row["compute/pflops"]).low for row in line]
-    assert line[-1]["compute/pflops"] == pytest.approx(10 * law.observed["C"][1])
+    assert [row["law/low"] for row in line] == [ladder_analysis.at_compute(row["compute/pflops"]).low for row in line]
+    most = ladder_analysis.laws["power_law_of_compute"].observed["C"][1]
+    assert line[-1]["compute/pflops"] == pytest.approx(10 * most)
 
     files = next((fitted / "wandb").glob("offline-run-*")) / "files"
     for name in ("report.md", "laws.json"):
@@ -86,7 +86,7 @@ def test_one_run_in_the_group_with_frontier_law_tables_figures_and_report(fitted
 def test_again_it_is_the_same_run_with_what_is_true_now(fitted, ladder_analysis) -> None:
     publish(fitted)
     identifier = (fitted / "wandb_id").read_text()
-    later = replace(ladder_analysis, frontier_annealed=ladder_analysis.frontier_annealed[:3])
+    later = replace(ladder_analysis, frontier=ladder_analysis.frontier[:3])
     write_laws(later, fitted / "laws.json")
     sleep(1)  # wandb names folders by the second
     publish(fitted, group="another", project="codecs")

@@ -9,9 +9,8 @@ import pytest
 from hpcm_scale.formatting import count, escaped, significant, with_error
 from hpcm_scale.scaling.analysis import Analysis, analyse
 from hpcm_scale.scaling.figures import FIGURES
-from hpcm_scale.scaling.findings import caveats, headline
 from hpcm_scale.scaling.observations import Observation, Study
-from hpcm_scale.scaling.report import report
+from hpcm_scale.scaling.report import caveats, headline, print_summary, report, summary
 
 
 def observed(sizes, losses, *, annealed: bool = True) -> Study:
@@ -46,29 +45,37 @@ def believable(scatter: float = 0.002) -> Analysis:
     return analyse(observed(sizes, 3 * sizes**-0.05 * noise))
 
 
-def test_a_law_that_holds_comes_first_without_caveats() -> None:
+def test_a_law_that_holds_has_no_caveats() -> None:
     analysis = believable()
     assert caveats(analysis) == []
     opening = report(analysis, []).split("\n\n")[1]
-    assert opening == headline(analysis)
-    assert "ten times the largest size (200 M parameters)" in opening
+    assert opening == " ".join(map(escaped, headline(analysis)))
+    assert "Ten times the largest size (200 M parameters)" in opening
     expected = 3 * 2e8**-0.05
-    assert float(re.search(r"a predicted loss of ([\d.]+)", opening).group(1)) == pytest.approx(expected, rel=0.01)
-    assert "10× parameters: bitrate −" in opening
+    assert float(re.search(r"a predicted loss of ([\d.]+)", opening).group(1)) == pytest.approx(expected, rel=0.02)
+    assert "this changes the bitrate of m20000000 by −" in opening and "one λ is not a BD-rate" in opening
+    assert report(analysis, []).split("\n\n")[2] == "## Runs"
 
 
-def test_the_first_lines_are_the_caveats(ladder_analysis) -> None:
-    opening = report(ladder_analysis, []).split("\n\n")[1]
-    assert opening.startswith("**Caveats:**")
-    assert "an F test rejects E = 0" in opening
-    assert "without irreducible loss, the predicted loss at ten times is" in opening
+def test_both_promises_and_caveats_stand_beside_the_headline(ladder_analysis, capsys) -> None:
+    noted = replace(ladder_analysis, notes=("the runs differ in train.batch_size (8, 16)",))
+    opening = report(noted, []).split("\n\n")[1:4]
+    assert "With an irreducible loss, E = 1.5" in opening[0] and "without one 1.4" in opening[0]
+    assert "an F test rejects E = 0 (p = 0.00" in opening[0]
+    assert opening[1:] == ["**Caveats:**", "- The runs differ in train.batch_size (8, 16)."]
+    print_summary(noted)
+    printed = capsys.readouterr().out
+    assert all(sentence in printed for sentence in summary(noted))
+    assert summary(noted)[-1] == "Caveat: the runs differ in train.batch_size (8, 16)."
+    assert "L(N, D): E = 0.9" in printed
 
 
-def test_a_law_that_misses_the_largest_size_has_a_caveat(ladder_analysis) -> None:
-    line = ladder_analysis.laws["power_law_of_parameters"].name
-    comparison = replace(ladder_analysis.comparisons["parameters"], preferred=line)
-    found = caveats(replace(ladder_analysis, comparisons={**ladder_analysis.comparisons, "parameters": comparison}))
-    assert any(caveat.startswith("fitted without the largest size, the law misses it") for caveat in found)
+def test_a_law_that_misses_the_largest_size_has_a_caveat() -> None:
+    """A floor that begins at the largest size."""
+    sizes = np.geomspace(2e5, 2e7, 8)
+    losses = 3 * sizes**-0.05 * np.where(sizes > 1.9e7, 1.05, 1) * np.exp(1e-4 * np.arange(8) ** 2 % 3)
+    found = caveats(analyse(observed(sizes, losses)))
+    assert any(re.match(r"fitted without the largest size, the law misses it by −\d\.\d+ %", each) for each in found)
 
 
 def test_sizes_that_the_law_does_not_rest_on_do_not_count() -> None:
@@ -90,7 +97,10 @@ def test_a_law_above_a_training_with_more_data_has_a_caveat() -> None:
     ("study", "caveat"),
     [
         (observed([2e5, 1e6, 5e6], [2.0, 1.8, 1.7]), "there are only 3 sizes"),
-        (observed(np.geomspace(2e5, 2e7, 6), np.geomspace(2, 1.6, 6) * 1.001, annealed=False), "no run was annealed"),
+        (
+            observed(np.geomspace(2e5, 2e7, 6), np.geomspace(2, 1.6, 6) * 1.001, annealed=False),
+            "no learning rate had decayed",
+        ),
         (observed(np.geomspace(2e5, 2e7, 6), np.geomspace(1.6, 2, 6)), "does not fall with parameters"),
         (observed(np.geomspace(2e5, 2e7, 6), [2, 1.7, 2.05, 1.8, 2.1, 1.75]), "less than two standard errors"),
         (observed(np.geomspace(2e5, 6e5, 6), np.geomspace(2, 1.6, 6)), "span a factor of 3.0"),
@@ -100,22 +110,18 @@ def test_a_law_above_a_training_with_more_data_has_a_caveat() -> None:
 def test_each_weakness_is_a_caveat(study: Study, caveat: str) -> None:
     analysis = analyse(study)
     assert any(caveat in found for found in caveats(analysis)), caveats(analysis)
-    assert caveat.lower() in report(analysis, []).split("\n\n")[1].lower()
+    assert caveat.lower() in report(analysis, []).split("\n\n")[3].lower()
 
 
 def test_without_any_law_the_report_explains_it_and_shows_what_there_is() -> None:
     analysis = replace(
         believable(),
         laws={},
-        comparisons={},
         diagnostics={},
-        rate_gains={},
-        refused={"power_law_of_parameters": "a power law needs two sizes"},
+        refused=dict.fromkeys(("power_law_of_parameters", "compute_optimal"), "a power law needs two sizes"),
     )
     text = report(analysis, [])
-    assert text.split("\n\n")[1].startswith(
-        "**These runs determine no law of parameters: a power law needs two sizes.**"
-    )
+    assert text.split("\n\n")[1] == "These runs determine no law of parameters: a power law needs two sizes."
     assert "| run-200000 | m200000 | 200,000 |" in text
 
 
@@ -126,16 +132,20 @@ def test_the_report_holds_runs_laws_diagnostics_figures_and_exclusions(ladder_an
     for law in ladder_analysis.laws.values():
         assert escaped(law.formula) in text
         for name in law.parameters:
-            assert with_error(law.parameters[name], (law.standard_errors or {}).get(name)) in text
+            error = law.standard_errors[name]
+            assert (
+                (f"{name} = " in text and "×÷" in text)
+                if name in "ABk"
+                else with_error(law.parameters[name], error) in text
+            )
     assert "Pearson's r proves nothing" in text
     assert re.findall(r"!\[[^]]+\]\((.+?)\)", text) == [
         f"{name}.png" for name in ("learning_curves", "loss_against_parameters", "isoflop", "residuals")
     ]
-    assert "| power law of parameters | 2 × | 34.3 M parameters |" in text
+    assert "| 2 × N | 34.3 M parameters | 1." in text
     assert "cooldowns share their constant-rate run: points are dependent" in text
-    most = max(point.pflops for point in ladder_analysis.observations)
-    assert f"Nothing was observed beyond 17.2 M parameters, 524 M pixels and {most:.4f} PFLOPs." in text
-    assert "B (extrapolated)" in text
+    assert re.search(r"N\* grows as C\^a with a = 0\.\d{3} \(95 %: 0\.\d{3}…0\.\d{3}\)", text)
+    assert "B), extrapolated |" in text
     assert "- Annealed trainings on 524 M pixels (power law of parameters; saturating power law of parameters)." in text
     assert "- broken is excluded: its eval/loss was never finite." in report(believable(), [])
     assert "nan" not in text.lower().replace("nano", "")

@@ -119,6 +119,8 @@ def _draw_law(axes: Axes, analysis: Analysis, extrapolate: float) -> tuple[float
 FORMATS = (".png", ".svg", ".pdf")
 MOST_LABELS = 8
 """Runs up to which each has its own label."""
+LEAST = 1e-6
+"""Least loss on an axis, which is logarithmic."""
 
 
 def draw_loss_against_compute(runs: Sequence[Run], path: str | Path) -> None:
@@ -180,8 +182,9 @@ def _dress(
     figure: Figure, axes: Axes, runs: Sequence[Run], curves: Sequence[list[tuple[np.ndarray, np.ndarray]]]
 ) -> None:
     """Range, title, axis labels, and the legend of kinds."""
-    left, (bottom, top) = shown([curve for both in curves for curve in both], 0.02, 3)
-    bottom = min(bottom, *(np.quantile(run.curve(TRAINING)[1], 0.01) for run in runs))
+    positive = [(place, np.maximum(loss, LEAST)) for both in curves for place, loss in both]
+    left, (bottom, top) = shown(positive, 0.02, 3)
+    bottom = min(bottom, *(max(np.quantile(run.curve(TRAINING)[1], 0.01), LEAST) for run in runs))
     log_axis(axes.xaxis, left * 0.9, max(both[0][0][-1] for both in curves) * 1.15, 8)
     log_axis(axes.yaxis, bottom * 0.95, top * 1.1, 8)
     note_outside(axes, sum(both[-1][1][-1] > top * 1.1 for both in curves), "run")

@@ -1,18 +1,20 @@
-"""The frontier: known answers of published runs, and surfaces whose true envelope is known."""
+"""The points of the laws: the frontier, with known answers and true envelopes, and trainings."""
 
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from law_surfaces import AMOUNTS, SIZES, ladder, training
 from scipy.stats import linregress
 
+from hpcm_scale.scaling import fit_data
 from hpcm_scale.scaling.filters import smoothed
-from hpcm_scale.scaling.fit_data import frontier, isoflop_slices, running_minimum
+from hpcm_scale.scaling.fit_data import FrontierPoint, frontier, losses_at, running_minimum
+from hpcm_scale.scaling.laws.law import CannotFit
 from hpcm_scale.scaling.observations import Curve
 
 
@@ -95,24 +97,6 @@ def test_the_frontier_of_published_curves(shared: Path, growth: float) -> None:
         assert len({point.run for point in points}) > 2
 
 
-def test_isoflop_argmins_of_published_runs(shared: Path) -> None:
-    runs = json.loads((shared / "known_answers" / "cs336_isoflops_curves.json").read_text())
-    curves = [
-        make_curve(f"{index}", [run["compute_budget"] / 1e15], [run["final_loss"]], parameters=run["parameters"])
-        for index, run in enumerate(runs)
-    ]
-    curves = [replace(curve, model=curve.run) for curve in curves]  # or sizes were interpolated between budgets
-    slices = isoflop_slices(curves, sorted({curve.pflops[0] for curve in curves}))
-    assert len(slices) == 9 and sum(one.loss.size for one in slices) == len(runs)
-    compute = np.array([one.pflops * 1e15 for one in slices])
-    fit = linregress(np.log(compute), np.log([one.parameters[np.argmin(one.loss)] for one in slices]))
-    assert fit.slope == pytest.approx(0.46868, abs=5e-6)
-    assert np.exp(fit.intercept + fit.slope * np.log(1e23)) == pytest.approx(70.05e9, abs=0.005e9)
-    for one in slices:  # the parabola's lowest point is near that of the points
-        step = np.diff(np.log(one.parameters)).max()
-        assert abs(np.log(one.best_parameters / one.parameters[np.argmin(one.loss)])) < 1.5 * step
-
-
 def test_a_point_needs_to_be_below_all_curves_and_all_points_before() -> None:
     small = make_curve("small", [1, 2, 4, 8], [4.0, 3.0, 2.8, 2.75])
     large = make_curve("large", [2, 4, 16], [5.0, 2.9, 2.0])  # 2.41 at 8 PFLOPs: below small there
@@ -124,7 +108,7 @@ def test_a_point_needs_to_be_below_all_curves_and_all_points_before() -> None:
     assert frontier([]) == []
 
 
-def test_points_are_tagged_and_the_annealed_frontier_is_its_own() -> None:
+def test_points_are_tagged_as_annealed() -> None:
     trunk = make_curve("trunk", [1, 2, 3, 4, 5], [4.0, 3.0, 2.7, 2.6, 2.55])
     branch = make_curve("branch", [2.2, 2.5], [2.9, 2.5], annealed_from=2.4)
     late = make_curve("late", [4.5, 4.8], [2.5, 2.3], annealed_from=4.6)
@@ -136,9 +120,8 @@ def test_points_are_tagged_and_the_annealed_frontier_is_its_own() -> None:
         ("branch", True),
         ("late", True),
     ]
-    decayed = frontier([trunk, branch, late], annealed_only=True)
-    assert [(point.run, point.loss) for point in decayed] == [("branch", 2.5), ("late", 2.3)]
-    assert frontier([trunk], annealed_only=True) == []
+    beaten = make_curve("beaten", [4.1, 4.2], [2.75, 2.65], annealed_from=4)  # by the trunk, which is not annealed
+    assert frontier([trunk, branch, late, beaten]) == points
 
 
 def test_neither_order_nor_length_of_journals_matters() -> None:
@@ -206,24 +189,98 @@ def test_smoothing_first_leaves_little_bias(deviation: float) -> None:
     assert np.mean(raw) < -2
 
 
-def test_a_slice_gives_the_best_size() -> None:
-    """Losses that are a parabola in log N around 3e6·C^0.5 are taken apart exactly."""
-    compute = np.geomspace(0.1, 10, 400)
-    sizes = (1_000_000, 2_000_000, 4_000_000, 8_000_000)
+def test_the_losses_of_each_size_at_one_compute():
+    """Interpolated in log-log; the lowest run of a size, and whether it is annealed there."""
+    compute = np.geomspace(0.1, 10, 30)
+    curves = [
+        make_curve(f"{size} {lift}", compute, lift * size**-0.1 * compute**-0.2, parameters=size, annealed_from=start)
+        for size, lift, start in ((1000, 1.0, 5.0), (1000, 1.1, 0.0), (2000, 1.0, 0.0), (4000, 1.0, np.inf))
+    ]
+    late = make_curve("late", [3, 4], [1.0, 0.9], parameters=8000)
+    found = losses_at([late, *curves[::-1]], 2.0)
+    assert [(size, annealed) for size, _, annealed in found] == [(1000, False), (2000, True), (4000, False)]
+    assert [loss for _, loss, _ in found] == pytest.approx([size**-0.1 * 2**-0.2 for size in (1000, 2000, 4000)])
+    assert losses_at(curves, 10.1) == losses_at([], 1.0) == []
 
-    def loss(size: float, pflops: np.ndarray) -> np.ndarray:
-        return (1 + pflops**-0.2) * np.exp(0.02 * np.log(size / (3e6 * pflops**0.5)) ** 2)
 
-    curves = [make_curve(f"{size}", compute, loss(size, compute), parameters=size) for size in sizes]
-    budgets = [0.5, 1.0, 2.0, 100.0]
-    slices = isoflop_slices(curves[::-1], budgets)
-    assert [one.pflops for one in slices] == budgets[:3]
-    for one in slices:
-        assert one.parameters.tolist() == list(sizes)
-        assert one.loss == pytest.approx(loss(one.parameters, one.pflops), rel=1e-3)
-        assert one.best_parameters == pytest.approx(3e6 * one.pflops**0.5, rel=0.02)
-        assert one.best_loss == pytest.approx(1 + one.pflops**-0.2, rel=1e-3)
-        assert one.curvature == pytest.approx(0.02, rel=0.05)
-    assert isoflop_slices(curves[:2], [1.0])[0].best_parameters is None
-    outside = isoflop_slices(curves, [9.9])[0]  # N* = 9.4e6, beyond the largest size
-    assert (outside.best_parameters, np.argmin(outside.loss)) == (None, 3)
+def test_sizes_are_compared_at_the_most_data_that_all_share():
+    observations = ladder()
+    cut = [each for each in observations if each.parameters < SIZES[-1] - 1 or each.pixels < AMOUNTS[-1]]
+    points = fit_data.of_parameters(cut)
+    assert len(points) == SIZES.size
+    assert points.data == "annealed trainings on 1.00 B pixels, the most that all sizes share"
+    assert all(run.endswith("-d1000000000-s0") for run in points.runs)
+    assert points.warnings == ()
+    full = fit_data.of_parameters(observations[::-1])
+    assert full.data == "annealed trainings on 10.0 B pixels"
+    assert list(full.variables["N"]) == sorted(full.variables["N"])
+
+
+def test_a_batch_more_or_less_is_the_same_amount_of_data():
+    observations = [replace(each, pixels=each.pixels * (1 + 0.001 * at)) for at, each in enumerate(ladder()[2::3])]
+    assert fit_data.of_parameters(observations).warnings == ()
+
+
+def test_without_shared_data_each_size_comes_with_its_longest_training():
+    observations = [training(size, (1 + at) * 1e8, 1 / (1 + at)) for at, size in enumerate(SIZES)]
+    observations.append(training(SIZES[0], 5e7, 2.0))
+    points = fit_data.of_parameters(observations)
+    assert list(points.loss) == [1 / (1 + at) for at in range(6)]
+    assert points.warnings[0].startswith(
+        "the sizes share no amount of training data (n200000 had 100 M pixels, n20000000"
+    )
+
+
+def test_unannealed_trainings_count_only_if_there_are_no_others():
+    observations = ladder()
+    mixed = [replace(each, annealed=each.pixels < AMOUNTS[-1]) for each in observations]
+    assert fit_data.of_parameters(mixed).data == "annealed trainings on 1.00 B pixels"
+    assert len(fit_data.of_parameters_and_data(mixed)) == 12
+    hot = [replace(each, annealed=False) for each in observations]
+    for points in (fit_data.of_parameters(hot), fit_data.of_parameters_and_data(hot)):
+        assert "not annealed" in points.data
+        assert points.warnings[0].startswith("no learning rate had decayed at the end of training")
+    one_hot = [replace(each, annealed=each.parameters > SIZES[0]) for each in observations]
+    points = fit_data.of_parameters(one_hot)
+    assert "excluded from L(N), since their learning rate had not decayed: n200000" in points.warnings
+    assert len(points) == 5
+
+
+def test_every_training_of_a_size_is_a_point():
+    points = fit_data.of_parameters(ladder(seeds=3))
+    assert len(points) == 18
+    assert points.different("N") == 6
+    twice = [*ladder(), training(SIZES[0], AMOUNTS[-1], 5.0, run="zz again")]
+    assert len(fit_data.of_parameters(twice)) == 7
+    assert {"zz again", f"n200000-d{AMOUNTS[-1]:.0f}-s0"} <= set(fit_data.of_parameters(twice).runs)
+
+
+def test_l_of_c_counts_each_run_once_at_its_last_annealed_point():
+    points = [
+        FrontierPoint(run, "nano", 200_000, 1e8, pflops, loss, annealed)
+        for run, pflops, loss, annealed in (
+            ("b", 0.3, 1.2, False),
+            ("a", 0.1, 1.5, False),
+            ("a", 0.2, 1.3, True),
+            ("b", 0.4, 1.1, True),
+            ("b", 0.5, 1.0, False),
+            ("c", 0.6, 0.9, False),
+        )
+    ]
+    found = fit_data.of_compute(points)
+    assert (found.of, found.runs) == ("compute", ("a", "b"))
+    np.testing.assert_array_equal(found.variables["C"], [0.2, 0.4])
+    np.testing.assert_array_equal(found.loss, [1.3, 1.1])
+    assert found.data == "each run's last point on the annealed frontier (2 points in all)"
+    assert "points are dependent" in found.warnings[0] and found.warnings[1].startswith("only nano is on the frontier")
+    hot = fit_data.of_compute([replace(point, annealed=False) for point in points])
+    np.testing.assert_array_equal(hot.variables["C"], [0.2, 0.5, 0.6])
+    assert any("no learning rate had decayed on the frontier" in warning for warning in hot.warnings)
+    with pytest.raises(CannotFit, match="there is no frontier"):
+        fit_data.of_compute([])
+
+
+def test_the_cost_is_one_number_for_each_size():
+    parameters, cost = fit_data.costs(ladder())
+    np.testing.assert_array_equal(parameters, np.round(SIZES))
+    np.testing.assert_allclose(cost, 40 * parameters**0.79)
