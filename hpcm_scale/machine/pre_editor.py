@@ -20,7 +20,6 @@ from hpcm_scale.model.layers import (
     full_precision,
     leaky_relu,
     partial_block,
-    pointwise_layers,
     reduced_precision,
     up,
 )
@@ -65,8 +64,8 @@ class PreEditor(nn.Module):
             self.edited.append(Stage(outputs, config.blocks, conditioned))
         self.to_image = up(widths[0], 3, kernel=STEM_KERNEL, fp32=True)
         nn.init.zeros_(self.to_image.weight)
-        configure_layers(self, precision, lambda name: activation_checkpointing != Checkpointing.none)
-        self._pointwise = pointwise_layers(self)
+        recompute = activation_checkpointing != Checkpointing.none
+        self._pointwise = configure_layers(self, precision, lambda _: recompute)
 
     @property
     def multiple(self) -> int:

@@ -106,11 +106,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, cast: tuple[Tensor, Tensor]
     return _Product.apply(x, weight, bias, *(cast or (None, None)))
 
 
-def keeps_fp32_sums(x: Tensor) -> bool:
-    """Whether a bf16 matrix product can return its fp32 sums: on CUDA, not on CPUs or under ROCm."""
-    return _kernels == Kernels.cuda or (x.is_cuda and torch.version.hip is None)
-
-
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,8 +132,8 @@ class _Product(torch.autograd.Function):
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of two matrices of one dtype, in another."""
-    if a.dtype != dtype and keeps_fp32_sums(a):
+    """The product of two matrices of one dtype, in another; on CUDA, not under ROCm, the fp32 sums themselves."""
+    if a.dtype != dtype and (_kernels == Kernels.cuda or (a.is_cuda and torch.version.hip is None)):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 

@@ -11,7 +11,7 @@ from hpcm_scale.config.checks import side_multiple
 from hpcm_scale.config.schema import Checkpointing, ModelConfig, Precision
 from hpcm_scale.entropy.generalized_gaussian import Formula, bits
 from hpcm_scale.model.context import ContextModel, Place
-from hpcm_scale.model.layers import cast_once, configure_layers, full_precision, pointwise_layers, reduced_precision
+from hpcm_scale.model.layers import cast_once, configure_layers, full_precision, reduced_precision
 from hpcm_scale.model.transforms import analysis, hyper_analysis, hyper_synthesis, synthesis
 from hpcm_scale.model.variable_rate import level_of, mix_of
 
@@ -131,9 +131,10 @@ class HPCM(nn.Module):
         recompute = activation_checkpointing != Checkpointing.none
         steps = activation_checkpointing == Checkpointing.steps
         # A recomputed step recomputes its blocks.
-        configure_layers(self, precision, lambda name: recompute and not (steps and name.startswith("context.")))
+        self._pointwise = configure_layers(
+            self, precision, lambda name: recompute and not (steps and name.startswith("context."))
+        )
         self.context.recompute = steps
-        self._pointwise = pointwise_layers(self)
 
     @property
     def multiple(self) -> int:

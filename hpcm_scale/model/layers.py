@@ -115,19 +115,14 @@ class Pointwise(nn.Conv2d):
         return product(x.permute(0, 2, 3, 1), self.weight, self.bias, cast).permute(0, 3, 1, 2)
 
 
-def pointwise_layers(network: nn.Module) -> list[Pointwise]:
-    """The 1×1 convolutions of a network that run in the dtype of autocast: the argument of `cast_once`."""
-    return [layer for layer in network.modules() if isinstance(layer, Pointwise) and not layer.fp32]
-
-
 @contextmanager
 def cast_once(layers: Sequence[Pointwise], x: Tensor) -> Iterator[None]:
     """Cast the weights of `layers` once for this context and for what the backward pass recomputes of it.
 
-    `x`: the network's input (B, C, H, W). Weights and biases of all layers that run as matrix products are cast in one
-    operation. The casts are freed after the backward pass, so the next forward pass uses the updated weights. Nothing
-    is cast without autocast, nor under ZeRO-3, which gathers weights layer by layer. Autocast itself caches the casts
-    of other convolutions.
+    `layers`: see `configure_layers`. `x`: the network's input (B, C, H, W). Weights and biases of all layers that run
+    as matrix products are cast in one operation. The casts are freed after the backward pass, so the next forward pass
+    uses the updated weights. Nothing is cast without autocast, nor under ZeRO-3, which gathers weights layer by layer.
+    Autocast itself caches the casts of other convolutions.
     """
     dtype = _autocast_dtype(x)
     if dtype is None:
@@ -346,14 +341,17 @@ def depthwise_block(channels: int) -> ResidualBlock:
     return ResidualBlock(depthwise, channels, 2)
 
 
-def configure_layers(network: nn.Module, precision: Precision, recompute: Callable[[str], bool]) -> None:
+def configure_layers(network: nn.Module, precision: Precision, recompute: Callable[[str], bool]) -> list[Pointwise]:
     """Set the precision of 1×1 convolutions, and activation checkpointing of the blocks that `recompute` selects by
-    name."""
+    name. Returns the 1×1 convolutions that run in the dtype of autocast, for `cast_once`."""
+    pointwise = []
     for name, module in network.named_modules():
         if isinstance(module, Pointwise):
             module.reduced = precision == Precision.bf16
+            pointwise += [] if module.fp32 else [module]
         elif isinstance(module, Block):
             module.recompute = recompute(name)
+    return pointwise
 
 
 def checkpointed(function, *inputs: Tensor):

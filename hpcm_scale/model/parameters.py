@@ -172,18 +172,6 @@ def fan_in(layer: Layer) -> int:
     return layer.weight[0].numel()
 
 
-def widening(codec: HPCM) -> dict[str, float]:
-    """Ratio of the fan-in of each layer to that in a network of the widths `BASE`, by name of the layer."""
-    return {name: fan_in(ours) / fan_in(base) for name, (ours, base) in _with_base(codec).items()}
-
-
-def _with_base(codec: HPCM) -> dict[str, tuple[Layer, Layer]]:
-    """Each layer, and the same in a network of the widths `BASE`, on meta, since weights of `codec` may be sharded."""
-    ratio = min(codec.config.partial_ratio, *BASE["channels"])  # at least one channel
-    base = _layers(on_meta(replace(codec.config, **BASE, partial_ratio=ratio)))
-    return {name: (layer, base[name]) for name, layer in _layers(on_meta(codec.config)).items()}
-
-
 def _layers(codec: HPCM) -> dict[str, Layer]:
     return {name: layer for name, layer in codec.named_modules() if isinstance(layer, Layer)}
 
@@ -196,11 +184,13 @@ def parametrise(codec: HPCM) -> None:
     scales, depthwise convolutions and others with constant fan-in have 1. The `spectral_factor` is that for Muon.
     Initial weights of the last layer, whose number of outputs is constant, are multiplied by 1/√r.
     """
-    layers = _layers(codec)
-    for name, (ours, base) in _with_base(codec).items():
+    config, layers = codec.config, _layers(codec)
+    ratio = min(config.partial_ratio, *BASE["channels"])  # at least one channel
+    base = _layers(on_meta(replace(config, **BASE, partial_ratio=ratio)))
+    for name, ours in _layers(on_meta(config)).items():  # weights of `codec` may be sharded
         weight = layers[name].weight
-        weight.learning_rate_factor = fan_in(base) / fan_in(ours)  # pyright: ignore[reportAttributeAccessIssue]
-        weight.spectral_factor = _spectral_scale(ours) / _spectral_scale(base)  # pyright: ignore[reportAttributeAccessIssue]
+        weight.learning_rate_factor = fan_in(base[name]) / fan_in(ours)  # pyright: ignore[reportAttributeAccessIssue]
+        weight.spectral_factor = _spectral_scale(ours) / _spectral_scale(base[name])  # pyright: ignore[reportAttributeAccessIssue]
     last = layers[f"g_s.{len(codec.g_s) - 1}"].weight
     with gathered(last):
         last.mul_(learning_rate_factor(last) ** 0.5)

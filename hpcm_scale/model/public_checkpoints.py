@@ -62,7 +62,9 @@ def public_name(name: str, config: ModelConfig) -> str:
         block, _, inner = leaf.partition(".")
         leaf = f"{block}.{_leaf(inner, _CONTEXT_BLOCK)}" if inner else leaf
         return f"y_spatial_prior_adaptor_list_s{int(level) + 1}.{_rotated(level, index)}.{leaf}"
-    return f"y_spatial_{part}.{_prior_layer(rest)}"
+    half, index, leaf = rest.split(".", 2)
+    branch = {"before": "branch_1", "after": "branch_2"}[half]
+    return f"y_spatial_{part}.{branch}.{index}.{_leaf(leaf, _CONTEXT_BLOCK)}"
 
 
 def _leaf(leaf: str, block: dict[str, str]) -> str:
@@ -74,12 +76,6 @@ def _rotated(level: str, index: str) -> int:
     """The public implementation uses the adaptors of s2 and s3 in the order n−1, 0, 1, …"""
     count = {"0": 1, "1": 3, "2": 6}[level]
     return (int(index) - 1) % count
-
-
-def _prior_layer(rest: str) -> str:
-    half, index, leaf = rest.split(".", 2)
-    branch = {"before": "branch_1", "after": "branch_2"}[half]
-    return f"{branch}.{index}.{_leaf(leaf, _CONTEXT_BLOCK)}"
 
 
 def _layer(part: str, index: int, config: ModelConfig) -> str:
@@ -159,7 +155,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state:
         raise UserError("no-state-dict", "", f"{path} holds no state dict; give a .pth.tar published by the authors")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not _is_plain(tensor):
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not (isinstance(name, str) and dense):
             raise UserError(
                 "not-a-tensor",
                 "",
@@ -295,10 +292,6 @@ def _check_constants(state: Mapping[str, Tensor]) -> None:
                 "",
                 f"{name} is not {value:g}, its value in all published models; give a published checkpoint",
             )
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _size(shape: torch.Size) -> str:

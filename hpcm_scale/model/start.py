@@ -1,12 +1,9 @@
 """The Karhunen–Loève start: an untrained codec that begins as the best linear block transform (`model.start=klt`).
 
-The residual stream through g_a and g_s is linear but for the residual branches. So the strided convolutions of g_a are
-initialized with eigenvectors of the covariance of their input patches under a simple model of images, the transposed
-convolutions of g_s with the transposes, and the entropy model with the standard deviation of each channel of y. No data
-is used. Without truncation four stages of 2×2 patches are the Karhunen–Loève transform of blocks of 16×16 pixels.
-
-The model of images is a separable first-order autoregressive process with a colour covariance. Its constants, and those
-of the quantization step, are fitted to photographs (docs/families.md).
+The strided convolutions of g_a are initialized with eigenvectors of the covariance of their input patches under a model
+of images, the transposed convolutions of g_s with the transposes, and the entropy model with the standard deviation of
+each channel of y (docs/families.md). The model of images is a separable first-order autoregressive process with a
+colour covariance.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,8 +171,8 @@ def _check_fit(file: WeightsFile) -> None:
         )
 
 
-def _shapes_of(state: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
+def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: shape_of(tensor) for name, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -181,8 +182,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     Raises UserError if names or shapes differ.
     """
     parameters = dict(module.named_parameters())  # no module has persistent buffers
-    shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
-    if shapes != {name: shape_of(tensor) for name, tensor in state.items()}:
+    if _shapes_of(parameters) != _shapes_of(state):
         raise UserError(
             "state-mismatch", "", f"the tensors in {path} do not fit the network that they are for; export it again"
         )

@@ -15,7 +15,7 @@ from hpcm_scale.config.schema import Checkpointing, Precision
 from hpcm_scale.model import hpcm, layers
 from hpcm_scale.model.arithmetic import Kernels, product, use_kernels
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.layers import cast_once, pointwise_layers, set_arithmetic
+from hpcm_scale.model.layers import cast_once, set_arithmetic
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_a_step_is_the_same_to_the_bit(config, checkpoint, monkeypatch):
 def test_no_cast_outlives_a_step(checkpoint):
     """Neither a whole one, nor a forward pass that fails: the next one sees the weights as they are then."""
     model, x = build(activation_checkpointing=checkpoint), images(1, 256, 256)
-    chosen = pointwise_layers(model)
+    chosen = model._pointwise
     first, _ = loss_and_gradients(model, x)
     assert all(layer.cast is None for layer in chosen)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_layers_that_share_no_cast():
     """Those with fp32 results, and all under ZeRO-3, whose weights are there only while their layer is used."""
     model, x = build(), images(1, 256, 256)
     fp32 = [layer for layer in model.modules() if isinstance(layer, layers.Pointwise) and layer.fp32]
-    chosen = pointwise_layers(model)
+    chosen = model._pointwise
     with torch.autocast("cpu", torch.bfloat16):
         with cast_once(chosen, x):
             assert all(layer.cast[0].dtype == torch.bfloat16 for layer in chosen)
@@ -89,7 +89,7 @@ def test_an_estimate_counts_the_copy():
     """2 bytes for each weight and bias of a 1×1 convolution."""
     with FakeTensorMode():
         model, x = build(), torch.empty(1, 3, 256, 256).to(memory_format=torch.channels_last)
-        chosen = pointwise_layers(model)
+        chosen = model._pointwise
         with (
             torch.autocast("cpu", torch.bfloat16),
             PeakMemory() as memory,

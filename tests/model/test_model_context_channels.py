@@ -12,7 +12,7 @@ from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.checks import check_model
 from hpcm_scale.errors import UserError
 from hpcm_scale.model.hpcm import HPCM
-from hpcm_scale.model.parameters import on_meta, parameters_by_part, widening
+from hpcm_scale.model.parameters import learning_rate_factor, on_meta, parameters_by_part, parametrise
 
 NARROW = replace(small(), context_channels=12)
 
@@ -39,8 +39,9 @@ def test_it_trains_and_codes():
 
 def test_mup_compares_with_the_base():
     """Of 3·24 channels."""
-    ratios = widening(on_meta(replace(NARROW, context_channels=36)))
-    assert ratios["context.prior_s3.before.0.expand"] == 0.5
+    model = on_meta(replace(NARROW, context_channels=36))
+    parametrise(model)
+    assert learning_rate_factor(model.get_parameter("context.prior_s3.before.0.expand.weight")) == 2
 
 
 def test_adaptors_with_blocks_are_refused():

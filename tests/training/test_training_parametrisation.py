@@ -15,7 +15,7 @@ from hpcm_scale.config.schema import Fusion, ModelConfig, OptimizerConfig, Optim
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.model.families import names
 from hpcm_scale.model.hpcm import HPCM, Noise
-from hpcm_scale.model.parameters import Layer, fan_in, learning_rate_factor, on_meta, parametrise, widening
+from hpcm_scale.model.parameters import Layer, fan_in, learning_rate_factor, on_meta, parametrise
 from hpcm_scale.objective import rate_distortion_loss
 from hpcm_scale.training.optimizer import clip, create_optimizer, set_learning_rate
 
@@ -125,7 +125,7 @@ def test_at_the_widths_of_the_base_nothing_changes():
     model = HPCM(compose_model("450k"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parametrise(model)
-    assert {*widening(model).values()} == {1.0}
+    assert {*map(learning_rate_factor, model.parameters())} == {1.0}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -133,9 +133,12 @@ def test_at_the_widths_of_the_base_nothing_changes():
 def test_every_layer_has_one_to_compare_with(changes):
     base = replace(compose_model("450k"), **changes)
     wide = replace(base, channels=[32, 64, 128], latent_channels=96, hyper_latent_channels=96, hyper_channels=96)
-    found = widening(on_meta(wide))
-    assert found["g_a.0"] == 1 and found["g_a.1.expand"] == found["context.prior_s3.before.0.expand"] == 4
-    assert all(ratio >= 1 for ratio in found.values())
+    model = on_meta(wide)
+    parametrise(model)
+    found = {name: learning_rate_factor(parameter) for name, parameter in model.named_parameters()}
+    assert found["g_a.0.weight"] == 1
+    assert found["g_a.1.expand.weight"] == found["context.prior_s3.before.0.expand.weight"] == 1 / 4
+    assert all(factor <= 1 for factor in found.values())
 
 
 def test_inputs_of_layers_are_counted_as_their_outputs_sum_them():
