@@ -18,7 +18,7 @@ MOST_PIXELS = 2**28
 """Most pixels of an image, 268 million; a header with more is refused."""
 
 _HEADER = struct.Struct("<4sBB8sIIIIIII")
-_LEVEL = {FIXED_RATE: struct.Struct(""), VARIABLE_RATE: struct.Struct("B")}
+_LEVEL_BYTES = {FIXED_RATE: 0, VARIABLE_RATE: 1}
 """Extension of the header in each version."""
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
@@ -56,7 +56,7 @@ def pack(content: Container) -> bytes:
         len(content.y),
         zlib.crc32(content.y),
         content.symbols_checksum,
-    ) + _LEVEL[version].pack(*([] if content.level is None else [content.level]))
+    ) + bytes(() if content.level is None else (content.level,))
     return header + _CHECKSUM.pack(zlib.crc32(header)) + content.z + content.y
 
 
@@ -70,18 +70,18 @@ def unpack(data: bytes) -> Container:
         )
     fields = _HEADER.unpack_from(data)
     _, version, tables, digest, width, height, z_bytes, z_crc, y_bytes, y_crc, symbols_checksum = fields
-    if version not in _LEVEL or tables != TABLE_VERSION:
+    if version not in _LEVEL_BYTES or tables != TABLE_VERSION:
         raise UserError(
             "file-version",
             "",
             f"its version is {version}.{tables}, but this hpcm_scale reads {_READABLE}; decode it with the version "
             "that wrote it",
         )
-    size = _HEADER.size + _LEVEL[version].size
+    size = _HEADER.size + _LEVEL_BYTES[version]
     header, checksum, streams = data[:size], data[size : size + _CHECKSUM.size], data[size + _CHECKSUM.size :]
     if checksum != _CHECKSUM.pack(zlib.crc32(header)):
         raise UserError("damaged-header", "", "its header is damaged; copy it again from its source")
-    level = next(iter(_LEVEL[version].unpack(header[_HEADER.size :])), None)
+    level = header[-1] if version == VARIABLE_RATE else None
     if not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
         raise UserError(
             "impossible-image-size",

@@ -1,11 +1,7 @@
-"""Scale shifts, which make files decodable on other devices.
+"""Scale shifts, which make files decodable on devices whose scales differ in the last digits (docs/file_format.md).
 
-Scales computed on two devices differ in the last digits. If a scale is within such a difference of the bound of a
-table, encoder and decoder may choose different tables, and all following symbols are wrong. Writing the side of each
-scale near a bound does not help, as whether it is near is uncertain as well. Instead, scales are divided into blocks;
-the encoder shifts each block in ln(scale) by the least amount after which no scale is near a bound, and writes the
-shift. The decoder only applies it. The block size is such that about two scales of a block are near a bound, so that
-a few shifts suffice.
+The encoder shifts each block of scales in ln(scale) by the least amount after which none is near the bound of a table,
+and writes the shift; the decoder only applies it.
 """
 
 from __future__ import annotations
