@@ -62,14 +62,14 @@ def main() -> None:
                     if images:
                         _write(images.results, chosen, out)
                     if tasks:
-                        tasks.write(models, out)
+                        tasks.write(out)
     console = terminal()
     if images:
         console.print(console_table(images.results))
         for sentence in sentences(images.results):
             console.print(sentence)
     if tasks:
-        console.print(tasks.console(models))
+        console.print(tasks.console())
     if out:
         files = [*(OUTPUTS if images else ()), *([CROPS] if chosen.chosen() else ()), *(TASK_OUTPUTS if tasks else ())]
         print(f"{out}: {', '.join(files[:-1])} and {files[-1]}")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import PIL
@@ -20,21 +20,10 @@ from PIL import Image, features
 from torch import Tensor
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.runners import CodedImage
 
 FAILURES = (OSError, RuntimeError, ValueError, Image.DecompressionBombError)
 """Errors of the libraries for an image that they cannot code."""
-
-
-class CodedBaseline(NamedTuple):
-    """One image, coded by a baseline."""
-
-    size_bytes: int
-    """Of the file; of VVC, which has no file format, of the bitstream."""
-    decoded: Tensor
-    """uint8 (3, H, W)."""
-    encode_seconds: float
-    """From pixels in memory to bytes in memory, including colour conversion and the start of a program."""
-    decode_seconds: float
 
 
 class Baseline(ABC):
@@ -58,7 +47,7 @@ class Baseline(ABC):
         """A setting with its name: "quality 50", "QP 32"."""
         return f"{self.setting_name} {setting:.3g}"
 
-    def code(self, pixels: Tensor, setting: float) -> CodedBaseline:
+    def code(self, pixels: Tensor, setting: float) -> CodedImage:
         """Encode `pixels`, uint8 (3, H, W), at a setting and decode the file.
 
         Raises UserError for an image that the codec cannot code, and for a program that fails or hangs.
@@ -80,7 +69,7 @@ class Baseline(ABC):
             ) from error
         assert decoded.shape == image.shape and decoded.dtype == np.uint8
         planes = torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
-        return CodedBaseline(len(data), planes, encoded - start, done - encoded)
+        return CodedImage(planes, 8.0 * len(data), encoded - start, done - encoded)
 
     @abstractmethod
     def encode(self, image: np.ndarray, setting: float) -> bytes:
@@ -124,7 +113,6 @@ class PillowCodec(Baseline):
         return file.getvalue()
 
     def decode(self, data: bytes, height: int, width: int) -> np.ndarray:
-        """See `Baseline.decode`."""
         with Image.open(BytesIO(data), formats=[self.format]) as image:
             return np.array(image.convert("RGB"))
 
@@ -145,7 +133,6 @@ class JPEG(PillowCodec):
         self.description = f"Pillow {PIL.__version__}, {library}; baseline, optimised Huffman tables, 4:2:0"
 
     def encode(self, image: np.ndarray, setting: float) -> bytes:
-        """See `Baseline.encode`."""
         if setting == int(setting):
             return super().encode(image, int(setting))
         with Image.open(BytesIO(super().encode(image, 50))) as usual:
@@ -217,11 +204,9 @@ class JPEGXL(Baseline):
         self.description = f"imagecodecs {self._imagecodecs.__version__}, {version}; effort 7, XYB 4:4:4"
 
     def encode(self, image: np.ndarray, setting: float) -> bytes:
-        """See `Baseline.encode`."""
         return bytes(self._imagecodecs.jpegxl_encode(image, distance=float(setting), effort=7))
 
     def decode(self, data: bytes, height: int, width: int) -> np.ndarray:
-        """See `Baseline.decode`."""
         return self._imagecodecs.jpegxl_decode(data)
 
 
@@ -261,7 +246,6 @@ class HEVC(Baseline):
         )
 
     def encode(self, image: np.ndarray, setting: float) -> bytes:
-        """See `Baseline.encode`."""
         height, width = image.shape[:2]
         samples = np.rint(image * (TEN_BITS / 255)).astype("<u2") << 6  # the library drops the low 6 of 16 bits
         heif = self._heif.from_bytes("RGB;16", (width, height), samples.tobytes())
@@ -270,7 +254,6 @@ class HEVC(Baseline):
         return file.getvalue()
 
     def decode(self, data: bytes, height: int, width: int) -> np.ndarray:
-        """See `Baseline.decode`."""
         heif = self._heif.open_heif(BytesIO(data), convert_hdr_to_8bit=False)
         return np.rint((np.asarray(heif) >> 6) * (255 / TEN_BITS)).astype(np.uint8)
 
@@ -356,7 +339,6 @@ class VVC(Baseline):
         return self._run(*_encoding(image, setting), data=to_ycbcr(image), pixels=height * width).stdout
 
     def decode(self, data: bytes, height: int, width: int) -> np.ndarray:
-        """See `Baseline.decode`."""
         rows, columns = _padded(height), _padded(width)
         samples = self._run("-f", "vvc", "-i", "-", *RAW, "-", data=data, pixels=height * width).stdout
         if len(samples) != 3 * rows * columns:  # 2 bytes for each of 1.5 samples per pixel

@@ -35,14 +35,9 @@ class NamedSet:
         """Number of images."""
         return self.sizes.total()
 
-    @property
-    def sides_known(self) -> bool:
-        """Whether `sizes` has widths and heights."""
-        return all(isinstance(size, tuple) for size in self.sizes)
-
     def size(self, width: int, height: int) -> tuple[int, int] | int:
         """Key of this size in `sizes`."""
-        return (width, height) if self.sides_known else width * height
+        return (width, height) if isinstance(next(iter(self.sizes)), tuple) else width * height
 
 
 # Pixels of each image, by name (alberto-montalesi-176097 … zugr-108), from Cool-chic's results
@@ -187,7 +182,12 @@ class RateCurve:
                 "--metric",
                 f"{self.name} has no {METRICS[metric].name}; compare by {METRICS[other].name}",
             )
-        return values if metric == "psnr" else tuple(-10 * math.log10(max(1 - value, 1e-10)) for value in values)
+        return values if metric == "psnr" else tuple(decibels(1 - value) for value in values)
+
+
+def decibels(distance: float) -> float:
+    """−10·log10 of a distance, such as 1 − MS-SSIM, at most 100 dB."""
+    return -10 * math.log10(max(distance, 1e-10))
 
 
 def labelled(name: str, description: str) -> str:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hpcm_scale.evaluation.baselines import Baseline, CodedBaseline
+from hpcm_scale.evaluation.baselines import Baseline
 from hpcm_scale.evaluation.bd_rate import labelled
 from hpcm_scale.evaluation.measures import Estimated, Measured, measure
-from hpcm_scale.evaluation.runners import Images, Watcher
+from hpcm_scale.evaluation.runners import CodedImage, Images
 from hpcm_scale.formatting import label, new_figure, save
 
 CROP = 256
@@ -87,27 +87,23 @@ class Crops:
         self._chosen: dict[int, Crop] = {}
         self._model: str | None = None
 
-    def watch_model(self, codec: str) -> Watcher:
-        """The watcher of the model, titled `codec`; later calls with another title watch nothing."""
+    def watch(self, codec: str, index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
+        """A `Watcher`; the model is the first codec that it is called with, and others are ignored."""
         self._model = self._model or codec
-
-        def watch(index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
-            if codec != self._model:
-                return
-            window, error = worst_window(original, decoded)
-            self._chosen[index] = Crop(window, error, window.cut(original), Panel(codec, window.cut(decoded), measured))
-            if len(self._chosen) > self.number:
-                del self._chosen[min(self._chosen, key=lambda i: (self._chosen[i].error, -i))]
-
-        return watch
+        if codec != self._model:
+            return
+        window, error = worst_window(original, decoded)
+        self._chosen[index] = Crop(window, error, window.cut(original), Panel(codec, window.cut(decoded), measured))
+        if len(self._chosen) > self.number:
+            del self._chosen[min(self._chosen, key=lambda i: (self._chosen[i].error, -i))]
 
     def compare(self, codec: Baseline, images: Images) -> None:
         """Code the chosen images of the set with a baseline, each at the rate of the model (`code_to_size`)."""
         for index, crop in self._chosen.items():
             pixels = images.load(index)
-            setting, coded = code_to_size(codec, pixels, crop.model.measured.bits / 8)
+            setting, coded = code_to_size(codec, pixels, crop.model.measured.bits)
             title = f"{labelled(codec.name, codec.description)} {codec.label(setting)}"
-            measured = measure(images.names[index], pixels, coded.decoded, 8.0 * coded.size_bytes, metrics=["psnr"])
+            measured = measure(images.names[index], pixels, coded.decoded, coded.bits, metrics=["psnr"])
             crop.baseline = Panel(title, crop.window.cut(coded.decoded), measured)
 
     def chosen(self) -> list[Crop]:
@@ -134,23 +130,23 @@ def _starts(side: int, window: int) -> Tensor:
     return torch.tensor(sorted({*range(0, last + 1, STRIDE), last}))
 
 
-def code_to_size(codec: Baseline, pixels: Tensor, size_bytes: float) -> tuple[float, CodedBaseline]:
+def code_to_size(codec: Baseline, pixels: Tensor, bits: float) -> tuple[float, CodedImage]:
     """The setting whose file of an image, uint8 (3, H, W), is nearest to a size by ratio, and its result.
 
     Found by bisection between the settings of the smallest and the largest files. Raises UserError as `codec.code`.
     """
     low, high = codec.settings[0] if codec.lowest is None else codec.lowest, codec.settings[-1]
-    tried: dict[float, CodedBaseline] = {low: codec.code(pixels, low)}
+    tried: dict[float, CodedImage] = {low: codec.code(pixels, low)}
     for _ in range(STEPS):
         setting = round((low + high) / 2) if codec.whole else (low + high) / 2
         if setting in tried:
             break
         tried[setting] = codec.code(pixels, setting)
-        if tried[setting].size_bytes < size_bytes:
+        if tried[setting].bits < bits:
             low = setting
         else:
             high = setting
-    return min(tried.items(), key=lambda item: abs(math.log(item[1].size_bytes / size_bytes)))
+    return min(tried.items(), key=lambda item: abs(math.log(item[1].bits / bits)))
 
 
 def draw_crops(crops: Sequence[Crop], path: str | Path, images: str) -> None:

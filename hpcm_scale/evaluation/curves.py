@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -19,24 +19,13 @@ from hpcm_scale.evaluation.baselines import Baseline
 from hpcm_scale.evaluation.bd_rate import METRICS, RateCurve, labelled
 from hpcm_scale.evaluation.crops import Crops
 from hpcm_scale.evaluation.measures import Measured, mean
-from hpcm_scale.evaluation.runners import (
-    Images,
-    Runner,
-    Watcher,
-    baseline_runner,
-    code_images,
-    estimate_runner,
-    file_runner,
-)
+from hpcm_scale.evaluation.runners import Images, Watcher, code_images, estimate_runner, file_runner
 from hpcm_scale.model.parameters import forward_flops_per_image, kmac_per_pixel, on_meta, parameter_count
 from hpcm_scale.model.variable_rate import byte_of, byte_of_quality, level_of_byte, lmbda_of, quality_of_byte
 from hpcm_scale.model.weights import load_weights
 from hpcm_scale.tasks import load_encoder
 from hpcm_scale.tracking.environment import environment
-from hpcm_scale.tracking.progress import progress
 
-Watchdog = Callable[[str], Watcher]
-"""Returns the watcher of a codec at a setting, given their names."""
 FILES, ESTIMATED = "files", "estimated"
 PACKAGES = ("torch", "numpy", "pillow", "pytorch-msssim")
 """Packages that measurements depend on; codecs list their own."""
@@ -49,9 +38,10 @@ class Point:
     setting: str
     images: list[Measured]
     weights: str | None = None
-    """The weights file; like the two below, None for a baseline."""
+    """The weights file; like the three below, None for a baseline."""
     facts: dict[str, Any] | None = None
     kmac_per_pixel: float | None = None
+    parameters: int | None = None
 
     @property
     def mean(self) -> dict[str, Any]:
@@ -137,7 +127,7 @@ def _read(curve: str | None, path: str, qualities: Sequence[float] | None) -> We
     model, facts = load_weights(path)
     config, lmbda = model.config, facts.get("lmbda")
     if config.rate.levels > 1:
-        settings = [_at_level(config.rate, level) for level in _levels(config.rate, qualities)]
+        settings = _settings(config.rate, qualities)
     else:
         settings = [Setting(printable(Path(path).stem) if lmbda is None else f"λ = {lmbda:g}", lmbda)]
     usual = f"hpcm {config.name}" + " variable" * (config.rate.levels > 1)
@@ -147,16 +137,14 @@ def _read(curve: str | None, path: str, qualities: Sequence[float] | None) -> We
     return weights
 
 
-def _levels(rate: RateConfig, qualities: Sequence[float] | None) -> list[int]:
-    """Level bytes of these qualities, or of all levels of the training."""
-    if qualities is None:
-        return [byte_of(rate, level) for level in range(rate.levels)]
-    return list(dict.fromkeys(byte_of_quality(quality) for quality in qualities))
-
-
-def _at_level(rate: RateConfig, level: int) -> Setting:
-    lmbda = lmbda_of(rate, torch.tensor(level_of_byte(rate, level), dtype=torch.float64)).item()
-    return Setting(f"quality {quality_of_byte(level):g}", lmbda, level)
+def _settings(rate: RateConfig, qualities: Sequence[float] | None) -> list[Setting]:
+    """Those of a variable-rate model: at these qualities, or at all levels of the training."""
+    trained = (byte_of(rate, level) for level in range(rate.levels))
+    settings = []
+    for level in dict.fromkeys(trained if qualities is None else map(byte_of_quality, qualities)):
+        lmbda = lmbda_of(rate, torch.tensor(level_of_byte(rate, level), dtype=torch.float64)).item()
+        settings.append(Setting(f"quality {quality_of_byte(level):g}", lmbda, level))
+    return settings
 
 
 def _check_together(one: Weights, other: Weights) -> None:
@@ -187,16 +175,17 @@ def model_curve(
     *,
     device: torch.device,
     estimate: bool,
-    watch: Watchdog | None = None,
+    watch: Watcher | None = None,
     metrics: Collection[str] = tuple(METRICS),
 ) -> Curve:
     """Code the images with each of a group of weights (`read_weights`) at all its settings.
 
-    Real files are encoded in fp32; estimates use the precision of the training, as in its journal. `watch` returns the
-    watcher of a setting. The facts of each point contain the λ of its level.
+    Real files are encoded in fp32; estimates use the precision of the training, as in its journal. The facts of each
+    point contain the λ of its level.
     """
     name, config = group[0].curve, group[0].config
-    kmac = kmac_per_pixel(forward_flops_per_image(on_meta(config), 256), 256)
+    model = on_meta(config)
+    kmac, parameters = kmac_per_pixel(forward_flops_per_image(model, 256), 256), parameter_count(model)
     points = []
     for weights in group:
         encoder = load_encoder(weights.path)
@@ -208,15 +197,15 @@ def model_curve(
                 if estimate
                 else file_runner(encoder, device, setting.level)
             )
-            measured = _coded(runner, images, watch, f"{name} {setting.label}", metrics)
+            measured = code_images(f"{name} {setting.label}", runner, images, watch=watch, metrics=metrics)
             facts = weights.facts | {"lmbda": setting.lmbda}
-            points.append(Point(setting.label, measured, weights.path, facts, kmac))
-    return Curve(name, _described(config, device, estimate), ESTIMATED if estimate else FILES, _in_order(points))
+            points.append(Point(setting.label, measured, weights.path, facts, kmac, parameters))
+    described = _described(config, parameters, device, estimate)
+    return Curve(name, described, ESTIMATED if estimate else FILES, _in_order(points))
 
 
-def _described(config: ModelConfig, device: torch.device, estimate: bool) -> str:
-    """One line about a model."""
-    parts = [f"{parameter_count(on_meta(config)):,} parameters"]
+def _described(config: ModelConfig, parameters: int, device: torch.device, estimate: bool) -> str:
+    parts = [f"{parameters:,} parameters"]
     if config.rate.levels > 1:
         rate = config.rate
         parts.append(f"variable rate with {rate.levels} levels, λ = {rate.lowest:g} to {rate.highest:g}")
@@ -227,23 +216,16 @@ def _described(config: ModelConfig, device: torch.device, estimate: bool) -> str
 
 
 def baseline_curve(
-    codec: Baseline, images: Images, watch: Watchdog | None = None, metrics: Collection[str] = tuple(METRICS)
+    codec: Baseline, images: Images, watch: Watcher | None = None, metrics: Collection[str] = tuple(METRICS)
 ) -> Curve:
     """Code the images with a baseline codec at each of its settings."""
     points = []
     for setting in codec.settings:
         label = codec.label(setting)
         name = f"{labelled(codec.name, codec.description)} {label}"
-        measured = _coded(baseline_runner(codec, setting), images, watch, name, metrics)
-        points.append(Point(label, measured))
+        runner = partial(codec.code, setting=setting)
+        points.append(Point(label, code_images(name, runner, images, watch=watch, metrics=metrics)))
     return Curve(codec.name, codec.description, FILES, _in_order(points))
-
-
-def _coded(
-    runner: Runner, images: Images, watch: Watchdog | None, name: str, metrics: Collection[str]
-) -> list[Measured]:
-    bar = partial(progress, description=name, unit="image", report=True)
-    return code_images(runner, images, watch=watch and watch(name), progress=bar, metrics=metrics)
 
 
 def _in_order(points: list[Point]) -> list[Point]:
@@ -292,8 +274,8 @@ class Section:
     def prepare(self) -> None:
         """Called before the first image is coded."""
 
-    def observe(self, index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
-        """Called after each image is decoded (`Watcher`)."""
+    def observe(self, name: str, index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
+        """Called after each image is decoded; a `Watcher`."""
 
     def code(
         self,
@@ -309,27 +291,18 @@ class Section:
 
         `crops` are chosen from the first model and compared with the first baseline.
         """
+
+        def watch(*image: Any) -> None:
+            self.observe(*image)
+            if crops:
+                crops.watch(*image)
+
+        options = {"watch": watch, "metrics": metrics}
         for group in models:
-            watch = self._watch(crops.watch_model if crops and group is models[0] else None)
-            options = {"device": device, "estimate": estimate, "metrics": metrics}
-            self.results.curves.append(model_curve(group, self.images, watch=watch, **options))
+            self.results.curves.append(model_curve(group, self.images, device=device, estimate=estimate, **options))
             yield self.results.curves[-1]
         for codec in baselines:
-            self.results.curves.append(baseline_curve(codec, self.images, watch=self._watch(None), metrics=metrics))
+            self.results.curves.append(baseline_curve(codec, self.images, **options))
             if crops and codec is baselines[0]:
                 crops.compare(codec, self.images)
             yield self.results.curves[-1]
-
-    def _watch(self, also: Watchdog | None) -> Watchdog:
-        """The watchers of this section, followed by those of `also`."""
-
-        def watch(name: str) -> Watcher:
-            others = [also(name)] if also else []
-
-            def see(*image: Any) -> None:
-                for watcher in (self.observe, *others):
-                    watcher(*image)
-
-            return see
-
-        return watch

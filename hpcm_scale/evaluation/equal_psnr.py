@@ -46,9 +46,8 @@ def equal_psnr(results: Results) -> Iterator[Row]:
 
 def _measured(point: Point, index: int) -> tuple[float, float]:
     """bpp and PSNR of an image, or of the means after the last."""
-    if index < len(point.images):
-        return point.images[index].bpp, point.images[index].psnr
-    return point.mean["bpp"], point.mean["psnr"]
+    values = vars(point.images[index]) if index < len(point.images) else point.mean
+    return values["bpp"], values["psnr"]
 
 
 def sentences(results: Results) -> list[str]:

@@ -100,17 +100,9 @@ def evaluate(
     """Code every image once and measure it; called by every process, and returns all results to each.
 
     Process `rank` takes every `world_size`-th image; all processes call the codec equally often, as sharded weights
-    require.
+    require. Arguments that are not below are those of `estimate`.
 
     Args:
-        codec: forward pass.
-        images: the set.
-        multiple: images are padded by replication to multiples of this; padding does not count as pixels.
-        objective: the loss.
-        device: where the codec is.
-        level: level of a variable-rate model.
-        rank: of this process.
-        world_size: number of processes.
         reduce: sums a tensor over the processes.
         together: see `Together`.
         keep: most reconstructions to return, of this process's images.
@@ -153,7 +145,8 @@ def estimate(
     """One forward pass over an image, uint8 (3, H, W): its loss, (1,) each, and its reconstruction.
 
     The loss is that of the unrounded reconstruction; the reconstruction returned is clamped and rounded to uint8
-    (3, H, W), on the CPU. Padding costs bits but does not count as pixels. `level`: level of a variable-rate model.
+    (3, H, W), on the CPU. The image is padded by replication to multiples of `multiple`; padding costs bits but does
+    not count as pixels. `device`: that of the codec. `level`: of a variable-rate model.
     """
     height, width = pixels.shape[1:]
     x = pixels.to(device)[None].float() / 255

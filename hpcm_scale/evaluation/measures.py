@@ -11,7 +11,7 @@ from pytorch_msssim import ms_ssim
 from torch import Tensor
 
 from hpcm_scale.coding.files import peak_signal_to_noise
-from hpcm_scale.evaluation.bd_rate import METRICS
+from hpcm_scale.evaluation.bd_rate import METRICS, decibels
 from hpcm_scale.objective import too_small
 
 
@@ -77,7 +77,7 @@ def measure(
         bpp=bits / (width * height),
         psnr=peak_signal_to_noise(original, decoded) if "psnr" in metrics else None,
         ms_ssim=ms_ssim,
-        ms_ssim_db=None if ms_ssim is None else decibels(ms_ssim),
+        ms_ssim_db=None if ms_ssim is None else decibels(1 - ms_ssim),
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
     )
@@ -93,10 +93,5 @@ def mean(images: list[Measured]) -> dict[str, Any]:
     columns = {key: [row[key] for row in rows] for key in keys}
     means = {key: None if None in values else math.fsum(values) / len(values) for key, values in columns.items()}
     if means["ms_ssim"] is not None:
-        means["ms_ssim_db"] = decibels(means["ms_ssim"])
+        means["ms_ssim_db"] = decibels(1 - means["ms_ssim"])
     return means
-
-
-def decibels(ms_ssim: float) -> float:
-    """−10·log10(1 − MS-SSIM), at most 100 dB."""
-    return -10 * math.log10(max(1 - ms_ssim, 1e-10))

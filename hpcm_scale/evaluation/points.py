@@ -223,7 +223,13 @@ class Stated:
 @cache
 def shipped() -> dict[str, RateCurve]:
     """The published curves by name (`kodak/vtm-18`), from `anchors.json`."""
-    return {entry["name"]: _published(entry) for entry in _data()["curves"]}
+    curves = {}
+    for entry in _data()["curves"]:
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
+        curves[entry["name"]] = RateCurve(rate="published", **fields)
+    return curves
 
 
 def stated() -> list[Stated]:
@@ -300,19 +306,5 @@ def _measured(entry: dict[str, Any], image_set: str | None, source: str) -> Rate
     )
 
 
-def _published(entry: dict[str, Any]) -> RateCurve:
-    columns = {key: tuple(entry[key]) for key in ("bpp", "psnr", "ms_ssim") if key in entry}
-    return RateCurve(
-        name=entry["name"],
-        codec=entry["codec"],
-        source=entry["source"],
-        rate="published",
-        set=entry["set"],
-        recommended=entry.get("recommended", False),
-        **columns,
-    )
-
-
-@cache
 def _data() -> dict[str, Any]:
     return json.loads(files("hpcm_scale.evaluation").joinpath("anchors.json").read_text(encoding="utf-8"))

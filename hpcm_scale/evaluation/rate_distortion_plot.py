@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import matplotlib
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import ESTIMATED, Curve, Results
-from hpcm_scale.formatting import label, new_figure, save
+from hpcm_scale.formatting import label, new_figure, save, tidy
 
 PANELS = {"psnr": "mean PSNR (dB), RGB, 8 bits", "ms_ssim_db": "MS-SSIM, mean in dB"}
 MARKERS = "osD^vP*Xph"
@@ -42,11 +43,7 @@ def draw_rate_distortion(results: Results, path: str | Path) -> None:
             dress(axes, PANELS[key])
             axes.set_xlim(0, highest)
         figure.suptitle(f"Rate and distortion: {label(results.title)}", fontweight="bold")
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        for handle, text in zip(*figure.axes[-1].get_legend_handles_labels(), strict=True):
-            if text not in labels:  # a curve without PSNR
-                handles, labels = [*handles, handle], [*labels, text]
-        legend(figure, handles, labels)
+        legend(figure)
         save(figure, path)
 
 
@@ -84,17 +81,19 @@ def draw_given(axes: Axes, curve: RateCurve, key: str, colour: str, marker: str)
         )
 
 
-def legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend below the axes, with as many columns as fit."""
-    room = figure.get_figwidth() * CHARACTERS / (MARGIN + max(map(len, labels)))
-    columns = max(1, min(len(labels), int(room)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+def legend(figure: Figure) -> None:
+    """A legend of the lines of all axes, markers filled, below them; with as many columns as fit."""
+    handles: dict[str, Line2D] = {}
+    for axes in figure.axes:
+        for line in axes.get_lines():
+            handles.setdefault(str(line.get_label()), copy(line)).set_markerfacecolor(line.get_color())
+    room = figure.get_figwidth() * CHARACTERS / (MARGIN + max(map(len, handles)))
+    columns = max(1, min(len(handles), int(room)))
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=columns, frameon=False)
 
 
 def dress(axes: Axes, quality: str) -> None:
     """Label the axes, rate on x, and draw a grid."""
     axes.set_xlabel("mean rate (bits per pixel)")
     axes.set_ylabel(quality)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy(axes)

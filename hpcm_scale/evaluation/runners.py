@@ -1,9 +1,9 @@
-"""Runners code one image: a model to a real file, a model's estimate, or a baseline codec to a real file."""
+"""Runners code one image: a model to a real file, or a model's estimate; `Baseline.code` is one as well."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hpcm_scale.coding.codec import Codec
 from hpcm_scale.config.schema import Distortion
-from hpcm_scale.evaluation.baselines import Baseline
 from hpcm_scale.evaluation.bd_rate import METRICS
 from hpcm_scale.evaluation.estimate import estimate
 from hpcm_scale.evaluation.measures import Estimated, Measured, measure
 from hpcm_scale.model.variable_rate import level_of_byte
 from hpcm_scale.objective import RateDistortionObjective, too_small
 from hpcm_scale.tasks import Encoder
+from hpcm_scale.tracking.progress import progress
 
 WARM_UP_SIDE = 256
 """Side in pixels of the crop that is coded first, untimed: the first call also builds tables and kernels."""
@@ -42,9 +42,9 @@ class CodedImage(NamedTuple):
     decoded: Tensor
     """uint8 (3, H, W), on the CPU."""
     bits: float
-    """8 × the bytes of the file; or the estimate."""
+    """8 × the bytes of the file (of VVC, which has no file format, of the bitstream); or the estimate."""
     encode_seconds: float | None
-    """From pixels in memory to bytes in memory; None for an estimate."""
+    """From pixels in memory to bytes in memory, of other programs including their start; None for an estimate."""
     decode_seconds: float | None
     training: dict[str, Any] | None = None
     """The fields that `Estimated` adds; None for a file."""
@@ -52,8 +52,8 @@ class CodedImage(NamedTuple):
 
 Runner = Callable[[Tensor], CodedImage]
 """Codes and decodes an image, uint8 (3, H, W), on the CPU."""
-Watcher = Callable[[int, Tensor, Tensor, Measured], None]
-"""Called with the index of each image, its pixels, the decoded pixels and the measurements."""
+Watcher = Callable[[str, int, Tensor, Tensor, Measured], None]
+"""Called with the name of codec and setting, the index of the image, its pixels, the decoded ones, measurements."""
 
 
 def file_runner(encoder: Encoder, device: torch.device, level: int | None = None) -> Runner:
@@ -108,28 +108,21 @@ def estimate_runner(
     return run
 
 
-def baseline_runner(codec: Baseline, setting: float) -> Runner:
-    """A real file of a baseline codec at one of its settings."""
-
-    def run(pixels: Tensor) -> CodedImage:
-        coded = codec.code(pixels, setting)
-        return CodedImage(coded.decoded, 8.0 * coded.size_bytes, coded.encode_seconds, coded.decode_seconds)
-
-    return run
-
-
 @torch.no_grad()
 def code_images(
+    name: str,
     runner: Runner,
     images: Images,
     *,
     watch: Watcher | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     metrics: Collection[str] = tuple(METRICS),
 ) -> list[Measured]:
-    """Code the images of a set one by one and measure each by `metrics`; in the set's order."""
+    """Code the images of a set one by one and measure each by `metrics`; in the set's order.
+
+    `name`: that of codec and setting, for the progress bar and `watch`.
+    """
     results = []
-    for index in progress(range(len(images))):
+    for index in progress(range(len(images)), description=name, unit="image", report=True):
         pixels = images.load(index)
         coded = runner(pixels)
         seconds = coded.encode_seconds, coded.decode_seconds
@@ -137,6 +130,6 @@ def code_images(
         if coded.training:
             measured = Estimated(**asdict(measured), **coded.training)
         if watch:
-            watch(index, pixels, coded.decoded, measured)
+            watch(name, index, pixels, coded.decoded, measured)
         results.append(measured)
     return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from hpcm_scale.evaluation.bd_rate import RateCurve
 from hpcm_scale.evaluation.curves import ESTIMATED, FILES, Curve, Point, Results
 from hpcm_scale.evaluation.equal_psnr import equal_psnr
 from hpcm_scale.evaluation.points import FORMAT
-from hpcm_scale.formatting import code, escaped
+from hpcm_scale.formatting import code, decimal, escaped
 from hpcm_scale.formatting import markdown_table as table_of
 
 
@@ -25,7 +25,7 @@ def write_json(results: Results, path: str | Path) -> None:
     """Write evaluation.json, which `hpcm bd-rate` reads; numbers that are not finite are null."""
     keys = ("name", "codec", "source", "rate", "set", "bpp", "psnr", "ms_ssim")
     given = {"given": [{key: getattr(curve, key) for key in keys} for curve in results.given]} if results.given else {}
-    curves = [curve_to_dict(curve, point_to_dict) for curve in results.curves]
+    curves = [curve_to_dict(curve) for curve in results.curves]
     images = images_to_dict(results)
     files.write_json(path, {"format": FORMAT, "images": images, "curves": curves, **given, "machine": results.system})
 
@@ -35,7 +35,7 @@ def images_to_dict(results: Results) -> dict[str, Any]:
     return {"folder": results.folder, "set": results.set_name, "count": results.count}
 
 
-def curve_to_dict(curve: Curve, point_to_dict: Callable[[Point], dict[str, Any]]) -> dict[str, Any]:
+def curve_to_dict(curve: Curve) -> dict[str, Any]:
     """A curve as JSON values."""
     points = [point_to_dict(point) for point in curve.points]
     return {"name": curve.name, "codec": curve.codec, "rate": curve.rate, "points": points}
@@ -115,10 +115,14 @@ def csv_table(results: Results) -> str:
     ]
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     first = ["codec", "rate", "setting", "image"]
+    headings = [*first, *(COLUMNS[key] for key in keys)]
+    return csv_text([headings, *([row.get(key) for key in [*first, *keys]] for row in rows)])
+
+
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV."""
     text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*first, *(COLUMNS[key] for key in keys)])
-    writer.writerows([row.get(key) for key in [*first, *keys]] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
@@ -136,7 +140,7 @@ def markdown(results: Results) -> str:
         COSTS,
         *(["## Bits at equal PSNR", EQUAL_PSNR, markdown_table(compared)] if compared else ()),
         "## Codecs",
-        "\n".join([*map(_codec, results.curves), *map(_given, results.given)]),
+        "\n".join([*(described(each.label, each.codec) for each in results.curves), *map(_given, results.given)]),
         measured_on(results.system),
         "## Images",
         markdown_table(image_rows(results)),
@@ -144,13 +148,14 @@ def markdown(results: Results) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _codec(curve: Curve) -> str:
-    return f"- **{escaped(curve.label)}**: {escaped(curve.codec)}"
+def described(label: str, codec: str) -> str:
+    """A line of Markdown about a codec."""
+    return f"- **{escaped(label)}**: {escaped(codec)}"
 
 
 def _given(curve: RateCurve) -> str:
     codec = f"{curve.codec}; {curve.rate} in {curve.source}, not measured here; image set {curve.set or 'unknown'}"
-    return f"- **{escaped(curve.label)}**: {escaped(codec)}"
+    return described(curve.label, codec)
 
 
 def console_table(results: Results) -> Table:
@@ -226,8 +231,7 @@ def equal_psnr_rows(results: Results) -> list[dict[str, str]]:
 
 def _measures(values: dict[str, Any]) -> dict[str, str]:
     """Formatted measurements by heading; "–" if missing."""
-    numbers = {heading: (values.get(key), digits) for heading, (key, digits) in MEASURES.items()}
-    return {heading: "–" if value is None else f"{value:.{digits}f}" for heading, (value, digits) in numbers.items()}
+    return {heading: decimal(values.get(key), digits) for heading, (key, digits) in MEASURES.items()}
 
 
 def _filled(rows: Sequence[dict[str, str]]) -> list[str]:

@@ -9,17 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcm_scale.evaluation.bd_rate import Scale
-from hpcm_scale.evaluation.measures import decibels
+from hpcm_scale.evaluation.bd_rate import Scale, decibels
 from hpcm_scale.machine.extractor import SMALLEST_SIDE, TokenExtractor, check_size
 from hpcm_scale.machine.measures import Metric, TaskMeasure
 from hpcm_scale.machine.objective import rank_difference, token_distortion
-
-
-def distance_in_decibels(distance: float) -> float:
-    """−10·log10 of a distance, at most 100."""
-    return -10 * math.log10(max(distance, 1e-10))
-
 
 KEPT = 1 << 30
 """Bytes of the cache of originals' tokens; other originals are evaluated again for every setting."""
@@ -31,7 +24,7 @@ TOKENS = (
         4,
         "cosine similarity of the two images' tokens at each position, mean over tokens, then over layers",
         Scale("token cosine, −10·log10(1 − cosine)", "dB"),
-        decibels,
+        lambda cosine: decibels(1 - cosine),
     ),
     Metric(
         "token_distortion",
@@ -39,7 +32,7 @@ TOKENS = (
         4,
         "1 − that cosine, plus the squared error of the tokens relative to the original's energy, mean over layers",
         Scale("token distortion, −10·log10", "dB"),
-        distance_in_decibels,
+        decibels,
     ),
     Metric(
         "rank_difference",
@@ -56,7 +49,7 @@ CLASSES = (
         4,
         "Kullback-Leibler divergence of the class posterior, from the original's to the decoded image's",
         Scale("class posterior, −10·log10(KL / nat)", "dB"),
-        distance_in_decibels,
+        decibels,
     ),
     Metric(
         "class_cosine",
@@ -64,7 +57,7 @@ CLASSES = (
         4,
         "cosine of the two vectors of class probabilities",
         Scale("class posterior, −10·log10(1 − cosine)", "dB"),
-        decibels,
+        lambda cosine: decibels(1 - cosine),
     ),
     Metric("top1", "top-1", 3, "top-1 agreement: share of images whose most probable class stays the same"),
 )
@@ -75,10 +68,6 @@ class _Output(NamedTuple):
     tokens: dict[str, Tensor]
     log_probabilities: Tensor | None
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(tokens.nbytes for tokens in self.tokens.values())
-
 
 class Agreement(TaskMeasure):
     """Tokens and class posterior of a receiver; the original image is the reference. Sides from 32 pixels."""
@@ -86,7 +75,7 @@ class Agreement(TaskMeasure):
     task = "agreement"
 
     def __init__(self, extractor: TokenExtractor, device: torch.device) -> None:
-        self.receiver = extractor.name
+        super().__init__(extractor.name)
         self._extractor, self._device = extractor.to(device), device
         blank = torch.zeros(1, 3, SMALLEST_SIDE, SMALLEST_SIDE, device=device)
         classes = extractor.posterior(blank) is not None
@@ -113,9 +102,10 @@ class Agreement(TaskMeasure):
         if index in self._originals:
             return self._originals[index]
         seen = self._forward(pixels)
-        if seen.size_bytes <= self._free:
+        size = sum(tokens.nbytes for tokens in seen.tokens.values())
+        if size <= self._free:
             self._originals[index] = seen
-            self._free -= seen.size_bytes
+            self._free -= size
         return seen
 
     def _forward(self, pixels: Tensor) -> _Output:

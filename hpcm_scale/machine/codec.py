@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hpcm_scale.config.schema import ModelConfig, Precision
+from hpcm_scale.config.schema import Precision
 from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.machine.objective import reference_tokens
 from hpcm_scale.machine.pre_editor import PreEditor
@@ -19,7 +19,7 @@ from hpcm_scale.tasks import Encoder
 
 
 class MachineCodec(nn.Module):
-    """Edits images, then codes them; has the interface of `HPCM`.
+    """Edits images, then codes them; has the forward pass and the precision of `HPCM`.
 
     Its submodules are `codec` and `pre_editor`. The receiver, and the codec if frozen, are not registered, so that
     optimizers and checkpoints exclude them, but they move to other devices with the module.
@@ -68,11 +68,6 @@ class MachineCodec(nn.Module):
         return self.pre_editor(x, tokens, self.codec.mix(level, len(x)))
 
     @property
-    def config(self) -> ModelConfig:
-        """See `HPCM`."""
-        return self.codec.config
-
-    @property
     def precision(self) -> Precision:
         """See `HPCM`."""
         return self.codec.precision
@@ -82,15 +77,6 @@ class MachineCodec(nn.Module):
         self.codec.precision = precision
         if self.pre_editor is not None:
             self.pre_editor.precision = precision
-
-    @property
-    def multiple(self) -> int:
-        """Sides of the input are multiples of this many pixels."""
-        return self.codec.multiple
-
-    def latent_shapes(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Shapes (channels, rows, columns) of one image's y and z."""
-        return self.codec.latent_shapes(height, width)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MachineCodec:
         """Also applies to the modules that are not registered."""

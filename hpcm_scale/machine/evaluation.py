@@ -11,15 +11,14 @@ from torch import Size
 
 from hpcm_scale.data.sources import ImageSet
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.curves import Results, Weights, system_info
+from hpcm_scale.evaluation.curves import Results, system_info
 from hpcm_scale.machine.agreement import Agreement
 from hpcm_scale.machine.extractor import TokenExtractor, check_size
-from hpcm_scale.machine.measures import TaskResults, TaskSection
+from hpcm_scale.machine.measures import TaskSection
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.machine.recogniser import TextRecogniser
 from hpcm_scale.machine.report import task_console, write_task_files
 from hpcm_scale.machine.text import LABELS, LabelledImages, Reading, RenderedText, TextImages, digest, scanned_page
-from hpcm_scale.model.parameters import on_meta, parameter_count
 
 AGREEMENT, TEXT = "agreement", "text"
 RECEIVERS = {AGREEMENT: ("efficientnet-lite0", "efficientnet-lite2"), TEXT: ("pp-ocrv4", "pp-ocrv6")}
@@ -33,7 +32,6 @@ class TaskEvaluation:
         """`receivers`: see `task_receivers`."""
         self.receivers, self.device = task_receivers(tasks, receivers), device
         self.sections: list[TaskSection] = []
-        self.system = system_info()
 
     def check(self, size: Size, name: str) -> None:
         """Raises UserError if an image of (height, width) is too small for a task."""
@@ -65,9 +63,10 @@ class TaskEvaluation:
                 f"--text-images 0 leaves no images of text; use 1 or more, give --images a folder with {LABELS}, or "
                 "install hpcm-scale[machine]",
             )
+        system = system_info()
         sections = [
             TaskSection(
-                Results(images.source, None, len(images), [], self.system),
+                Results(images.source, None, len(images), [], system),
                 images,
                 [Reading(each, images, self.device) for each in self.receivers[TEXT]],
                 digest(images),
@@ -78,19 +77,15 @@ class TaskEvaluation:
         self.sections += sections
         return sections
 
-    def console(self, models: Sequence[Sequence[Weights]]) -> RenderableType:
-        """The tables for the terminal; `models` as `read_weights` returns them."""
-        return task_console(self._results(models))
+    def console(self) -> RenderableType:
+        """The tables for the terminal."""
+        return task_console(self.sections)
 
-    def write(self, models: Sequence[Sequence[Weights]], out: Path) -> None:
+    def write(self, out: Path) -> None:
         """Write all results so far to the folder `out`; nothing before the first curve."""
-        results = self._results(models)
-        if results.measured:
-            write_task_files(results, out)
-
-    def _results(self, models: Sequence[Sequence[Weights]]) -> TaskResults:
-        counts = {each.path: parameter_count(on_meta(each.config)) for group in models for each in group}
-        return TaskResults(self.sections, counts, self.system)
+        coded = [section for section in self.sections if section.results.curves]
+        if coded:
+            write_task_files(coded, out)
 
 
 task_evaluation = TaskEvaluation

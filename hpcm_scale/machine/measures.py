@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -36,6 +36,13 @@ class TaskMeasure(ABC):
     task: ClassVar[str]
     receiver: str
     metrics: tuple[Metric, ...]
+    originals: dict[str, float]
+    """Metrics of the uncoded images (`of_originals`), after `TaskSection.prepare`."""
+    scores: dict[Measured, dict[str, float]]
+    """Metrics by key of each decoded image."""
+
+    def __init__(self, receiver: str) -> None:
+        self.receiver, self.originals, self.scores = receiver, {}, {}
 
     @abstractmethod
     def score(self, index: int, original: Tensor, decoded: Tensor) -> dict[str, float]:
@@ -53,51 +60,32 @@ class TaskMeasure(ABC):
         """The metrics that have a scale."""
         return [metric for metric in self.metrics if metric.scale]
 
+    def scores_of(self, point: Point) -> list[dict[str, float]]:
+        """Metrics by key of each image of a point."""
+        return [self.scores[image] for image in point.images]
+
+    def mean_of(self, point: Point) -> dict[str, float]:
+        """Metrics by key of a point."""
+        return self.mean(self.scores_of(point))
+
 
 @dataclass
 class TaskSection(Section):
-    """One set of images, its results and the scores of its measures."""
+    """One set of images, its results and its measures."""
 
     measures: Sequence[TaskMeasure] = ()
     digest: str | None = None
     """Of images of text (`text.digest`)."""
-    originals: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of the uncoded images, by measure (`TaskMeasure.of_originals`)."""
-    _scores: dict[Measured, list[dict[str, float]]] = field(default_factory=dict)
-    """Of each decoded image, by measure."""
 
     def prepare(self) -> None:
         """Measure the uncoded images."""
-        self.originals = [measure.of_originals() for measure in self.measures]
+        for measure in self.measures:
+            measure.originals = measure.of_originals()
 
-    def observe(self, index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
+    def observe(self, name: str, index: int, original: Tensor, decoded: Tensor, measured: Measured) -> None:
         """Score a decoded image by every measure."""
-        self._scores[measured] = [measure.score(index, original, decoded) for measure in self.measures]
-
-    def scores(self, point: Point, measure: TaskMeasure) -> list[dict[str, float]]:
-        """Metrics by key of each image of a point."""
-        which = self.measures.index(measure)
-        return [self._scores[image][which] for image in point.images]
-
-    def mean(self, point: Point, measure: TaskMeasure) -> dict[str, float]:
-        """Metrics by key of a point."""
-        return measure.mean(self.scores(point, measure))
-
-
-@dataclass(frozen=True)
-class TaskResults:
-    """All sections of a task evaluation."""
-
-    sections: list[TaskSection]
-    parameters: dict[str, int]
-    """Parameters of the codecs, by path of their weights."""
-    system: dict[str, Any]
-    """Versions and hardware (`curves.system_info`)."""
-
-    @property
-    def measured(self) -> list[tuple[TaskSection, TaskMeasure]]:
-        """Every measure of every section that has a curve."""
-        return [(section, each) for section in self.sections if section.results.curves for each in section.measures]
+        for measure in self.measures:
+            measure.scores[measured] = measure.score(index, original, decoded)
 
 
 def trainings(point: Point) -> list[dict[str, Any]]:

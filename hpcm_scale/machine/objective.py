@@ -70,16 +70,6 @@ def token_distortion(tokens: Tensor, reference: Tensor) -> Tensor:
         return turned + (tokens - reference).square().sum(dim=(1, 2)) / energy
 
 
-def effective_rank(tokens: Tensor) -> Tensor:
-    """exp(H), where H is the entropy of the normalised eigenvalues of the centred tokens' Gram matrix.
-
-    (B, T, C) to (B,), from 1 (equal tokens) to min(T − 1, C). It is invariant to shift, rotation and scale. Value and
-    gradient are finite for all finite tokens. Raises ValueError for another shape.
-    """
-    _check(tokens)
-    return _spectral_entropy(tokens).exp()
-
-
 def rank_difference(tokens: Tensor, reference: Tensor) -> Tensor:
     """|log effective rank of the tokens − that of the reference|: (B, T, C) to (B,).
 
@@ -88,14 +78,18 @@ def rank_difference(tokens: Tensor, reference: Tensor) -> Tensor:
     """
     _check(tokens, reference)
     with torch.no_grad():
-        wanted = _spectral_entropy(reference)
+        wanted = log_effective_rank(reference)
         same = (tokens == reference).flatten(1).all(dim=1)
     # Eigenvalues of equal matrices may differ in rounding if their memory alignment differs.
-    return torch.where(same, 0.0, (_spectral_entropy(tokens) - wanted).abs())
+    return torch.where(same, 0.0, (log_effective_rank(tokens) - wanted).abs())
 
 
-def _spectral_entropy(tokens: Tensor) -> Tensor:
-    """The logarithm of the effective rank, (B,)."""
+def log_effective_rank(tokens: Tensor) -> Tensor:
+    """The entropy of the normalised eigenvalues of the centred tokens' Gram matrix: (B, T, C) to (B,).
+
+    From 0 (equal tokens) to log min(T − 1, C). It is invariant to shift, rotation and scale. Value and gradient are
+    finite for all finite tokens.
+    """
     with full_precision(tokens):
         centred = _centred(_at_least_fp32(tokens).contiguous())
         transposed = centred.transpose(1, 2)
@@ -131,25 +125,23 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 class MachineDistortion(NamedTuple):
-    """Loss of a batch and its parts; fp32, (B,) or, after `mean`, ()."""
+    """`RateDistortion` with the distortion and the rank of tokens."""
 
     loss: Tensor
     """λ·(w_mse·255²·MSE + w_token·token + w_rank·rank) + bpp; has the gradient."""
     bpp: Tensor
-    """Bits per image pixel: bpp_y + bpp_z."""
     bpp_y: Tensor
     bpp_z: Tensor
     mse: Tensor
-    """Mean squared error over channels and pixels, for values in [0, 1], to the original, not to the edited image."""
+    """To the original, not to the edited image."""
     psnr: Tensor
-    """−10·log10(MSE) in dB, without gradient."""
     token: Tensor
     """`token_distortion`, weighted mean over layers, then mean over receivers."""
     rank: Tensor
     """`rank_difference`, likewise."""
 
     def mean(self) -> MachineDistortion:
-        """Each quantity averaged over the images; the PSNR is the mean of the images' PSNRs."""
+        """The mean of each quantity over the images."""
         return MachineDistortion(*(quantity.mean() for quantity in self))
 
 
@@ -158,12 +150,7 @@ class MachineObjective:
 
     fields = MachineDistortion._fields
 
-    def __init__(
-        self,
-        receivers: Mapping[str, TokenExtractor],
-        config: MachineConfig,
-        lmbda: Lmbda,
-    ) -> None:
+    def __init__(self, receivers: Mapping[str, TokenExtractor], config: MachineConfig, lmbda: Lmbda) -> None:
         """`receivers`: at least one, by name, on the device of the images; `config`: weights of terms and layers.
 
         Raises UserError for a weight of an unknown layer, a negative weight, and a receiver whose weights are all zero.

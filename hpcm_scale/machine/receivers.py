@@ -49,11 +49,9 @@ class EfficientNetLite(TokenExtractor):
         super().__init__(name, network, channels | {"head": network._conv_head.out_channels})
 
     def tokens(self, x: Tensor) -> dict[str, Tensor]:
-        """See `TokenExtractor.forward`."""
         return {layer: as_tokens(features) for layer, features in self._features(x).items()}
 
     def log_probabilities(self, x: Tensor) -> Tensor:
-        """See `TokenExtractor.posterior`."""
         side, shortest = TRAINING_SIDES[self.name], min(x.shape[2:])
         if shortest > side:
             size = [round(length * side / shortest) for length in x.shape[2:]]
@@ -108,6 +106,7 @@ def _last_blocks(network: Any) -> dict[int, str]:
 
 PATCH = 16
 """Side of a patch in pixels."""
+VIT_WIDTH, VIT_HEADS, VIT_LAYERS = 64, 4, 4
 
 
 class RandomVisionTransformer(TokenExtractor):
@@ -117,11 +116,10 @@ class RandomVisionTransformer(TokenExtractor):
     no classes.
     """
 
-    def __init__(self, name: str, seed: int, width: int = 64, heads: int = 4, layers: int = 4) -> None:
-        super().__init__(name, _random(width, heads, layers, seed), {"middle": width, "last": width})
+    def __init__(self, name: str, seed: int) -> None:
+        super().__init__(name, _random(seed), {"middle": VIT_WIDTH, "last": VIT_WIDTH})
 
     def tokens(self, x: Tensor) -> dict[str, Tensor]:
-        """See `TokenExtractor.forward`."""
         patches = self.network["embed"](2 * pad(x, PATCH) - 1)
         tokens = as_tokens(patches) + _positions(patches)
         middle = len(self.network["layers"]) // 2
@@ -135,17 +133,16 @@ class RandomVisionTransformer(TokenExtractor):
 class Layer(nn.Module):
     """A transformer layer: pre-norm self-attention and MLP, with residual connections."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.heads = heads
-        self.attention = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.reduce = nn.Linear(4 * width, width)
+        self.attention = nn.Linear(VIT_WIDTH, 3 * VIT_WIDTH)
+        self.project = nn.Linear(VIT_WIDTH, VIT_WIDTH)
+        self.expand = nn.Linear(VIT_WIDTH, 4 * VIT_WIDTH)
+        self.reduce = nn.Linear(4 * VIT_WIDTH, VIT_WIDTH)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, tokens, width) to the same shape."""
-        parts = self.attention(_normalised(tokens)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = self.attention(_normalised(tokens)).unflatten(-1, (3, VIT_HEADS, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*parts)
         tokens = tokens + self.project(attended.transpose(1, 2).flatten(2))
         return tokens + self.reduce(F.gelu(self.expand(_normalised(tokens))))
@@ -155,14 +152,10 @@ def _normalised(tokens: Tensor) -> Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:])
 
 
-def _random(width: int, heads: int, layers: int, seed: int) -> nn.ModuleDict:
+def _random(seed: int) -> nn.ModuleDict:
     with torch.device("meta"):
-        network = nn.ModuleDict(
-            {
-                "embed": nn.Conv2d(3, width, PATCH, stride=PATCH),
-                "layers": nn.ModuleList(Layer(width, heads) for _ in range(layers)),
-            }
-        )
+        embed, layers = nn.Conv2d(3, VIT_WIDTH, PATCH, stride=PATCH), (Layer() for _ in range(VIT_LAYERS))
+        network = nn.ModuleDict({"embed": embed, "layers": nn.ModuleList(layers)})
     network.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
@@ -179,10 +172,7 @@ def _positions(patches: Tensor) -> Tensor:
     frequencies = 100.0 ** -torch.linspace(0, 1, width // 4, device=patches.device)
     angles = [torch.arange(n, device=patches.device)[:, None] * frequencies for n in (rows, columns)]
     row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)
-    return torch.cat(
-        [row[:, None].expand(rows, columns, -1), column.expand(rows, columns, -1)],
-        dim=2,
-    ).flatten(0, 1)
+    return torch.cat([row[:, None].expand(rows, columns, -1), column.expand(rows, columns, -1)], dim=2).flatten(0, 1)
 
 
 # Pretrained vision towers, such as CLIP, SigLIP and DINOv2, through transformers and open_clip.
@@ -209,7 +199,6 @@ class VisionTower(TokenExtractor):
         self.token_channels = {layer: tokens[layer].shape[2] for layer in tokens}
 
     def tokens(self, x: Tensor) -> dict[str, Tensor]:
-        """See `TokenExtractor.forward`."""
         x = resized(x, self.size, "bicubic")
         states = self.states((x - self.mean) / self.std)
         return {"middle": states[len(states) // 2 - 1], "penultimate": states[-2], "last": states[-1]}
@@ -239,7 +228,6 @@ class TransformersTower(VisionTower):
         super().__init__(name, network, size, images["image_mean"], images["image_std"])
 
     def states(self, x: Tensor) -> Sequence[Tensor]:
-        """See `VisionTower.states`."""
         output = self.network(pixel_values=x, output_hidden_states=True)
         return [state[:, -self.patches :] for state in output.hidden_states[1:]]
 
@@ -264,7 +252,6 @@ class OpenClipTower(VisionTower):
         super().__init__(name, network, _sides(network.image_size), network.image_mean, network.image_std)
 
     def states(self, x: Tensor) -> Sequence[Tensor]:
-        """See `VisionTower.states`."""
         output = self.network.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")
         return output["image_intermediates"]
 

@@ -54,7 +54,6 @@ class TextRecogniser(TokenExtractor):
         super().__init__(name, network, {"backbone": backbone.shape[1], "sequence": sequence.shape[2]})
 
     def tokens(self, x: Tensor) -> dict[str, Tensor]:
-        """See `TokenExtractor.forward`."""
         lines = _lines(x)
         backbone, sequence = self._outputs(lines, "backbone", "sequence")
         return {

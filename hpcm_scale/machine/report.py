@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
-from io import StringIO
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Group
 from rich.text import Text
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import Comparison, Line, bd_rate
-from hpcm_scale.evaluation.curves import Curve, Point
+from hpcm_scale.evaluation.curves import Curve, Point, Results
 from hpcm_scale.evaluation.rate_distortion_plot import draw_curve, dress, legend, styles
 from hpcm_scale.evaluation.tables import (
     COLUMNS,
+    csv_text,
     curve_to_dict,
+    described,
     images_to_dict,
     markdown_table,
     measured_on,
@@ -34,8 +31,13 @@ from hpcm_scale.evaluation.tables import (
     point_to_dict,
 )
 from hpcm_scale.files import write_json, write_text
-from hpcm_scale.formatting import escaped, label, new_figure, save
-from hpcm_scale.machine.measures import Metric, TaskMeasure, TaskResults, TaskSection, trained_on, trainings
+from hpcm_scale.formatting import decimal, escaped, label, new_figure, save
+from hpcm_scale.machine.measures import Metric, TaskMeasure, TaskSection, trained_on, trainings
+
+
+def _measured(sections: Sequence[TaskSection]) -> list[tuple[TaskSection, TaskMeasure]]:
+    return [(section, measure) for section in sections for measure in section.measures]
+
 
 # BD-rates over task metrics.
 
@@ -62,20 +64,19 @@ class TaskComparison(NamedTuple):
     """Numbers of points of the curve and of the anchor that are no better than a cheaper one."""
 
 
-def task_bd_rates(section: TaskSection, measure: TaskMeasure) -> Iterator[TaskComparison]:
+def task_bd_rates(curves: Sequence[Curve], measure: TaskMeasure) -> Iterator[TaskComparison]:
     """BD-rates of every model's curve against every other curve, by every metric that has a scale."""
-    curves = section.results.curves
     models = [curve for curve in curves if any(point.weights for point in curve.points)]
     for metric in measure.compared():
         for curve in models:
             for anchor in curves:
                 if anchor is not curve:
-                    yield _compared(section, measure, metric, curve, anchor)
+                    yield _compared(measure, metric, curve, anchor)
 
 
-def qualities(section: TaskSection, measure: TaskMeasure, metric: Metric, curve: Curve) -> list[float]:
+def qualities(measure: TaskMeasure, metric: Metric, curve: Curve) -> list[float]:
     """Quality of each point of a curve on the metric's scale."""
-    return [metric.quality(section.mean(point, measure)[metric.key]) for point in curve.points]
+    return [metric.quality(measure.mean_of(point)[metric.key]) for point in curve.points]
 
 
 def rising(line: Line) -> Line:
@@ -87,11 +88,9 @@ def rising(line: Line) -> Line:
     return Line(line.name, [rate for rate, _ in kept], [quality for _, quality in kept])
 
 
-def _compared(
-    section: TaskSection, measure: TaskMeasure, metric: Metric, curve: Curve, anchor: Curve
-) -> TaskComparison:
+def _compared(measure: TaskMeasure, metric: Metric, curve: Curve, anchor: Curve) -> TaskComparison:
     lines = [
-        Line(each.label, [point.mean["bpp"] for point in each.points], qualities(section, measure, metric, each))
+        Line(each.label, [point.mean["bpp"] for point in each.points], qualities(measure, metric, each))
         for each in (curve, anchor)
     ]
     best = [rising(line) for line in lines]
@@ -116,43 +115,40 @@ WIDTH = 50
 """Characters per line of a panel's title."""
 
 
-def draw_tasks(results: TaskResults, path: str | Path) -> None:
+def draw_tasks(sections: Sequence[TaskSection], path: str | Path) -> None:
     """Draw every metric that has a scale against the mean bpp, which is logarithmic; more is better.
 
     Hollow markers: trained on the receiver of the panel. Dashed line: the score of uncoded images. The suffix of `path`
     sets the format.
     """
-    panels = [(*each, metric) for each in results.measured for metric in each[1].compared()]
+    panels = [(section, each, metric) for section, each in _measured(sections) for metric in each.compared()]
     columns = min(PANELS_IN_A_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (1 + 4.6 * columns, 1.2 + 4.3 * rows)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     with new_figure(figsize=size, dpi=120, layout=layout) as figure:
         places = list(figure.subplots(rows, columns, squeeze=False).flat)
-        handles: dict[str, Line2D] = {}
         for axes, (section, measure, metric) in zip(places, panels, strict=False):
-            _draw_panel(axes, section, measure, metric)
-            for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
-                handles.setdefault(text, copy(handle)).set_markerfacecolor(handle.get_color())  # filled
+            _draw_panel(axes, section.results, measure, metric)
         for axes in places[len(panels) :]:
             axes.set_visible(False)
         hollow = any(
-            trained_on(curve, each.receiver) for section, each in results.measured for curve in section.results.curves
+            trained_on(curve, each.receiver) for section, each, _ in panels for curve in section.results.curves
         )
         note = "; hollow markers: trained on the receiver of the panel" if hollow else ""
         figure.suptitle(f"Rate and task quality: more is better{note}", fontweight="bold")
-        legend(figure, [*handles.values()], [*handles])
+        legend(figure)
         save(figure, path)
 
 
-def _draw_panel(axes: Axes, section: TaskSection, measure: TaskMeasure, metric: Metric) -> None:
-    curves = section.results.curves
+def _draw_panel(axes: Axes, results: Results, measure: TaskMeasure, metric: Metric) -> None:
+    curves = results.curves
     for curve, style in zip(curves, styles(curves), strict=True):
-        heights = qualities(section, measure, metric, curve)
-        draw_curve(axes, curve, heights, *style, filled=not trained_on(curve, measure.receiver))
-    uncoded = section.originals[section.measures.index(measure)].get(metric.key)
-    if uncoded is not None:
-        axes.axhline(metric.quality(uncoded), color="0.4", linestyle="--", linewidth=1.2, label="uncoded images")
+        filled = not trained_on(curve, measure.receiver)
+        draw_curve(axes, curve, qualities(measure, metric, curve), *style, filled=filled)
+    if metric.key in measure.originals:
+        uncoded = metric.quality(measure.originals[metric.key])
+        axes.axhline(uncoded, color="0.4", linestyle="--", linewidth=1.2, label="uncoded images")
     assert metric.scale is not None
     dress(axes, f"{metric.scale.name} ({metric.scale.unit})")
     axes.set_xscale("log")
@@ -161,7 +157,7 @@ def _draw_panel(axes: Axes, section: TaskSection, measure: TaskMeasure, metric: 
     axes.xaxis.set_major_formatter("{x:g}")
     seen = [curve.label for curve in curves if trained_on(curve, measure.receiver)]
     known = f"used in training by {', '.join(map(label, seen))}" if seen else "not used in training"
-    lines = (f"{label(measure.receiver)}: {known}", label(section.results.title))
+    lines = (f"{label(measure.receiver)}: {known}", label(results.title))
     axes.set_title("\n".join(fill(line, WIDTH) for line in lines), fontsize=10)
 
 
@@ -179,37 +175,38 @@ COSTS = (
 TRAINED = "† Trained on this receiver"
 
 
-def task_markdown(results: TaskResults) -> str:
+def task_markdown(sections: Sequence[TaskSection]) -> str:
     """task.md: methods, then a table of means and one of BD-rates per set of images and receiver."""
-    metrics = list(dict.fromkeys(metric for _, measure in results.measured for metric in measure.metrics))
+    metrics = list(dict.fromkeys(metric for _, measure in _measured(sections) for metric in measure.metrics))
     lines = ["# Task quality", RATES, HOW, "\n".join(map(_explained, metrics)), COSTS]
-    for section, measure in results.measured:
-        lines.append(f"## {escaped(section.results.title)}: {measure.task}, {escaped(measure.receiver)}")
-        lines += map(escaped, _notes(section, measure))
-        lines.append(markdown_table(task_rows(section, measure, results.parameters)))
-        comparisons = list(task_bd_rates(section, measure))
+    for section, measure in _measured(sections):
+        results = section.results
+        lines.append(f"## {escaped(results.title)}: {measure.task}, {escaped(measure.receiver)}")
+        lines += map(escaped, _notes(results.curves, measure))
+        lines.append(markdown_table(task_rows(results, measure, costs=True)))
+        comparisons = list(task_bd_rates(results.curves, measure))
         if rows := bd_rate_rows(comparisons):
             lines += ["BD-rates of the models against the anchors in the columns:", markdown_table(rows)]
         if remarks := _remarks(comparisons):
             lines.append("\n".join(f"- {escaped(remark)}" for remark in remarks))
-    codecs = {curve.label: curve.codec for section in results.sections for curve in section.results.curves}
-    lines += ["## Codecs", "\n".join(f"- **{escaped(label)}**: {escaped(codec)}" for label, codec in codecs.items())]
-    return "\n\n".join([*lines, measured_on(results.system)]) + "\n"
+    codecs = {curve.label: curve.codec for section in sections for curve in section.results.curves}
+    lines += ["## Codecs", "\n".join(described(label, codec) for label, codec in codecs.items())]
+    return "\n\n".join([*lines, measured_on(sections[0].results.system)]) + "\n"
 
 
-def task_console(results: TaskResults) -> Group:
+def task_console(sections: Sequence[TaskSection]) -> Group:
     """Tables of means and BD-rates for a terminal of 80 columns."""
     shown = []
-    for section, measure in results.measured:
-        rows = task_rows(section, measure)
+    for section, measure in _measured(sections):
+        results = section.results
+        rows = task_rows(results, measure)
         hidden = ("PSNR (dB)", *(metric.heading for metric in measure.metrics if not metric.on_terminal))
         rows = [{key.replace(" ", "\n"): row[key] for key in row if key not in hidden} for row in rows]
-        title = f"{measure.task}, {measure.receiver}: {section.results.title}"
+        title = f"{measure.task}, {measure.receiver}: {results.title}"
         ends = {row["codec"]: i for i, row in enumerate(rows)}.values()
-        shown.append(
-            narrow_table(rows, list(rows[0]), title=title, caption="\n".join(_notes(section, measure)), ends=ends)
-        )
-        comparisons = list(task_bd_rates(section, measure))
+        notes = "\n".join(_notes(results.curves, measure))
+        shown.append(narrow_table(rows, list(rows[0]), title=title, caption=notes, ends=ends))
+        comparisons = list(task_bd_rates(results.curves, measure))
         if rows := bd_rate_rows(comparisons):
             shown.append(narrow_table(rows, list(rows[0]), title=f"BD-rates by {measure.receiver}"))
         if refused := sum(each.found is None for each in comparisons):
@@ -219,18 +216,16 @@ def task_console(results: TaskResults) -> Group:
     return Group(*shown)
 
 
-def task_rows(
-    section: TaskSection, measure: TaskMeasure, parameters: dict[str, int] | None = None
-) -> list[dict[str, str]]:
-    """One row per point, by headings; with the costs of model and training if `parameters` are given."""
+def task_rows(results: Results, measure: TaskMeasure, *, costs: bool = False) -> list[dict[str, str]]:
+    """One row per point, by headings; with the costs of model and training if `costs`."""
     rows = []
-    for curve, point in section.results.points():
+    for curve, point in results.points():
         label = f"{curve.label} †" if trained_on(curve, measure.receiver) else curve.label
-        mean = section.mean(point, measure)
+        mean = measure.mean_of(point)
         row = {"codec": label, "setting": point.setting, "bpp": f"{point.mean['bpp']:.4f}"}
-        row |= {"PSNR (dB)": "–" if point.mean["psnr"] is None else f"{point.mean['psnr']:.2f}"}
+        row["PSNR (dB)"] = decimal(point.mean["psnr"], 2)
         row |= {metric.heading: f"{mean[metric.key]:.{metric.digits}f}" for metric in measure.metrics}
-        rows.append(row if parameters is None else row | _costs(point, parameters))
+        rows.append(row | _costs(point) if costs else row)
     return rows
 
 
@@ -246,10 +241,10 @@ def bd_rate_rows(comparisons: list[TaskComparison]) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def _costs(point: Point, parameters: dict[str, int]) -> dict[str, str]:
+def _costs(point: Point) -> dict[str, str]:
     known = {name: [facts[name] for facts in trainings(point) if name in facts] for name in ("images", "pflops")}
     values = {
-        "parameters": parameters.get(point.weights or ""),
+        "parameters": point.parameters,
         "kMAC/px": point.kmac_per_pixel,
         "images": sum(known["images"]) if known["images"] else None,
         "PFLOPs": math.fsum(known["pflops"]) if known["pflops"] else None,
@@ -263,14 +258,12 @@ def _explained(metric: Metric) -> str:
     return f"- **{metric.heading}**: {metric.meaning}.{scale}"
 
 
-def _notes(section: TaskSection, measure: TaskMeasure) -> list[str]:
+def _notes(curves: Sequence[Curve], measure: TaskMeasure) -> list[str]:
     """The codecs trained on the receiver, and its scores on uncoded images."""
-    trained = [curve.label for curve in section.results.curves if trained_on(curve, measure.receiver)]
+    trained = [curve.label for curve in curves if trained_on(curve, measure.receiver)]
     notes = [f"{TRAINED}: {', '.join(trained)}." if trained else "No codec in this table was trained on this receiver."]
-    originals = section.originals[section.measures.index(measure)]
-    uncoded = [
-        f"{each.heading} {originals[each.key]:.{each.digits}f}" for each in measure.metrics if each.key in originals
-    ]
+    originals = [(each, measure.originals[each.key]) for each in measure.metrics if each.key in measure.originals]
+    uncoded = [f"{metric.heading} {score:.{metric.digits}f}" for metric, score in originals]
     return notes + ([f"Uncoded images: {', '.join(uncoded)}."] if uncoded else [])
 
 
@@ -294,55 +287,58 @@ FORMAT = "hpcm_scale task evaluation 1"
 """Format of task.json."""
 
 
-def write_task_files(results: TaskResults, out: Path) -> None:
-    """Write task.json, task.csv, task.md and task.png to a folder."""
-    write_task_json(results, out / "task.json")
-    write_text(out / "task.csv", task_csv(results))
-    write_text(out / "task.md", task_markdown(results))
-    draw_tasks(results, out / "task.png")
+def write_task_files(sections: Sequence[TaskSection], out: Path) -> None:
+    """Write task.json, task.csv, task.md and task.png to a folder, for sections that have a curve."""
+    write_task_json(sections, out / "task.json")
+    write_text(out / "task.csv", task_csv(sections))
+    write_text(out / "task.md", task_markdown(sections))
+    draw_tasks(sections, out / "task.png")
 
 
-def write_task_json(results: TaskResults, path: str | Path) -> None:
+def write_task_json(sections: Sequence[TaskSection], path: str | Path) -> None:
     """Write task.json: all measurements and BD-rates."""
-    sections = [_section(section, results) for section in results.sections if section.results.curves]
-    write_json(path, {"format": FORMAT, "sections": sections, "machine": results.system})
+    system = sections[0].results.system
+    write_json(path, {"format": FORMAT, "sections": [*map(_section, sections)], "machine": system})
 
 
-def task_csv(results: TaskResults) -> str:
+def task_csv(sections: Sequence[TaskSection]) -> str:
     """task.csv: a row per image, point and receiver; metrics of other tasks are empty."""
-    metrics = {metric.key: metric.heading for _, measure in results.measured for metric in measure.metrics}
+    metrics = {metric.key: metric.heading for _, measure in _measured(sections) for metric in measure.metrics}
     sizes = ("width", "height", "bits", "bpp", "psnr", "ms_ssim")
     first = ["task", "receiver", "trained on it", "images", "codec", "rate", "setting", "image"]
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*first, *(COLUMNS[key] for key in sizes), *metrics.values()])
-    for section, measure in results.measured:
+    rows: list[list[Any]] = [[*first, *(COLUMNS[key] for key in sizes), *metrics.values()]]
+    for section, measure in _measured(sections):
         for curve, point in section.results.points():
             trained = trained_on(curve, measure.receiver)
             row = [measure.task, measure.receiver, trained, section.results.title]
             row += [curve.name, curve.rate, point.setting]
-            for image, scores in zip(point.images, section.scores(point, measure), strict=True):
+            for image, scores in zip(point.images, measure.scores_of(point), strict=True):
                 measured = [getattr(image, key) for key in sizes]
-                writer.writerow([*row, image.name, *measured, *(scores.get(key) for key in metrics)])
-    return text.getvalue()
+                rows.append([*row, image.name, *measured, *(scores.get(key) for key in metrics)])
+    return csv_text(rows)
 
 
-def _section(section: TaskSection, results: TaskResults) -> dict[str, Any]:
-    curves, measures = section.results.curves, []
-    for measure, originals in zip(section.measures, section.originals, strict=True):
-        measures.append(
-            {
-                "task": measure.task,
-                "receiver": measure.receiver,
-                "trained_on_by": [curve.name for curve in curves if trained_on(curve, measure.receiver)],
-                "metrics": {metric.key: metric.meaning for metric in measure.metrics},
-                "originals": originals,
-                "bd_rates": [_comparison(each) for each in task_bd_rates(section, measure)],
-            }
-        )
-    images = images_to_dict(section.results) | ({"digest": section.digest} if section.digest else {})
-    points = partial(_point, section=section, results=results)
-    return {"images": images, "measures": measures, "curves": [curve_to_dict(curve, points) for curve in curves]}
+def _section(section: TaskSection) -> dict[str, Any]:
+    curves = section.results.curves
+    measures = [
+        {
+            "task": measure.task,
+            "receiver": measure.receiver,
+            "trained_on_by": [curve.name for curve in curves if trained_on(curve, measure.receiver)],
+            "metrics": {metric.key: metric.meaning for metric in measure.metrics},
+            "originals": measure.originals,
+            "bd_rates": [_comparison(each) for each in task_bd_rates(curves, measure)],
+        }
+        for measure in section.measures
+    ]
+    return {
+        "images": images_to_dict(section.results) | ({"digest": section.digest} if section.digest else {}),
+        "measures": measures,
+        "curves": [
+            curve_to_dict(curve) | {"points": [_point(point, section.measures) for point in curve.points]}
+            for curve in curves
+        ],
+    }
 
 
 def _comparison(each: TaskComparison) -> dict[str, Any]:
@@ -356,15 +352,11 @@ def _comparison(each: TaskComparison) -> dict[str, Any]:
     }
 
 
-def _point(point: Point, section: TaskSection, results: TaskResults) -> dict[str, Any]:
+def _point(point: Point, measures: Sequence[TaskMeasure]) -> dict[str, Any]:
     """`point_to_dict`, with the scores of the point and of its images."""
-    scores = {_named(measure): section.scores(point, measure) for measure in section.measures}
+    named = {f"{measure.task}/{measure.receiver}": measure for measure in measures}
     values = point_to_dict(point)
-    for i, image in enumerate(values["images"]):
-        image["tasks"] = {name: of_images[i] for name, of_images in scores.items()}
-    parameters = {"parameters": results.parameters.get(point.weights)} if point.weights else {}
-    return values | parameters | {"tasks": {_named(each): section.mean(point, each) for each in section.measures}}
-
-
-def _named(measure: TaskMeasure) -> str:
-    return f"{measure.task}/{measure.receiver}"
+    for image, measured in zip(values["images"], point.images, strict=True):
+        image["tasks"] = {name: measure.scores[measured] for name, measure in named.items()}
+    parameters = {"parameters": point.parameters} if point.weights else {}
+    return values | parameters | {"tasks": {name: measure.mean_of(point) for name, measure in named.items()}}

@@ -6,12 +6,13 @@ import csv
 import hashlib
 import string
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,7 +24,6 @@ from torch import Tensor
 from hpcm_scale.data.sources import read_image
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import Scale
-from hpcm_scale.evaluation.runners import Images
 from hpcm_scale.machine.extractor import TokenExtractor
 from hpcm_scale.machine.measures import Metric, TaskMeasure
 from hpcm_scale.machine.recogniser import TextRecogniser
@@ -49,18 +49,26 @@ class TextLine(NamedTuple):
         return pixels[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-class TextImages(Images, Protocol):
+class TextImages(ABC):
     """A set of images with text; each is coded as a whole, and its lines are cropped from the decoded image."""
 
+    names: list[str]
     source: str
     """Title of the set."""
 
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def load(self, i: int) -> Tensor:
+        """Image `i` as RGB, uint8 (3, H, W)."""
+
+    @abstractmethod
     def lines(self, i: int) -> Sequence[TextLine]:
         """The lines of image `i`."""
-        ...
 
 
-class LabelledImages:
+class LabelledImages(TextImages):
     """Images in a folder, with their lines in a table.
 
     Its columns are `file`, `text` and, for images of several lines, `left`, `top`, `width`, `height`; without these the
@@ -80,15 +88,11 @@ class LabelledImages:
                 height, width = sizes[row["file"]]
                 self._lines[row["file"]].append(_line(row, height, width, f"{labels}, line {number}"))
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def load(self, i: int) -> Tensor:
-        """Image `i` as RGB, uint8 (3, H, W)."""
         return self._load(self.names[i])
 
     def lines(self, i: int) -> Sequence[TextLine]:
-        """The lines of image `i`, in the table's order."""
+        """In the table's order."""
         return self._lines[self.names[i]]
 
     def _load(self, name: str) -> Tensor:
@@ -186,7 +190,7 @@ LONGEST = 32
 """Most characters of a line."""
 
 
-class RenderedText:
+class RenderedText(TextImages):
     """Images of 768×512 pixels with short lines of English words and numbers.
 
     Fonts, sizes, colours and contrast vary by line. Backgrounds are noise in two colours with the spectrum of natural
@@ -201,15 +205,11 @@ class RenderedText:
         self._seed = seed
         self.names = [f"rendered {i + 1:02d}" for i in range(count)]
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def load(self, i: int) -> Tensor:
-        """Image `i` as RGB, uint8 (3, H, W)."""
         return self._rendered[i][0]
 
     def lines(self, i: int) -> Sequence[TextLine]:
-        """The lines of image `i`, from the top, from the left."""
+        """From the top, from the left."""
         return self._rendered[i][1]
 
     @cached_property
@@ -341,7 +341,7 @@ class Reading(TaskMeasure):
                 f"{recogniser.name} does not read text; choose recognisers with --receivers",
             )
         _levenshtein("", "")
-        self.receiver = recogniser.name
+        super().__init__(recogniser.name)
         self._recogniser, self._images, self._device = recogniser.to(device), images, device
 
     def score(self, index: int, original: Tensor, decoded: Tensor) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -18,7 +19,7 @@ from hpcm_scale.evaluation.baselines import open_baseline
 from hpcm_scale.evaluation.curves import baseline_curve, model_curve, read_weights
 from hpcm_scale.evaluation.estimate import evaluate
 from hpcm_scale.evaluation.measures import Estimated, peak_signal_to_noise
-from hpcm_scale.evaluation.runners import baseline_runner, code_images, estimate_runner, file_runner
+from hpcm_scale.evaluation.runners import code_images, estimate_runner, file_runner
 from hpcm_scale.model.weights import load_weights, save_weights
 from hpcm_scale.objective import RateDistortionObjective
 from hpcm_scale.tasks import load_encoder
@@ -41,10 +42,10 @@ def one_image(small_images) -> ImageSet:
 def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images):
     encoder = load_encoder(weights)
     seen = []
-    measured = code_images(file_runner(encoder, CPU), small_images, watch=lambda *look: seen.append(look))
+    measured = code_images("files", file_runner(encoder, CPU), small_images, watch=lambda *look: seen.append(look))
     assert [image.name for image in measured] == small_images.names
     codec = Codec(load_weights(weights)[0])
-    for i, (image, (index, pixels, decoded, watched)) in enumerate(zip(measured, seen, strict=True)):
+    for i, (image, (_, index, pixels, decoded, watched)) in enumerate(zip(measured, seen, strict=True)):
         assert index == i and watched is image and torch.equal(pixels, small_images.load(i))
         data = codec.compress(pixels)
         assert image.bits == 8 * len(data) and image.bpp == 8 * len(data) / (image.width * image.height)
@@ -56,7 +57,7 @@ def test_files_are_measured_on_what_their_bytes_decode_to(weights, small_images)
 
 def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
     encoder = load_encoder(weights)
-    measured = code_images(estimate_runner(encoder, CPU, 0.013), small_images)
+    measured = code_images("estimates", estimate_runner(encoder, CPU, 0.013), small_images)
     journal = evaluate(
         encoder.module,
         small_images,
@@ -75,7 +76,7 @@ def test_an_estimate_has_the_numbers_of_the_training(weights, small_images):
 
 
 def test_an_estimate_without_a_lambda_has_no_loss(weights, small_images):
-    measured = code_images(estimate_runner(load_encoder(weights), CPU, None), small_images)
+    measured = code_images("estimates", estimate_runner(load_encoder(weights), CPU, None), small_images)
     assert all(image.loss is None and image.mse > 0 for image in measured)
 
 
@@ -92,7 +93,7 @@ def test_files_are_near_their_estimates(weights, small_images):
 
 def test_another_codec_is_measured_alike(small_images):
     jpeg = open_baseline("jpeg")
-    images = code_images(baseline_runner(jpeg, 50), small_images)
+    images = code_images("jpeg", partial(jpeg.code, setting=50), small_images)
     for i, image in enumerate(images):
         pixels, file = small_images.load(i), BytesIO()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -105,9 +106,9 @@ def test_another_codec_is_measured_alike(small_images):
 def test_a_curve_of_another_codec(small_images):
     jpeg = open_baseline("jpeg")
     asked = []
-    curve = baseline_curve(jpeg, small_images, watch=lambda name: asked.append(name) or (lambda *_: None))
+    curve = baseline_curve(jpeg, small_images, watch=lambda name, *_: asked.append(name))
     assert (curve.name, curve.label, curve.codec, curve.rate) == ("jpeg", "jpeg 4:2:0", jpeg.description, "files")
-    assert asked == [f"jpeg 4:2:0 {jpeg.label(setting)}" for setting in jpeg.settings]
+    assert list(dict.fromkeys(asked)) == [f"jpeg 4:2:0 {jpeg.label(setting)}" for setting in jpeg.settings]
     rates = [point.mean["bpp"] for point in curve.points]
     assert rates == sorted(rates) and len(rates) == len(jpeg.settings)
     assert all(point.weights is None and point.kmac_per_pixel is None for point in curve.points)
@@ -120,9 +121,7 @@ def test_several_lambdas_make_one_curve_in_order_of_rate(save_untrained, one_ima
     first, second = read_weights([paths[0], other, *paths[1:]])
     assert [weights.path for weights in first] == paths and [weights.path for weights in second] == [other]
     asked = []
-    curve = model_curve(
-        first, one_image, device=CPU, estimate=True, watch=lambda name: asked.append(name) or (lambda *_: None)
-    )
+    curve = model_curve(first, one_image, device=CPU, estimate=True, watch=lambda name, *_: asked.append(name))
     assert asked == ["hpcm nano λ = 0.01", "hpcm nano λ = 0.02", "hpcm nano λ = 0.03"]  # in the order named
     assert (curve.name, curve.rate) == ("hpcm nano", "estimated")
     assert "210,719 parameters" in curve.codec and f"torch {torch.__version__.partition('+')[0]}" in curve.codec

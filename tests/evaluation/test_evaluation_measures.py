@@ -9,7 +9,8 @@ import torch
 from pytorch_msssim import ms_ssim
 
 from hpcm_scale.data.sources import ImageSet
-from hpcm_scale.evaluation.measures import Estimated, decibels, mean, measure, peak_signal_to_noise
+from hpcm_scale.evaluation.bd_rate import decibels
+from hpcm_scale.evaluation.measures import Estimated, mean, measure, peak_signal_to_noise
 
 
 def test_psnr_of_identical_images_is_finite():
@@ -38,7 +39,7 @@ def test_ms_ssim_needs_its_five_scales(side, defined):
     assert (measured.ms_ssim is not None) == (measured.ms_ssim_db is not None) == defined
     if defined:
         assert measured.ms_ssim == pytest.approx(1) and measured.ms_ssim_db <= 100
-    assert decibels(1.0) == pytest.approx(100)
+    assert decibels(0.0) == pytest.approx(100)
 
 
 def test_means_count_images_not_pixels():
@@ -57,7 +58,7 @@ def test_similarity_in_decibels_is_that_of_the_mean(image_folder):
     photo = ImageSet(image_folder).load(4)[:, :256, :384]
     images = [measure(str(step), photo, photo // step * step, 8) for step in (8, 64)]
     means = mean(images)
-    assert means["ms_ssim_db"] == decibels((images[0].ms_ssim + images[1].ms_ssim) / 2)
+    assert means["ms_ssim_db"] == decibels(1 - (images[0].ms_ssim + images[1].ms_ssim) / 2)
     assert means["ms_ssim_db"] < sum(image.ms_ssim_db for image in images) / 2 - 1
 
 

@@ -53,14 +53,14 @@ def offer(watch, photos: ImageSet, decoded: dict[int, torch.Tensor], bits: dict[
     """What a codec at work would show its watcher."""
     for i, picture in decoded.items():
         measured = Measured(photos.names[i], 768, 512, bits[i], bits[i] / (768 * 512), 30, None, None, 1, 1)
-        watch(i, photos.load(i), picture, measured)
+        watch("ours", i, photos.load(i), picture, measured)
 
 
 def test_crops_of_the_images_with_the_largest_errors(photos):
     crops = Crops(2)
     by = {0: 20, 1: 60, 2: 5, 3: 40}
     ours = {i: spoiled(photos.load(i), 300, 300, by[i]) for i in range(4)}
-    offer(crops.watch_model("ours"), photos, ours, dict.fromkeys(range(4), 1e5))
+    offer(crops.watch, photos, ours, dict.fromkeys(range(4), 1e5))
     chosen = crops.chosen()
     expected = sorted(range(4), key=lambda i: -worst_window(photos.load(i), ours[i])[1])[:2]
     assert [crop.model.measured.name for crop in chosen] == [photos.names[i] for i in expected]
@@ -76,7 +76,7 @@ def test_crops_of_the_images_with_the_largest_errors(photos):
 def test_a_baseline_at_the_rate_of_the_model_image_by_image(photos):
     crops, jpeg = Crops(2), open_baseline("jpeg")
     bits = {0: 2e5, 1: 6e4}
-    offer(crops.watch_model("ours"), photos, {i: spoiled(photos.load(i), 0, 0, 40) for i in range(2)}, bits)
+    offer(crops.watch, photos, {i: spoiled(photos.load(i), 0, 0, 40) for i in range(2)}, bits)
     crops.compare(jpeg, photos)
     for crop in crops.chosen():
         i, panel = photos.names.index(crop.model.measured.name), crop.baseline
@@ -94,12 +94,12 @@ def measured_psnr(codec, pixels: torch.Tensor, setting: float) -> float:
 def test_the_setting_of_a_size(photos, name):
     """The nearest whole setting, or of JPEG a setting within 2 %; for too small sizes the lowest."""
     codec, pixels = open_baseline(name), photos.load(3)[:, :96, :128]
-    sizes = [codec.code(pixels, setting).size_bytes for setting in range(27, 35)]
-    setting, coded = code_to_size(codec, pixels, sizes[4] + 1)
-    assert coded.size_bytes == codec.code(pixels, setting).size_bytes
-    nearest = min(abs(size - sizes[4] - 1) for size in sizes)
-    assert abs(coded.size_bytes - sizes[4] - 1) <= (nearest if codec.whole else 0.02 * sizes[4])
-    setting, coded = code_to_size(codec, pixels, 1)
+    sizes = [codec.code(pixels, setting).bits for setting in range(27, 35)]
+    setting, coded = code_to_size(codec, pixels, sizes[4] + 8)
+    assert coded.bits == codec.code(pixels, setting).bits
+    nearest = min(abs(size - sizes[4] - 8) for size in sizes)
+    assert abs(coded.bits - sizes[4] - 8) <= (nearest if codec.whole else 0.02 * sizes[4])
+    setting, coded = code_to_size(codec, pixels, 8)
     assert setting == codec.settings[0] if codec.lowest is None else codec.lowest
 
 
@@ -108,19 +108,19 @@ def test_a_quality_between_two_whole_ones(photos):
     pixels, jpeg = photos.load(3), BASELINES["jpeg"]()
     coded = [jpeg.code(pixels, quality) for quality in (5, 5.3, 5.7, 6, 70, 70.5, 71)]
     for low, high in pairwise(coded):
-        assert low.size_bytes < high.size_bytes
+        assert low.bits < high.bits
         assert peak_signal_to_noise(pixels, low.decoded) < peak_signal_to_noise(pixels, high.decoded)
 
 
 def test_equal_errors_keep_the_first_images(photos):
     crops = Crops(2)
-    offer(crops.watch_model("ours"), photos, {i: photos.load(i) for i in range(4)}, dict.fromkeys(range(4), 1.0))
+    offer(crops.watch, photos, {i: photos.load(i) for i in range(4)}, dict.fromkeys(range(4), 1.0))
     assert [crop.model.measured.name for crop in crops.chosen()] == photos.names[:2]
 
 
 def test_no_crops_are_kept_unasked(photos):
     crops = Crops(0)
-    offer(crops.watch_model("ours"), photos, {0: photos.load(0)}, {0: 1.0})
+    offer(crops.watch, photos, {0: photos.load(0)}, {0: 1.0})
     crops.compare(open_baseline("jpeg"), photos)
     assert crops.chosen() == []
 

@@ -131,7 +131,7 @@ def test_crops_show_names_as_they_are_spelled(name, tmp_path):
     pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
     crops = Crops(1)
     measured = measure(name, pixels, pixels + 1, 8.0)
-    crops.watch_model(f"{name} λ = 0.013")(0, pixels, pixels + 1, measured)
+    crops.watch(f"{name} λ = 0.013", 0, pixels, pixels + 1, measured)
     (crop,) = crops.chosen()
     crop.baseline = Panel(name, crop.window.cut(pixels + 2), measured)
     draw_crops([crop], tmp_path / "visual.png", name)

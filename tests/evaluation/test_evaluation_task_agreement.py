@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hpcm_scale.errors import UserError
+from hpcm_scale.evaluation.bd_rate import decibels
 from hpcm_scale.machine import agreement
-from hpcm_scale.machine.agreement import Agreement, class_agreement, distance_in_decibels
+from hpcm_scale.machine.agreement import Agreement, class_agreement
 from hpcm_scale.machine.receivers import receiver
 
 CPU = torch.device("cpu")
@@ -85,4 +86,4 @@ def test_small_images_are_refused():
 
 
 def test_distances_are_reported_in_decibels():
-    assert [distance_in_decibels(x) for x in (1, 0.1, 0, 10)] == pytest.approx([0, 10, 100, -10])
+    assert [decibels(x) for x in (1, 0.1, 0, 10)] == pytest.approx([0, 10, 100, -10])

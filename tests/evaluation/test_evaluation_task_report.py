@@ -23,7 +23,7 @@ from hpcm_scale.evaluation.bd_rate import Line
 from hpcm_scale.evaluation.curves import Results, read_weights, system_info
 from hpcm_scale.machine.agreement import Agreement
 from hpcm_scale.machine.evaluation import TaskEvaluation, task_receivers
-from hpcm_scale.machine.measures import TaskResults, TaskSection, trained_on
+from hpcm_scale.machine.measures import TaskSection, trained_on
 from hpcm_scale.machine.receivers import receiver
 from hpcm_scale.machine.report import (
     draw_tasks,
@@ -151,20 +151,19 @@ def section(photos, trained) -> TaskSection:
 def test_bd_rates_are_those_of_the_library_on_the_scale_of_the_metric(section):
     (measure,) = section.measures
     ours, jpeg = section.results.curves
-    found = list(task_bd_rates(section, measure))
+    found = list(task_bd_rates(section.results.curves, measure))
     assert [(each.metric.key, each.curve, each.anchor) for each in found] == [
         ("token_cosine", ours, jpeg),
         ("token_distortion", ours, jpeg),
     ]
     columns = []
     for curve in (jpeg, ours):
-        means = [np.mean([s["token_cosine"] for s in section.scores(p, measure)]) for p in curve.points]
+        means = [np.mean([s["token_cosine"] for s in measure.scores_of(p)]) for p in curve.points]
         line = rising(Line("", [p.mean["bpp"] for p in curve.points], [-10 * np.log10(1 - mean) for mean in means]))
         columns += [line.rates, line.qualities]
     expected = bjontegaard.bd_rate(*columns, "pchip", require_matching_points=False, min_overlap=0)
     assert found[0].found.bd_rate == pytest.approx(expected, abs=1e-9)
-    results = TaskResults([section], {}, section.results.system)
-    assert f"| token cosine | ours 4:2:0 | {expected:+.1f}% |" in task_markdown(results)
+    assert f"| token cosine | ours 4:2:0 | {expected:+.1f}% |" in task_markdown([section])
 
 
 def test_points_no_better_than_a_cheaper_one_are_left_out():
@@ -177,7 +176,7 @@ def test_points_no_better_than_a_cheaper_one_are_left_out():
 def test_the_plot_has_a_panel_per_receiver_and_metric(section, tmp_path, monkeypatch):
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    draw_tasks(TaskResults([section], {}, {}), tmp_path / "task.png")
+    draw_tasks([section], tmp_path / "task.png")
     (figure,) = figures
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "token cosine, −10·log10(1 − cosine) (dB)",
@@ -201,19 +200,19 @@ def test_text_of_a_folder_is_scored_with_its_uncoded_images(tmp_path, section):
     page, labelled = tasks.text_sections(str(tmp_path), 0)
     assert page.results.title == "scanned page of scikit-image, 1 image" and len(page.digest) == 64
     labelled.prepare()
-    assert labelled.originals == [{"cer": 1.0, "errors": 7, "characters": 7}]
+    (reading,) = labelled.measures
+    assert reading.originals == {"cer": 1.0, "errors": 7, "characters": 7}
     jpeg = open_baseline("jpeg")
     jpeg.settings = (5, 50)
     for curve in labelled.code([], [jpeg], device=CPU):
-        assert [labelled.mean(point, labelled.measures[0])["cer"] for point in curve.points] == [1.0, 1.0]
+        assert [reading.mean_of(point)["cer"] for point in curve.points] == [1.0, 1.0]
         assert not trained_on(curve, "pp-ocrv4")
-    results = TaskResults([labelled], {}, system_info())
-    assert "Uncoded images: CER 1.0000, errors 7, characters 7." in task_markdown(results)
-    draw_tasks(results, tmp_path / "task.png")
-    write_task_json(results, tmp_path / "task.json")
+    assert "Uncoded images: CER 1.0000, errors 7, characters 7." in task_markdown([labelled])
+    draw_tasks([labelled], tmp_path / "task.png")
+    write_task_json([labelled], tmp_path / "task.json")
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(task_console(results))
+        console.print(task_console([labelled]))
     assert "errors" in capture.get()
     with pytest.raises(UserError) as error:
         tasks.text_sections(str(tmp_path / "none"), 0)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpcm_scale.machine.objective import effective_rank, rank_difference, token_distortion
+from hpcm_scale.machine.objective import log_effective_rank, rank_difference, token_distortion
 from hpcm_scale.machine.receivers import receiver
 
 SHAPES = [(1, 1, 4), (2, 3, 1), (2, 2, 3), (2, 7, 4), (2, 4, 7)]
@@ -28,6 +28,10 @@ def low_rank(tokens: int, channels: int, rank: int, seed: int = 0, dtype: torch.
     return random_tokens(1, tokens, rank, seed=seed, dtype=dtype) @ random_tokens(
         1, rank, channels, seed=seed + 1, dtype=dtype
     )
+
+
+def effective_rank(tokens: torch.Tensor) -> torch.Tensor:
+    return log_effective_rank(tokens).exp()
 
 
 def rank_by_definition(tokens: torch.Tensor) -> list[float]:
@@ -186,7 +190,7 @@ def test_nothing_in_it_looks_at_a_value():
 
 def test_shapes_that_are_not_tokens_are_refused():
     with pytest.raises(ValueError, match="tokens are"):
-        effective_rank(torch.zeros(3, 4))
+        rank_difference(torch.zeros(3, 4), torch.zeros(3, 4))
     for loss in (token_distortion, rank_difference):
         with pytest.raises(ValueError, match=r"alike .* \(2, 3, 4\) and \(2, 4, 4\)"):
             loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, 4))

@@ -50,7 +50,7 @@ def test_from_a_model_trained_for_mse(train, launch, image_folder, tmp_path):
     ((read,),) = read_weights([str(weights)])
     assert (read.curve, read.distortion) == ("hpcm nano ms-ssim", Distortion.ms_ssim)
     coder = estimate_runner(load_encoder(str(weights)), torch.device("cpu"), LAMBDA, distortion=read.distortion)
-    assert code_images(coder, ImageSet(images))[0].loss == pytest.approx(reported["eval/loss"], rel=1e-4)
+    assert code_images("estimates", coder, ImageSet(images))[0].loss == pytest.approx(reported["eval/loss"], rel=1e-4)
 
 
 def test_evaluation_images_that_are_too_small_are_refused(shards, tmp_path):
