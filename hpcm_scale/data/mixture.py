@@ -83,6 +83,11 @@ class Mixture:
     """Of each set in the training images; they sum to 1."""
 
     @property
+    def images(self) -> int:
+        """Number of images in all sets that are used."""
+        return sum(len(index) for index, share in zip(self.indices, self.shares, strict=True) if share)
+
+    @property
     def digest(self) -> str:
         """SHA-256, hexadecimal: two mixtures with one digest give the same images. Of a single set, its index's."""
         digests = [index.digest for index in self.indices]

@@ -25,6 +25,7 @@ from hpcm_scale.scaling.laws.fits import (
     irreducible_probability,
 )
 from hpcm_scale.scaling.laws.law import CannotFit, Law, Points, Prediction, from_plain
+from hpcm_scale.scaling.laws.repeated import RepeatedLaw, fit_repeated
 from hpcm_scale.scaling.observations import Observation, Study
 
 FORMAT = "hpcm_scale laws 3"
@@ -34,6 +35,7 @@ PARAMETER_LAWS = ("power_law_of_parameters", "saturating_power_law_of_parameters
 COMPUTE_LAWS = ("power_law_of_compute", "saturating_power_law_of_compute")
 PARAMETERS_AND_DATA = "law_of_parameters_and_data"
 COMPUTE_OPTIMAL = "compute_optimal"
+REPEATED_DATA = "law_of_repeated_data"
 TITLES = {
     "power_law_of_parameters": "power law of parameters",
     "saturating_power_law_of_parameters": "saturating power law of parameters",
@@ -41,6 +43,7 @@ TITLES = {
     "saturating_power_law_of_compute": "saturating power law of compute",
     PARAMETERS_AND_DATA: "L(N, D)",
     COMPUTE_OPTIMAL: "compute-optimal law",
+    REPEATED_DATA: "law of repeated data",
 }
 """Names of laws."""
 SHORT = {name: title.split(" of ")[0] for name, title in TITLES.items()}
@@ -76,13 +79,13 @@ class Analysis:
     excluded: tuple[str, ...]
     """Runs and lines that are excluded, one sentence each."""
     laws: dict[str, Law]
-    """By name: PARAMETER_LAWS, COMPUTE_LAWS, PARAMETERS_AND_DATA, COMPUTE_OPTIMAL."""
+    """By name: PARAMETER_LAWS, COMPUTE_LAWS, PARAMETERS_AND_DATA, COMPUTE_OPTIMAL, REPEATED_DATA."""
     refused: dict[str, str]
     """Reason for each law that could not be fitted, by name."""
     irreducible_probability: dict[str, float | None]
     """p value of E = 0 (`laws.fits.irreducible_probability`), by name of the saturating power law."""
     diagnostics: dict[str, Diagnostics]
-    """By name of each law except COMPUTE_OPTIMAL, whose diagnostics are those of L(N, D)."""
+    """By name of each law except COMPUTE_OPTIMAL and REPEATED_DATA, which rest on the points of L(N, D)."""
     reference: Reference | None
     """None without L(N) or the rate of its largest size."""
     notes: tuple[str, ...]
@@ -185,6 +188,13 @@ def analyse(study: Study, *, level: float = 0.95) -> Analysis:
         laws[COMPUTE_OPTIMAL] = _compute_optimal(laws, refused, observations)
     except CannotFit as refusal:
         refused[COMPUTE_OPTIMAL] = str(refusal)
+    trained = fit_data.usable(observations)[0]
+    if all(each.unique for each in trained):
+        try:
+            unique = np.array([each.unique for each in trained], np.float64)
+            laws[REPEATED_DATA] = fit_repeated(fit_data.of_parameters_and_data(observations), unique)
+        except CannotFit as refusal:
+            refused[REPEATED_DATA] = str(refusal)
     return Analysis(
         metric=study.metric,
         lmbda=study.lmbda,
@@ -248,7 +258,7 @@ def read_laws(path: str | Path) -> Analysis:
         if values["format"] != FORMAT:
             raise ValueError
         analysis = from_plain(Analysis, values)
-        kinds = {COMPUTE_OPTIMAL: ComputeOptimal}
+        kinds = {COMPUTE_OPTIMAL: ComputeOptimal, REPEATED_DATA: RepeatedLaw}
         laws = {name: from_plain(kinds.get(name, Law), law) for name, law in values["laws"].items()}
         return replace(analysis, laws=laws)
     except OSError as error:

@@ -106,7 +106,7 @@ def _mean(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [record[key] for record in group if record.get(key) is not None]
         if key == "train/skipped":
             line[key] = sum(values)
-        elif key in ("train/learning_rate", "train/upscaled"):
+        elif key in ("train/learning_rate", "train/upscaled", "data/images", "data/epoch"):
             line[key] = values[-1] if values else None
         else:
             line[key] = float(f"{sum(values) / len(values):.{DIGITS}g}") if values else None

@@ -191,7 +191,7 @@ def _test(compared: Comparison) -> str:
             changes.append(f"{symbol} of the second recipe is higher by {value:+.3f} ({low:+.3f}…{high:+.3f})")
     p = p_equal_exponents(compared.law, compared.separate)
     verdict = (
-        "rejected: the efficiencies change with scale and do not extrapolate"
+        "rejected: the efficiencies change with scale, and these values are not to be used"
         if p < SIGNIFICANT
         else "not rejected, which does not prove them equal"
     )

@@ -147,6 +147,13 @@ def make_plan(
     if rate is None:
         rate = min(analysis.observations, key=lambda each: abs(math.log(each.parameters / size.value))).learning_rate
         notes.insert(0, "the runs share no learning rate: the command has that of the nearest size")
+    seen = max((each.pixels / each.unique for each in analysis.observations if each.unique), default=None)
+    if trainings and trainings[0].epochs and trainings[0].epochs > (seen or 1.0):
+        notes.insert(
+            0,
+            f"the run passes over its data {significant(trainings[0].epochs, 2)} times, the runs of this law at most "
+            f"{significant(seen or 1.0, 2)} times: the predicted loss is too low",
+        )
     longest = max(each.images for each in analysis.observations)
     if trainings and trainings[0].images > 2 * longest:
         notes.insert(

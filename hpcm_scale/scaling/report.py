@@ -33,7 +33,7 @@ FACTORS = (2, AHEAD)
 """Multiples of the largest size (or compute) at which laws are evaluated."""
 AS_GOOD_AS_NEW = 4
 """Passes over the data up to which repeated data is worth about as much as new data (arXiv 2305.16264)."""
-SYMBOLS = {"alpha": "α", "beta": "β", "kappa": "κ"}
+SYMBOLS = {"alpha": "α", "beta": "β", "kappa": "κ", "R": "R*"}
 
 # The headline and its caveats, the same in report, terminal, plan and wandb.
 

@@ -114,7 +114,7 @@ def mirror(order: dict[str, Any], run_dir: Path, trainer: Trainer) -> None:
                 if "eval/loss" in record:
                     row |= _reconstructions(wandb, run_dir, record["step"])
                 for metric in sorted(row.keys() - defined):
-                    if metric.startswith(("train/", "eval/", "eval_", "perf/")):
+                    if metric.startswith(("train/", "eval/", "eval_", "data/", "perf/")):
                         run.define_metric(metric, step_metric=AXES[0])
                         defined.add(metric)
                 run.log(row)  # without wandb's own step, which drops rows that go back

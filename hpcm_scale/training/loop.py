@@ -47,6 +47,8 @@ class Trainer:
     images: ImageSet | None
     """For evaluations."""
     data_digest: str
+    images_in_set: int
+    """Number of training images."""
     stop: StopRequest
     saver: Saver
     averages: EMA
@@ -241,7 +243,8 @@ class Trainer:
         train |= {"train/bad_photos": len(self.corrupt.reasons), "train/rollbacks": self.rollbacks}
         train |= {"train/failed_checkpoints": self.failed_checkpoints}
         train |= {"train/failed_evaluations": self.failed_evaluations}
-        self.recorder.line(self.position() | train | self.tracker.rates())
+        data = {"data/images": self.images_in_set, "data/epoch": self.tracker.images / self.images_in_set}
+        self.recorder.line(self.position() | train | data | self.tracker.rates())
 
     def status(self) -> str:
         """A progress line: means and rates over the steps since the last one."""

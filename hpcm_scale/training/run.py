@@ -225,6 +225,7 @@ class _Training:
             tracker=tracker,
             images=self.start.images,
             data_digest=self.start.index.digest,
+            images_in_set=self.start.index.images,
             stop=self.stop,
             saver=saver,
             averages=self.averages,

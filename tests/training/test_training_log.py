@@ -10,6 +10,8 @@ import pytest
 from small_training import SMALL
 from watch_processes import await_line
 
+from hpcm_scale.data.index import load_index
+
 pytestmark = pytest.mark.launch
 
 LINE = re.compile(
@@ -32,6 +34,8 @@ def test_a_line_of_the_first_process_every_so_many_seconds(launch, shards):
         names = ("train/loss", "train/bpp", "train/psnr", "compute/pflops")
         expected = [record[name] for name in names]
         assert [float(value) for value in line.groups()[1:5]] == pytest.approx(expected, rel=1e-2)
+        assert record["data/images"] == len(load_index(str(shards)))
+        assert record["data/epoch"] == record["train/images"] / record["data/images"]
 
 
 def test_a_run_that_cannot_be_exported_reports_it_at_its_start(fork_server, shards, tmp_path):
