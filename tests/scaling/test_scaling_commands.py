@@ -13,7 +13,7 @@ from known_ladder import write_ladder, write_run
 from mistakes import mistake_in
 
 from hpcm_scale.commands.scaling import main
-from hpcm_scale.config.compose import compose
+from hpcm_scale.model.ladder import compose_sized
 from hpcm_scale.scaling.analysis import read_laws
 from hpcm_scale.scaling.report import summary
 
@@ -47,9 +47,11 @@ def test_fit_plan_and_collect_one_after_the_other(tmp_path, capsys, monkeypatch)
     size = sum(map(len, files(tmp_path / "kept").values()))
     assert f"12 runs, {size:,} bytes" in capsys.readouterr().out
 
-    main(["plan", "--laws", str(tmp_path / "fit" / "laws.json"), "--days", "0.01", "--gpus", "64", "--gpu", "h100"])
+    main(["plan", "--laws", str(tmp_path / "fit" / "laws.json"), "--pflops", "0.05", "--gpus", "64"])
     command = capsys.readouterr().out.splitlines()[-1]
-    assert compose([word for word in shlex.split(command) if "=" in word]).train.batch_size == 64
+    assert compose_sized([word for word in shlex.split(command) if "=" in word]).train.batch_size == 64
+    main(["plan", "--laws", str(tmp_path / "fit"), "--days", "0.01", "--gpus", "64", "--gpu", "h100"])
+    assert "there is no command" in capsys.readouterr().out
     main(["plan", "--laws", str(tmp_path / "fit"), "--target-loss", "1.4", "--json"])
     assert json.loads(capsys.readouterr().out)["loss"][0] == pytest.approx(1.4)
 
