@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.kinds import KINDS, seconds_by_kind
 from bench.step import Step
 from bench.timing import timed
-from hpcm_scale.formatting import save
-from hpcm_scale.scaling.figures.style import COLOURS, paper, tidy
+from hpcm_scale.formatting import save, tidy
+from hpcm_scale.scaling.figures.style import COLOURS, paper
 
 SMALLEST = 0.002
 """Kinds below this share of the longest step are not drawn."""

@@ -27,9 +27,9 @@ from hpcm_scale.scaling.analysis import (
     Analysis,
     digest,
 )
+from hpcm_scale.scaling.findings import expected, loss
 from hpcm_scale.scaling.laws.law import Prediction, from_plain
 from hpcm_scale.scaling.observations import Observation, study
-from hpcm_scale.scaling.report import expected, loss
 from hpcm_scale.scaling.runs import Run
 
 FORMAT = "hpcm_scale forecast 1"
@@ -109,7 +109,7 @@ def make_forecast(
         law = analysis.laws.get(PARAMETERS_AND_DATA)
         if law is None:
             raise UserError(
-                "no-law-for-forecast",
+                "no-joint-law-for-forecast",
                 "--laws",
                 f"there is no L(N, D) ({analysis.refused[PARAMETERS_AND_DATA]}); omit --images and --pflops for a "
                 "forecast by the law of parameters, or train more amounts of data",
@@ -134,7 +134,7 @@ def make_forecast(
     elif parameters:
         if analysis.largest is None:
             raise UserError(
-                "no-law-for-forecast",
+                "no-size-law-for-forecast",
                 "--laws",
                 f"there is no law of parameters ({analysis.refused[PARAMETER_LAWS[0]]}); train more sizes",
             )
@@ -149,7 +149,7 @@ def make_forecast(
         )
         if law is None:
             raise UserError(
-                "no-law-for-forecast",
+                "no-compute-law-for-forecast",
                 "--laws",
                 f"there is no law of compute ({analysis.refused[COMPUTE_LAWS[0]]}); train more sizes",
             )

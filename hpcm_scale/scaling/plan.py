@@ -20,9 +20,9 @@ from hpcm_scale.limits import BUDGET, COUNT, CROP, UTILISATION, check_numbers, n
 from hpcm_scale.model.ladder import LARGEST, SMALLEST, compose_sized, size_name, sized
 from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.scaling.analysis import COMPUTE_OPTIMAL, PARAMETERS_AND_DATA, Analysis
+from hpcm_scale.scaling.findings import caveats, expected, loss
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Prediction
-from hpcm_scale.scaling.report import caveats, expected, loss
 from hpcm_scale.training.costs import optimizer_flops, training_flops_per_image
 
 SECONDS_A_DAY = 86_400

@@ -24,10 +24,11 @@ from hpcm_scale.scaling.analysis import (
     write_laws,
 )
 from hpcm_scale.scaling.figures import draw_figures
+from hpcm_scale.scaling.findings import headline
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import from_plain
 from hpcm_scale.scaling.plan import Setting, make_plan
-from hpcm_scale.scaling.report import headline, print_summary, report
+from hpcm_scale.scaling.report import print_summary, report
 
 NAMES = {*PARAMETER_LAWS, *COMPUTE_LAWS, PARAMETERS_AND_DATA, COMPUTE_OPTIMAL}
 FEW = ladder(sizes=SIZES[::2])

@@ -15,7 +15,7 @@ from mistakes import mistake_in
 from hpcm_scale.commands.scaling import main
 from hpcm_scale.model.ladder import compose_sized
 from hpcm_scale.scaling.analysis import read_laws
-from hpcm_scale.scaling.report import summary
+from hpcm_scale.scaling.findings import summary
 
 
 def files(folder: Path) -> dict[str, bytes]:

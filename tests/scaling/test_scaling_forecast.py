@@ -95,7 +95,7 @@ def test_size_compute_or_both(ladder_analysis: Analysis) -> None:
     assert make_forecast(few, pflops=0.1).loss == few.at_compute(0.1).value
     with pytest.raises(UserError) as refused:
         make_forecast(few, parameters=3e6, images=1e5)
-    assert (refused.value.code, refused.value.key) == ("no-law-for-forecast", "--laws")
+    assert (refused.value.code, refused.value.key) == ("no-joint-law-for-forecast", "--laws")
 
 
 def test_the_papers_promise_of_ten_billion_follows_from_its_published_step() -> None:

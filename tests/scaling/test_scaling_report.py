@@ -9,8 +9,9 @@ import pytest
 from hpcm_scale.formatting import count, escaped, significant, with_error
 from hpcm_scale.scaling.analysis import Analysis, analyse
 from hpcm_scale.scaling.figures import FIGURES
+from hpcm_scale.scaling.findings import caveats, headline, summary
 from hpcm_scale.scaling.observations import Observation, Study
-from hpcm_scale.scaling.report import caveats, headline, print_summary, report, summary
+from hpcm_scale.scaling.report import print_summary, report
 
 
 def observed(sizes, losses, *, annealed: bool = True) -> Study:

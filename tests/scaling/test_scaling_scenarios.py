@@ -18,10 +18,11 @@ from hpcm_scale.model.ladder import compose_sized
 from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.scaling.analysis import Analysis, analyse, rate_change, read_laws, write_laws
 from hpcm_scale.scaling.filters import smoothed, without_spikes
+from hpcm_scale.scaling.findings import caveats, headline, summary
 from hpcm_scale.scaling.fit_data import of_compute
 from hpcm_scale.scaling.observations import study
 from hpcm_scale.scaling.plan import Setting, make_plan, print_plan
-from hpcm_scale.scaling.report import caveats, headline, print_summary, report, summary
+from hpcm_scale.scaling.report import print_summary, report
 from hpcm_scale.scaling.runs import Records, Run, find_runs
 from hpcm_scale.training.costs import training_flops_per_image
 
