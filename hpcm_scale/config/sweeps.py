@@ -1,4 +1,4 @@
-"""Multiruns: the options of their launchers, the overrides of each run and the names of the runs."""
+"""Multiruns: options of their launchers, overrides and names of their runs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,32 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hpcm_scale.config.schema import RunConfig
+from hpcm_scale.errors import UserError
 from hpcm_scale.limits import PROCESSES, Range, number
 
 LONGEST_NAME = 200
 """Bytes of a generated name. File systems allow 255; the names of the files beside a run folder are longer."""
+PLUGIN_MODULE = "hydra_plugins.hpcm_scale"
+"""Module of the launchers and the sweeper in their names: Hydra accepts plugins only from below `hydra_plugins`."""
 _GRACE = Range(least=0, most=65_535)
 """Seconds, within the range of Slurm."""
+_HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+
+
+@dataclass
+class InTurnOptions:
+    """`hydra.launcher.…` of `hydra/launcher=in_turn`, the default: one run after the other in this process."""
+
+    _target_: str = f"{PLUGIN_MODULE}.InTurnLauncher"
+    fail_fast: bool = False
+    """Whether a failed run ends the sweep."""
 
 
 @dataclass
 class DeepSpeedOptions:
     """`hydra.launcher.…` of `hydra/launcher=deepspeed`: concurrent runs on this node."""
 
+    _target_: str = f"{PLUGIN_MODULE}.DeepSpeedLauncher"
     gpus_per_job: int = number(1, PROCESSES)
     """GPUs of each run; on a node without GPUs, processes of each run."""
     gpus: list[int] | None = number(None, Range(least=0, most=1023))
@@ -36,12 +50,15 @@ class DeepSpeedOptions:
     """Concurrent runs; default: as many as fit on the GPUs, or else on the processor cores."""
     grace: float = number(600.0, _GRACE)
     """Seconds for the checkpoint of a run that is stopped; then it is killed."""
+    fail_fast: bool = False
+    """Whether a failed run ends the sweep: running ones are stopped with a checkpoint."""
 
 
 @dataclass
 class SlurmOptions:
     """`hydra.launcher.…` of `hydra/launcher=slurm`: one batch job per run."""
 
+    _target_: str = f"{PLUGIN_MODULE}.SlurmLauncher"
     nodes: int = number(1, Range(least=1, most=100_000))
     """Nodes of each run."""
     gpus_per_node: int = number(8, Range(least=0, most=1024))
@@ -62,11 +79,13 @@ class SlurmOptions:
     """False: write the scripts only."""
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="deepspeed", node=DeepSpeedOptions, provider="hpcm_scale")
-ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmOptions, provider="hpcm_scale")
+for _name, _options in {"in_turn": InTurnOptions, "deepspeed": DeepSpeedOptions, "slurm": SlurmOptions}.items():
+    ConfigStore.instance().store(group="hydra/launcher", name=_name, node=_options, provider="hpcm_scale")
 
 
-def job_overrides(sweeper: Mapping[str, Any], task: Sequence[str], loader: ConfigLoader) -> list[list[list[str]]]:
+def job_overrides(
+    sweeper: Mapping[str, Any], task: Sequence[str], loader: ConfigLoader | None = None
+) -> list[list[list[str]]]:
     """The overrides of each run of a multirun, in batches of `hydra.sweeper.max_batch_size` runs.
 
     They are the combinations of the values in the command line `task`, or of these with each of the sweeper's grids,
@@ -92,10 +111,15 @@ def name_run(run: RunConfig, job: Sequence[str], swept: Sequence[str]) -> None:
     """
     if not swept:
         return  # a single job is a run like any other
-    run.sweep = run.sweep or _file_name("sweep_" + "_".join(key.replace("/", ".") for key in swept))
+    run.sweep = run.sweep or sweep_name(swept)
     chosen = [override for override in job if override.split("=")[0].lstrip("+") in swept]
     if run.dir is None:
         run.dir = str(sweep_folder(run.sweep) / _file_name(",".join(chosen)))
+
+
+def sweep_name(swept: Sequence[str]) -> str:
+    """The default `run.sweep` of a sweep over these keys."""
+    return _file_name("sweep_" + "_".join(key.replace("/", ".") for key in swept))
 
 
 def sweep_folder(sweep: str) -> Path:
@@ -125,6 +149,18 @@ def swept_keys(sweeper: Mapping[str, Any], task: Sequence[str]) -> list[str]:
         *(each.key_or_group for each in parsed if each.is_sweep_override()),
     ]
     return list(dict.fromkeys(keys))
+
+
+def refuse_hydra_folders(overrides: Sequence[str]) -> None:
+    """Raise UserError for Hydra's own keys of folders, which have no effect here."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group in _HYDRA_FOLDERS:
+            raise UserError(
+                "hydra-folder",
+                override.key_or_group,
+                f"{override.input_line} has no effect; set run.dir=DIR, the run folder, or run.sweep=NAME, which "
+                "writes the runs of a sweep to runs/NAME",
+            )
 
 
 def quoted(value: str) -> str:

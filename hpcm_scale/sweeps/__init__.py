@@ -1,1 +1,1 @@
-"""Sweeps: training of many runs, and tables of their progress."""
+"""Sweeps: Hydra launchers that train many runs, and tables of their progress."""

@@ -14,11 +14,12 @@ from hpcm_scale.sweeps.status import summary
 from hpcm_scale.training.run import run
 
 
-def train_in_turn(jobs: Sequence[Job]) -> int:
-    """Train the jobs one after the other, also after a failure; returns the exit code.
+def train_in_turn(jobs: Sequence[Job], *, fail_fast: bool = False) -> int:
+    """Train the jobs one after the other, also after a failure unless `fail_fast`; returns the exit code.
 
-    Raises UserError, before the first job starts, for everything that a job would be refused for. With several
-    processes, an error that is not raised by all of them is raised at once, since they could not continue together.
+    Raises SystemExit if a stop is requested, and UserError, before the first job starts, for everything that a job
+    would be refused for. With several processes, an error that is not raised by all of them is raised at once, since
+    they could not continue together.
     """
     world_size = processes.world_size()
     left = unfinished(jobs, world_size, in_turn=True)
@@ -34,14 +35,17 @@ def train_in_turn(jobs: Sequence[Job]) -> int:
             if world_size > 1 and not common:
                 raise
             failures[job.folder] = _report(job, error)
+            if fail_fast:
+                break
             continue
         stopped = asked and not (done and job is left[-1])
         if stopped:
             break
     code = summary(jobs, left, failures) if is_first_process() else 0
-    if failures:
-        return 1
-    return STOPPED if stopped else code
+    code = 1 if failures else STOPPED if stopped else code
+    if stopped:
+        raise SystemExit(code)
+    return code
 
 
 def _report(job: Job, error: Exception) -> str:

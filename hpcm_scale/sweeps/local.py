@@ -228,9 +228,15 @@ class _Running:
 
 
 class AtOnce:
-    """Trains jobs on shares of the node; a job starts as soon as a share is free."""
+    """Trains jobs on shares of the node; a job starts as soon as a share is free.
 
-    def __init__(self, jobs: Sequence[Job], shares: Sequence[Share], cores: int, grace: float) -> None:
+    With `fail_fast`, a failed job stops the others as a signal does.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], shares: Sequence[Share], cores: int, grace: float, fail_fast: bool = False
+    ) -> None:
+        self._fail_fast = fail_fast
         self._waiting = list(jobs)
         self._free = list(shares)
         self._threads = max(1, cores // sum(share.processes for share in shares))
@@ -257,6 +263,11 @@ class AtOnce:
                     drawn = time.monotonic()
                 time.sleep(POLL_SECONDS)
         return self._signals[1][0] if self._handled > 1 else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal, or a failure with `fail_fast`, has stopped it."""
+        return bool(self._signals)
 
     def _start(self, job: Job) -> None:
         share = self._free[0]
@@ -285,7 +296,10 @@ class AtOnce:
             if running.process.poll() is not None:
                 del self._running[folder]
                 self._free.append(running.share)
-                _tell(sentence(running.job, at_end(running.job, self._followers[folder].look())))
+                state = at_end(running.job, self._followers[folder].look())
+                _tell(sentence(running.job, state))
+                if self._fail_fast and state.state == "failed" and not self._signals:
+                    self._signals.append((0, time.monotonic()))
 
     def _handle_signals(self) -> None:
         """Stop the jobs at the first signal and kill them at the second."""
@@ -346,12 +360,16 @@ def _tell(text: str) -> None:
 def train_at_once(jobs: Sequence[Job], options: DeepSpeedOptions) -> int:
     """Train the jobs on the devices of this node and print a table; returns the exit code.
 
-    Raises UserError, before the first job starts, for everything that a job would be refused for.
+    Raises SystemExit if a signal stops it, or a failed job with `options.fail_fast`; UserError, before the first job
+    starts, for everything that a job would be refused for.
     """
     gpus, cores = visible_gpus() if options.gpus is None else options.gpus, available_cores()
     parts = shares(gpus, options.gpus_per_job, options.jobs_at_once, cores)
     left = unfinished(jobs, options.gpus_per_job)
     write_plans(jobs)
-    number = AtOnce(left, parts[: max(1, len(left))], cores, options.grace).train()
+    training = AtOnce(left, parts[: max(1, len(left))], cores, options.grace, options.fail_fast)
+    number = training.train()
     code = summary(jobs, left)
-    return code if number is None else 128 + number
+    if training.stopped:
+        raise SystemExit(code if number is None else 128 + number)
+    return code

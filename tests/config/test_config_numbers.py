@@ -18,13 +18,13 @@ import torch
 from omegaconf import OmegaConf
 
 from hpcm_scale.config.checks import check, check_pre_editor
-from hpcm_scale.config.compose import _keys, compose, from_yaml, model_from_dict, to_dict
+from hpcm_scale.config.compose import compose, from_yaml, model_from_dict, to_dict
 from hpcm_scale.config.deepspeed import ZERO_SIZES
 from hpcm_scale.config.schema import AVERAGE, Config, PreEditorConfig
 from hpcm_scale.config.sweeps import DeepSpeedOptions, SlurmOptions
 from hpcm_scale.data.mixture import random_words
 from hpcm_scale.errors import UserError
-from hpcm_scale.limits import Range
+from hpcm_scale.limits import Range, entries
 from hpcm_scale.model import families
 from hpcm_scale.scaling.plan import Setting
 from hpcm_scale.training.ema import exponent
@@ -86,10 +86,8 @@ def holding(key: str, value: object) -> Config:
     parent, _, name = key.rpartition(".")
     owner = attrgetter(parent)(config)
     before: Any = getattr(owner, name)
-    entries = (
-        {"a/b": value} if isinstance(before, dict) else [value, *before[1:]] if isinstance(before, list) else value
-    )
-    setattr(owner, name, entries)
+    held = {"a/b": value} if isinstance(before, dict) else [value, *before[1:]] if isinstance(before, list) else value
+    setattr(owner, name, held)
     return config
 
 
@@ -129,7 +127,7 @@ def test_what_is_typed_is_read_or_refused_in_one_sentence(key, text):
     assert key in reported and "\n" not in reported and len(reported) < 300, reported
 
 
-LISTS = [key for key in _keys(Config) if isinstance(attrgetter(key)(Config()), list)]
+LISTS = [key for key, value, _ in entries(Config()) if isinstance(value, list)]
 
 
 @pytest.mark.parametrize("key", LISTS)

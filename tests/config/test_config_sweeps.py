@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpcm_scale.config.compose import check_overrides, compose
-from hpcm_scale.config.sweeps import LONGEST_NAME, name_run, swept_keys
+from hpcm_scale.config.compose import compose
+from hpcm_scale.config.sweeps import LONGEST_NAME, name_run, refuse_hydra_folders, swept_keys
 from hpcm_scale.errors import UserError
 
 
@@ -69,8 +69,8 @@ def test_long_names_are_cut_and_stay_apart(letter):
 @pytest.mark.parametrize("key", ["hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "++hydra.run.dir"])
 def test_hydras_own_folders_are_refused(key):
     with pytest.raises(UserError, match=r"run\.dir=DIR.* run\.sweep=NAME"):
-        check_overrides(["model=nano", f"{key}=here"])
-    check_overrides(["model=nano", "hydra/launcher=deepspeed", "run.dir=here"])
+        refuse_hydra_folders(["model=nano", f"{key}=here"])
+    refuse_hydra_folders(["model=nano", "hydra/launcher=deepspeed", "run.dir=here"])
 
 
 def test_the_users_own_names_stay():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcm_scale.config.compose import compose, config_loader, preset_names, to_yaml
+from hpcm_scale.config.compose import compose, preset_names, to_yaml
 from hpcm_scale.config.sweeps import job_overrides
 from hpcm_scale.errors import UserError
 from hpcm_scale.sweeps.jobs import make_job, quoted, read_plan
@@ -120,7 +120,7 @@ def test_the_command_line_narrows_grids_and_no_run_comes_twice():
     grids = [{"model": "nano,micro", "train.seed": 0}, {"model": "micro", "train.seed": "0,1"}]
 
     def jobs(*arguments: str, batch: int | None = None) -> list[list[list[str]]]:
-        return job_overrides({"grids": grids, "max_batch_size": batch}, arguments, config_loader())
+        return job_overrides({"grids": grids, "max_batch_size": batch}, arguments)
 
     nano, micro, second = (
         ["model=nano", "train.seed=0"],
@@ -217,9 +217,12 @@ def test_hydras_own_options_work(train, tmp_path, arguments):
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_launchers_are_for_several_runs_and_start_their_own_processes(train, shards, monkeypatch):
+def test_launchers_are_for_several_runs_and_start_their_own_processes(train, shards, tmp_path, monkeypatch):
     code, _, errors = train("model=nano", f"data.shards={shards}", "hydra/launcher=deepspeed")
     assert code == 2 and "add -m" in errors
+    code, _, errors = train("-m", "model=nano,450k", f"data.shards={shards}", "hydra/launcher=basic")
+    assert code == 2 and "hydra/launcher=basic cannot start training" in errors
+    assert list(tmp_path.rglob("*")) == []
     monkeypatch.setenv("RANK", "0")
     code, _, errors = train("-m", "model=nano,450k", f"data.shards={shards}", "hydra/launcher=deepspeed")
     assert code == 2 and "without deepspeed" in errors

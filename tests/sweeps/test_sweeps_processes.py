@@ -208,6 +208,21 @@ def test_a_signal_stops_all_runs_of_a_sweep(interrupted):
     assert all(tail(job.log).endswith(f"ended with exit code {STOPPED}, as asked\n") for job in jobs)
 
 
+def test_with_fail_fast_a_failure_stops_the_other_runs(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "program"
+    failing = 'case "$*" in *run.dir=\\"a\\"*) while [ ! -e ready ]; do sleep 0.02; done; exit 3;; esac'
+    training = f"trap 'exit {STOPPED}' TERM; touch ready; sleep 60 & wait"
+    program.write_text(f'#!/bin/bash\n{failing}\nbash -c "{training}" & wait $!\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    jobs = [make_job(compose([f"run.dir={name}", "model=nano"]), [f"run.dir={name}"], ["model"]) for name in "abc"]
+    training = AtOnce(jobs, [Share(1, ())] * 2, cores=1, grace=600, fail_fast=True)
+    assert training.train() is None and training.stopped
+    assert tail(jobs[1].log).endswith(f"ended with exit code {STOPPED}, as asked\n") and not jobs[2].log.exists()
+    assert "a: failed: " in capfd.readouterr().out and summary(jobs, jobs) == 1
+
+
 def test_a_second_signal_ends_a_sweep_at_once(interrupted):
     """Each run takes a minute to stop."""
     training = "trap 'echo stopping; sleep 60' TERM; echo ready; sleep 60 & wait"
