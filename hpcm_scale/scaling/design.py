@@ -171,7 +171,10 @@ def design(
         optimal = made("equal data", SPANS[-1], AMOUNTS[-1]).optimal
         # The compute at which N* is the smallest size.
         least_compute = (parameters[0] / optimal.optimum(1.0).parameters) ** (1 / optimal.growth[0])
-        candidates = [made(*choice, least_compute) for choice in product(exponents, SPANS, AMOUNTS)]
+        candidates = [
+            made(spread, span, amounts, least_compute)
+            for spread, (span, amounts) in product(exponents, product(SPANS, AMOUNTS))
+        ]
         candidates = [each for each in candidates if np.all(np.diff(each.steps) > 0)]
     except CannotFit as refusal:
         raise UserError(

@@ -317,7 +317,8 @@ def forecast_bd_rate(
             f"to {count(parameters)} parameters at λ = {analysis.lmbda:g} ({percent(changes.value, 1)}), taken as that "
             "of every rate"
         )
-        return RateForecast(anchor.label, values[0], *map(_finite, values[1:]), analysis.level, method)
+        low, high = map(_finite, values[1:])
+        return RateForecast(anchor.label, values[0], low, high, analysis.level, method)
     moved = [_moved(analyses, parameters, index) for index in range(3)]
     found: list[Comparison | None] = [compare(curve, anchor) if curve else None for curve in moved]
     assert found[0] is not None
