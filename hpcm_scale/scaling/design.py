@@ -162,8 +162,8 @@ def design(
         )
         steps = PARTS * np.floor(scale * relative / PARTS + 1e-9).astype(np.int64)
         compute = per_step[:, None] * steps
-        points = np.repeat(parameters, amounts), (steps * pixels_per_step).ravel()
-        law, number = predicted(values, *(np.tile(each, seeds) for each in points), deviation)
+        n, d = np.repeat(parameters, amounts), (steps * pixels_per_step).ravel()
+        law, number = predicted(values, np.tile(n, seeds), np.tile(d, seeds), deviation)
         optimal = compute_optimal(law, cost, (float(compute.min()), float(compute.max())))
         return Design(found, steps, spread, seeds, config, tuple(recipe), law, optimal, number)
 
