@@ -50,3 +50,20 @@ train quick/adam_6e-3 588 optimizer=adam schedule.learning_rate=6e-3
 train quick/muon_6e-3 560 optimizer=muon schedule.learning_rate=6e-3
 train quick/muon_1.2e-2 560 optimizer=muon schedule.learning_rate=1.2e-2
 train quick/soap_6e-3 579 optimizer=soap schedule.learning_rate=6e-3
+
+# Latent channels at λ = 0.013
+latent() { # NAME STEPS KEYS
+    train "latent/$1" "$2" objective.lmbda=0.013 schedule.learning_rate=6e-3 "${@:3}"
+}
+narrow() { # M PRIOR HYPER STEPS KEYS
+    latent "M$1" "$4" model.channels=[16,32,64] model.latent_channels="$1" model.context_channels="$2" \
+        model.hyper_latent_channels="$3" model.hyper_channels="$3" "${@:5}"
+}
+latent 2m 200 model=2m
+narrow 64 176 32 215
+narrow 96 136 48 266
+narrow 128 88 48 332
+m128=(model.channels=[16,32,64] model.latent_channels=128 model.context_channels=96)
+latent m128_soap 317 "${m128[@]}"
+latent m128_adam 323 "${m128[@]}" optimizer=adam
+latent m128_random_muon 310 "${m128[@]}" model.start=random optimizer=muon
