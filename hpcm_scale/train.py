@@ -24,6 +24,9 @@ from hpcm_scale.errors import STOPPED, Parser, UserError, entry_point, ignore_lo
 from hpcm_scale.model.ladder import with_size
 from hpcm_scale.sweeps import launchers  # noqa: F401 (registers with Hydra)
 
+_OPTIONS = ("resolve", "cfg", "info", "shell_completion", "run", "experimental_rerun")
+"""Hydra's own that exclude each other, or name a file."""
+
 
 @entry_point
 @ignore_lost_output()
@@ -61,8 +64,8 @@ def main() -> None:
 
     try:
         translated(job)
-    except ValueError as error:  # Hydra's, of options of its own that exclude each other
-        if not (chosen.resolve or chosen.cfg or chosen.info or chosen.shell_completion or chosen.run):
+    except ValueError as error:
+        if not any(getattr(chosen, option) for option in _OPTIONS):  # of a training
             raise
         parser.error(str(error))
     if errors:

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from hpcm_scale.config import sweeps  # noqa: F401 (registers the launchers)
 from hpcm_scale.config.checks import check_model
 from hpcm_scale.config.schema import Config, ModelConfig, Start
+from hpcm_scale.config.sweeps import LAUNCHERS
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import check_no_secret
 from hpcm_scale.limits import COUNT, Range, abbreviated, entries
@@ -38,6 +38,8 @@ _HINT_CHARACTERS = 160
 """Of the keys of a group in a hint."""
 T = TypeVar("T")
 ConfigStore.instance().store(name="schema", node=Config)
+for _name, _options in LAUNCHERS.items():
+    ConfigStore.instance().store(group="hydra/launcher", name=_name, node=_options, provider="hpcm_scale")
 # For values that follow from others, such as a learning rate from a width: ${divide:0.03,${model.channels.1}}
 OmegaConf.register_new_resolver("divide", lambda dividend, divisor: dividend / divisor, replace=True)
 

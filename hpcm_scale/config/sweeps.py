@@ -12,7 +12,6 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hpcm_scale.config.schema import RunConfig
@@ -79,8 +78,8 @@ class SlurmOptions:
     """False: write the scripts only."""
 
 
-for _name, _options in {"in_turn": InTurnOptions, "deepspeed": DeepSpeedOptions, "slurm": SlurmOptions}.items():
-    ConfigStore.instance().store(group="hydra/launcher", name=_name, node=_options, provider="hpcm_scale")
+LAUNCHERS = {"in_turn": InTurnOptions, "deepspeed": DeepSpeedOptions, "slurm": SlurmOptions}
+"""Options by the value of hydra/launcher."""
 
 
 def job_overrides(

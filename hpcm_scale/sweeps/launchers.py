@@ -116,7 +116,11 @@ def _result(job: Job) -> JobReturn:
     loss = Follower(job.folder, job.plan).look().loss
     if job.reached >= job.last_step and loss is not None and math.isfinite(loss):
         return JobReturn(job.overrides, status=JobStatus.COMPLETED, _return_value=loss)
-    failure = Fault("no-final-loss", "hydra/sweeper", f"{job.folder} has no final loss; see {job.log}")
+    failure = Fault(
+        "no-final-loss",
+        "hydra/sweeper",
+        f"{job.folder} has failed or has no finite loss; correct the cause and run the same command again",
+    )
     return JobReturn(job.overrides, status=JobStatus.FAILED, _return_value=failure)
 
 
