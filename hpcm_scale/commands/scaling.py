@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpcm_scale.config.schema import IMAGES
 from hpcm_scale.errors import Parser, UserError, entry_point
-from hpcm_scale.files import check_length, write_text, writing
+from hpcm_scale.files import check_length, writing
 from hpcm_scale.limits import BUDGET, CONFIDENCE, COUNT, CROP, LAMBDA, UTILISATION, Range
 
 
@@ -19,18 +19,8 @@ def parser() -> Parser:
     """The command line."""
     main = Parser(prog="hpcm scaling", description="Scaling laws of runs, finished or not.")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _add_curves,
-        _add_fit,
-        _add_plan,
-        _add_design,
-        _add_forecast,
-        _add_score,
-        _add_horizon,
-        _add_publish,
-        _add_collect,
-        _add_compare,
-    ):
+    first = (_add_curves, _add_fit, _add_plan, _add_design, _add_forecast, _add_score)
+    for add in (*first, _add_horizon, _add_publish, _add_collect, _add_compare):
         add(commands)
     return main
 
@@ -167,9 +157,18 @@ def _add_publish(commands) -> None:
         "publish",
         help="add the results of fit to the wandb group of the sweep",
         description="Add one wandb run with frontier, laws, tables, figures and report to the group of the sweep; a "
-        "second call replaces the run.",
+        "second call replaces the run. With --watch, runs are fitted and published every few minutes until all of them "
+        "are finished, or Ctrl-C.",
     )
     publish.add_argument("folder", metavar="DIR", type=Path, help="output of `hpcm scaling fit --out DIR`")
+    publish.add_argument(
+        "--watch",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="run folders, or folders of runs, that train: fit them into DIR; metric and λ are those of an earlier fit "
+        "in DIR",
+    )
     publish.add_argument("--project", help="default: that of the runs")
     publish.add_argument("--group", help="default: the sweep of the runs")
     publish.add_argument("--mode", choices=("online", "offline"), default="offline", help="default: %(default)s")
@@ -261,19 +260,13 @@ def curves(chosen) -> None:
 
 def fit(chosen) -> None:
     """`hpcm scaling fit`: laws.json, figures, report.md, and a summary."""
-    from hpcm_scale.scaling.analysis import FILE_NAME, analyse, write_laws
-    from hpcm_scale.scaling.figures import draw_figures
-    from hpcm_scale.scaling.observations import study
-    from hpcm_scale.scaling.report import REPORT, print_summary, report
-    from hpcm_scale.scaling.runs import find_runs
+    from hpcm_scale.scaling.analysis import FILE_NAME
+    from hpcm_scale.scaling.publish import write_fit
+    from hpcm_scale.scaling.report import REPORT, print_summary
 
     check_length(chosen.out)
-    found = study(find_runs(chosen.runs), chosen.metric, chosen.lmbda)
-    analysis = analyse(found, level=chosen.level)
-    with writing(chosen.out):
-        drawn = draw_figures(found, analysis, chosen.out, chosen.extrapolate)
-        write_text(chosen.out / REPORT, report(analysis, drawn))
-        write_laws(analysis, chosen.out / FILE_NAME)  # last: a folder with laws.json is complete
+    options = {key: getattr(chosen, key) for key in ("metric", "lmbda", "level", "extrapolate")}
+    analysis, drawn = write_fit(chosen.runs, chosen.out, **options)
     print_summary(analysis)
     print(f"written: {', '.join(str(chosen.out / name) for name in (REPORT, FILE_NAME))} and {len(drawn)} figures")
 
@@ -361,8 +354,13 @@ def design(chosen) -> None:
 def publish(chosen) -> None:
     """`hpcm scaling publish`: one wandb run in the group of the sweep."""
     from hpcm_scale.scaling.publish import publish
+    from hpcm_scale.sweeps.watch import publish_while_training
 
-    print(publish(chosen.folder, project=chosen.project, group=chosen.group, mode=chosen.mode))
+    options = {key: getattr(chosen, key) for key in ("project", "group", "mode")}
+    if chosen.watch:
+        publish_while_training(chosen.watch, chosen.folder, **options)
+    else:
+        print(publish(chosen.folder, **options))
 
 
 def collect(chosen) -> None:
@@ -387,18 +385,8 @@ def compare(chosen) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `hpcm scaling` and `python -m hpcm_scale.commands.scaling`."""
     chosen = parser().parse_args(arguments)
-    {
-        "curves": curves,
-        "fit": fit,
-        "plan": plan,
-        "design": design,
-        "forecast": forecast,
-        "score": score,
-        "horizon": horizon,
-        "publish": publish,
-        "collect": collect,
-        "compare": compare,
-    }[chosen.command](chosen)
+    functions = (curves, fit, plan, design, forecast, score, horizon, publish, collect, compare)
+    {function.__name__: function for function in functions}[chosen.command](chosen)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The results of a fit as one wandb run in the group of the sweep."""
+"""The results of a fit: their files, and one wandb run in the group of the sweep."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from hpcm_scale.errors import UserError, printable
-from hpcm_scale.files import utf_8_path, writing
-from hpcm_scale.scaling.analysis import COMPUTE_LAWS, FILE_NAME, Analysis, read_laws
-from hpcm_scale.scaling.figures import FIGURES
-from hpcm_scale.scaling.report import REPORT, summary
+from hpcm_scale.files import utf_8_path, write_text, writing
+from hpcm_scale.scaling.analysis import COMPUTE_LAWS, FILE_NAME, Analysis, analyse, read_laws, write_laws
+from hpcm_scale.scaling.figures import FIGURES, draw_figures
+from hpcm_scale.scaling.observations import study
+from hpcm_scale.scaling.report import REPORT, report, summary
+from hpcm_scale.scaling.runs import find_runs
 from hpcm_scale.tracking.wandb_view import AXES, load_wandb, run_id, settings
 
 KEPT = (REPORT, FILE_NAME)
@@ -25,13 +28,43 @@ EXTRAPOLATE = 10
 """Multiple of the largest compute up to which the law is logged."""
 
 
-def publish(folder: Path, *, project: str | None = None, group: str | None = None, mode: str = "offline") -> str:
+def write_fit(
+    runs: Sequence[str | Path],
+    folder: Path,
+    *,
+    metric: str | None = None,
+    lmbda: float | None = None,
+    level: float = 0.95,
+    extrapolate: float = EXTRAPOLATE,
+) -> tuple[Analysis, Sequence[str]]:
+    """Fit laws to runs; write laws.json, figures and report.md to `folder`. Returns analysis and names of figures.
+
+    Options are those of `observations.study`, `analysis.analyse` and `figures.draw_figures`; raises UserError as they
+    do.
+    """
+    found = study(find_runs(runs), metric, lmbda)
+    analysis = analyse(found, level=level)
+    with writing(folder):
+        drawn = draw_figures(found, analysis, folder, extrapolate)
+        write_text(folder / REPORT, report(analysis, drawn))
+        write_laws(analysis, folder / FILE_NAME)  # last: a folder with laws.json is complete
+    return analysis, drawn
+
+
+def publish(
+    folder: Path,
+    *,
+    project: str | None = None,
+    group: str | None = None,
+    mode: str = "offline",
+    forecasts: Sequence[dict[str, Any]] = (),
+) -> str:
     """Create or replace the wandb run of a fit; returns a sentence with its location.
 
     The run has the frontier as a curve of the runs' own metric over compute/pflops, so that it appears in the group's
-    panel; the law as law/loss, law/low and law/high; tables, figures, report.md and laws.json. Its id is kept in
-    `folder`, so that a second call replaces the run, and offline its file. Raises UserError if there is no fit, no
-    project or group, or if wandb fails.
+    panel; the law as law/loss, law/low and law/high; tables, figures, report.md and laws.json; and `forecasts` of runs
+    that train, a row each. Its id is kept in `folder`, so that a second call replaces the run, and offline its file.
+    Raises UserError if there is no fit, no project or group, or if wandb fails.
     """
     analysis = read_laws(folder)
     project, group = (printable(name or "") for name in (project or analysis.project, group or analysis.group))
@@ -60,7 +93,7 @@ def publish(folder: Path, *, project: str | None = None, group: str | None = Non
                 config=_config(analysis),
                 settings=settings(wandb, os.getpid()),  # not resumed: replaces the run with this id
             )
-            _log(wandb, run, analysis, place)
+            _log(wandb, run, analysis, place, forecasts)
             run.finish()
     except wandb.Error as error:
         reason = " ".join(str(error).split())
@@ -88,13 +121,14 @@ def _config(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _log(wandb: Any, run: Any, analysis: Analysis, folder: Path) -> None:
+def _log(wandb: Any, run: Any, analysis: Analysis, folder: Path, forecasts: Sequence[dict[str, Any]]) -> None:
     run.define_metric(AXES[0])
     for row in _curves(analysis):
         for metric in row.keys() - {AXES[0]}:
             run.define_metric(metric, step_metric=AXES[0])
         run.log(row)
-    shown: dict[str, Any] = {f"tables/{name}": _table(wandb, rows) for name, rows in tables(analysis).items() if rows}
+    all_tables = {**tables(analysis), "forecasts": list(forecasts)}
+    shown: dict[str, Any] = {f"tables/{name}": _table(wandb, rows) for name, rows in all_tables.items() if rows}
     for name, figure in FIGURES.items():
         if (folder / f"{name}.png").is_file():
             shown[f"figures/{name}"] = wandb.Image(str(folder / f"{name}.png"), caption=figure.caption)

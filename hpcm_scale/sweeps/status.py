@@ -27,6 +27,7 @@ from hpcm_scale.errors import STOPPED, UserError
 from hpcm_scale.formatting import duration
 from hpcm_scale.scaling.filters import smoothed
 from hpcm_scale.scaling.runs import CONFIG_NAME
+from hpcm_scale.sweeps.forecast import forecast
 from hpcm_scale.sweeps.jobs import (
     FILE_NAME,
     Job,
@@ -77,6 +78,8 @@ class RunState:
     seconds: float | None = None
     """Training time so far."""
     seconds_left: float | None = None
+    forecast: float | None = None
+    """Training loss at the last step if the curve goes on as it does (`forecast`); of a run that trains."""
 
     @property
     def name(self) -> str:
@@ -117,12 +120,14 @@ class Follower:
             pflops=self._last.get("compute/pflops"),
             seconds=seconds,
             seconds_left=self._seconds_left() if state == "running" else None,
+            forecast=self._forecast() if state == "running" else None,
         )
 
     def _forget(self) -> None:
         self._damage = ""
         self._last: dict[str, Any] = {}
-        self._training = {key: array("d") for key in ("compute/pflops", *_TRAINING)}
+        self._training = {key: array("d") for key in ("compute/pflops", *_TRAINING, "train/images")}
+        self._forecast_at: tuple[int, float | None] = (0, None)
         self._evaluation: dict[str, Any] = {}
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
 
@@ -168,7 +173,7 @@ class Follower:
 
     def _ends(self) -> dict[str, float | None]:
         """Ends of the smoothed training curves; a single batch is too noisy."""
-        pflops, rates, *measures = (np.array(values) for values in self._training.values())
+        pflops, rates, *measures, _ = map(np.array, self._training.values())
 
         def end(values: np.ndarray) -> float | None:
             known = np.isfinite(values)
@@ -181,6 +186,16 @@ class Follower:
             return None
         (first, began), (last, ended) = self._recent[0], self._recent[-1]
         return (self._plan.steps - last) * (ended - began) / (last - first) if last > first else None
+
+    def _forecast(self) -> float | None:
+        """`forecast`, anew whenever the journal is 2 % longer."""
+        lines = len(self._training["compute/pflops"])
+        if self._plan and self._last and lines > 1.02 * self._forecast_at[0]:
+            pflops, rates, losses, *_, images = map(np.array, self._training.values())
+            known = np.isfinite(losses)
+            curve = smoothed(pflops[known], losses[known], rates[known])
+            self._forecast_at = lines, forecast(curve, images[known], self._plan.steps / self._last["step"])
+        return self._forecast_at[1]
 
     def _state(self, log: str) -> str:
         mark = last_mark(log)
@@ -277,12 +292,18 @@ def table(states: Sequence[RunState], remark: str = "") -> Group:
     grid.add_column("run", overflow="fold")
     if not named:
         grid.add_column("model")
-    for heading in ("size", "step", "loss", "bpp", "PSNR", "PFLOPs", "elapsed", "to go"):
+    forecasts = ["forecast"] if any(state.forecast is not None for state in states) else []
+    for heading in ("size", "step", "loss", "bpp", "PSNR", "PFLOPs", "elapsed", "to go", *forecasts):
         grid.add_column(heading, justify="right", no_wrap=True)
     grid.add_column("state", no_wrap=True)
     for state, name in zip(states, _names(states), strict=True):
         model = [] if named else [state.plan.model if state.plan else "?"]
-        grid.add_row(Text(name), *map(Text, model), *_row(state), style="dim" if state.state == "waiting" else None)
+        grid.add_row(
+            Text(name),
+            *map(Text, model),
+            *_row(state, bool(forecasts)),
+            style="dim" if state.state == "waiting" else None,
+        )
     notes = [
         Text(f"{name}: {state.note}", style="red")
         for state, name in zip(states, _names(states), strict=True)
@@ -302,7 +323,7 @@ def _names(states: Sequence[RunState]) -> list[str]:
     return [os.path.relpath(folder, top) for folder in folders]
 
 
-def _row(state: RunState) -> list[str | Text]:
+def _row(state: RunState, forecasts: bool) -> list[str | Text]:
     plan = state.plan
     return [
         f"{plan.parameters / 1e6:,.2f} M" if plan and plan.parameters else "?",
@@ -313,6 +334,7 @@ def _row(state: RunState) -> list[str | Text]:
         _number(state.pflops, ",.3g"),
         duration(state.seconds),
         duration(state.seconds_left),
+        *([_number(state.forecast, "#.4g")] if forecasts else []),
         Text(state.state, style=STYLES.get(state.state, "")),
     ]
 

@@ -89,13 +89,17 @@ def test_again_it_is_the_same_run_with_what_is_true_now(fitted, ladder_analysis)
     later = replace(ladder_analysis, frontier=ladder_analysis.frontier[:3])
     write_laws(later, fitted / "laws.json")
     sleep(1)  # wandb names folders by the second
-    publish(fitted, group="another", project="codecs")
+    forecasts = [{"run": "a", "step": 3, "loss": 2.0, "forecast": 1.5}]
+    publish(fitted, group="another", project="codecs", forecasts=forecasts)
     everything = records(fitted)  # one file
     [run] = [record["run"] for record in everything if record["type"] == "run"]
     assert (run["run_id"], run["run_group"], run["project"]) == (identifier.strip(), "another", "codecs")
     assert not run.get("resume")
     rows = [record["history"]["item"] for record in everything if record["type"] == "history"]
     assert sum("eval/loss" in row for row in rows) == 3
+    [path] = [row["tables/forecasts.path"] for row in rows if "tables/forecasts.path" in row]
+    table = json.loads((next((fitted / "wandb").glob("offline-run-*")) / "files" / path).read_text())
+    assert (table["columns"], table["data"]) == ([*forecasts[0]], [[*forecasts[0].values()]])
 
 
 def test_what_cannot_be_published_is_one_sentence(fitted, ladder_analysis, tmp_path_factory) -> None:
