@@ -163,7 +163,11 @@ def print_comparison(
     law, console = compared.law, terminal()
     console.print(f"{compared.formula}; {found.metric}, λ = {found.lmbda:g}; ρ = 1 for {first}")
     names = {"E": "E", "exponent_N": "α", "exponent_D": "β"}
-    fitted = [f"{names[key]} = {significant(value, 3)}" for key, value in law.parameters.items() if key in names]
+    fitted = [
+        f"{names[key]} = {significant(value, 3) if value > 1e-9 else 0}"
+        for key, value in law.parameters.items()
+        if key in names
+    ]
     numbers = f"{counted(len(trained[0]), 'run')} of {first}, {len(trained[1])} of {second}"
     noise = percent(math.sqrt(law.squares / law.degrees_of_freedom)).lstrip("+")
     console.print(f"{', '.join(fitted)}; {numbers}, residual standard deviation {noise}\n")
