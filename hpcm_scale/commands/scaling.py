@@ -150,6 +150,7 @@ def _add_horizon(commands) -> None:
         "and the override that applies it to a run.",
     )
     _add_runs(horizon)
+    horizon.add_argument("--lmbda", metavar="X", type=LAMBDA.real, help="λ of the runs; required if they have several")
 
 
 def _add_publish(commands) -> None:
@@ -289,23 +290,28 @@ def forecast(chosen) -> None:
     from hpcm_scale.formatting import terminal
     from hpcm_scale.scaling import forecast
     from hpcm_scale.scaling.analysis import read_laws
+    from hpcm_scale.scaling.forecast_rate import forecast_bd_rate
 
+    of_rate = chosen.anchor is not None
+    for option in ("images", "pflops", "out") if of_rate else ("reference", "reference_size"):
+        if getattr(chosen, option) is not None:
+            name, with_or_without = f"--{option.replace('_', '-')}", "with" if of_rate else "without"
+            raise UserError("unused-option", name, f"{name} has no effect {with_or_without} --anchor; omit it")
     if chosen.size is None and chosen.pflops is None:
-        raise UserError("nothing-to-forecast", "--size", "--size and --pflops are missing; give one of them")
+        raise UserError("nothing-to-forecast", "--size", f"a forecast needs --size{'' if of_rate else ' or --pflops'}")
     analyses = [read_laws(path) for path in chosen.laws]
     size = None if chosen.size is None else forecast.size_of(chosen.size)
     console = terminal()
-    if chosen.anchor is not None:
-        if size is None:
-            raise UserError("no-size-for-bd-rate", "--size", "a BD-rate needs --size; give the size")
-        start = None if chosen.reference_size is None else forecast.size_of(chosen.reference_size)
-        rate = forecast.forecast_bd_rate(analyses, size, chosen.anchor, chosen.reference, start)
+    if of_rate and size is not None:
+        start = chosen.reference_size and forecast.size_of(chosen.reference_size, "--reference-size")
+        rate = forecast_bd_rate(analyses, size, chosen.anchor, chosen.reference, start)
         console.print(rate.sentence, soft_wrap=True)
         return
     if len(analyses) > 1:
         raise UserError("several-laws", "--laws", "a loss is predicted by the laws of one λ; give one folder")
     made = forecast.make_forecast(analyses[0], parameters=size, images=chosen.images, pflops=chosen.pflops)
-    console.print(f"{made.sentence}.", soft_wrap=True)
+    for sentence in (made.sentence, *(f"Caveat: {doubt}" for doubt in forecast.doubts(analyses[0], made))):
+        console.print(f"{sentence}.", soft_wrap=True)
     if chosen.out is not None:
         forecast.write_forecast(made, chosen.out)
         print(f"written: {chosen.out}")
@@ -327,7 +333,7 @@ def horizon(chosen) -> None:
     from hpcm_scale.scaling.observations import study
     from hpcm_scale.scaling.runs import find_runs
 
-    print_horizon(fit_horizon(study(find_runs(chosen.runs)).observations))
+    print_horizon(fit_horizon(study(find_runs(chosen.runs), lmbda=chosen.lmbda).observations))
 
 
 def design(chosen) -> None:
@@ -345,9 +351,10 @@ def design(chosen) -> None:
         seeds=chosen.seeds,
         overrides=chosen.set,
     )
+    setting = Setting(chosen.gpus, chosen.gpu, chosen.mfu, made.config.engine.precision.value)
+    setting.peak()  # an unknown GPU is refused before anything is written
     if chosen.out:
         write_experiment(made, chosen.out)
-    setting = Setting(chosen.gpus, chosen.gpu, chosen.mfu, made.config.engine.precision.value)
     print_design(made, setting, chosen.out.stem if chosen.out else "design")
 
 

@@ -260,6 +260,8 @@ def read_laws(path: str | Path) -> Analysis:
         analysis = from_plain(Analysis, values)
         kinds = {COMPUTE_OPTIMAL: ComputeOptimal, REPEATED_DATA: RepeatedLaw}
         laws = {name: from_plain(kinds.get(name, Law), law) for name, law in values["laws"].items()}
+        if not (TITLES.keys() - {REPEATED_DATA} <= laws.keys() | analysis.refused.keys() and 0 < analysis.level < 1):
+            raise ValueError
         return replace(analysis, laws=laws)
     except OSError as error:
         raise UserError(

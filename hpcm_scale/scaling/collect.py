@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_text
+from hpcm_scale.formatting import counted
 from hpcm_scale.scaling.filters import DECADES, RATE
 from hpcm_scale.scaling.runs import CONFIG_NAME, Run
 from hpcm_scale.tracking.journal import FILE_NAME, REQUIRED, read_journal
@@ -34,8 +35,13 @@ def collect(runs: Sequence[Run], folder: Path, *, every: int | None = None, most
 
     Training lines are averaged over up to `every` lines, by default over as few as keep the total within `most_bytes`.
     Evaluations and the last training line are unchanged, and perf/* is dropped. Existing files are replaced. Raises
-    UserError if a run has no journal or `most_bytes` is too small.
+    UserError if a run has no journal, would be replaced by its own copy, or `most_bytes` is too small.
     """
+    for run in runs:
+        if (folder / run.name).resolve() in {each.folder.resolve() for each in runs}:
+            raise UserError(
+                "collect-into-runs", "--out", f"--out {folder} would replace the run {run.name}; choose another folder"
+            )
     configs = {run.name: portable(run.config) for run in runs}
     records = {run.name: read_journal(run.folder / FILE_NAME) for run in progress(runs, description="read", unit="run")}
     spare = most_bytes - _size(configs)
@@ -131,7 +137,8 @@ def _within(records: Records, spare: int, most: int) -> dict[str, str]:
             raise UserError(
                 "most-bytes-too-small",
                 "--most-bytes",
-                f"{len(records)} runs need more than {most:,} bytes; use --most-bytes {least}",
+                f"{counted(len(records), 'journal')} cannot be thinned to {counted(most, 'byte')}; use --most-bytes "
+                f"{least}",
             )
         too_small, every = every, 2 * every
     while every - too_small > 1:

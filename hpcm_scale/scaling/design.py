@@ -147,7 +147,10 @@ def design(
     parameters = np.array([float(size.parameters) for size in found])
     per_step = np.array([size.pflops_per_step for size in found])
     pixels_per_step = float(config.train.batch_size * config.data.crop**2)
-    fitted = fit_cost(parameters, per_step * PETA / pixels_per_step)
+    try:
+        fitted = fit_cost(parameters, per_step * PETA / pixels_per_step)
+    except CannotFit as refusal:
+        raise _no_optimum(refusal) from None
     cost = Cost.exact(fitted.k, fitted.kappa)
     shortest = PARTS * max(2, math.ceil(WARM_UPS * config.schedule.warmup / (PARTS - 1)))  # a decay takes two steps
     exponents = {"equal data": 0.0, "equal compute": -cost.kappa, "data ∝ D*(N)": values["alpha"] / values["beta"]}
@@ -177,11 +180,7 @@ def design(
         ]
         candidates = [each for each in candidates if np.all(np.diff(each.steps) > 0)]
     except CannotFit as refusal:
-        raise UserError(
-            "no-optimum-for-design",
-            "--sizes",
-            f"no design follows: {refusal}; give sizes that differ more, or other laws",
-        ) from None
+        raise _no_optimum(refusal) from None
     lowest = min(each.condition for each in candidates)
     if lowest > WORST_CONDITION:
         raise UserError(
@@ -201,6 +200,14 @@ def design(
             f"give --pflops {least:.3g}, or smaller sizes",
         )
     return min(affordable, key=lambda each: each.error_of_size(AHEAD * pflops))
+
+
+def _no_optimum(refusal: CannotFit) -> UserError:
+    return UserError(
+        "no-optimum-for-design",
+        "--sizes",
+        f"no design follows: {refusal}; give sizes that differ more, or other laws",
+    )
 
 
 def predicted(

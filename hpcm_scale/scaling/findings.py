@@ -64,6 +64,7 @@ def headline(analysis: Analysis) -> list[str]:
 
 
 def percent_1(share: float) -> str:
+    """A signed relative change with one decimal."""
     return percent(share, 1)
 
 

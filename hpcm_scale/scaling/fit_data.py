@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcm_scale.formatting import count
+from hpcm_scale.formatting import count, counted
 from hpcm_scale.scaling.laws.law import CannotFit, Points
 from hpcm_scale.scaling.observations import Curve, Observation
 
@@ -183,7 +183,7 @@ def of_compute(frontier: Sequence[FrontierPoint]) -> Points:
     if len({point.parameters for point in chosen}) == 1:
         warnings += (f"only {chosen[0].model} is on the frontier: this L(C) gives the effect of data at one size",)
     kind = "annealed frontier" if annealed else "frontier, not annealed"
-    data = f"each run's last point on the {kind} ({len(used)} points in all)"
+    data = f"each run's last point on the {kind} ({counted(len(used), 'point')} in all)"
     return _points("compute", {"C": [point.pflops for point in chosen]}, chosen, data, warnings)
 
 

@@ -1,10 +1,9 @@
-"""Forecasts: the predicted loss of a training, written before it runs and scored after, and BD-rates of a size."""
+"""Forecasts: the predicted loss of a training, written before it runs and scored after."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 
 from hpcm_scale.config.compose import compose_model, preset_names
 from hpcm_scale.errors import UserError
-from hpcm_scale.evaluation.bd_rate import Comparison, RateCurve, compare
-from hpcm_scale.evaluation.points import find_curves
 from hpcm_scale.files import write_json, writing
 from hpcm_scale.formatting import count, percent, significant
 from hpcm_scale.model.ladder import parameters_of, sized
@@ -27,7 +24,7 @@ from hpcm_scale.scaling.analysis import (
     Analysis,
     digest,
 )
-from hpcm_scale.scaling.findings import expected, loss
+from hpcm_scale.scaling.findings import AHEAD, caveats, expected, loss
 from hpcm_scale.scaling.laws.law import Prediction, from_plain
 from hpcm_scale.scaling.observations import Observation, study
 from hpcm_scale.scaling.runs import Run
@@ -35,6 +32,8 @@ from hpcm_scale.scaling.runs import Run
 FORMAT = "hpcm_scale forecast 1"
 SAME_SIZE, SAME_DATA = 0.03, 0.02
 """Largest relative differences of parameters and of pixels between a forecast and the run that it is scored by."""
+UNITS = ("parameters", "pixels", "PFLOPs")
+"""Of N, D and C."""
 FREE = ("schedule.learning_rate", "data.shards", "eval.images")
 """Keys of a recipe that a forecast does not fix: a rate may follow the size, and folders may be moved."""
 
@@ -55,7 +54,7 @@ class Forecast:
     recipe: dict[str, Any]
     parameters: float | None
     pixels: float | None
-    """None for a law of parameters alone, whose amount of data is `data`."""
+    """None for a budget alone, and for a law of parameters whose trainings had different amounts of data."""
     pflops: float | None
     data: str
     """Description of the law's points."""
@@ -71,7 +70,8 @@ class Forecast:
         what += [f"{count(self.pixels)} pixels"] if self.pixels else []
         what += [f"{significant(self.pflops)} PFLOPs"] if self.pflops else []
         bounds = Prediction(self.loss, *(math.nan if each is None else each for each in (self.low, self.high)))
-        return f"{', '.join(what)}: predicted {self.metric} {expected(bounds, self.level)}, by the {TITLES[self.law]}"
+        law = TITLES[self.law] if self.law == PARAMETERS_AND_DATA else f"the {TITLES[self.law]}"
+        return f"{', '.join(what)}: predicted {self.metric} {expected(bounds, self.level)}, by {law}"
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,15 @@ class Score:
     """Whether the observed loss is inside the interval; None without one."""
 
 
-def size_of(size: str) -> int:
+def size_of(size: str, option: str = "--size") -> int:
     """Parameters of a preset, or of a number such as 30m. Raises UserError for neither."""
     if size in preset_names("model"):
         return parameter_count(on_meta(sized(compose_model(size))))
-    return parameters_of(size)
+    try:
+        return parameters_of(size)
+    except UserError as error:
+        sentence = str(error).replace("model.size=", f"{option} ", 1)
+        raise UserError(error.code, option, sentence) from None
 
 
 def make_forecast(
@@ -140,6 +144,9 @@ def make_forecast(
             )
         law = analysis.laws.get(PARAMETER_LAWS[1]) or analysis.laws[PARAMETER_LAWS[0]]
         predicted = analysis.at_size(parameters)
+        amounts = [each.pixels for each in analysis.observations if each.run in law.runs]
+        if amounts and max(amounts) <= (1 + SAME_DATA) * min(amounts):
+            pixels = max(amounts)
     else:
         assert pflops is not None
         law = (
@@ -162,7 +169,7 @@ def make_forecast(
         metric=analysis.metric,
         lmbda=analysis.lmbda,
         level=analysis.level,
-        recipe=analysis.recipe,
+        recipe=analysis.recipe | {"objective.distortion": analysis.distortion},
         parameters=parameters,
         pixels=pixels,
         pflops=pflops,
@@ -171,6 +178,22 @@ def make_forecast(
         low=low,
         high=high,
     )
+
+
+def doubts(analysis: Analysis, forecast: Forecast) -> list[str]:
+    """Caveats of the law of a forecast, and how far it is from the trainings, as sentences without full stop."""
+    law = analysis.laws[forecast.law]
+    found = caveats(analysis) if forecast.law in PARAMETER_LAWS else [*analysis.notes, *law.warnings]
+    for name, unit, value in zip("NDC", UNITS, (forecast.parameters, forecast.pixels, forecast.pflops), strict=True):
+        if value is None or name not in law.observed:
+            continue
+        low, high = law.observed[name]
+        amount = f"{significant(value) if name == 'C' else count(value)} {unit}"
+        if value > AHEAD * high:
+            found.append(f"{amount} are {significant(value / high, 2)} times the largest of the trainings")
+        if value < low / AHEAD:
+            found.append(f"{amount} are 1/{significant(low / value, 2)} of the smallest of the trainings")
+    return found
 
 
 def write_forecast(forecast: Forecast, path: Path) -> None:
@@ -189,7 +212,12 @@ def read_forecast(path: Path) -> Forecast:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError
-        return from_plain(Forecast, values)
+        forecast = from_plain(Forecast, values)
+        bounds = [each for each in (forecast.low, forecast.loss, forecast.high) if each is not None]
+        amounts = (forecast.loss, forecast.parameters, forecast.pixels, forecast.pflops)
+        if bounds != sorted(bounds) or not all(0 < each < math.inf for each in amounts if each is not None):
+            raise ValueError
+        return forecast
     except OSError as error:
         raise UserError(
             "unreadable-forecast", "FORECAST", f"cannot read {path} ({error.strerror}); give a file of `forecast --out`"
@@ -208,7 +236,7 @@ def score(forecast: Forecast, run: Run) -> Score:
     """
     found = study([run], forecast.metric, float(run.config["objective"]["lmbda"]))
     (observed,) = found.observations
-    _check_same(forecast, observed, found.recipe)
+    _check_same(forecast, observed, found.recipe | {"objective.distortion": found.distortion})
     inside = None
     if forecast.low is not None and forecast.high is not None:
         inside = forecast.low <= observed.loss <= forecast.high
@@ -216,6 +244,9 @@ def score(forecast: Forecast, run: Run) -> Score:
 
 
 def _check_same(forecast: Forecast, observed: Observation, recipe: dict[str, Any]) -> None:
+    if not (observed.finished and observed.annealed):
+        state = "is not annealed" if observed.finished else "is unfinished"
+        raise UserError("unfinished-run", "RUN", f"{observed.run} {state}; score a run whose learning rate has decayed")
     differences = [("objective.lmbda", forecast.lmbda, observed.lmbda)]
     differences += [(key, value, recipe.get(key)) for key, value in forecast.recipe.items() if key not in FREE]
     for key, expected_value, value in differences:
@@ -226,10 +257,12 @@ def _check_same(forecast: Forecast, observed: Observation, recipe: dict[str, Any
                 f"{observed.run} has {key}={value}, and the forecast is for {expected_value}; score a run of the same "
                 "recipe",
             )
-    for name, wanted, value, tolerance in (
-        ("parameters", forecast.parameters, observed.parameters, SAME_SIZE),
-        ("pixels", forecast.pixels, observed.pixels, SAME_DATA),
-        ("PFLOPs", forecast.pflops, observed.pflops, SAME_SIZE),
+    for name, wanted, value, tolerance in zip(
+        UNITS,
+        (forecast.parameters, forecast.pixels, forecast.pflops),
+        (observed.parameters, observed.pixels, observed.pflops),
+        (SAME_SIZE, SAME_DATA, SAME_SIZE),
+        strict=True,
     ):
         if wanted is not None and abs(value / wanted - 1) > tolerance:
             raise UserError(
@@ -238,127 +271,6 @@ def _check_same(forecast: Forecast, observed: Observation, recipe: dict[str, Any
                 f"{observed.run} has {count(value)} {name}, and the forecast is for {count(wanted)}; score the run "
                 "that was forecast",
             )
-    if not (observed.finished and observed.annealed):
-        state = "is not annealed" if observed.finished else "is unfinished"
-        raise UserError("unfinished-run", "RUN", f"{observed.run} {state}; score it when it is done")
-
-
-# BD-rate of a size that was not trained.
-
-
-@dataclass(frozen=True)
-class RateForecast:
-    """A predicted BD-rate, percent of the anchor's bits."""
-
-    anchor: str
-    value: float
-    low: float | None
-    high: float | None
-    level: float
-    method: str
-    """What it rests on, one sentence."""
-
-    @property
-    def sentence(self) -> str:
-        """The prediction in two sentences."""
-        bounds = Prediction(*(math.nan if each is None else each / 100 for each in (self.value, self.low, self.high)))
-        shown = expected(bounds, self.level, lambda value: percent(value, 1))
-        return f"Predicted BD-rate against {self.anchor}: {shown}. It is {self.method}."
-
-
-def forecast_bd_rate(
-    analyses: Sequence[Analysis],
-    parameters: float,
-    anchor_name: str,
-    reference_name: str | None = None,
-    reference_size: float | None = None,
-) -> RateForecast:
-    """The predicted BD-rate of a size against an anchor.
-
-    With laws at several λ, the largest size of each gives a point (bpp, PSNR), whose rate is multiplied by the law's
-    change of rate at that λ; the BD-rate of the moved points follows. With one λ, the change of rate at that λ is
-    multiplied onto the BD-rate of a reference curve: (1 + BD)·(L₂/L₁)^(L₁/R₁) − 1.
-
-    Args:
-        analyses: laws of the same runs at one λ each.
-        parameters: of the size.
-        anchor_name: an anchor of `hpcm bd-rate`.
-        reference_name: with one λ, an evaluation or a shipped curve of a trained model.
-        reference_size: its parameters; by default those of the largest size of the law.
-
-    Raises:
-        UserError: no law, no rate, or curves without a BD-rate.
-    """
-    anchor = _one_curve(anchor_name, "--anchor")
-    for analysis in analyses:
-        if analysis.reference is None:
-            raise UserError(
-                "no-rate-for-forecast",
-                "--laws",
-                f"the laws at λ = {analysis.lmbda:g} have no law of parameters with the rate of its largest size; fit "
-                "runs with evaluations",
-            )
-    if len(analyses) == 1:
-        (analysis,) = analyses
-        if reference_name is None:
-            raise UserError(
-                "no-reference",
-                "--reference",
-                "laws at one λ need --reference, the evaluation of a trained size; or give --laws of three λ or more",
-            )
-        start = reference_size or analysis.largest
-        assert start is not None
-        reference = compare(_one_curve(reference_name, "--reference"), anchor).bd_rate / 100
-        changes = analysis.change_of_rate(analysis.loss_ratio(parameters, start))
-        assert changes is not None
-        values = [100 * ((1 + reference) * (1 + change) - 1) for change in changes]
-        method = (
-            f"the BD-rate of {reference_name} ({percent(reference, 1)}), times the change of rate from {count(start)} "
-            f"to {count(parameters)} parameters at λ = {analysis.lmbda:g} ({percent(changes.value, 1)}), taken as that "
-            "of every rate"
-        )
-        low, high = map(_finite, values[1:])
-        return RateForecast(anchor.label, values[0], low, high, analysis.level, method)
-    moved = [_moved(analyses, parameters, index) for index in range(3)]
-    found: list[Comparison | None] = [compare(curve, anchor) if curve else None for curve in moved]
-    assert found[0] is not None
-    low, high = (each.bd_rate if each else None for each in found[1:])
-    lambdas = ", ".join(f"{analysis.lmbda:g}" for analysis in analyses)
-    return RateForecast(
-        anchor.label,
-        found[0].bd_rate,
-        low,
-        high,
-        analyses[0].level,
-        f"that of the largest trained size at λ = {lambdas}, each point moved by the law at its λ",
-    )
-
-
-def _moved(analyses: Sequence[Analysis], parameters: float, index: int) -> RateCurve | None:
-    """Value, lower or upper bound of the curve of a size; None if a law has no interval."""
-    bpp, psnr = [], []
-    for analysis in analyses:
-        assert analysis.reference is not None
-        change = analysis.change_of_rate(analysis.loss_ratio(parameters))
-        assert change is not None
-        if not math.isfinite(change[index]):
-            return None
-        quality = [each.psnr for each in analysis.observations if each.parameters == analysis.largest and each.psnr]
-        bpp.append(analysis.reference.bpp * (1 + change[index]))
-        psnr.append(sum(quality) / len(quality))
-    name = f"{count(parameters)} parameters"
-    return RateCurve(name, name, "forecast", "estimated", tuple(bpp), tuple(psnr))
-
-
-def _one_curve(name: str, option: str) -> RateCurve:
-    curves = find_curves(name)
-    if len(curves) != 1:
-        raise UserError("several-curves", option, f"{name} has {len(curves)} curves; give a result with one")
-    return curves[0]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def describe_score(forecast: Forecast, found: Score) -> str:

@@ -51,6 +51,8 @@ RECIPE = {
 """Configuration keys that change the loss, with the value that configurations without the key have."""
 DIVERGED = 1.2
 """A run that ends at more than so many times its lowest smoothed loss has diverged."""
+SHOWN = 3
+"""Excluded runs that an error names."""
 LOSSES = {"mse": "λ·255²·MSE + bpp", "ms_ssim": "λ·(1 − MS-SSIM) + bpp"}
 """Formula of the loss by objective.distortion."""
 
@@ -165,7 +167,8 @@ def study(runs: Sequence[Run], metric: str | None = None, lmbda: float | None = 
         except Excluded as reason:  # noqa: PERF203
             excluded.append(f"{run.name} is excluded: {reason}")
     if not pairs:
-        causes = "; ".join(excluded) or "there is none"
+        more = [f"and {len(excluded) - SHOWN} more"] if len(excluded) > SHOWN else []
+        causes = "; ".join([*excluded[:SHOWN], *more]) or "there is none"
         raise UserError("no-usable-runs", "", f"no run is usable ({causes}); correct these causes or give other runs")
     pairs.sort(key=lambda pair: (pair[1].parameters, pair[1].pflops, pair[1].run))
     copies = _copies([curve for curve, _ in pairs])

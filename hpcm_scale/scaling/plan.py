@@ -20,7 +20,7 @@ from hpcm_scale.limits import BUDGET, COUNT, CROP, UTILISATION, check_numbers, n
 from hpcm_scale.model.ladder import LARGEST, SMALLEST, compose_sized, size_name, sized
 from hpcm_scale.model.parameters import on_meta, parameter_count
 from hpcm_scale.scaling.analysis import COMPUTE_OPTIMAL, PARAMETERS_AND_DATA, Analysis
-from hpcm_scale.scaling.findings import caveats, expected, loss
+from hpcm_scale.scaling.findings import AS_GOOD_AS_NEW, caveats, expected, loss
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Prediction
 from hpcm_scale.training.costs import optimizer_flops, training_flops_per_image
@@ -148,11 +148,12 @@ def make_plan(
         rate = min(analysis.observations, key=lambda each: abs(math.log(each.parameters / size.value))).learning_rate
         notes.insert(0, "the runs share no learning rate: the command has that of the nearest size")
     seen = max((each.pixels / each.unique for each in analysis.observations if each.unique), default=None)
-    if trainings and trainings[0].epochs and trainings[0].epochs > (seen or 1.0):
+    if trainings and trainings[0].epochs and trainings[0].epochs > max(seen or 0.0, AS_GOOD_AS_NEW):
+        known = f", the runs of this law at most {significant(seen, 2)} times" if seen else ""
         notes.insert(
             0,
-            f"the run passes over its data {significant(trainings[0].epochs, 2)} times, the runs of this law at most "
-            f"{significant(seen or 1.0, 2)} times: the predicted loss is too low",
+            f"the run passes over its data {significant(trainings[0].epochs, 2)} times{known}: repeated data is worth "
+            "less than new data, and the predicted loss is too low",
         )
     longest = max(each.images for each in analysis.observations)
     if trainings and trainings[0].images > 2 * longest:
@@ -373,7 +374,8 @@ def print_plan(plan: Plan) -> None:
     rows = []
     for training in plan.trainings:
         epochs = DASH if training.epochs is None else significant(training.epochs, 3)
-        numbers = [count(training.parameters), count(training.pixels), f"{training.steps:,}", epochs]
+        steps = f"{training.steps:,}" if training.steps < 10**9 else count(training.steps)
+        numbers = [count(training.parameters), count(training.pixels), steps, epochs]
         rows.append([training.model[-1], *numbers, _interval(training.loss, loss)])
     headings = ["model", "size", "pixels", "steps", "epochs", f"loss ({plan.level * 100:g} %)"]
     console.print(terminal_table(headings, rows))

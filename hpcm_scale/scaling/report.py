@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from hpcm_scale.formatting import (
     DASH,
     count,
+    counted,
     decimal,
     escaped,
     markdown_table,
@@ -157,8 +158,9 @@ def _frontier(analysis: Analysis) -> str:
     whole = analysis.frontier
     annealed = [point for point in whole if point.annealed]
     text = (
-        f"The frontier has {len(whole)} points of {len({point.run for point in whole})} runs; {len(annealed)} of "
-        f"{len({point.run for point in annealed})} runs are annealed. Points of the same run are not independent."
+        f"The frontier has {counted(len(whole), 'point')} of {counted(len({point.run for point in whole}), 'run')}; "
+        f"annealed: {counted(len(annealed), 'point')} of {counted(len({point.run for point in annealed}), 'run')}. "
+        "Points of the same run are not independent."
     )
     if not annealed:
         return f"{text} A decay of the learning rate would lower it."

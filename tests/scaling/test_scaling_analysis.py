@@ -177,6 +177,8 @@ def test_files_that_are_no_laws_are_refused(grid_analysis, tmp_path):
         json.dumps(good | {"format": "hpcm_scale laws 1"}),
         json.dumps(good | {"laws": {"law_of_parameters_and_data": {"name": "law_of_parameters_and_data"}}}),
         json.dumps(good | {"lmbda": "0.013"}),
+        json.dumps(good | {"laws": {}}),
+        json.dumps(good | {"level": 95}),
         json.dumps({key: value for key, value in good.items() if key != "diagnostics"}),
     ]
     for text in broken:

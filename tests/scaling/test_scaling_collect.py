@@ -104,6 +104,15 @@ def test_a_living_run_is_collected_whole_lines_only(tmp_path) -> None:
     assert kept == [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in whole]
 
 
+def test_runs_are_not_replaced_by_their_copies(tmp_path) -> None:
+    run = write_run(tmp_path / "runs" / "nano", "nano", 100)
+    before = bytes_of(run)
+    with pytest.raises(UserError) as refused:
+        collect(find_runs([run]), tmp_path / "runs")
+    assert (refused.value.code, refused.value.key) == ("collect-into-runs", "--out")
+    assert bytes_of(run) == before
+
+
 def test_too_few_bytes_are_refused_with_what_would_do(ladder_runs, tmp_path) -> None:
     runs = find_runs([ladder_runs / "nano"])
     with pytest.raises(UserError) as refused:

@@ -197,6 +197,7 @@ REFUSED = {
     "a size twice": (5, (*SIZES[:3], SIZES[0]), (), "too-few-design-sizes", "--sizes"),
     "no size": (5, ("nano", "450k", "middling"), (), "malformed-size", "model.size"),
     "near sizes": (5, ("1m", "1.25m", "1.5m"), (), "design-does-not-identify", "--sizes"),
+    "one size": (5, ("1m", "1.001m", "1.002m"), (), "no-optimum-for-design", "--sizes"),
     "costs that do not grow": (5, ("1m", "1.03m", "1.06m"), (), "no-optimum-for-design", "--sizes"),
     "small budget": (0.1, SIZES, (), "design-budget-too-small", "--pflops"),
     "chosen key": (5, SIZES, ("train.steps=80",), "design-sets-key", "train.steps"),
@@ -270,6 +271,10 @@ def test_the_command(experiments, capsys, monkeypatch) -> None:
     assert "mini" in printed and "log N* ±" in printed and "hpcm train experiment=x" in printed
     assert "Caveat" not in printed and "on 1 × H100 at 40%" in printed
     assert "too few" not in mistake_in(main, capsys, "design", "--pflops", "0", "--sizes", "nano")
+    new = experiments / "y.yaml"
+    chosen = ("--pflops", "5", "--sizes", ",".join(SIZES), "--gpu", "abacus", "--out", str(new))
+    assert "abacus" in mistake_in(main, capsys, "design", *chosen)
+    assert not new.exists()
 
 
 @pytest.mark.launch

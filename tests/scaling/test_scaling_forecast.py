@@ -14,13 +14,14 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.analysis import Analysis, analyse, write_laws
 from hpcm_scale.scaling.forecast import (
     describe_score,
-    forecast_bd_rate,
+    doubts,
     make_forecast,
     read_forecast,
     score,
     size_of,
     write_forecast,
 )
+from hpcm_scale.scaling.forecast_rate import forecast_bd_rate
 from hpcm_scale.scaling.observations import study
 from hpcm_scale.scaling.runs import find_runs, load_run
 
@@ -73,11 +74,41 @@ def test_another_training_is_refused(ladder_analysis: Analysis, run: Path, chang
 
 
 def test_a_run_is_scored_when_it_is_done(ladder_analysis: Analysis, tmp_path: Path) -> None:
-    made = replace(make_forecast(ladder_analysis, parameters=size_of("micro")), recipe={})
+    made = make_forecast(ladder_analysis, parameters=size_of("micro"))
     for name, options in (("hot", {}), ("young", {"decay": 0.2, "done": 500})):
         with pytest.raises(UserError) as refused:
             score(made, load_run(write_run(tmp_path / name, "micro", 600, **options)))
         assert refused.value.code == "unfinished-run"
+
+
+def test_a_forecast_of_a_size_is_for_the_data_of_its_law(ladder_analysis: Analysis, run: Path) -> None:
+    made = make_forecast(ladder_analysis, parameters=size_of("micro"))
+    assert made.pixels == pytest.approx(1000 * 8 * CROP**2)
+    with pytest.raises(UserError) as refused:
+        score(made, load_run(run))
+    assert (refused.value.code, refused.value.key) == ("another-training", "RUN")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"loss": -1.0}, {"loss": None}, {"high": 0.1}, {"parameters": 0}, {"pixels": 0.0}, {"loss": 1e400}, {"law": 3}],
+)
+def test_a_forecast_that_was_changed_by_hand_is_refused(
+    ladder_analysis: Analysis, tmp_path: Path, change: dict[str, float]
+) -> None:
+    file = tmp_path / "forecast.json"
+    write_forecast(make_forecast(ladder_analysis, parameters=1e8), file)
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        read_forecast(file)
+    assert refused.value.code == "forecast-of-another-version"
+
+
+def test_a_forecast_tells_how_far_it_is_from_the_trainings(ladder_analysis: Analysis) -> None:
+    near, far = (make_forecast(ladder_analysis, parameters=4e6, images=images) for images in (5e4, 1e6))
+    assert not any("times the largest" in doubt for doubt in doubts(ladder_analysis, near))
+    assert any("times the largest" in doubt for doubt in doubts(ladder_analysis, far))
+    assert set(ladder_analysis.laws[far.law].warnings) <= set(doubts(ladder_analysis, far))
 
 
 def test_size_compute_or_both(ladder_analysis: Analysis) -> None:
@@ -128,6 +159,20 @@ def test_laws_at_several_lambdas_move_each_point(tmp_path: Path) -> None:
     assert found.value == pytest.approx(expected, abs=3)
     assert found.low < expected < found.high
 
+    # The quality is that of the trainings of the law, not of a shorter one of the same size.
+    short = replace(analyses[0].observations[-1], run="short", psnr=20.0)
+    longer = replace(analyses[0], observations=(*analyses[0].observations, short))
+    assert forecast_bd_rate([longer, *analyses[1:]], 10 * SIZES[-1], str(tmp_path / "anchor.csv")) == found
+    for given, code in (
+        ((analyses[:2], None), "too-few-lambdas"),
+        (([*analyses, analyses[0]], None), "too-few-lambdas"),
+        ((analyses, "kodak/hpcm-base"), "reference-with-several-laws"),
+        (([*analyses[1:], replace(analyses[0], recipe={"optimizer.name": "soap"})], None), "laws-of-several-recipes"),
+    ):
+        with pytest.raises(UserError) as refused:
+            forecast_bd_rate(given[0], 10 * SIZES[-1], str(tmp_path / "anchor.csv"), given[1])
+        assert refused.value.code == code
+
 
 def test_the_commands(ladder_analysis: Analysis, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_laws(ladder_analysis, tmp_path / "laws.json")
@@ -138,3 +183,23 @@ def test_the_commands(ladder_analysis: Analysis, run: Path, tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "predicted eval/loss" in printed
     assert "micro: observed" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--size", "30m", "--anchor", "kodak/vtm-18", "--out", "x.json"], "--out has no effect with"),
+        (["--size", "30m", "--anchor", "kodak/vtm-18", "--pflops", "3"], "--pflops has no effect with"),
+        (["--size", "30m", "--reference-size", "3m"], "--reference-size has no effect without"),
+        (["--anchor", "kodak/vtm-18"], "a forecast needs --size\n"),
+        (["--size", "größe"], "--size größe is not a number"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    ladder_analysis: Analysis, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], key: str
+) -> None:
+    write_laws(ladder_analysis, tmp_path / "laws.json")
+    with pytest.raises(SystemExit) as ended:
+        scaling.main(["forecast", "--laws", str(tmp_path), *options])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"hpcm: {key}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from law_surfaces import training
 
+from hpcm_scale.commands.scaling import main
 from hpcm_scale.config.compose import compose
 from hpcm_scale.errors import UserError
 from hpcm_scale.scaling.horizon import fit_horizon
@@ -39,6 +40,15 @@ def test_the_override_gives_a_run_the_rate_of_its_length():
     assert config.schedule.learning_rate == pytest.approx(3e-3, rel=0.02)
     longer = compose(["model=nano", "train.steps=50000", "train.batch_size=20", override])
     assert longer.schedule.learning_rate / config.schedule.learning_rate == pytest.approx(10**-found.exponent, rel=0.01)
+
+
+def test_runs_of_several_lambdas_need_a_choice(project, capsys):
+    runs = str(project / "docs" / "results" / "ablations" / "journals" / "lambda")
+    best = str(project / "docs" / "results" / "ablations" / "journals" / "best")
+    for options, reason in (([], "--lmbda"), (["--lmbda", "0.013"], "no size has two lengths")):
+        with pytest.raises(SystemExit):
+            main(["horizon", runs, best, *options])
+        assert reason in capsys.readouterr().err
 
 
 def test_a_best_rate_at_the_edge_is_refused():

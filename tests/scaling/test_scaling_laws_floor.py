@@ -105,6 +105,11 @@ def test_together_they_have_the_greater_lower_bound():
     assert ahead.low == weak.predict(10 * SIZES[-1]).low > wide.predict(10 * SIZES[-1]).low
     assert isinstance(ahead.low, float) and ahead.low < ahead.value < ahead.high
     assert bounded(weak, None, lambda law: law.predict(1e9)) == weak.predict(1e9)
+    # Between the points the power law is above the other; half of its interval, too.
+    exact = both(0.5 + 2e4 * SIZES**-0.9, SIZES)
+    inside = bounded(*exact, lambda law: law.predict(np.geomspace(1e4, 1e12, 500), 0.5))
+    assert np.all(inside.low <= inside.value)
+    assert np.all(inside.value <= inside.high)
     three = bounded(*both(floor_surface(SIZES[:3], 0.4), SIZES[:3]), lambda law: law.predict(1e9))
     assert np.isnan(three.low) and np.isnan(three.high) and isinstance(three, Prediction)
 

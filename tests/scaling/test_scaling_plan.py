@@ -56,6 +56,18 @@ def test_models_beside_it_spend_the_budget_at_their_own_cost(ladder_analysis) ->
         assert training.loss == ladder_analysis.laws[JOINT].predict(size_and_data)
 
 
+def test_passes_over_the_data_are_noted_with_those_of_the_runs_if_known(ladder_analysis) -> None:
+    def noted(images: int, unique: float | None = None) -> str:
+        runs = tuple(replace(each, unique=unique) for each in ladder_analysis.observations)
+        analysis = replace(ladder_analysis, observations=runs)
+        made = make_plan(analysis, Setting(images_in_set=images), pflops=0.5)
+        return " ".join(note for note in made.notes if note.startswith("the run passes over"))
+
+    assert "times: repeated data" in noted(1000)
+    assert "the runs of this law at most 2.0 times: repeated data" in noted(1000, 500 * 8 * 65536)
+    assert not noted(10**7)
+
+
 def test_a_target_loss_is_met_by_its_own_budget(ladder_analysis) -> None:
     made = make_plan(ladder_analysis, Setting(), target_loss=1.4)
     assert made.loss.value == pytest.approx(1.4, rel=1e-9)

@@ -322,6 +322,7 @@ def bounded(power_law: Law, saturating: Law | None, evaluate: Callable[[Law], Pr
     """`evaluate` of the saturating law, whose lower bound is at least that of the power law.
 
     No law with E ≥ 0 falls faster than the one with E = 0, so that both lower bounds hold, and the greater one is used.
+    Between the points the power law may be above the other; a lower bound above the prediction is not used.
     The interval needs no decision whether there is an irreducible loss: five or six sizes cannot tell. Simulated
     coverage at nominal 95 %, E = 0 included: benchmarks/results/scaling_coverage.md. With no saturating law, the
     prediction of the power law.
@@ -335,5 +336,5 @@ def bounded(power_law: Law, saturating: Law | None, evaluate: Callable[[Law], Pr
     if saturating is None:
         return steepest
     value, low, high = evaluate(saturating)
-    low = np.maximum(low, steepest.low)
+    low = np.where(steepest.low > value, low, np.maximum(low, steepest.low))
     return Prediction(value, low.item() if low.ndim == 0 else low, high)
