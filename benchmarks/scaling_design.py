@@ -37,7 +37,7 @@ DESIGNS = (
 def simulated(made: Design, noise: float, simulations: int) -> tuple[np.ndarray, float]:
     """Standard errors of α, β and log N* at the largest compute and at ten times it, (4,), and the part refused."""
     parameters = np.repeat([float(size.parameters) for size in made.sizes], made.steps.shape[1])
-    pixels = made.steps.ravel() * float(made.config.train.batch_size * made.config.data.crop**2)
+    pixels = made.steps.ravel() * float(made.settings.pixels_per_step)
     parameters, pixels = (np.tile(each, made.seeds) for each in (parameters, pixels))
     truth, _ = made.law.log_loss((parameters, pixels))
     cost = Cost.exact(made.optimal.parameters["k"], made.optimal.parameters["kappa"])

@@ -351,7 +351,7 @@ def design(chosen) -> None:
         seeds=chosen.seeds,
         overrides=chosen.set,
     )
-    setting = Setting(chosen.gpus, chosen.gpu, chosen.mfu, made.config.engine.precision.value)
+    setting = Setting(chosen.gpus, chosen.gpu, chosen.mfu, made.settings.precision)
     setting.peak()  # an unknown GPU is refused before anything is written
     if chosen.out:
         write_experiment(made, chosen.out)

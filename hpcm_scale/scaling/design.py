@@ -14,7 +14,6 @@ from scipy import stats
 from hpcm_scale.compute.tracker import PETA
 from hpcm_scale.config.checks import check
 from hpcm_scale.config.compose import preset_names
-from hpcm_scale.config.schema import Config
 from hpcm_scale.errors import UserError
 from hpcm_scale.formatting import counted, significant
 from hpcm_scale.model.ladder import compose_sized
@@ -61,6 +60,22 @@ class Size(NamedTuple):
     """Of a batch, with the operations of the optimizer."""
 
 
+class Settings(NamedTuple):
+    """What all trainings share; their whole configuration follows from `Design.overrides`."""
+
+    batch_size: int
+    crop: int
+    learning_rate: float
+    parametrisation: str
+    precision: str
+    lmbda: float
+
+    @property
+    def pixels_per_step(self) -> int:
+        """Training pixels of an optimizer step."""
+        return self.batch_size * self.crop**2
+
+
 @dataclass(frozen=True)
 class Design:
     """Sizes and amounts of data for one budget."""
@@ -72,8 +87,7 @@ class Design:
     spread: str
     """How the amounts of data differ between sizes."""
     seeds: int
-    config: Config
-    """Common configuration of the runs, which `overrides` give."""
+    settings: Settings
     overrides: tuple[str, ...]
     law: Law
     """The assumed L(N, D), with the covariance that its fit to these trainings has on average (`predicted`)."""
@@ -146,7 +160,15 @@ def design(
     found = _sizes(sizes, analysis.family if analysis else "hpcm", recipe)
     parameters = np.array([float(size.parameters) for size in found])
     per_step = np.array([size.pflops_per_step for size in found])
-    pixels_per_step = float(config.train.batch_size * config.data.crop**2)
+    settings = Settings(
+        config.train.batch_size,
+        config.data.crop,
+        config.schedule.learning_rate,
+        config.train.parametrisation.value,
+        config.engine.precision.value,
+        config.objective.lmbda,
+    )
+    pixels_per_step = float(settings.pixels_per_step)
     try:
         fitted = fit_cost(parameters, per_step * PETA / pixels_per_step)
     except CannotFit as refusal:
@@ -168,7 +190,7 @@ def design(
         n, d = np.repeat(parameters, amounts), (steps * pixels_per_step).ravel()
         law, number = predicted(values, np.tile(n, seeds), np.tile(d, seeds), deviation)
         optimal = compute_optimal(law, cost, (float(compute.min()), float(compute.max())))
-        return Design(found, steps, spread, seeds, config, tuple(recipe), law, optimal, number)
+        return Design(found, steps, spread, seeds, settings, tuple(recipe), law, optimal, number)
 
     try:
         optimal = made("equal data", SPANS[-1], AMOUNTS[-1]).optimal

@@ -92,16 +92,15 @@ def commands(made: Design, name: str) -> list[str]:
 
 def describe(made: Design) -> list[str]:
     """Trainings, recipe and predicted errors, one sentence each."""
-    law, config, errors = made.law.parameters, made.config, made.law.standard_errors
+    law, settings, errors = made.law.parameters, made.settings, made.law.standard_errors
     assert errors is not None
     (sizes, amounts), largest = made.steps.shape, made.largest
     near, far = (made.optimal.optimum(factor * largest).parameters for factor in (1, AHEAD))
     sentences = [
         f"{counted(sizes * amounts * made.seeds, 'training')}: {sizes} sizes × {amounts} amounts of data "
         f"({made.spread}) × {counted(made.seeds, 'seed')}, {significant(made.pflops.sum())} PFLOPs.",
-        f"Batches of {config.train.batch_size} crops of {config.data.crop}², learning rate "
-        f"{config.schedule.learning_rate:g} ({config.train.parametrisation.value}) for all sizes, λ = "
-        f"{config.objective.lmbda:g}.",
+        f"Batches of {settings.batch_size} crops of {settings.crop}², learning rate {settings.learning_rate:g} "
+        f"({settings.parametrisation}) for all sizes, λ = {settings.lmbda:g}.",
         f"Assumed: L = {law['E']:.3g} + {law['A']:.3g}·N^−{law['alpha']:.3g} + {law['B']:.3g}·D^−{law['beta']:.3g}, "
         f"and a standard deviation of {percent(made.law.residual_deviation or 0)[1:]} between seeds.",
         f"Predicted standard errors: α = {with_error(law['alpha'], errors['alpha'])}, β = "
@@ -119,7 +118,7 @@ def describe(made: Design) -> list[str]:
 def print_design(made: Design, setting: Setting, name: str) -> None:
     """Print trainings, predicted errors, duration and commands."""
     console = terminal()
-    pixels = made.config.train.batch_size * made.config.data.crop**2
+    pixels = made.settings.pixels_per_step
     rows = [
         [
             size.name,

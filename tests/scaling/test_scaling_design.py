@@ -66,7 +66,7 @@ def experiments(tmp_path, monkeypatch):
 
 
 def points_of(made) -> tuple[np.ndarray, np.ndarray]:
-    pixels = made.steps * made.config.train.batch_size * made.config.data.crop**2
+    pixels = made.steps * made.settings.pixels_per_step
     return np.repeat([float(size.parameters) for size in made.sizes], made.steps.shape[1]), pixels.ravel().astype(float)
 
 
@@ -119,7 +119,7 @@ def test_predicted_errors_are_those_of_simulated_fits(made) -> None:
 def test_it_is_within_the_budget_and_can_be_fitted(made) -> None:
     assert 0.95 * 5 < made.pflops.sum() <= 5
     assert np.all(made.steps[:, -1] >= made.steps[:, 0] * SPAN) and np.all(np.diff(made.steps) > 0)
-    assert np.all(made.cooldowns[:, 0] >= 4 * made.config.schedule.warmup)
+    assert np.all(made.cooldowns[:, 0] >= 4 * compose_sized(made.overrides).schedule.warmup)
     assert np.all(np.round(made.cooldowns / 0.8) == made.steps)  # as `hpcm cooldown --decay 0.2` counts
     assert made.condition < WORST_CONDITION
     assert made.sizes[0].parameters < made.optimal.optimum(made.largest).parameters < made.sizes[-1].parameters
@@ -156,7 +156,7 @@ def test_no_other_grid_for_the_budget_is_better() -> None:
     for exponent, span, amounts in product((0.0, -0.9, 0.8), (3, 8, 24), (3, 6)):
         steps = np.outer((sizes / sizes[0]) ** exponent, np.geomspace(1, span, amounts))
         steps *= 20 / design_module._price(made.sizes, steps).sum()
-        if steps.min() >= 5 * made.config.schedule.warmup:
+        if steps.min() >= 5 * compose_sized(made.overrides).schedule.warmup:
             other = replace(made, steps=steps)
             law, _ = predicted(ASSUMED, *points_of(other), NOISE)
             other = replace(other, optimal=compute_optimal(law, cost, (1, 1)))
@@ -176,9 +176,9 @@ def test_a_fitted_law_gives_parameters_noise_and_recipe(ladder_analysis) -> None
     made = design(5, SIZES, analysis=ladder_analysis, overrides=["schedule.learning_rate=2e-3"])
     assert made.law.parameters == law.parameters
     assert made.law.residual_deviation == law.residual_deviation
-    assert made.config.train.batch_size == ladder_analysis.recipe["train.batch_size"]
-    assert made.config.schedule.learning_rate == 2e-3 and made.config.objective.lmbda == ladder_analysis.lmbda
-    assert made.config.schedule.decay == 0 and made.config.schedule.boundaries == []
+    assert made.settings.batch_size == ladder_analysis.recipe["train.batch_size"]
+    assert made.settings.learning_rate == 2e-3 and made.settings.lmbda == ladder_analysis.lmbda
+    assert compose_sized(made.overrides).schedule.decay == 0 and compose_sized(made.overrides).schedule.boundaries == []
     noisier = design(5, SIZES, analysis=ladder_analysis, noise=0.01, overrides=["schedule.learning_rate=2e-3"])
     assert noisier.law.residual_deviation == 0.01
     without = {key: value for key, value in ladder_analysis.recipe.items() if key != "schedule.learning_rate"}
@@ -243,9 +243,15 @@ def test_every_run_of_the_experiment_composes(experiments) -> None:
         assert (config.model.name, config.train.seed) == (size, seed)
         assert config.train.keep_at == list(cooldowns) and config.train.steps == cooldowns[-1]
         assert config.run.dir == f"runs/five/{size},seed={seed}"
-        assert config.optimizer == made.config.optimizer and config.optimizer.momentum == 0.9
-        assert (config.schedule, config.engine) == (made.config.schedule, made.config.engine)
-        assert config.train.batch_size == 16 and config.train.parametrisation == made.config.train.parametrisation
+        assert config.optimizer == compose_sized(made.overrides).optimizer and config.optimizer.momentum == 0.9
+        assert (config.schedule, config.engine) == (
+            compose_sized(made.overrides).schedule,
+            compose_sized(made.overrides).engine,
+        )
+        assert (
+            config.train.batch_size == 16
+            and config.train.parametrisation == compose_sized(made.overrides).train.parametrisation
+        )
     _, *cooldown_commands, _ = commands(made, "five")
     folders = [word for line in cooldown_commands for word in shlex.split(line) if word.startswith("runs/")]
     assert folders == [config.run.dir for config in configs]
