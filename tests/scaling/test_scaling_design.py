@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -293,9 +294,17 @@ def test_a_small_design_trains(experiments, shards, two_images, tmp_path, monkey
     train, *cooldowns, _ = map(shlex.split, commands(made, "tiny"))
     arguments = [*train[1:-2], f"data.shards={shards}", f"eval.images={two_images}"]
     monkeypatch.setattr(sys, "argv", arguments)
-    train_main()
-    for command in cooldowns:
-        cooldown_command.main(command[2:])
+
+    def run() -> None:
+        train_main()
+        for command in cooldowns:
+            cooldown_command.main(command[2:])
+
+    # A training sets RANK and MASTER_PORT in the environment of its process, which other tests start theirs from.
+    process = get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     ends = {run.name: (run.step, run.curve(TRAINING)[0][-1]) for run in find_runs(["runs/tiny"])}
     for size, starts, steps in zip(made.sizes, made.cooldowns, made.steps, strict=True):
         assert ends[size.name][0] == starts[-1]
