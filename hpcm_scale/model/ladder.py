@@ -100,6 +100,11 @@ def sized(config: ModelConfig) -> ModelConfig:
     return found.model
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters of a configuration, with or without `size`; counted once each."""
+    return sum(_counts(sized(config)).values())
+
+
 def compose_sized(overrides: Sequence[str]) -> Config:
     """The configuration of one run, from Hydra overrides, with model.size resolved; see `config.compose.compose`."""
     return typed(with_size(composed(overrides)))

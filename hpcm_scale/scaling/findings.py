@@ -21,12 +21,13 @@ def loss(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= value < 1e3 else significant(value, 2)
 
 
-def expected(prediction: Prediction, level: float, show: Callable[[float], str] = loss) -> str:
-    """A predicted value with its interval: "1.2340 (95 %: 1.2010…1.2680)"."""
-    if not math.isfinite(prediction.low):
-        return f"{show(prediction.value)} (no interval)"
-    high = show(prediction.high) if math.isfinite(prediction.high) else "∞"
-    return f"{show(prediction.value)} ({level * 100:g} %: {show(prediction.low)}…{high})"
+def expected(prediction: Prediction, level: float | None = None, show: Callable[[float], str] = loss) -> str:
+    """A predicted value with its interval: "1.2340 (95 %: 1.2010…1.2680)"; without `level` where a heading has it."""
+    value, low, high = prediction
+    if not math.isfinite(low):
+        return show(value) if level is None else f"{show(value)} (no interval)"
+    named = "" if level is None else f"{level * 100:g} %: "
+    return f"{show(value)} ({named}{show(low)}…{show(high) if math.isfinite(high) else '∞'})"
 
 
 def summary(analysis: Analysis) -> list[str]:

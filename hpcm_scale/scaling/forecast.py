@@ -13,8 +13,7 @@ from hpcm_scale.config.compose import compose_model, preset_names
 from hpcm_scale.errors import UserError
 from hpcm_scale.files import write_json, writing
 from hpcm_scale.formatting import count, percent, significant
-from hpcm_scale.model.ladder import parameters_of, sized
-from hpcm_scale.model.parameters import on_meta, parameter_count
+from hpcm_scale.model.ladder import count_parameters, parameters_of
 from hpcm_scale.scaling.analysis import (
     COMPUTE_LAWS,
     COMPUTE_OPTIMAL,
@@ -89,7 +88,7 @@ class Score:
 def size_of(size: str, option: str = "--size") -> int:
     """Parameters of a preset, or of a number such as 30m. Raises UserError for neither."""
     if size in preset_names("model"):
-        return parameter_count(on_meta(sized(compose_model(size))))
+        return count_parameters(compose_model(size))
     try:
         return parameters_of(size)
     except UserError as error:

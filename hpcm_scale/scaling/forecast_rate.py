@@ -10,9 +10,9 @@ from typing import Any
 from hpcm_scale.errors import UserError
 from hpcm_scale.evaluation.bd_rate import Comparison, RateCurve, compare
 from hpcm_scale.evaluation.points import find_curves
-from hpcm_scale.formatting import count, percent
+from hpcm_scale.formatting import count
 from hpcm_scale.scaling.analysis import PARAMETER_LAWS, Analysis
-from hpcm_scale.scaling.findings import expected
+from hpcm_scale.scaling.findings import expected, percent_1
 from hpcm_scale.scaling.forecast import FREE
 from hpcm_scale.scaling.laws.law import Prediction
 
@@ -33,7 +33,7 @@ class RateForecast:
     def sentence(self) -> str:
         """The prediction in two sentences."""
         bounds = Prediction(*(math.nan if each is None else each / 100 for each in (self.value, self.low, self.high)))
-        shown = expected(bounds, self.level, lambda value: percent(value, 1))
+        shown = expected(bounds, self.level, percent_1)
         return f"Predicted BD-rate against {self.anchor}: {shown}. It is {self.method}."
 
 
@@ -84,8 +84,8 @@ def forecast_bd_rate(
         assert changes is not None
         values = [100 * ((1 + reference) * (1 + change) - 1) for change in changes]
         method = (
-            f"the BD-rate of {reference_name} ({percent(reference, 1)}), times the change of rate from {count(start)} "
-            f"to {count(parameters)} parameters at λ = {analysis.lmbda:g} ({percent(changes.value, 1)}), taken as that "
+            f"the BD-rate of {reference_name} ({percent_1(reference)}), times the change of rate from {count(start)} "
+            f"to {count(parameters)} parameters at λ = {analysis.lmbda:g} ({percent_1(changes.value)}), taken as that "
             "of every rate"
         )
         low, high = map(_finite, values[1:])

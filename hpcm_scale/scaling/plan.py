@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -17,10 +18,10 @@ from hpcm_scale.errors import UserError
 from hpcm_scale.files import json_text
 from hpcm_scale.formatting import DASH, count, duration, significant, terminal, terminal_table
 from hpcm_scale.limits import BUDGET, COUNT, CROP, UTILISATION, check_numbers, number
-from hpcm_scale.model.ladder import LARGEST, SMALLEST, compose_sized, size_name, sized
-from hpcm_scale.model.parameters import on_meta, parameter_count
+from hpcm_scale.model.ladder import LARGEST, SMALLEST, compose_sized, count_parameters, size_name
+from hpcm_scale.model.parameters import on_meta
 from hpcm_scale.scaling.analysis import COMPUTE_OPTIMAL, PARAMETERS_AND_DATA, Analysis
-from hpcm_scale.scaling.findings import AS_GOOD_AS_NEW, caveats, expected, loss
+from hpcm_scale.scaling.findings import AS_GOOD_AS_NEW, caveats, expected
 from hpcm_scale.scaling.laws.compute_optimal import ComputeOptimal
 from hpcm_scale.scaling.laws.law import Prediction
 from hpcm_scale.training.costs import optimizer_flops, training_flops_per_image
@@ -130,7 +131,7 @@ def make_plan(
         pixels = budget.value * PETA / _flops_per_image(model, crop, batch, _optimizer(analysis)) * crop**2
         steps = max(1, round(pixels / (batch * crop**2)))
         images = steps * batch
-        parameters = _parameters(model)
+        parameters = count_parameters(model)
         trainings.append(
             Training(
                 overrides,
@@ -142,30 +143,10 @@ def make_plan(
                 analysis.laws[PARAMETERS_AND_DATA].predict((parameters, pixels), analysis.level),
             )
         )
-    notes = [*caveats(analysis), *law.warnings]
+    chosen = {"train.batch_size": batch, "data.crop": crop, "engine.precision": setting.precision}
     rate = analysis.recipe.get("schedule.learning_rate")
     if rate is None:
         rate = min(analysis.observations, key=lambda each: abs(math.log(each.parameters / size.value))).learning_rate
-        notes.insert(0, "the runs share no learning rate: the command has that of the nearest size")
-    seen = max((each.pixels / each.unique for each in analysis.observations if each.unique), default=None)
-    if trainings and trainings[0].epochs and trainings[0].epochs > max(seen or 0.0, AS_GOOD_AS_NEW):
-        known = f", the runs of this law at most {significant(seen, 2)} times" if seen else ""
-        notes.insert(
-            0,
-            f"the run passes over its data {significant(trainings[0].epochs, 2)} times{known}: repeated data is worth "
-            "less than new data, and the predicted loss is too low",
-        )
-    longest = max(each.images for each in analysis.observations)
-    if trainings and trainings[0].images > 2 * longest:
-        notes.insert(
-            0,
-            f"the run is {significant(trainings[0].images / longest, 2)} times as long as the longest observed: the "
-            "best learning rate falls with the length (`hpcm scaling horizon` measures it)",
-        )
-    chosen = {"train.batch_size": batch, "data.crop": crop, "engine.precision": setting.precision}
-    if differing := [key for key, value in chosen.items() if analysis.recipe.get(key, value) != value]:
-        shown = ", ".join(f"{key}={chosen[key]} (not {analysis.recipe[key]})" for key in differing)
-        notes.insert(0, f"the law is of another recipe than this plan: {shown}")
     outside, near = _outside(analysis, budget.value, size.value, data.value)
     recipe = analysis.recipe | chosen | {"schedule.learning_rate": rate}
     command = _command(analysis, trainings[0], setting, recipe) if near and trainings else None
@@ -178,10 +159,35 @@ def make_plan(
         law.predict(budget.value, analysis.level),
         tuple(trainings),
         outside,
-        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys([*_notes(analysis, trainings[:1], chosen), *caveats(analysis), *law.warnings])),
         command,
         setting,
     )
+
+
+def _notes(analysis: Analysis, trained: Sequence[Training], chosen: dict[str, Any]) -> list[str]:
+    """How the recommended training, if there is one, differs from those of the law; `chosen` are keys of its recipe."""
+    notes = []
+    if differing := [key for key, value in chosen.items() if analysis.recipe.get(key, value) != value]:
+        shown = ", ".join(f"{key}={chosen[key]} (not {analysis.recipe[key]})" for key in differing)
+        notes.append(f"the law is of another recipe than this plan: {shown}")
+    longest = max(each.images for each in analysis.observations)
+    seen = max((each.pixels / each.unique for each in analysis.observations if each.unique), default=0.0)
+    for training in trained:
+        if training.images > 2 * longest:
+            notes.append(
+                f"the run is {significant(training.images / longest, 2)} times as long as the longest observed: the "
+                "best learning rate falls with the length (`hpcm scaling horizon` measures it)"
+            )
+        if training.epochs and training.epochs > max(seen, AS_GOOD_AS_NEW):
+            known = f", the runs of this law at most {significant(seen, 2)} times" if seen else ""
+            notes.append(
+                f"the run passes over its data {significant(training.epochs, 2)} times{known}: repeated data is worth "
+                "less than new data, and the predicted loss is too low"
+            )
+    if analysis.recipe.get("schedule.learning_rate") is None:
+        notes.append("the runs share no learning rate: the command has that of the nearest size")
+    return notes
 
 
 def _batch(analysis: Analysis, setting: Setting) -> int:
@@ -226,10 +232,10 @@ def _models(analysis: Analysis, parameters: float) -> list[tuple[tuple[str, ...]
     Presets come first if the runs are of presets.
     """
     family = analysis.family
-    presets = sorted((_parameters(model), name, model) for name, model in _presets(family, _names(analysis)))
+    presets = sorted((count_parameters(model), name, model) for name, model in _presets(family, _names(analysis)))
     above = next((index for index, (size, *_) in enumerate(presets) if size >= parameters), len(presets))
     beside = [((f"model={name}",), model) for _, name, model in presets[max(above - 1, 0) : above + 1]]
-    beside.sort(key=lambda each: abs(math.log(_parameters(each[1]) / parameters)))
+    beside.sort(key=lambda each: abs(math.log(count_parameters(each[1]) / parameters)))
     by_rule = []
     if SMALLEST <= parameters <= LARGEST:
         size = size_name(int(round(parameters, 1 - math.floor(math.log10(parameters)))))
@@ -261,16 +267,6 @@ def _every_preset() -> dict[str, ModelConfig]:
     return {name: compose_model(name) for name in preset_names("model")}
 
 
-_counted: dict[str, int] = {}
-
-
-def _parameters(model: ModelConfig) -> int:
-    key = repr(model)
-    if key not in _counted:
-        _counted[key] = parameter_count(on_meta(sized(model)))
-    return _counted[key]
-
-
 def _optimizer(analysis: Analysis) -> str:
     return analysis.recipe.get("optimizer.name") or "adam"
 
@@ -284,7 +280,7 @@ def _flops_per_image(model: ModelConfig, crop: int, batch: int, optimizer: str) 
             "--crop",
             f"--crop {crop} does not fit {model.name}; use a multiple of {multiple} pixels",
         )
-    built = on_meta(sized(model))
+    built = on_meta(model)
     return training_flops_per_image(built, crop) + optimizer_flops(built, _optimizer_config(optimizer)) / batch
 
 
@@ -376,7 +372,7 @@ def print_plan(plan: Plan) -> None:
         epochs = DASH if training.epochs is None else significant(training.epochs, 3)
         steps = f"{training.steps:,}" if training.steps < 10**9 else count(training.steps)
         numbers = [count(training.parameters), count(training.pixels), steps, epochs]
-        rows.append([training.model[-1], *numbers, _interval(training.loss, loss)])
+        rows.append([training.model[-1], *numbers, expected(training.loss)])
     headings = ["model", "size", "pixels", "steps", "epochs", f"loss ({plan.level * 100:g} %)"]
     console.print(terminal_table(headings, rows))
     for sentence in plan.outside:
@@ -385,10 +381,3 @@ def print_plan(plan: Plan) -> None:
         console.print(f"Note: {sentence}.", soft_wrap=True)
     if plan.command:
         print(f"\n{plan.command}")
-
-
-def _interval(prediction: Prediction, show: Any) -> str:
-    if not math.isfinite(prediction.low):
-        return show(prediction.value)
-    high = show(prediction.high) if math.isfinite(prediction.high) else "∞"
-    return f"{show(prediction.value)} ({show(prediction.low)}…{high})"

@@ -16,8 +16,9 @@ from hpcm_scale.errors import UserError, printable
 from hpcm_scale.files import utf_8_path, write_text, writing
 from hpcm_scale.scaling.analysis import COMPUTE_LAWS, FILE_NAME, Analysis, analyse, read_laws, write_laws
 from hpcm_scale.scaling.figures import FIGURES, draw_figures
+from hpcm_scale.scaling.findings import summary
 from hpcm_scale.scaling.observations import study
-from hpcm_scale.scaling.report import REPORT, report, summary
+from hpcm_scale.scaling.report import REPORT, report
 from hpcm_scale.scaling.runs import find_runs
 from hpcm_scale.tracking.wandb_view import AXES, load_wandb, run_id, settings
 

@@ -1,4 +1,4 @@
-"""What is said of trainings left out of a fit."""
+"""Residuals and predictions of trainings held out of a fit."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ results: list[float | Exception] = []
 
 
 def value(result):
-    """What an optimizer is told of a run."""
+    """The result of a run for an optimizer."""
     try:
         return result.return_value
     except Fault as failure:

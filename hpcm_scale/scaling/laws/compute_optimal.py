@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from hpcm_scale.scaling.laws.law import CannotFit, Law, Prediction
+from hpcm_scale.scaling.laws.law import CannotFit, Law, Prediction, derivatives
 
 PFLOP = 1e15
 ROUGH = 0.05
@@ -127,18 +127,10 @@ class ComputeOptimal(Law):
             _exp(log_compute + half) if sure else math.inf,
         )
 
-    def _quantile(self, level: float) -> float:
-        return float(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom)) if self.degrees_of_freedom else math.nan
-
     def _delta(self, function: Callable[[dict[str, float]], np.ndarray], level: float) -> np.ndarray:
-        """Value, lower and upper bound of each of m quantities, (m, 3), from derivatives by central differences."""
+        """Value, lower and upper bound of each of m quantities, (m, 3), by the delta method."""
         value = function(self.parameters)
-        columns = []
-        for name, parameter in self.parameters.items():
-            step = 1e-5 * max(abs(parameter), 1e-12)
-            above, below = (function(self.parameters | {name: parameter + sign * step}) for sign in (1, -1))
-            columns.append((above - below) / (2 * step))
-        half = self._quantile(level) * np.sqrt(self._variance(np.stack(columns)))
+        half = self._quantile(level) * np.sqrt(self._variance(derivatives(function, self.parameters)))
         return np.stack([value, value - half, value + half], axis=1)
 
     def log_loss(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -20,13 +20,14 @@ from hpcm_scale.scaling.laws.law import (
     Prediction,
     SumOfPowers,
     fit_sum_of_powers,
+    inverse_root,
 )
 
 # Covariance of the parameters.
 
 
-DETERMINED = 1e-7
-"""Least ratio of smallest to largest singular value of the scaled Jacobian; below it a parameter is not determined."""
+MOST_CONDITION = 1e7
+"""Largest condition number of the scaled Jacobian; above it a parameter is not determined."""
 
 
 def huber_inflation(delta: float | None, deviation: float) -> float:
@@ -50,10 +51,7 @@ def condition(fit: SumOfPowers) -> float:
 
     Columns of parameters at their bound of zero are left out.
     """
-    norms = np.linalg.norm(fit.jacobian, axis=0)
-    columns = fit.jacobian[:, norms > 0] / norms[norms > 0]
-    singular = np.linalg.svd(columns, compute_uv=False)
-    return float(singular[0] / max(singular[-1], 1e-300))
+    return inverse_root(fit.jacobian[:, np.any(fit.jacobian != 0, axis=0)])[1]
 
 
 def covariance(fit: SumOfPowers, deviation: float, delta: float | None = None) -> np.ndarray | None:
@@ -62,14 +60,10 @@ def covariance(fit: SumOfPowers, deviation: float, delta: float | None = None) -
     σ²(JᵀJ)⁻¹ in centred coordinates, transformed to those of x. A parameter at its bound of zero counts as free, which
     widens the intervals.
     """
-    norms = np.linalg.norm(fit.jacobian, axis=0)
-    if np.any(norms == 0):
+    root, number = inverse_root(fit.jacobian)
+    if number > MOST_CONDITION or not np.all(np.any(fit.jacobian != 0, axis=0)):
         return None
-    _, singular, rows = np.linalg.svd(fit.jacobian / norms, full_matrices=False)
-    if singular[-1] < DETERMINED * singular[0]:
-        return None
-    root = (rows.T / singular) / norms[:, None]
-    scale = np.eye(norms.size)
+    scale = np.eye(len(root))
     for index, (coefficient, exponent, centre) in enumerate(
         zip(fit.coefficients, fit.exponents, fit.centres, strict=True)
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -237,6 +237,32 @@ def _refined(start: np.ndarray, logs: np.ndarray, loss: np.ndarray, delta: float
     return result
 
 
+# Errors of fitted parameters.
+
+
+def inverse_root(jacobian: np.ndarray) -> tuple[np.ndarray, float]:
+    """R with R·Rᵀ = (JᵀJ)⁻¹, and the condition number of J with columns of unit norm.
+
+    Args:
+        jacobian: J, float64 (n, p); directions below 1e-12 of the largest singular value count as that.
+    """
+    norms = np.linalg.norm(jacobian, axis=0)
+    norms[norms == 0] = 1.0
+    _, singular, rows = np.linalg.svd(jacobian / norms, full_matrices=False)
+    singular = np.maximum(singular, 1e-12 * singular[0])
+    return (rows.T / singular) / norms[:, None], float(singular[0] / singular[-1])
+
+
+def derivatives(function: Callable[[dict[str, float]], Any], parameters: Mapping[str, float]) -> np.ndarray:
+    """Derivatives of a function of `parameters`, shape S, by each of them: central differences, float64 (p, *S)."""
+    columns = []
+    for name, value in parameters.items():
+        step = 1e-5 * max(abs(value), 1e-3)
+        above, below = (function({**parameters, name: value + sign * step}) for sign in (1, -1))
+        columns.append((above - below) / (2 * step))
+    return np.array(columns)
+
+
 TERMS = (("A", "alpha"), ("B", "beta"))
 """Coefficient and exponent of the first and of the second variable of a law."""
 
@@ -343,8 +369,10 @@ class Law:
 
     def _bounds(self, value: np.ndarray, variance: np.ndarray, level: float) -> Prediction:
         """exp(value) with its interval, by Student's t."""
-        half = np.full_like(variance, np.nan)
-        if self.degrees_of_freedom:
-            half = stats.t.ppf((1 + level) / 2, self.degrees_of_freedom) * np.sqrt(variance)
+        half = self._quantile(level) * np.sqrt(variance)
         bounds = np.exp(value), np.exp(value - half), np.exp(value + half)
         return Prediction(*(bound.item() if bound.ndim == 0 else bound for bound in bounds))
+
+    def _quantile(self, level: float) -> float:
+        """Of Student's t, for a two-sided interval; NaN without degrees of freedom."""
+        return float(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom)) if self.degrees_of_freedom else math.nan

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from hpcm_scale.scaling.laws.fits import fit_parameters_and_data
-from hpcm_scale.scaling.laws.law import CannotFit, Law, Points
+from hpcm_scale.scaling.laws.law import CannotFit, Law, Points, inverse_root
 
 REPETITIONS = (0.1, 1000.0)
 """Range of R*; Muennighoff et al. 2023 find 15.4 for text."""
@@ -95,9 +95,7 @@ def fit_repeated(points: Points, unique: np.ndarray) -> RepeatedLaw:
     }
     law = RepeatedLaw(**{**law.__dict__, **values})
     _, gradient = law.log_loss((points.variables["N"], pixels, unique))
-    norms = np.linalg.norm(gradient, axis=1)
-    _, singular, rows = np.linalg.svd((gradient / norms[:, None]).T, full_matrices=False)
-    root = values["residual_deviation"] * (rows.T / singular) / norms[:, None]
+    root = values["residual_deviation"] * inverse_root(gradient.T)[0]
     spread = root @ root.T
     errors = dict(zip(law.parameters, np.sqrt(np.diag(spread)).tolist(), strict=True))
     return replace(law, covariance=tuple(map(tuple, spread.tolist())), standard_errors=errors)

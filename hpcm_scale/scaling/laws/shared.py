@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.optimize import least_squares, nnls
 
 from hpcm_scale.scaling.laws.fits import SPAN, WORST_CONDITION
-from hpcm_scale.scaling.laws.law import EXPONENTS, CannotFit, Prediction
+from hpcm_scale.scaling.laws.law import EXPONENTS, CannotFit, Prediction, derivatives, inverse_root
 
 SAME = 0.01
 """Difference in the logarithm below which two values of a variable count as equal."""
@@ -38,12 +38,8 @@ class SharedLaw:
 
     def interval(self, log_quantity: Callable[[Mapping[str, float]], float]) -> Prediction:
         """exp of a function of `parameters`, with a 95 % confidence interval: delta method on the function."""
-        gradient = []
-        for name, value in self.parameters.items():
-            step = 1e-5 * max(abs(value), 1e-3)
-            above, below = (log_quantity(self.parameters | {name: value + sign * step}) for sign in (1, -1))
-            gradient.append((above - below) / (2 * step))
-        error = np.sqrt(np.array(gradient) @ self.covariance @ np.array(gradient))
+        gradient = derivatives(log_quantity, self.parameters)
+        error = np.sqrt(gradient @ self.covariance @ gradient)
         half = stats.t.ppf(0.975, self.degrees_of_freedom) * error
         value = log_quantity(self.parameters)
         return Prediction(*(float(np.exp(min(each, 700.0))) for each in (value, value - half, value + half)))
@@ -170,13 +166,9 @@ def _fit(
     best = min(results, key=lambda result: result.cost)
     squares, freedom = 2 * float(best.cost), int(loss.size - free.sum())
     jacobian = _law(whole(best.x), logs, second)[1][:, free]
-    norms = np.linalg.norm(jacobian, axis=0)
-    norms[norms == 0] = 1.0
-    _, singular, rows = np.linalg.svd(jacobian / norms, full_matrices=False)
-    singular = np.maximum(singular, 1e-12 * singular[0])
-    root = (rows.T / singular) / norms[:, None]
+    root, number = inverse_root(jacobian)
     covariance = np.zeros((free.size, free.size))
     covariance[np.ix_(free, free)] = squares / freedom * (root @ root.T)
     keys = ["E"] + [key.format(name) for name in names for key in ("{}", "exponent_{}", "log_rho_{}", "difference_{}")]
     parameters = dict(zip(keys, whole(best.x).tolist(), strict=True))
-    return SharedLaw(parameters, covariance, float(singular[0] / singular[-1]), squares, freedom)
+    return SharedLaw(parameters, covariance, number, squares, freedom)
